@@ -1,0 +1,57 @@
+# Every target makes the virtual environment that it needs.
+PYTHON ?= python3
+JOBS ?= 2
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install -c constraints.txt
+
+.PHONY: help demo test check clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo   show it working on a real model (the first time: installs, fetches about 100 MB)"
+	@echo "make test   run the tests (ARGS='-k name' picks some, JOBS=1 runs them one by one)"
+	@echo "make check  formatting, lint, types, import layers, spelling"
+	@echo "make clean  remove the virtual environment and everything that was built"
+	@echo "PYTHON=python3.12 chooses the interpreter (3.11 or newer)"
+
+demo: $(VENV)/.runtime
+	@$(BIN)/orthrus demo
+
+# Each worker gets one thread: workers whose threads compete for cores crawl. Tests open no sockets,
+# so the default model is fetched first.
+test: export OMP_NUM_THREADS = 1
+test: export OMP_WAIT_POLICY = passive
+test: $(VENV)/.dev
+	@$(BIN)/python -m orthrus.base.default_model
+	@$(BIN)/python -m pytest -q --color=no -n $(JOBS) --dist worksteal $(ARGS)
+
+check: export NO_COLOR = 1
+check: $(VENV)/.dev
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@report=$$($(BIN)/lint-imports --no-cache) || { echo "$$report"; exit 1; }
+	@$(BIN)/codespell
+	@echo "all checks passed"
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone: where the index offers a CPU build of the pinned version pip takes it,
+# while a solve together with the rest may settle on a newer build that brings gigabytes of CUDA.
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; name one with make PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV) (once, a minute or two)"
+	@$(PIP) torch
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "installing the test and lint tools"
+	@$(PIP) -e ".[dev]"
+	@touch $@
