@@ -1,0 +1,258 @@
+"""Load the frozen base model, its tokenizer and everything the engine has to know about them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orthrus.base import default_model, gguf, hub
+from orthrus.base.devices import check_attention, pick_device, pick_dtype
+from orthrus.base.families import Family, check_layers, context_length, find_family, supported_families
+from orthrus.base.prompt import Message, encode_prompt
+from orthrus.base.quiet import quiet_libraries
+from orthrus.base.resolve import Source, resolve
+from orthrus.base.storage import Progress
+from orthrus.errors import (
+    CorruptFileError,
+    ModelNotFoundError,
+    OrthrusError,
+    UnsupportedModelError,
+    UserInputError,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A frozen model in eval mode with its tokenizer.
+
+    `eos_token_ids` end a text (all of them; id 0 is a valid one; empty if the model declares none).
+    `context_length` is in tokens: prompt, answer and draft positions have to stay below it.
+    """
+
+    name: str
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    eos_token_ids: frozenset[int]
+    context_length: int
+    family: Family
+    source: Source
+
+    @property
+    def reference(self) -> str:
+        """What loads this base again: "default", a hub id or a path."""
+        return "default" if self.source.kind == "default" else self.source.origin
+
+    def encode_prompt(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
+        """Token ids of text or messages; see `orthrus.base.prompt.encode_prompt`.
+
+        Raises:
+            UserInputError: nothing to continue, malformed messages, or messages without a template.
+        """
+        return encode_prompt(self.tokenizer, prompt, raw=raw)
+
+
+def load_base(
+    model: str = "default",
+    *,
+    revision: str | None = None,
+    dtype: "str | torch.dtype | None" = None,
+    device: str | None = None,
+    attn_implementation: str | None = None,
+    config: "PreTrainedConfig | None" = None,
+    on_progress: Progress | None = None,
+) -> Base:
+    """Find, fetch where needed, check and load a base model.
+
+    Args:
+        model: "default", a folder, a .gguf file, or a hub id `owner/name`.
+        revision: branch, tag or commit of a hub id.
+        dtype: "float32", "bfloat16", "float16", "auto" (the checkpoint's own) or a torch dtype. None means
+            the checkpoint's own on an accelerator and float32 on a CPU.
+        device: such as "cpu", "cuda", "cuda:1", "mps"; None picks the first accelerator, else the CPU.
+        attn_implementation: "eager", "sdpa" or "flex_attention"; None leaves the stock model's choice.
+        config: the base's config where the folder's own config.json holds something else around it.
+        on_progress: called with (stage, done, total), in bytes, while something is fetched or unpacked.
+
+    Raises:
+        UserInputError: a wrong argument.
+        ModelNotFoundError: no such model, or it cannot be reached.
+        UnsupportedModelError: a family or layer that cannot carry a second view.
+        CorruptFileError: missing, truncated or altered files.
+        StorageError: the disk is full or not writable.
+    """
+    picked_device = pick_device(device)
+    check_attention(attn_implementation, picked_device)
+    picked_dtype = pick_dtype(dtype, picked_device)
+    source, folder, name = _locate(resolve(model, revision), on_progress)
+    config = config or _read_config(folder, name)
+    family = find_family(config)
+    if on_progress is not None:
+        on_progress(f"loading {name}", 0, None)
+    loaded = _read_weights(folder, name, config, picked_dtype, attn_implementation)
+    check_attention(getattr(loaded.config, "_attn_implementation", None), picked_device)
+    check_layers(loaded, family)
+    tokenizer = _read_tokenizer(folder, name)
+    loaded.requires_grad_(False)
+    loaded.eval()
+    # Quantised models are placed while they load, and refuse to be moved.
+    if getattr(loaded, "hf_quantizer", None) is None:
+        _place(loaded, picked_device)
+    return Base(
+        name=name,
+        model=loaded,
+        tokenizer=tokenizer,
+        eos_token_ids=eos_token_ids(loaded, tokenizer),
+        context_length=context_length(config),
+        family=family,
+        source=source,
+    )
+
+
+def eos_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """All token ids that end a text: what `generation_config` lists, else the config, else the tokenizer."""
+    candidates = (
+        getattr(getattr(model, "generation_config", None), "eos_token_id", None),
+        getattr(model.config, "eos_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    )
+    for declared in candidates:
+        ids = [declared] if isinstance(declared, int) else list(declared or ())
+        if ids:
+            return frozenset(int(token_id) for token_id in ids)
+    return frozenset()
+
+
+def _locate(source: Source, progress: Progress | None) -> tuple[Source, Path, str]:
+    """The source with its path filled in, the folder to load, and the name to show."""
+    if source.kind == "default":
+        folder, origin = default_model.ensure_folder(progress)
+        return Source("default", origin, folder), folder, f"default ({default_model.NAME})"
+    if source.kind == "hub":
+        folder = hub.fetch(source.origin, source.revision, progress=progress)
+        return Source("hub", source.origin, folder, source.revision), folder, source.origin
+    if source.path is None:
+        raise ModelNotFoundError(f"{source.origin} has no path: resolve it first.")
+    folder = gguf.ensure_folder(source.path, progress) if source.kind == "gguf" else source.path
+    return source, folder, source.path.name or str(source.path)
+
+
+def _read_config(folder: Path, name: str) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    try:
+        declared = json.loads(path.read_text(encoding="utf-8"))
+        model_type = declared["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptFileError(f"{path} is no readable model config: fetch the model again.") from error
+    try:
+        with quiet_libraries():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:
+        if model_type in _known_model_types():
+            raise CorruptFileError(
+                f"{path} is no valid config ({_reason(error)}): fetch the model again."
+            ) from error
+        raise UnsupportedModelError(
+            f"{name} is of type '{model_type}', which this transformers version does not know: choose one of "
+            f"{supported_families()}."
+        ) from error
+    return config
+
+
+def _known_model_types() -> set[str]:
+    from transformers import CONFIG_MAPPING
+
+    return set(CONFIG_MAPPING.keys())
+
+
+def _read_weights(
+    folder: Path,
+    name: str,
+    config: "PreTrainedConfig",
+    dtype: "torch.dtype | None",
+    attn_implementation: str | None,
+) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"config": config, "dtype": "auto" if dtype is None else dtype}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        with quiet_libraries():
+            # With output_loading_info this returns a pair, which its annotation does not say.
+            pair: Any = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
+            )
+    except MemoryError as error:
+        raise UserInputError(f"{name} does not fit into memory: choose a smaller model or dtype.") from error
+    except Exception as error:
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            raise UserInputError(
+                f"{name} does not fit into memory: choose a smaller model or dtype."
+            ) from error
+        raise _weights_failed(folder, name, error) from error
+    # transformers only logs a missing tensor and carries on with random numbers in its place.
+    loaded: PreTrainedModel = pair[0]
+    missing = sorted(pair[1]["missing_keys"])
+    if missing:
+        raise CorruptFileError(
+            f"The weights of {name} lack {len(missing)} tensors, {missing[0]} first: fetch the model again."
+        )
+    return loaded
+
+
+def _weights_failed(folder: Path, name: str, error: Exception) -> OrthrusError:
+    index = folder / "model.safetensors.index.json"
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
+    except (OSError, ValueError, KeyError, AttributeError):
+        return CorruptFileError(f"{index} is unreadable: fetch the model again.")
+    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    if absent:
+        return CorruptFileError(
+            f"{name} lacks {len(absent)} of {len(shards)} weight files, {absent[0]} first: fetch them again."
+        )
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        return CorruptFileError(f"{folder} holds a config but no weights: fetch model.safetensors too.")
+    if isinstance(error, ImportError) or "pip install" in str(error):
+        return UnsupportedModelError(f"{name} needs a package that is not installed ({_reason(error)}).")
+    return CorruptFileError(
+        f"The weights of {name} cannot be read ({_reason(error)}): fetch the model again."
+    )
+
+
+def _read_tokenizer(folder: Path, name: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_libraries():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:
+        raise CorruptFileError(
+            f"The tokenizer of {name} is missing or unreadable: fetch tokenizer.json and its config again."
+        ) from error
+    return tokenizer
+
+
+def _place(model: "PreTrainedModel", device: str) -> None:
+    try:
+        model.to(device)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise UserInputError(
+            f"The model cannot be moved to {device} ({_reason(error)}): choose another device or dtype."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:160]

@@ -1,0 +1,90 @@
+"""Where a number comes from: what every report and checkpoint stores beside its figures."""
+
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("orthrus", "torch", "transformers", "safetensors", "numpy")
+
+
+def provenance(*, device: str, dtype: str, seed: int | None) -> dict[str, Any]:
+    """Command line, commit, versions, machine and settings of this run, as JSON-ready values.
+
+    `git_commit` is None outside a checkout; `git_dirty` tells of uncommitted changes. `time` is UTC.
+    """
+    import torch
+
+    commit, dirty = git_state()
+    return {
+        "command": command_line(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "versions": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "accelerator": _accelerator(device),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "dtype": dtype.removeprefix("torch."),
+        "seed": seed,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def command_line() -> str:
+    """What was typed, without the folder that the program happens to live in."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def git_state(package: Path = Path(__file__).parents[1]) -> tuple[str | None, bool | None]:
+    """(commit, dirty) of the checkout that `package` runs from; (None, None) when it is installed.
+
+    An environment may lie inside somebody else's repository: only a checkout with this very package counts.
+    """
+    top = _git(package, "rev-parse", "--show-toplevel")
+    if top is None or (Path(top) / "src" / package.name).resolve() != package.resolve():
+        return None, None
+    status = _git(package, "status", "--porcelain")
+    return _git(package, "rev-parse", "--verify", "HEAD"), None if status is None else bool(status)
+
+
+def cpu_model() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _accelerator(device: str) -> str | None:
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return None if kind == "cpu" else kind
