@@ -1,0 +1,199 @@
+"""The Python interface: load a model with its view, then generate, stream or chat."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from orthrus.base.loading import Base
+from orthrus.base.storage import Progress
+from orthrus.config import DecodeConfig, SamplingParams, Strategy
+from orthrus.engine.stream import TokenStream
+from orthrus.model.dual_view import DualView
+from orthrus.model.loading import load_dual
+from orthrus.types import Cycle, GenerationResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Message = dict[str, str]
+Prompt = str | Sequence[Message]
+
+
+class Orthrus:
+    """A frozen language model with its diffusion view, ready to decode.
+
+        orthrus = Orthrus.load()
+        print(orthrus.generate("Why is the sky blue?").text)
+
+    `base` is the frozen model with tokenizer, `dual` the two views over it.
+    """
+
+    def __init__(self, base: Base, dual: DualView) -> None:
+        self.base = base
+        self.dual = dual
+
+    @classmethod
+    def load(
+        cls,
+        model: str = "default",
+        view: str = "default",
+        dtype: str | None = None,
+        device: str | None = None,
+        *,
+        revision: str | None = None,
+        attn_implementation: str | None = None,
+        on_progress: Progress | None = None,
+    ) -> "Orthrus":
+        """Load `model` (hub id, folder, GGUF file, or "default") and a view for it.
+
+        view: "default" (the checkpoint's own or the shipped one; a fresh one where there is none), "fresh"
+        (AR-initialised), a view folder, or a hub id. dtype: "float32", "bfloat16", "float16" or "auto".
+        Raises the subclasses of OrthrusError, each a sentence with the cause and the next step.
+        """
+        base, dual = load_dual(
+            model,
+            view,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            on_progress=on_progress,
+        )
+        return cls(base, dual)
+
+    def generate(self, prompt: Prompt, *, raw: bool = False, **decode: Any) -> GenerationResult:
+        """Answer `prompt` (text, or chat messages) and return the whole result.
+
+        Keywords as in `decode_config`: max_new_tokens, strategy, block_size, floor, temperature, top_k, top_p,
+        min_p, seed, stop, ignore_eos. With `raw` the text is continued as it stands, without chat template.
+        """
+        return self.stream(prompt, raw=raw, **decode).drain()
+
+    def stream(self, prompt: Prompt, *, raw: bool = False, **decode: Any) -> TokenStream:
+        """As `generate`, but yields a `Cycle` for each cycle; `.cancel()` stops, `.result` sums up."""
+        prompt_ids = self.base.encode_prompt(prompt if isinstance(prompt, str) else list(prompt), raw=raw)
+        return self.stream_ids(prompt_ids, decode_config(**decode))
+
+    def stream_ids(self, prompt_ids: list[int], config: DecodeConfig) -> TokenStream:
+        """Decode token ids as they are."""
+        return TokenStream(
+            self.dual,
+            prompt_ids,
+            config,
+            eos_token_ids=self.base.eos_token_ids,
+            context_length=self.base.context_length,
+            tokenizer=self.base.tokenizer,
+        )
+
+    def chat(self, system: str | None = None, **decode: Any) -> "Conversation":
+        """A conversation that remembers its turns; keywords are the defaults of each turn."""
+        return Conversation(self, system, decode)
+
+    def warm_up(self) -> None:
+        """Run a few tokens, so that the first request does not pay for lazy initialisation."""
+        config = decode_config(max_new_tokens=8, ignore_eos=True)
+        self.stream_ids([next(iter(self.base.eos_token_ids), 0)] * 8, config).drain()
+
+    @contextmanager
+    def stock(self) -> "Iterator[PreTrainedModel]":
+        """The untouched stock model for as long as the context lasts: the baseline of every comparison."""
+        with self.dual.stock() as model:
+            yield model
+
+    def describe(self) -> dict[str, Any]:
+        """What a report must say about model and view."""
+        config = self.dual.config
+        return {
+            "model": self.base.name,
+            "source": self.base.source.origin,
+            "family": self.base.family.name,
+            "dtype": str(self.dual.dtype).removeprefix("torch."),
+            "device": str(self.dual.device),
+            "attention": self.dual.base.config._attn_implementation,
+            "chat_template": bool(getattr(self.base.tokenizer, "chat_template", None)),
+            "context_length": self.base.context_length,
+            "view": "trained" if config.trained else "AR-initialised (not trained)",
+            "block_size": config.block_size,
+            "mask": "trained embedding" if config.mask_token_id is None else f"token id {config.mask_token_id}",
+            "view_parameters": self.dual.num_view_parameters(),
+            "base_fingerprint": config.base_fingerprint,
+        }
+
+
+class Conversation:
+    """Turns of a chat; a turn is added to `messages` only when its answer has been read to the end."""
+
+    def __init__(self, orthrus: Orthrus, system: str | None, decode: dict[str, Any]) -> None:
+        self._orthrus = orthrus
+        self._decode = decode
+        self._system = system
+        self.messages: list[Message] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all turns; the system prompt stays."""
+        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+
+    def send(self, text: str, **overrides: Any) -> GenerationResult:
+        """Say something and return the answer."""
+        turn = self.stream(text, **overrides)
+        for _ in turn:
+            pass
+        return turn.result
+
+    def stream(self, text: str, **overrides: Any) -> "Turn":
+        """Say something and watch the answer come; a cancelled answer is kept as far as it came."""
+        asked = [*self.messages, {"role": "user", "content": text}]
+        return Turn(self, asked, self._orthrus.stream(asked, **(self._decode | overrides)))
+
+
+class Turn(Iterator[Cycle]):
+    """One answer of a conversation, as it is decoded."""
+
+    def __init__(self, conversation: Conversation, asked: list[Message], tokens: TokenStream) -> None:
+        self._conversation = conversation
+        self._asked = asked
+        self._tokens = tokens
+
+    def __next__(self) -> Cycle:
+        cycle = next(self._tokens)
+        if cycle.finish_reason is not None:
+            answer = {"role": "assistant", "content": self._tokens.result.text}
+            self._conversation.messages = [*self._asked, answer]
+        return cycle
+
+    def cancel(self) -> None:
+        self._tokens.cancel()
+
+    @property
+    def result(self) -> GenerationResult:
+        return self._tokens.result
+
+
+def decode_config(
+    *,
+    max_new_tokens: int = 256,
+    strategy: Strategy = "chain",
+    block_size: int | None = None,
+    floor: bool = True,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    ignore_eos: bool = False,
+) -> DecodeConfig:
+    """The flat keywords of `generate` as a checked DecodeConfig.
+
+    Raises UserInputError for a value out of range; temperature 0 is greedy decoding.
+    """
+    return DecodeConfig(
+        max_new_tokens=max_new_tokens,
+        strategy=strategy,
+        block_size=block_size,
+        floor=floor,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        ignore_eos=ignore_eos,
+        sampling=SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
+    )

@@ -1,0 +1,73 @@
+"""Typed settings: one frozen dataclass per component; every value is checked where it is made."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from orthrus.errors import UserInputError
+
+Strategy = Literal["ar", "chain"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How a token is drawn from a row of logits; temperature 0 is greedy and ignores the filters.
+
+    The filters apply in the order temperature, top-k, top-p, min-p, as in transformers.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise UserInputError(f"temperature must be 0 (greedy) or a positive number, not {self.temperature}.")
+        if self.top_k is not None and self.top_k < 0:
+            raise UserInputError(f"top_k must be a positive number, or 0 to switch it off, not {self.top_k}.")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise UserInputError(f"top_p must lie in (0, 1], not {self.top_p}.")
+        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
+            raise UserInputError(f"min_p must lie in [0, 1], not {self.min_p}.")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UserInputError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed}.")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig:
+    """One request: how much to generate, with which strategy, and when to stop.
+
+    `block_size` None means the size that the view was trained with. `floor` lets the draft pass of
+    `chain` carry the anchor as an AR row too, so that every pass commits at least one token;
+    False gives the cycle of the paper (arXiv 2605.12825, section 3).
+    """
+
+    max_new_tokens: int = 256
+    strategy: Strategy = "chain"
+    block_size: int | None = None
+    floor: bool = True
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    prefill_chunk: int = 512
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserInputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
+        if self.strategy not in STRATEGIES:
+            raise UserInputError(f"strategy must be one of {', '.join(STRATEGIES)}, not {self.strategy!r}.")
+        if self.block_size is not None and self.block_size < 2:
+            raise UserInputError(
+                f"block_size must be at least 2 (an anchor and one mask), not {self.block_size}; "
+                "for plain decoding choose strategy='ar'."
+            )
+        if self.prefill_chunk < 1:
+            raise UserInputError(f"prefill_chunk must be at least 1, not {self.prefill_chunk}.")
+        if any(not text for text in self.stop):
+            raise UserInputError("a stop string must not be empty.")

@@ -1,0 +1,48 @@
+"""From logits to a token. One filter serves both views, always in fp32."""
+
+import torch
+from torch import Tensor
+
+from orthrus.config import SamplingParams
+
+
+def filtered_probs(logits_RV: Tensor, params: SamplingParams) -> Tensor:
+    """Probabilities after temperature, top-k, top-p and min-p, in that order (as in transformers).
+
+    Shapes: logits_RV any float dtype -> probs_RV float32, rows summing to 1. Both views must pass
+    through this one function, or the accept ratio compares different laws. Greedy has no
+    probabilities: call `greedy_tokens` instead.
+    """
+    assert not params.greedy, "greedy decoding never meets a probability"
+    logits_RV = logits_RV.float() / params.temperature
+    vocab_size = logits_RV.shape[-1]
+    if params.top_k and params.top_k < vocab_size:
+        kth_R1 = logits_RV.topk(params.top_k, dim=-1).values[..., -1:]
+        logits_RV = logits_RV.masked_fill(logits_RV < kth_R1, -torch.inf)
+    if params.top_p is not None and params.top_p < 1.0:
+        sorted_RV, order_RV = logits_RV.sort(dim=-1)
+        # Drop the tail whose mass is at most 1 - top_p; the most probable token always stays.
+        drop_RV = sorted_RV.softmax(-1).cumsum(-1) <= 1.0 - params.top_p
+        drop_RV[..., -1] = False
+        logits_RV = logits_RV.masked_fill(drop_RV.scatter(-1, order_RV, drop_RV), -torch.inf)
+    probs_RV = logits_RV.softmax(-1)
+    if params.min_p:
+        floor_R1 = params.min_p * probs_RV.amax(-1, keepdim=True)
+        probs_RV = logits_RV.masked_fill(probs_RV < floor_R1, -torch.inf).softmax(-1)
+    return probs_RV
+
+
+def greedy_tokens(logits_RV: Tensor) -> Tensor:
+    """The most probable token of each row; logits_RV -> token_ids_R. Ties go to the lowest id."""
+    return logits_RV.argmax(-1)
+
+
+def draw(probs_RV: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One token per row by the exponential race; probs_RV float32 -> token_ids_R.
+
+    argmax(p / e) with e ~ Exp(1) has law p and needs no host synchronisation, unlike multinomial.
+    Rows need not be normalised.
+    """
+    race_RV = torch.empty_like(probs_RV).exponential_(generator=generator)
+    # exponential_ may return 0 in fp32, and 0 / 0 would poison the argmax.
+    return (probs_RV / race_RV.clamp_min(torch.finfo(torch.float32).tiny)).argmax(-1)

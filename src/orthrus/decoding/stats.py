@@ -1,0 +1,25 @@
+"""Cycle records into the counters of a request."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from orthrus.types import Cycle, DecodeStats
+
+
+def summarise(num_prompt_tokens: int, cycles: Sequence[Cycle]) -> DecodeStats:
+    """Add up a request's records; the first is the prefill's. docs/metrics.md has the definitions."""
+    prefill = [c for c in cycles if c.kind == "prefill"]
+    decode = [c for c in cycles if c.kind != "prefill"]
+    histogram = Counter(c.num_accepted for c in decode if c.num_drafted)
+    return DecodeStats(
+        num_prompt_tokens=num_prompt_tokens,
+        num_tokens=sum(len(c.token_ids) for c in cycles),
+        num_passes=sum(c.num_passes for c in cycles),
+        num_prefill_passes=sum(c.num_passes for c in prefill),
+        num_cycles=len(decode),
+        num_drafted=sum(c.num_drafted for c in decode),
+        num_accepted=sum(c.num_accepted for c in decode),
+        accepted_histogram=tuple(histogram[n] for n in range(max(histogram) + 1)) if histogram else (),
+        ttft_ms=sum(c.elapsed_ms for c in prefill),
+        decode_ms=sum(c.elapsed_ms for c in decode),
+    )

@@ -1,0 +1,52 @@
+"""When to stop inside a block of several tokens: end-of-sequence ids, stop strings, the token limit."""
+
+from dataclasses import dataclass
+
+from orthrus.types import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class StopRules:
+    """`max_new_tokens` counts the end-of-sequence token."""
+
+    eos_token_ids: frozenset[int]
+    max_new_tokens: int
+
+    def finish_reason(self, token_id: int, num_tokens: int) -> FinishReason | None:
+        """Why decoding ends with this token, the `num_tokens`-th new one; None if it goes on."""
+        if token_id in self.eos_token_ids:
+            return "stop"
+        return "length" if num_tokens >= self.max_new_tokens else None
+
+
+class StopStrings:
+    """Watches the text as it grows and holds back what may yet become a stop string.
+
+    A stop string may begin in one token and end some blocks later; nothing that could be its beginning
+    is released before it is known not to be.
+    """
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = stop
+        self._held = ""
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """Take new text; return (what may be shown now, whether a stop string is complete)."""
+        text = self._held + piece
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """The text held back, once nothing more will come."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

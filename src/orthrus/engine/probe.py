@@ -1,0 +1,139 @@
+"""What benchmarks and audits look at: the stock model's own decoding, timed, and the caches of requests."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from orthrus.model.dual_view import DualView
+from orthrus.model.passes import Pass
+from orthrus.model.slot_cache import SlotCache
+
+
+@dataclass(frozen=True, slots=True)
+class StockRun:
+    """`token_ids`: new tokens, the end-of-sequence token included. Times in ms, as in DecodeStats."""
+
+    token_ids: tuple[int, ...]
+    ttft_ms: float
+    decode_ms: float
+
+
+def stock_generate(
+    model: PreTrainedModel,
+    prompt_ids: list[int],
+    *,
+    max_new_tokens: int,
+    eos_token_ids: frozenset[int],
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> StockRun:
+    """Decode with the model's own `generate`, its default cache, and no sampling filter but the temperature.
+
+    Give it the model of `Orthrus.stock()`: with twins inside it would not be the stock model.
+    """
+    ids_1T = torch.tensor([prompt_ids], device=model.device)
+    clock = _FirstToken(ids_1T.device)
+    config = _config(max_new_tokens, eos_token_ids, temperature)
+    with _own_generation_config(model, config), _seeded(seed, ids_1T.device):
+        synchronize(ids_1T.device)
+        start = perf_counter()
+        # Typed loosely: what `generate` returns depends on its settings.
+        generate: Any = model.generate
+        new_ids = generate(
+            ids_1T, attention_mask=torch.ones_like(ids_1T), stopping_criteria=StoppingCriteriaList([clock])
+        )[0, len(prompt_ids) :].tolist()
+        end = perf_counter()
+    return StockRun(tuple(new_ids), (clock.at - start) * 1e3, (end - clock.at) * 1e3)
+
+
+@contextmanager
+def watch_caches(dual: DualView) -> Iterator[list[SlotCache]]:
+    """Every slot cache that requests make while the context lasts, in order."""
+    made: list[SlotCache] = []
+    new_cache = dual.new_cache
+
+    def watched(num_slots: int, batch_size: int = 1) -> SlotCache:
+        made.append(new_cache(num_slots, batch_size))
+        return made[-1]
+
+    with _shadowed(dual, "new_cache", watched):
+        yield made
+
+
+@contextmanager
+def watch_passes(dual: DualView, on_pass: Callable[[Pass, SlotCache, Tensor], None]) -> Iterator[None]:
+    """Call `on_pass(pass, cache, logits_BRV)` after every pass that runs while the context lasts."""
+    run = dual.run
+
+    def watched(p: Pass, cache: SlotCache) -> Tensor:
+        logits_BRV = run(p, cache)
+        on_pass(p, cache, logits_BRV)
+        return logits_BRV
+
+    with _shadowed(dual, "run", watched):
+        yield
+
+
+@contextmanager
+def _shadowed(dual: DualView, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """An attribute of the instance hides the method of its class."""
+    setattr(dual, name, method)
+    try:
+        yield
+    finally:
+        delattr(dual, name)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was asked for: a clock read before that lies."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class _FirstToken(StoppingCriteria):
+    """Never stops anything; notes when the first token was there. A streamer would copy every token."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._go_on_1 = torch.zeros(1, dtype=torch.bool, device=device)
+        self.at = 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        if not self.at:
+            synchronize(self._go_on_1.device)
+            self.at = perf_counter()
+        return self._go_on_1
+
+
+def _config(max_new_tokens: int, eos_token_ids: frozenset[int], temperature: float) -> GenerationConfig:
+    eos = sorted(eos_token_ids)
+    law: dict[str, Any] = {"do_sample": False}
+    if temperature > 0.0:
+        law = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=eos or None, pad_token_id=eos[0] if eos else 0, **law
+    )
+
+
+@contextmanager
+def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """`generate` fills gaps from the checkpoint's settings (penalties, filters), which we do not apply."""
+    before, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

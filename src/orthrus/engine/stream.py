@@ -1,0 +1,212 @@
+"""One request from prompt to last token: prefill, cycles, stopping; yields a record per cycle."""
+
+from collections.abc import Callable, Generator, Iterator
+from time import perf_counter
+
+import torch
+
+from orthrus.config import DecodeConfig
+from orthrus.decoding.stats import summarise
+from orthrus.decoding.stopping import StopRules, StopStrings
+from orthrus.engine.cycles import ar_cycle, chain_cycle, prefill_chunk
+from orthrus.engine.detokenize import Decoder, Detokenizer
+from orthrus.engine.state import DecodeState, Step
+from orthrus.errors import UserInputError
+from orthrus.model.dual_view import DualView
+from orthrus.types import Cycle, FinishReason, GenerationResult
+
+
+class TokenStream(Iterator[Cycle]):
+    """Iterate to decode; each item is what one cycle committed. `result` sums them up.
+
+    `should_stop`, if given, sees all new token ids after every single token and may end the stream there.
+
+    Raises UserInputError at construction for an empty prompt, a prompt as long as the context, or a
+    block larger than the view was trained for.
+    """
+
+    def __init__(
+        self,
+        dual: DualView,
+        prompt_ids: list[int],
+        config: DecodeConfig,
+        *,
+        eos_token_ids: frozenset[int],
+        context_length: int,
+        tokenizer: Decoder | None = None,
+        should_stop: Callable[[list[int]], bool] | None = None,
+    ) -> None:
+        check_prompt(prompt_ids, context_length)
+        self._prompt_ids = prompt_ids
+        self._config = config
+        self._context_length = context_length
+        self._dual = dual
+        self._rules = StopRules(
+            eos_token_ids=frozenset() if config.ignore_eos else eos_token_ids,
+            max_new_tokens=min(config.max_new_tokens, context_length - len(prompt_ids)),
+        )
+        self._block_size = check_block_size(dual, config.block_size)
+        self._text = _Text(tokenizer, config.stop)
+        self._should_stop = should_stop
+        self._cycles: list[Cycle] = []
+        self._token_ids: list[int] = []
+        self._cancelled = False
+        self._records: Generator[Cycle, None, None] = self._run()
+
+    def __next__(self) -> Cycle:
+        return next(self._records)
+
+    def close(self) -> None:
+        """Stop at once and free the cache; nothing more will come."""
+        self._records.close()
+
+    def cancel(self) -> None:
+        """Stop after the cycle in flight; the stream ends with finish_reason 'cancelled'."""
+        self._cancelled = True
+
+    def drain(self) -> GenerationResult:
+        """Run to the end and return the result."""
+        for _ in self:
+            pass
+        return self.result
+
+    @property
+    def result(self) -> GenerationResult:
+        """The whole answer so far; complete once the stream has ended, 'cancelled' before."""
+        last = self._cycles[-1].finish_reason if self._cycles else None
+        return GenerationResult(
+            text="".join(c.text for c in self._cycles),
+            token_ids=tuple(self._token_ids),
+            finish_reason=last or "cancelled",
+            stats=summarise(len(self._prompt_ids), self._cycles),
+            cycles=tuple(self._cycles),
+        )
+
+    def _run(self) -> Generator[Cycle, None, None]:
+        clock = perf_counter()
+        state = self._new_state()
+        for step in self._steps(state):
+            kept, text, finish = self._take(step.token_ids)
+            if finish is None and self._cancelled:
+                finish = "cancelled"
+                text += self._text.flush()
+            now = perf_counter()
+            cycle = _record(len(self._cycles), step, kept, text, (now - clock) * 1e3, finish)
+            clock = now
+            self._cycles.append(cycle)
+            yield cycle
+            if finish is not None:
+                return
+
+    def _take(self, token_ids: list[int]) -> tuple[int, str, FinishReason | None]:
+        """How many of a cycle's tokens stand, the text they release, and why the stream ends (if it does)."""
+        shown = ""
+        for i, token_id in enumerate(token_ids):
+            self._token_ids.append(token_id)
+            piece, complete = self._text.push(token_id)
+            shown += piece
+            finish = "stop" if complete else self._rules.finish_reason(token_id, len(self._token_ids))
+            if finish is None and self._should_stop is not None and self._should_stop(self._token_ids):
+                finish = "stop"
+            if finish is not None:
+                return i + 1, shown if complete else shown + self._text.flush(), finish
+        return len(token_ids), shown, None
+
+    def _steps(self, state: DecodeState) -> Iterator[Step]:
+        """The passes themselves: one item per cycle, without an end of its own."""
+        size, num_passes = self._config.prefill_chunk, 0
+        for start in range(0, len(self._prompt_ids), size):
+            last = start + size >= len(self._prompt_ids)
+            step = prefill_chunk(state, self._prompt_ids[start : start + size], last=last)
+            num_passes += 1
+            if self._cancelled and not last:
+                break
+        yield step._replace(num_passes=num_passes)
+        while True:
+            room = self._rules.max_new_tokens - len(self._token_ids)
+            yield chain_cycle(state, room) if self._config.strategy == "chain" else ar_cycle(state)
+
+    def _new_state(self) -> DecodeState:
+        dual, config = self._dual, self._config
+        generator = torch.Generator(device=dual.device)
+        if config.sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(config.sampling.seed)
+        head_room = self._block_size if config.strategy == "chain" else 0
+        num_slots = len(self._prompt_ids) + self._rules.max_new_tokens + head_room
+        with torch.inference_mode():
+            cache = dual.new_cache(num_slots)
+        return DecodeState(
+            dual=dual,
+            cache=cache,
+            sampling=config.sampling,
+            generator=generator,
+            block_size=self._block_size,
+            floor=config.floor,
+            context_length=self._context_length,
+            anchor_11=torch.zeros((1, 1), dtype=torch.long, device=dual.device),
+        )
+
+
+class _Text:
+    """Detokenising and stop strings, token by token, so that a stop string cuts the ids too."""
+
+    def __init__(self, tokenizer: Decoder | None, stop: tuple[str, ...]) -> None:
+        if tokenizer is None and stop:
+            raise UserInputError("stop strings need a tokenizer; pass tokenizer=... or drop them.")
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._stop = StopStrings(stop)
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        """The text that may be shown now, and whether a stop string is complete."""
+        if self._detokenizer is None:
+            return "", False
+        return self._stop.push(self._detokenizer.push(token_id))
+
+    def flush(self) -> str:
+        if self._detokenizer is None:
+            return ""
+        piece, stopped = self._stop.push(self._detokenizer.flush())
+        return piece if stopped else piece + self._stop.flush()
+
+
+def _record(
+    index: int, step: Step, kept: int, text: str, elapsed_ms: float, finish: FinishReason | None
+) -> Cycle:
+    is_draft = tuple(step.is_draft[:kept])
+    return Cycle(
+        index=index,
+        kind=step.kind,
+        text=text,
+        token_ids=tuple(step.token_ids[:kept]),
+        is_draft=is_draft,
+        num_drafted=step.num_drafted,
+        num_accepted=sum(is_draft),
+        num_passes=step.num_passes,
+        elapsed_ms=elapsed_ms,
+        finish_reason=finish,
+    )
+
+
+def check_prompt(prompt_ids: list[int], context_length: int) -> None:
+    """UserInputError unless there is a prompt and room behind it."""
+    if not prompt_ids:
+        raise UserInputError("the prompt is empty; give at least one token.")
+    if len(prompt_ids) >= context_length:
+        raise UserInputError(
+            f"the prompt has {len(prompt_ids)} tokens, but the model's context holds {context_length}; shorten it."
+        )
+
+
+def check_block_size(dual: DualView, block_size: int | None) -> int:
+    """The block size asked for, or the view's own; UserInputError when larger than it was trained for."""
+    trained = dual.config.block_size
+    if block_size is None:
+        return trained
+    if block_size > trained:
+        raise UserInputError(
+            f"block_size {block_size} is larger than the {trained} this view was trained with; "
+            f"choose 2 to {trained}, or train a view with larger blocks."
+        )
+    return block_size

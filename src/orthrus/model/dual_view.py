@@ -1,0 +1,130 @@
+"""The frozen base with its second view: runs passes through the stock transformers forward."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from orthrus.base.families import Family, layer_windows
+from orthrus.errors import CheckpointError
+from orthrus.model.passes import MASK_EMBEDDING, Pass
+from orthrus.model.slot_cache import SlotCache
+from orthrus.model.twin import inject, stock, twins
+from orthrus.model.view_config import ViewConfig
+
+
+class DualView(nn.Module):
+    """Twins injected into a stock model, and the one call that everything else is made of: `run`.
+
+    base: the stock model, whose attention projections become twins. The mask embedding (C,) exists only
+    for views without a mask token id. Raises CheckpointError when `config` names a mask token or layers
+    that this base does not have.
+    """
+
+    def __init__(self, base: PreTrainedModel, family: Family, config: ViewConfig) -> None:
+        super().__init__()
+        num_embeddings = base.get_input_embeddings().weight.shape[0]
+        if config.mask_token_id is not None and not 0 <= config.mask_token_id < num_embeddings:
+            raise CheckpointError(
+                f"the view's mask token id {config.mask_token_id} is none of this base's {num_embeddings} embeddings; "
+                "load it with the base that it was trained on."
+            )
+        self.base = base
+        self.family = family
+        self.config = config
+        self.split = inject(base, family, config.layers)
+        self.mask_embedding: nn.Parameter | None = None
+        if config.mask_token_id is None:
+            self.mask_embedding = nn.Parameter(_initial_mask_embedding(base))
+        self._windows = sorted({w for w in layer_windows(base.config) if w is not None})
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def mask_token_id(self) -> int:
+        """What mask rows carry in a pass: the mask token's id, or the stand-in for the trained embedding."""
+        return MASK_EMBEDDING if self.config.mask_token_id is None else self.config.mask_token_id
+
+    def new_cache(self, num_slots: int, batch_size: int = 1) -> SlotCache:
+        """An empty slot cache that fits this model; `num_slots` counts history and head-room."""
+        return SlotCache(
+            self.base.config, num_slots, batch_size=batch_size, dtype=self.dtype, device=self.device
+        )
+
+    def run(self, p: Pass, cache: SlotCache) -> Tensor:
+        """One pass over rows; returns logits_BRV for the rows `p.logit_rows_R`."""
+        if p.visible_BTS.device.type == "cpu":
+            p.check(cache.lengths)
+        cache.begin(p)
+        with self.split.at(p.num_ar_rows):
+            logits_BRV: Tensor = self.base(
+                inputs_embeds=self.embed(p.token_ids_BT),
+                attention_mask=self._masks(p, cache),
+                position_ids=p.position_ids_BT,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=p.logit_rows_R,
+            ).logits
+        return logits_BRV
+
+    def embed(self, token_ids_BT: Tensor) -> Tensor:
+        """Token embeddings (B, T, C), the mask embedding where a row asks for it."""
+        embed_tokens = self.base.get_input_embeddings()
+        if self.mask_embedding is None:
+            return embed_tokens(token_ids_BT)  # type: ignore[no-any-return]
+        embeds_BTC = embed_tokens(token_ids_BT.clamp_min(0))
+        return torch.where((token_ids_BT < 0)[..., None], self.mask_embedding.to(embeds_BTC.dtype), embeds_BTC)
+
+    def _masks(self, p: Pass, cache: SlotCache) -> Tensor | dict[str, Tensor]:
+        """`visible` in the form that this family's stock forward takes, windows included."""
+        full = self._mask(p.visible_BTS)
+        if not self._windows:
+            return {"full_attention": full} if self.family.mask_kind == "by_layer_type" else full
+        (window,) = self._windows
+        # A row sees at most `window` positions, itself included, counted back; block rows ahead stay visible.
+        distance_BTS = p.position_ids_BT[:, :, None] - cache.positions_BS[:, None, : p.num_slots]
+        windowed = self._mask(p.visible_BTS & (distance_BTS < window))
+        if self.family.mask_kind == "by_layer_type":
+            return {"full_attention": full, "sliding_attention": windowed}
+        return windowed
+
+    def _mask(self, visible_BTS: Tensor) -> Tensor:
+        """(B, 1, T, S): bool for sdpa, additive for eager and flex attention."""
+        if self.base.config._attn_implementation == "sdpa":
+            return visible_BTS[:, None]
+        mask = torch.zeros(visible_BTS.shape, dtype=self.dtype, device=visible_BTS.device)
+        return mask.masked_fill(~visible_BTS, torch.finfo(self.dtype).min)[:, None]
+
+    @contextmanager
+    def stock(self) -> Iterator[PreTrainedModel]:
+        """The untouched base model, twins taken out, for as long as the context lasts."""
+        with stock(self.base):
+            yield self.base
+
+    def view_parameters(self) -> dict[str, nn.Parameter]:
+        """What training may change: the diffusion sides of the twins and the mask embedding, by name."""
+        found = {
+            f"{path}.diffusion.{name}": parameter
+            for path, twin in twins(self.base).items()
+            for name, parameter in twin.diffusion.named_parameters()
+        }
+        return found | ({} if self.mask_embedding is None else {"mask_embedding": self.mask_embedding})
+
+    def num_view_parameters(self) -> int:
+        return sum(p.numel() for p in self.view_parameters().values())
+
+
+def _initial_mask_embedding(base: PreTrainedModel) -> Tensor:
+    """The mean token embedding (C,): neutral, and on the scale that the first layer expects."""
+    embed_tokens = base.get_input_embeddings()
+    weight_VC = embed_tokens.weight.detach()
+    scale = getattr(embed_tokens, "scalar_embed_scale", 1.0)
+    return (weight_VC.float().mean(0) * scale).to(weight_VC.dtype)

@@ -1,0 +1,104 @@
+"""From the names a user gives to a base with its view on it."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from orthrus.base import hub
+from orthrus.base.loading import Base, load_base
+from orthrus.base.resolve import resolve
+from orthrus.base.storage import Progress
+from orthrus.errors import CheckpointError, OrthrusWarning, UserInputError
+from orthrus.model.checkpoint import CONFIG_FILE, fresh_view, load_view, read_json
+from orthrus.model.dual_view import DualView
+from orthrus.model.merged import folder_kind, load_released
+from orthrus.model.view_config import ViewConfig
+
+DEFAULT_VIEW = "default"
+FRESH_VIEW = "fresh"
+
+
+def load_dual(
+    model: str = "default",
+    view: str = DEFAULT_VIEW,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    attn_implementation: str | None = None,
+    on_progress: Progress | None = None,
+) -> tuple[Base, DualView]:
+    """Load `model` and put `view` on it.
+
+    model: "default", a hub id, a GGUF file, or a folder that holds a stock base, a view (its base is loaded
+    too), a merged checkpoint, or one of the released Orthrus-Qwen3 layout. view: "default" is the checkpoint's
+    own, else the one shipped for the base, else a fresh one with a warning; "fresh" an AR-initialised one.
+    """
+    folder = _local_folder(model, revision, on_progress)
+    kind = "base" if folder is None else folder_kind(folder)
+    if folder is not None and kind == "view":
+        if view != DEFAULT_VIEW:
+            raise UserInputError(f"{model} is a view already; name its base as the model, or leave out the view.")
+        model, view = ViewConfig.from_dict(read_json(folder / CONFIG_FILE)).base_name, str(folder)
+        folder, kind, revision = None, "base", None
+    # By the name it was asked for, not by the folder: a view remembers its base by that name.
+    base = load_base(
+        model,
+        revision=revision,
+        config=_nested_config(folder) if folder is not None and kind == "merged" else None,
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        on_progress=on_progress,
+    )
+    if view == FRESH_VIEW:
+        return base, fresh_view(base)
+    if view != DEFAULT_VIEW:
+        return base, load_view(base, _view_folder(view, on_progress))
+    if folder is not None and kind == "released":
+        return base, load_released(base, folder)
+    if folder is not None and kind == "merged":
+        return base, load_view(base, folder)
+    return base, _shipped_view(base)
+
+
+def _local_folder(model: str, revision: str | None, on_progress: Progress | None) -> Path | None:
+    """The folder behind a path or hub id, downloaded if need be; None for the default and GGUF files."""
+    path = Path(model).expanduser()
+    if (path / CONFIG_FILE).is_file():
+        return path
+    source = resolve(model, revision)
+    if source.kind == "hub":
+        return hub.fetch(source.origin, source.revision, progress=on_progress)
+    return source.path if source.kind == "folder" else None
+
+
+def _nested_config(folder: Path) -> PreTrainedConfig:
+    """The base's own config inside a merged folder's."""
+    fields = read_json(folder / "config.json")["base_config"]
+    config: PreTrainedConfig = AutoConfig.for_model(**fields)
+    return config
+
+
+def _view_folder(view: str, on_progress: Progress | None) -> Path:
+    path = Path(view).expanduser()
+    if path.is_dir():
+        return path
+    source = resolve(view)
+    if source.kind != "hub":
+        raise CheckpointError(f"{view} is no view folder; name a folder that holds {CONFIG_FILE}, or a hub id.")
+    return hub.fetch(source.origin, source.revision, progress=on_progress)
+
+
+def _shipped_view(base: Base) -> DualView:
+    """The view that comes with Orthrus for this base; a fresh one, and a word about it, where none does."""
+    if base.source.kind != "default":
+        warnings.warn(
+            f"there is no trained view for {base.name}: a fresh one is used, which is lossless but hardly drafts; "
+            "give one with view=... (--view) or train it.",
+            OrthrusWarning,
+            stacklevel=3,
+        )
+    return fresh_view(base)

@@ -1,0 +1,161 @@
+"""Base and view in one folder: ours for any family, and the layout of the released Orthrus-Qwen3 models.
+
+Ours: config.json of type `orthrus` around the base's own config, the base's files as its family writes
+them, and the view folder's files beside them. Released: architecture `OrthrusLM` on a stock Qwen3 config
+with `block_size` and `mask_token_id`, all tensors in one set, twins named `*_diff`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig
+
+from orthrus.base.fingerprint import fingerprint
+from orthrus.base.loading import Base
+from orthrus.base.outputs import atomic_folder
+from orthrus.errors import CheckpointError, CorruptFileError
+from orthrus.model.card import view_card
+from orthrus.model.checkpoint import (
+    ARCHITECTURE,
+    CONFIG_FILE,
+    MODEL_TYPE,
+    WEIGHTS_FILE,
+    assign_view,
+    read_json,
+    read_view_tensors,
+    view_tensors,
+    write_json,
+)
+from orthrus.model.dual_view import DualView
+from orthrus.model.view_config import ViewConfig
+
+RELEASED_ARCHITECTURE = "OrthrusLM"
+INDEX_FILE = "model.safetensors.index.json"
+
+FolderKind = Literal["base", "view", "merged", "released"]
+MergedLayout = Literal["merged", "released"]
+
+
+def folder_kind(folder: Path) -> FolderKind:
+    """What a local folder holds. Released checkpoints call themselves `qwen3`: the architecture tells."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if RELEASED_ARCHITECTURE in (config.get("architectures") or ()):
+        return "released"
+    if config.get("model_type") == MODEL_TYPE and "base_config" in config:
+        return "merged"
+    return "view" if (folder / CONFIG_FILE).is_file() else "base"
+
+
+def released_view_config(config: PreTrainedConfig, base_name: str, base_fingerprint: str = "") -> ViewConfig:
+    """View settings of a released checkpoint; CheckpointError when its config lacks them."""
+    missing = [key for key in ("block_size", "mask_token_id") if getattr(config, key, None) is None]
+    if missing:
+        raise CheckpointError(
+            f"{base_name} is an {RELEASED_ARCHITECTURE} checkpoint whose config.json lacks {' and '.join(missing)}; "
+            "download its config.json again."
+        )
+    return ViewConfig(
+        block_size=int(config.block_size),
+        mask_token_id=int(config.mask_token_id),
+        base_name=base_name,
+        base_fingerprint=base_fingerprint,
+        trained=True,
+        provenance={"layout": RELEASED_ARCHITECTURE},
+    )
+
+
+def load_released(base: Base, folder: Path) -> DualView:
+    """The view of a released checkpoint, whose base part is already loaded as `base`."""
+    config = released_view_config(base.model.config, base.reference, fingerprint(base.model))
+    dual = DualView(base.model, base.family, config)
+    assign_view(dual, read_view_tensors(weight_files(folder)), where=str(folder))
+    return dual
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, sharded or not."""
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CorruptFileError(f"{index} has no weight_map; download it again.")
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def save_merged(dual: DualView, base: Base | None, folder: Path | str, layout: MergedLayout = "merged") -> None:
+    """Write base and view into one new folder, with the tokenizer if a `base` brings one.
+
+    Raises CheckpointError when the released layout cannot hold them.
+    """
+    if layout == "released":
+        _check_released(dual)
+    with atomic_folder(Path(folder)) as temporary:
+        with dual.stock() as stock:
+            stock.save_pretrained(temporary)
+        if base is not None and base.tokenizer is not None:
+            base.tokenizer.save_pretrained(temporary)
+        config = read_json(temporary / "config.json")
+        if layout == "merged":
+            write_json(temporary / "config.json", orthrus_config(config))
+            write_json(temporary / CONFIG_FILE, dual.config.to_dict())
+            save_file(view_tensors(dual), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        else:
+            extra = {
+                "architectures": [RELEASED_ARCHITECTURE],
+                "block_size": dual.config.block_size,
+                "mask_token_id": dual.config.mask_token_id,
+            }
+            write_json(temporary / "config.json", config | extra)
+            _add_shard(temporary, dual)
+        (temporary / "README.md").write_text(view_card(dual), encoding="utf-8")
+
+
+def orthrus_config(base_config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a merged folder: our type around the base's own config."""
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": [ARCHITECTURE],
+        "base_config": base_config,
+        "vocab_size": base_config.get("vocab_size"),
+        "dtype": base_config.get("dtype"),
+    }
+
+
+def _check_released(dual: DualView) -> None:
+    config = dual.config
+    problem = None
+    if dual.family.name != "Qwen3":
+        problem = f"it is for Qwen3 only, and this is {dual.family.name}"
+    elif config.mask_token_id is None:
+        problem = "it has no place for a trained mask embedding"
+    elif config.layers is not None:
+        problem = "it wants twins in every layer"
+    if problem:
+        raise CheckpointError(f"the released layout cannot hold this view: {problem}; write a merged folder instead.")
+
+
+def _add_shard(folder: Path, dual: DualView) -> None:
+    """Put the view's tensors beside the base's as one more shard, and index them all."""
+    tensors = view_tensors(dual)
+    files = weight_files(folder)
+    num_shards = len(files) + 1
+    weight_map: dict[str, str] = {}
+    for i, file in enumerate(files):
+        name = f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
+        weight_map |= dict.fromkeys(_tensor_names(file), name)
+        file.rename(folder / name)
+    last = f"model-{num_shards:05d}-of-{num_shards:05d}.safetensors"
+    save_file(tensors, folder / last, metadata={"format": "pt"})
+    weight_map |= dict.fromkeys(tensors, last)
+    total = sum(f.stat().st_size for f in folder.glob("model-*"))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _tensor_names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as f:
+        return list(f.keys())

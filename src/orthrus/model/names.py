@@ -1,0 +1,37 @@
+"""The one table between our twins and the tensor names of checkpoints; its inverse is derived.
+
+The released Orthrus-Qwen3 layout keeps the base's own names and puts each diffusion tensor beside its AR
+twin, with `_diff` behind the module's name. Our merged folders and view files use the same names.
+"""
+
+from collections.abc import Mapping
+
+TWIN_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "q_norm", "k_norm")
+
+TO_FILE: Mapping[str, str] = {f"{module}.diffusion": f"{module}_diff" for module in TWIN_MODULES}
+FROM_FILE: Mapping[str, str] = {file: ours for ours, file in TO_FILE.items()}
+
+MASK_EMBEDDING_NAME = "mask_embedding"
+
+
+def to_file(name: str) -> str:
+    """`layers.0.self_attn.q_proj.diffusion.weight` -> `layers.0.self_attn.q_proj_diff.weight`."""
+    return _rename(name, TO_FILE)
+
+
+def from_file(name: str) -> str:
+    """The inverse of `to_file`; names that do not belong to a view come back as they are."""
+    return _rename(name, FROM_FILE)
+
+
+def is_view_tensor(name: str) -> bool:
+    """Whether a tensor of a checkpoint file belongs to the view; the rest is the base's."""
+    return name == MASK_EMBEDDING_NAME or from_file(name) != name
+
+
+def _rename(name: str, table: Mapping[str, str]) -> str:
+    for old, new in table.items():
+        head, found, tail = name.partition(f".{old}.")
+        if found:
+            return f"{head}.{new}.{tail}"
+    return name

@@ -1,0 +1,50 @@
+"""What a view is: the settings that travel with its weights."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from orthrus.errors import CheckpointError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewConfig:
+    """Settings of a diffusion view.
+
+    block_size: K that it was trained with (the largest that may be asked for). mask_token_id: id of a frozen
+    embedding row used as mask, or None for a trained mask embedding. layers: indices with twins, None for all.
+    base_name, base_fingerprint: the base it belongs to. trained: False for a fresh copy of the AR twins.
+    provenance: how it was made (recipe, data, versions, commit), free-form JSON.
+    """
+
+    block_size: int
+    mask_token_id: int | None = None
+    layers: tuple[int, ...] | None = None
+    base_name: str = ""
+    base_fingerprint: str = ""
+    trained: bool = False
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.block_size < 2:
+            raise CheckpointError(f"a view needs a block size of at least 2, not {self.block_size}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "ViewConfig":
+        """Read `view_config.json`; CheckpointError on a newer format, unknown or missing fields."""
+        fields = dict(raw)
+        version = fields.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"the view has format version {version}, this release reads {FORMAT_VERSION}; upgrade orthrus."
+            )
+        if fields.get("layers") is not None:
+            fields["layers"] = tuple(fields["layers"])
+        try:
+            return cls(**fields)
+        except TypeError as e:
+            raise CheckpointError(f"view_config.json does not fit this release: {e}.") from e

@@ -1,0 +1,89 @@
+"""Values that travel between the layers. Shape legend of the whole package:
+
+B batch, T rows of a pass, R rows projected to logits, S slots of the cache, K block size,
+H heads, D head dimension, C hidden size, V vocabulary.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "cancelled"]
+CycleKind = Literal["prefill", "ar", "chain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """What one cycle committed; the one record that streams, results and benchmarks are made of.
+
+    `text` is what became printable with this cycle (whole characters only; it may lag behind
+    `token_ids`). `is_draft[i]` tells whether the diffusion view proposed `token_ids[i]`; all other
+    tokens are the AR view's own. `elapsed_ms` is the wall time since the record before.
+    """
+
+    index: int
+    kind: CycleKind
+    text: str
+    token_ids: tuple[int, ...]
+    is_draft: tuple[bool, ...]
+    num_drafted: int
+    num_accepted: int
+    num_passes: int
+    elapsed_ms: float
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStats:
+    """Counters of one request; docs/metrics.md defines every number."""
+
+    num_prompt_tokens: int
+    num_tokens: int
+    num_passes: int
+    num_prefill_passes: int
+    num_cycles: int
+    num_drafted: int
+    num_accepted: int
+    accepted_histogram: tuple[int, ...]
+    ttft_ms: float
+    decode_ms: float
+
+    @property
+    def tokens_per_cycle(self) -> float:
+        """Tokens committed by cycles / cycles, the AR view's own included (the prefill's token is not)."""
+        return (self.num_tokens - 1) / self.num_cycles if self.num_cycles else 0.0
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Committed tokens / all passes: prefill, draft and verify passes all count."""
+        return self.num_tokens / self.num_passes if self.num_passes else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted drafts / proposed drafts; 0 when nothing was drafted."""
+        return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens / (time to first token + decoding time)."""
+        total_ms = self.ttft_ms + self.decode_ms
+        return 1e3 * self.num_tokens / total_ms if total_ms else 0.0
+
+    @property
+    def tpot_ms(self) -> float:
+        """Decoding time / (tokens - 1), in ms: tokens of a cycle arrive together, so gaps mean little."""
+        return self.decode_ms / (self.num_tokens - 1) if self.num_tokens > 1 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        derived = ("tokens_per_cycle", "tokens_per_forward", "acceptance_rate", "tokens_per_second", "tpot_ms")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """The whole answer. `token_ids` holds new tokens only, the end-of-sequence token included."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: DecodeStats
+    cycles: tuple[Cycle, ...]
