@@ -1,0 +1,59 @@
+"""The table of commands. Nothing here or in a command's module imports torch: bodies do, when they run."""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from orthrus.cli import audit, bench, chat, convert, demo, env, generate
+from orthrus.cli.common import run_command, session
+
+app = typer.Typer(
+    name="orthrus",
+    help="Lossless parallel decoding: the model's own tokens, in fewer passes.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+COMMANDS = (
+    generate.generate,
+    chat.chat,
+    demo.demo,
+    bench.bench,
+    audit.audit,
+    convert.convert,
+    env.env,
+)
+for command in COMMANDS:
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"orthrus {version('orthrus')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show tracebacks and all warnings in full.")
+    ] = False,
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and leave.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    session.verbose = verbose
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and leave with its status: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C."""
+    raise SystemExit(run_command(typer.main.get_command(app), args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""`orthrus audit`: is every token the stock model's own?"""
+
+import typer
+
+from orthrus.cli import options
+from orthrus.cli.common import UNEXPECTED, check_decode, check_strategies, load_orthrus
+from orthrus.cli.progress import ProgressDisplay
+from orthrus.cli.report import show_report
+
+
+def audit(
+    model: options.Model = "default",
+    prompts: options.Prompts = None,
+    domain: options.Domain = None,
+    limit: options.Limit = None,
+    strategy: options.Strategies = None,
+    max_new_tokens: options.MaxNewTokens = 128,
+    block_size: options.BlockSize = None,
+    floor: options.Floor = True,
+    view: options.View = "default",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    format_: options.FormatOption = "table",
+    json: options.FormatJson = False,
+    output: options.OutputFile = None,
+) -> None:
+    """Compare greedy output with the stock model's, token by token, and explain each difference.
+
+    Exit status 1 means that the audit failed.
+    """
+    check_decode({"max_new_tokens": max_new_tokens, "block_size": block_size})
+    chosen_strategies = check_strategies(strategy)
+    from orthrus.audit import AuditOptions, run_audit
+    from orthrus.bench import load_prompts
+
+    chosen = load_prompts(prompts, tuple(domain or ()), limit)
+    orthrus = load_orthrus(model, view=view, dtype=dtype, device=device)
+    settings = AuditOptions(
+        prompts=chosen,
+        strategies=chosen_strategies,
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
+        floor=floor,
+    )
+    with ProgressDisplay(count=True) as on_progress:
+        report = run_audit(orthrus, settings, on_progress)
+    show_report(report, "json" if json else format_, output)
+    if not report.passed:
+        raise typer.Exit(UNEXPECTED)

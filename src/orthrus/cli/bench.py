@@ -1,0 +1,70 @@
+"""`orthrus bench`: the stock model against the strategies, on the same prompts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orthrus.cli import options
+from orthrus.cli.common import check_decode, check_strategies, load_orthrus
+from orthrus.cli.progress import ProgressDisplay
+from orthrus.cli.report import print_table, show_report
+
+
+def bench(
+    model: options.Model = "default",
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            help="Compare two results that --output wrote; no model is loaded.", metavar="A.json B.json"
+        ),
+    ] = None,
+    prompts: options.Prompts = None,
+    domain: options.Domain = None,
+    limit: options.Limit = None,
+    strategy: options.Strategies = None,
+    max_new_tokens: options.MaxNewTokens = 128,
+    block_size: options.BlockSize = None,
+    temperature: options.Temperature = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the first repeat, when sampling.")] = 0,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each prompt.", min=1)] = 3,
+    warmup: Annotated[int, typer.Option(help="Runs before the timed ones.", min=0)] = 1,
+    view: options.View = "default",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    format_: options.FormatOption = "table",
+    json: options.FormatJson = False,
+    output: options.OutputFile = None,
+) -> None:
+    """Measure time, passes and acceptance against the stock model."""
+    if compare is not None:
+        from orthrus.bench import compare_reports
+
+        print_table(compare_reports(*compare))
+        return
+    check_decode(
+        {
+            "max_new_tokens": max_new_tokens,
+            "block_size": block_size,
+            "temperature": temperature,
+            "seed": seed,
+        }
+    )
+    chosen_strategies = check_strategies(strategy)
+    from orthrus.bench import BenchOptions, load_prompts, run_bench
+
+    chosen = load_prompts(prompts, tuple(domain or ()), limit)
+    orthrus = load_orthrus(model, view=view, dtype=dtype, device=device)
+    settings = BenchOptions(
+        prompts=chosen,
+        strategies=chosen_strategies,
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
+        temperature=temperature,
+        seed=seed,
+        repeats=repeats,
+        warmup=warmup,
+    )
+    with ProgressDisplay(count=True) as on_progress:
+        report = run_bench(orthrus, settings, on_progress)
+    show_report(report, "json" if json else format_, output)

@@ -1,0 +1,205 @@
+"""`orthrus chat`: turns in a terminal, or one turn per line of a pipe."""
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orthrus.cli import options
+from orthrus.cli.chat_commands import ChatState, Leave, run_slash_command
+from orthrus.cli.common import cancel_on_interrupt, check_decode, load_orthrus, say_error
+from orthrus.cli.render import DraftMarker, footer, note, print_stream
+from orthrus.errors import OrthrusError, UserInputError
+
+if TYPE_CHECKING:
+    from orthrus.api import Orthrus
+    from orthrus.types import GenerationResult
+
+QUOTES = '"""'
+
+
+def chat(
+    model: options.Model = "default",
+    view: options.View = "default",
+    max_new_tokens: options.MaxNewTokens = 512,
+    strategy: options.DecodeStrategy = "chain",
+    block_size: options.BlockSize = None,
+    floor: options.Floor = True,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    system: options.System = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    revision: options.Revision = None,
+    attn: options.Attention = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Answer with plain decoding too, and show both times.")
+    ] = False,
+    color: options.Color = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Talk with a model; it remembers the turns.
+
+    Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. When stdin is no terminal, each of its
+    lines is a turn.
+    """
+    decode: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "strategy": strategy,
+        "block_size": block_size,
+        "floor": floor,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+        "ignore_eos": False,
+    }
+    check_decode(decode)
+    orthrus = load_orthrus(
+        model,
+        quiet=quiet,
+        view=view,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        attn_implementation=attn,
+    )
+    if not orthrus.base.tokenizer.chat_template:
+        raise UserInputError(
+            f"{orthrus.base.name} has no chat template; choose an instruction-tuned model, "
+            "or use `orthrus generate`."
+        )
+    state = ChatState(orthrus, orthrus.chat(system), decode=decode, color=color, compare=compare, quiet=quiet)
+    if not quiet:
+        _header(orthrus)
+    if sys.stdin.isatty():
+        _terminal(state)
+    else:
+        _lines(state)
+
+
+def _lines(state: ChatState) -> None:
+    """A pipe: a script wants the first error to end it."""
+    for line in sys.stdin:
+        text = line.rstrip("\n")
+        if not text.strip():
+            continue
+        try:
+            _turn(state, text)
+        except Leave:
+            return
+
+
+def _terminal(state: ChatState) -> None:
+    """A person: errors are told, and the conversation goes on."""
+    ask = _editor()
+    while True:
+        try:
+            text = _read_turn(ask)
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+        if not text.strip():
+            continue
+        try:
+            _turn(state, text)
+        except Leave:
+            return
+        except OrthrusError as error:
+            say_error(str(error))
+
+
+def _editor() -> Callable[[str], str]:
+    """A line editor on stderr's side of things, with the history of earlier chats."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+
+    from orthrus.base.storage import cache_dir
+
+    history: History
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        history_file = cache_dir() / "chat_history"
+        history_file.touch(mode=0o600)
+        history = FileHistory(str(history_file))
+    except OSError:
+        # A cache that cannot be written costs the history, not the chat.
+        history = InMemoryHistory()
+    session: PromptSession[str] = PromptSession(history=history)
+    return session.prompt
+
+
+def _read_turn(ask: Callable[[str], str]) -> str:
+    """One line, or all lines between triple quotes."""
+    line = ask(">>> ")
+    if not line.lstrip().startswith(QUOTES):
+        return line
+    text = line.lstrip().removeprefix(QUOTES)
+    while QUOTES not in text:
+        text += "\n" + ask("... ")
+    return text.split(QUOTES, 1)[0].strip("\n")
+
+
+def _turn(state: ChatState, text: str) -> None:
+    if text.startswith("/"):
+        run_slash_command(state, text)
+        return
+    asked = [*state.conversation.messages, {"role": "user", "content": text}]
+    turn = state.conversation.stream(text, **state.decode)
+    marker = DraftMarker(state.orthrus.base.tokenizer) if state.color else None
+    with cancel_on_interrupt(turn) as interrupt:
+        print_stream(turn, marker)
+    result = turn.result
+    state.results.append(result)
+    if not state.quiet:
+        note(footer(result.stats, result.finish_reason))
+    if state.compare and not interrupt.happened:
+        _compare(state, asked, result)
+
+
+def _compare(state: ChatState, asked: list[dict[str, str]], answer: "GenerationResult") -> None:
+    """The same turn by plain decoding, text not shown."""
+    tokens = state.orthrus.stream(asked, **(state.decode | {"strategy": "ar"}))
+    with cancel_on_interrupt(tokens) as interrupt:
+        plain = tokens.drain()
+    if interrupt.happened:
+        return
+    ours_s, plain_s = (_seconds(r) for r in (answer, plain))
+    same = "the same tokens" if plain.token_ids == answer.token_ids else "DIFFERENT tokens"
+    if state.decode["temperature"] > 0 and plain.token_ids != answer.token_ids:
+        same = "another sample"
+    note(
+        f"plain decoding: {plain_s:.2f} s for {plain.stats.num_tokens} tokens in {plain.stats.num_passes} "
+        f"passes, {same}; {state.decode['strategy']}: {ours_s:.2f} s for {answer.stats.num_tokens} in "
+        f"{answer.stats.num_passes} passes"
+    )
+
+
+def _seconds(result: "GenerationResult") -> float:
+    return (result.stats.ttft_ms + result.stats.decode_ms) / 1e3
+
+
+def _header(orthrus: "Orthrus") -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    about = orthrus.describe()
+    rows = (
+        ("model", about["model"]),
+        ("view", about["view"]),
+        ("running", f"{about['dtype']} on {about['device']}, {about['attention']} attention"),
+        ("block size", f"K = {about['block_size']}"),
+        ("context", f"{about['context_length']} tokens"),
+        ("keys", "Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands"),
+    )
+    body = Text("\n".join(f"{name:<11}{value}" for name, value in rows))
+    Console(stderr=True).print(Panel(body, title="orthrus chat", expand=False))

@@ -1,0 +1,183 @@
+"""What all commands share: errors and warnings as one line each, loading with progress, Ctrl-C."""
+
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import typer
+
+from orthrus.cli.progress import ProgressDisplay
+from orthrus.config import STRATEGIES, Strategy
+from orthrus.errors import OrthrusError, OrthrusWarning, UserInputError
+
+if TYPE_CHECKING:
+    from orthrus.api import Orthrus
+
+UNEXPECTED, USAGE, INTERRUPTED = 1, 2, 130
+
+# typer vendors its parser in newer versions: the base of its usage errors has no stable public name.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+@dataclass
+class Session:
+    """Settings of the whole invocation, given before the command's name."""
+
+    verbose: bool = False
+
+
+session = Session()
+
+
+def run_command(command: Any, args: list[str] | None = None) -> int:
+    """Run a typer command and return the exit status; whatever goes wrong becomes one line on stderr."""
+    session.verbose = False
+    args = sys.argv[1:] if args is None else args
+    # A terminal that cannot show a character gets a question mark, not a traceback.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    with _warnings_as_lines():
+        try:
+            status = command.main(args=args or ["--help"], prog_name="orthrus", standalone_mode=False)
+            sys.stdout.flush()
+        except SystemExit as leaving:
+            return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except BrokenPipeError:
+            # Whoever read stdout has gone; a second failing flush at exit would say so in a traceback.
+            sys.stdout = None
+            return UNEXPECTED
+        except Exception as error:
+            return _report(error)
+    return status if isinstance(status, int) else 0
+
+
+def _report(error: Exception) -> int:
+    if isinstance(error, OrthrusError | _UsageError):
+        if session.verbose:
+            traceback.print_exception(error)
+        say_error(_usage_message(error) if isinstance(error, _UsageError) else str(error))
+        return USAGE
+    if session.verbose:
+        traceback.print_exception(error)
+        return UNEXPECTED
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    say_error(f"unexpected {what}; rerun as `orthrus --verbose ...` to see where, and please report it.")
+    return UNEXPECTED
+
+
+def _usage_message(error: Any) -> str:
+    """typer's own sentence, its suggestions phrased as a question, and where to look."""
+    options = getattr(error, "possibilities", None)
+    message = error.message if options else error.format_message()
+    if options:
+        message = f"{message.rstrip('.')}. Did you mean {' or '.join(sorted(options))}?"
+    path = error.ctx.command_path if getattr(error, "ctx", None) is not None else "orthrus"
+    # typer hands on the wording of the library that checks its values.
+    message = message.replace("Value error, ", "").rstrip(".")
+    return f"{message}{'' if message.endswith('?') else '.'} See `{path} --help`."
+
+
+def say_error(message: str) -> None:
+    """`error: ...` on stderr, in one line whatever the message holds."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Print each OrthrusWarning once as a line; hide what libraries warn about, unless verbose."""
+    with warnings.catch_warnings():
+        shown: set[str] = set()
+        in_full = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if session.verbose:
+                in_full(message, category, *where, **more)
+            elif issubclass(category, OrthrusWarning) and str(message) not in shown:
+                shown.add(str(message))
+                print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", OrthrusWarning)
+        yield
+
+
+def load_orthrus(model: str, *, quiet: bool = False, **options: Any) -> "Orthrus":
+    """`Orthrus.load` with a progress display on stderr; options as there."""
+    with ProgressDisplay(quiet=quiet) as on_progress:
+        on_progress.spin("starting")
+        from orthrus.api import Orthrus
+
+        orthrus = Orthrus.load(model, on_progress=on_progress, **options)
+    if not session.verbose:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    return orthrus
+
+
+def check_decode(decode: dict[str, Any]) -> None:
+    """Refuse wrong decoding options before the model is loaded; UserInputError as in `decode_config`."""
+    from orthrus.api import decode_config
+
+    decode_config(**decode)
+
+
+def check_strategies(names: list[str] | None) -> tuple[Strategy, ...]:
+    """The strategies asked for, each once, or all; UserInputError for an unknown one."""
+    for name in names or ():
+        if name not in STRATEGIES:
+            raise UserInputError(f"there is no strategy '{name}'; choose among {', '.join(STRATEGIES)}.")
+    return tuple(s for s in STRATEGIES if not names or s in names)
+
+
+def read_stdin() -> str:
+    """All of stdin as text; UserInputError when it is not UTF-8."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserInputError(
+            f"stdin is not valid text ({error.reason}); give the prompt as UTF-8."
+        ) from error
+
+
+class Cancellable(Protocol):
+    def cancel(self) -> None: ...
+
+
+class Interrupt:
+    """Whether Ctrl-C came while a stream was being read."""
+
+    def __init__(self) -> None:
+        self.happened = False
+
+
+@contextmanager
+def cancel_on_interrupt(stream: Cancellable) -> Iterator[Interrupt]:
+    """The first Ctrl-C lets the stream end after the cycle in flight; the second one raises at once."""
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if interrupt.happened:
+            raise KeyboardInterrupt
+        interrupt.happened = True
+        stream.cancel()
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,191 @@
+"""`orthrus convert`: write a view, or base and view together, and prove that nothing was lost."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from orthrus.cli import options
+from orthrus.cli.common import load_orthrus
+from orthrus.cli.render import out, print_json
+from orthrus.errors import CheckpointError, UserInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orthrus.api import Orthrus
+
+Layout = Literal["view", "merged", "released"]
+PROBE = "The quick brown fox jumps over the lazy dog."
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(help="A base (gets a fresh view), a view folder, or a merged or released checkpoint."),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")],
+    to: Annotated[
+        Layout,
+        typer.Option(
+            help="view: only the view, like an adapter. merged: base and view, any family. "
+            "released: the layout of the published Orthrus-Qwen3 models."
+        ),
+    ] = "view",
+    block_size: Annotated[
+        int | None,
+        typer.Option("--block-size", "-k", help="Rows of a block of a fresh view, K. Left out: 8."),
+    ] = None,
+    view: Annotated[
+        str | None,
+        typer.Option(
+            help="Put this view on SOURCE: 'fresh', a folder or a hub id. Left out: its own, or fresh."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto keeps the weights as stored, bit for bit; or float32, bfloat16, float16."),
+    ] = "auto",
+    device: options.Device = "cpu",
+    revision: options.Revision = None,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+) -> None:
+    """Write a view folder or a merged checkpoint.
+
+    What was written is read back and checked: the AR logits must be the stock model's, bit for bit.
+    """
+    if target.exists():
+        raise UserInputError(f"{target} exists already; name a new folder or remove that one first.")
+    orthrus = load_orthrus(
+        source,
+        quiet=quiet,
+        view=view or _default_view(source),
+        dtype=dtype,
+        device=device,
+        revision=revision,
+    )
+    if block_size is not None:
+        _set_block_size(orthrus, block_size)
+    logits_TV = _stock_logits(orthrus)
+    _require_equal(logits_TV, _ar_logits(orthrus), "the model with its twins")
+    report = _report(orthrus, target, to)
+    _write(orthrus, target, to)
+    wanted_dtype = str(report["dtype"])
+    if to == "view":
+        _check_view(orthrus, target)
+    else:
+        # Only one of the two models is in memory at a time.
+        del orthrus
+        written = load_orthrus(str(target), quiet=quiet, dtype=wanted_dtype, device=device)
+        _require_equal(logits_TV, _ar_logits(written), str(target))
+    if json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def _default_view(source: str) -> str:
+    """A local base gets a fresh view without a warning: that is what it was given for."""
+    from orthrus.model.merged import folder_kind
+
+    path = Path(source).expanduser()
+    is_base = path.is_file() or ((path / "config.json").is_file() and folder_kind(path) == "base")
+    return "fresh" if is_base else "default"
+
+
+def _set_block_size(orthrus: "Orthrus", block_size: int) -> None:
+    config = orthrus.dual.config
+    if block_size == config.block_size:
+        return
+    if config.trained:
+        raise UserInputError(
+            f"this view was trained with block size {config.block_size}, which cannot be changed; "
+            "leave out --block-size, or add --view fresh."
+        )
+    if not 2 <= block_size < orthrus.base.context_length:
+        raise UserInputError(
+            f"the block size must be at least 2 and below the context of {orthrus.base.context_length}, "
+            f"not {block_size}."
+        )
+    orthrus.dual.config = replace(config, block_size=block_size)
+
+
+def _write(orthrus: "Orthrus", target: Path, to: Layout) -> None:
+    from orthrus.model.checkpoint import save_view
+    from orthrus.model.merged import save_merged
+
+    if to == "view":
+        save_view(orthrus.dual, target)
+    else:
+        save_merged(orthrus.dual, orthrus.base, target, to)
+
+
+def _probe_ids(orthrus: "Orthrus") -> "Tensor":
+    import torch
+
+    ids = orthrus.base.encode_prompt(PROBE, raw=True)
+    return torch.tensor([ids], device=orthrus.dual.device)
+
+
+def _ar_logits(orthrus: "Orthrus") -> "Tensor":
+    """(T, V) of the probe, on the CPU, every row through the AR side of the twins."""
+    import torch
+
+    with torch.inference_mode():
+        logits_TV: Tensor = orthrus.dual.base(_probe_ids(orthrus)).logits[0].cpu()
+    return logits_TV
+
+
+def _stock_logits(orthrus: "Orthrus") -> "Tensor":
+    import torch
+
+    with torch.inference_mode(), orthrus.stock() as stock:
+        logits_TV: Tensor = stock(_probe_ids(orthrus)).logits[0].cpu()
+    return logits_TV
+
+
+def _require_equal(expected_TV: "Tensor", found_TV: "Tensor", where: str) -> None:
+    import torch
+
+    if expected_TV.shape != found_TV.shape or not torch.equal(expected_TV, found_TV):
+        raise CheckpointError(
+            f"the AR logits of {where} are not the stock model's; do not use it, and report this."
+        )
+
+
+def _check_view(orthrus: "Orthrus", target: Path) -> None:
+    import torch
+
+    from orthrus.model.checkpoint import WEIGHTS_FILE, read_view_tensors, view_tensors
+
+    expected, found = view_tensors(orthrus.dual), read_view_tensors([target / WEIGHTS_FILE])
+    if expected.keys() != found.keys() or not all(torch.equal(expected[n], found[n]) for n in expected):
+        raise CheckpointError(f"{target} does not hold what was written; check the disk and convert again.")
+
+
+def _report(orthrus: "Orthrus", target: Path, to: Layout) -> dict[str, Any]:
+    with orthrus.stock() as stock:
+        num_base = sum(p.numel() for p in stock.parameters())
+    added = orthrus.dual.num_view_parameters()
+    return {
+        "path": str(target),
+        "layout": to,
+        "base_parameters": num_base,
+        "added_parameters": added,
+        "added_fraction": added / (num_base + added),
+        "ar_logits_unchanged": True,
+        **orthrus.describe(),
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    out(
+        f"wrote {report['path']} ({report['layout']}, {report['dtype']})\n"
+        f"base              {report['model']}, {report['base_parameters']:,} parameters\n"
+        f"view              {report['view']}, K = {report['block_size']}, mask: {report['mask']}\n"
+        f"parameters added  {report['added_parameters']:,} "
+        f"({report['added_fraction']:.1%} of base and view together)\n"
+        "checked           AR logits equal the stock model's bit for bit; written files read back\n"
+    )

@@ -1,0 +1,125 @@
+"""`orthrus env`: facts about this machine, made to be pasted into a bug report."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from orthrus.cli import options
+from orthrus.cli.render import out, print_json
+
+PACKAGES = (
+    "orthrus",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface-hub",
+    "gguf",
+    "numpy",
+    "typer",
+    "accelerate",
+    "vllm",
+)
+
+
+def env(json: options.Json = False) -> None:
+    """Print versions, hardware and the cache: what a bug report needs."""
+    facts = collect()
+    if json:
+        print_json(facts)
+        return
+    width = max(len(name) for name in facts)
+    out("".join(f"{name:<{width}}  {value}\n" for name, value in facts.items()))
+
+
+def collect() -> dict[str, Any]:
+    """All facts, flat: name to a text, number or truth value."""
+    import psutil
+    import torch
+
+    from orthrus.base.storage import cache_dir
+
+    memory = psutil.virtual_memory()
+    return {
+        "python": f"{platform.python_version()} ({sys.executable})",
+        **{name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": f"{_usable_cores()} usable of {os.cpu_count()}, {psutil.cpu_count(logical=False)} physical",
+        "memory": f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB available",
+        "torch_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_libraries": ", ".join(_cpu_libraries()) or "none",
+        "accelerators": "; ".join(_accelerators()) or "none",
+        "cache": str(cache_dir()),
+        "cache_size_gb": round(_size_bytes(cache_dir()) / 1e9, 3),
+        "default_model_cached": _default_model_cached(),
+        "offline": bool(os.environ.get("HF_HUB_OFFLINE")),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_libraries() -> list[str]:
+    import torch
+
+    backends = {"MKL": torch.backends.mkl, "oneDNN": torch.backends.mkldnn, "OpenMP": torch.backends.openmp}
+    return [name for name, backend in backends.items() if backend.is_available()]
+
+
+def _accelerators() -> list[str]:
+    import torch
+
+    found = []
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(i)
+            found.append(
+                f"cuda:{i} {about.name}, {about.total_memory / 1e9:.1f} GB (CUDA {torch.version.cuda})"
+            )
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def _size_bytes(folder: Path) -> int:
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(root, name)).st_size
+            except OSError:
+                continue
+    return total
+
+
+def _default_model_cached() -> bool:
+    """Whether the folder is there; loading also verifies its checksums."""
+    from orthrus.base import default_model, gguf
+    from orthrus.base.storage import MANIFEST, cache_dir
+
+    models = cache_dir() / "models"
+    converted = models / gguf.cache_key(default_model.GGUF_SHA256) / MANIFEST
+    return converted.is_file() or (models / "default-from-hub.json").is_file()

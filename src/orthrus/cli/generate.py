@@ -1,0 +1,131 @@
+"""`orthrus generate`: one prompt, one answer."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from orthrus.cli import options
+from orthrus.cli.common import INTERRUPTED, cancel_on_interrupt, check_decode, load_orthrus, read_stdin
+from orthrus.cli.render import DraftMarker, footer, note, print_json, print_result, print_stream
+from orthrus.errors import UserInputError
+
+
+def generate(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] PROMPT",
+            help="One word is the prompt for the default model; - or nothing reads it from stdin.",
+            show_default=False,
+        ),
+    ] = None,
+    view: options.View = "default",
+    max_new_tokens: options.MaxNewTokens = 256,
+    strategy: options.DecodeStrategy = "chain",
+    block_size: options.BlockSize = None,
+    floor: options.Floor = True,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    ignore_eos: options.IgnoreEos = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it stands, without chat template.")
+    ] = False,
+    system: options.System = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    revision: options.Revision = None,
+    attn: options.Attention = None,
+    stream: Annotated[bool, typer.Option(help="Show the text as it comes.", rich_help_panel="Output")] = True,
+    color: options.Color = False,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+) -> None:
+    """Answer a prompt.
+
+    The text goes to stdout as it comes, statistics to stderr.
+    """
+    model, text = _model_and_prompt(words or [])
+    if raw and system is not None:
+        raise UserInputError(
+            "--raw takes the text as it stands, so there is no place for --system; drop one."
+        )
+    decode: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "strategy": strategy,
+        "block_size": block_size,
+        "floor": floor,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+        "ignore_eos": ignore_eos,
+    }
+    check_decode(decode)
+    orthrus = load_orthrus(
+        model,
+        quiet=quiet,
+        view=view,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        attn_implementation=attn,
+    )
+    tokens = orthrus.stream(text if system is None else _messages(system, text), raw=raw, **decode)
+    marker = DraftMarker(orthrus.base.tokenizer) if color and not json else None
+    if marker is not None and not quiet:
+        print(marker.legend, file=sys.stderr)
+    with cancel_on_interrupt(tokens) as interrupt:
+        if stream and not json:
+            print_stream(tokens, marker)
+        else:
+            for _ in tokens:
+                pass
+    result = tokens.result
+    if json:
+        print_json(
+            {
+                "text": result.text,
+                "token_ids": list(result.token_ids),
+                "finish_reason": result.finish_reason,
+                "stats": result.stats.to_dict(),
+                "decode": decode,
+                "model": orthrus.describe(),
+            }
+        )
+    elif not stream:
+        print_result(result, marker)
+    if not quiet:
+        note(footer(result.stats, result.finish_reason))
+    if interrupt.happened:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _model_and_prompt(words: list[str]) -> tuple[str, str]:
+    """What the positional arguments mean; UserInputError when they mean nothing."""
+    if len(words) > 2:
+        raise UserInputError(
+            f"{len(words)} arguments were given where [MODEL] PROMPT are expected; put the prompt in quotes."
+        )
+    if not words and sys.stdin.isatty():
+        raise UserInputError(
+            'there is no prompt; give one in quotes, as in: orthrus generate "Why is the sky blue?"'
+        )
+    model = words[0] if len(words) == 2 else "default"
+    text = words[-1] if words else "-"
+    if text == "-":
+        # The line break that every shell pipe ends with is not part of the prompt.
+        text = read_stdin().removesuffix("\n")
+    if not text.strip():
+        raise UserInputError("the prompt is empty; give some text to answer or continue.")
+    return model, text
+
+
+def _messages(system: str, text: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": text}]

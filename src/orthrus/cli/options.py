@@ -1,0 +1,137 @@
+"""Options that several commands have, each defined once."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from orthrus.config import STRATEGIES, Strategy
+
+_MODEL, _DECODING, _OUTPUT = "Model", "Decoding", "Output"
+
+MODEL_HELP = "A hub id, a folder, a GGUF file, or 'default' (SmolLM2-135M-Instruct)."
+
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+View = Annotated[
+    str,
+    typer.Option(
+        help="'default' (the model's own or the shipped one), 'fresh' (untrained), a folder, or a hub id.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16, float16, or auto (as stored). Left out: float32 on a CPU, else auto.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda, cuda:1 or mps. Left out: the first accelerator found.", rich_help_panel=_MODEL
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=_MODEL)
+]
+Attention = Annotated[
+    str | None, typer.Option(help="Attention code: sdpa, eager or flex_attention.", rich_help_panel=_MODEL)
+]
+
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", help="The longest answer.", rich_help_panel=_DECODING)
+]
+DecodeStrategy = Annotated[
+    Strategy,
+    typer.Option(
+        "--strategy", help="chain drafts and verifies; ar is plain decoding.", rich_help_panel=_DECODING
+    ),
+]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(
+        "--block-size",
+        "-k",
+        help="Rows of a drafted block, K. Left out: as the view was trained.",
+        rich_help_panel=_DECODING,
+    ),
+]
+Floor = Annotated[
+    bool,
+    typer.Option(
+        help="Let the draft pass decide a token too, so that every pass commits one.",
+        rich_help_panel=_DECODING,
+    ),
+]
+Temperature = Annotated[
+    float,
+    typer.Option("--temperature", "-t", help="0 is greedy; higher samples.", rich_help_panel=_DECODING),
+]
+TopK = Annotated[
+    int | None, typer.Option(help="Sample among the k likeliest tokens.", rich_help_panel=_DECODING)
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        help="Sample among the likeliest tokens that hold this probability.", rich_help_panel=_DECODING
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Sample among tokens at least this likely, relative to the likeliest.", rich_help_panel=_DECODING
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=_DECODING)]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="Stop before this text; may be repeated.", rich_help_panel=_DECODING),
+]
+IgnoreEos = Annotated[
+    bool,
+    typer.Option("--ignore-eos", help="Go on after the end-of-text token.", rich_help_panel=_DECODING),
+]
+System = Annotated[str | None, typer.Option(help="System prompt.", rich_help_panel=_DECODING)]
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No statistics and no progress on stderr.", rich_help_panel=_OUTPUT),
+]
+Color = Annotated[
+    bool,
+    typer.Option(
+        "--color", help="Underline and colour the tokens that were drafted.", rich_help_panel=_OUTPUT
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.", rich_help_panel=_OUTPUT)]
+
+# bench and audit
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help="JSONL file with prompt, messages or turns a line. Left out: built-in prompts."),
+]
+Domain = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Only prompts of this domain; may be repeated. Left out: all."),
+]
+Limit = Annotated[int | None, typer.Option(help="At most this many prompts of a domain.", min=1)]
+Strategies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--strategy", help=f"One of {', '.join(STRATEGIES)}; may be repeated. Left out: all.", metavar="NAME"
+    ),
+]
+Format = Literal["table", "md", "json", "csv"]
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="What to print on stdout.", rich_help_panel=_OUTPUT)
+]
+FormatJson = Annotated[
+    bool, typer.Option("--json", help="The same as --format json.", rich_help_panel=_OUTPUT)
+]
+OutputFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", help="Also write the full result as JSON to this file.", rich_help_panel=_OUTPUT
+    ),
+]

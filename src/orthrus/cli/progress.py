@@ -1,0 +1,89 @@
+"""Progress on stderr: a bar or spinner on a terminal, one plain line per stage anywhere else."""
+
+import sys
+from types import TracebackType
+from typing import Any
+
+
+class ProgressDisplay:
+    """A context manager that is also the callback: `display(stage, done, total)`.
+
+    Counts are bytes, or plain numbers with `count=True`; a total of None means a spinner. It vanishes
+    from the terminal when it ends.
+    """
+
+    def __init__(self, *, quiet: bool = False, count: bool = False) -> None:
+        self._stage: str | None = None
+        self._quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+        if not quiet and sys.stderr.isatty():
+            self._bar = _bar(count)
+
+    def __enter__(self) -> "ProgressDisplay":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        if self._bar is not None:
+            if stage != self._stage:
+                self.spin(stage)
+            self._bar.update(self._task, completed=done, total=total)
+        elif stage != self._stage and not self._quiet:
+            print(stage, file=sys.stderr, flush=True)
+        self._stage = stage
+
+    def spin(self, stage: str) -> None:
+        """Announce a stage of unknown length, on terminals only."""
+        if self._bar is not None:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(stage, total=None)
+
+
+def _bar(count: bool) -> Any:
+    from rich.console import Console, RenderableType
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        SpinnerColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class WhenSized(ProgressColumn):
+        """A column that stays empty while the total is unknown."""
+
+        def __init__(self, inner: ProgressColumn) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def render(self, task: Task) -> RenderableType:
+            return Text() if task.total is None else self.inner(task)
+
+    amount = MofNCompleteColumn() if count else DownloadColumn()
+    text = TextColumn("{task.description}", markup=False)
+    return Progress(
+        SpinnerColumn(),
+        text,
+        WhenSized(BarColumn(bar_width=30)),
+        WhenSized(amount),
+        WhenSized(TimeRemainingColumn()),
+        console=Console(stderr=True),
+        transient=True,
+    )

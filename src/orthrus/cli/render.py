@@ -1,0 +1,90 @@
+"""What appears on the screen: text as it streams, marks on drafted tokens, statistics."""
+
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from orthrus.types import Cycle, DecodeStats, GenerationResult
+
+_UNDERLINE, _CYAN_UNDERLINE, _RESET = "\x1b[4m", "\x1b[4;36m", "\x1b[0m"
+
+
+def out(text: str) -> None:
+    """Part of the product: stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def print_json(content: Any) -> None:
+    out(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def note(text: str) -> None:
+    """About the product: stderr, dimmed on a terminal."""
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        text = f"\x1b[2m{text}{_RESET}"
+    print(text, file=sys.stderr, flush=True)
+
+
+def footer(stats: DecodeStats, finish_reason: str) -> str:
+    """Two lines of statistics; a ratio stands beside the numbers that it is made of."""
+    seconds = (stats.ttft_ms + stats.decode_ms) / 1e3
+    return (
+        f"{stats.num_tokens} tokens in {seconds:.2f} s ({finish_reason}) · "
+        f"{stats.tokens_per_second:.1f} tokens/s · first token after {stats.ttft_ms:.0f} ms\n"
+        f"tokens per cycle {stats.tokens_per_cycle:.2f} = {max(stats.num_tokens - 1, 0)} after the first / "
+        f"{stats.num_cycles} cycles · tokens per forward {stats.tokens_per_forward:.2f} = "
+        f"{stats.num_tokens} / {stats.num_passes} passes · "
+        f"acceptance rate {stats.acceptance_rate:.0%} = {stats.num_accepted} / {stats.num_drafted} drafts"
+    )
+
+
+def print_stream(cycles: Iterable[Cycle], marker: "DraftMarker | None" = None) -> None:
+    """Write the text of cycles to stdout as they come, and end the line."""
+    last = ""
+    for cycle in cycles:
+        last = cycle.text or last
+        out(cycle.text if marker is None else marker.mark(cycle))
+    out("" if last.endswith("\n") else "\n")
+
+
+def print_result(result: GenerationResult, marker: "DraftMarker | None" = None) -> None:
+    """The same for an answer that is complete."""
+    print_stream(result.cycles, marker)
+
+
+class DraftMarker:
+    """Underlines the text of drafted tokens, in colour too unless NO_COLOR forbids it.
+
+    A cycle's text may lag behind its tokens, so who wrote what is kept per character until it is shown.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        from orthrus.engine.detokenize import Detokenizer
+
+        self._detokenizer = Detokenizer(tokenizer)
+        self._drafted: deque[bool] = deque()
+        self._start = _UNDERLINE if os.environ.get("NO_COLOR") else _CYAN_UNDERLINE
+
+    @property
+    def legend(self) -> str:
+        return f"{self._start}underlined{_RESET}: drafted and accepted; the rest is the AR view's own."
+
+    def mark(self, cycle: Cycle) -> str:
+        """The cycle's text with the escape codes around what was drafted."""
+        for token_id, is_draft in zip(cycle.token_ids, cycle.is_draft, strict=True):
+            self._drafted.extend([is_draft] * len(self._detokenizer.push(token_id)))
+        marked, open_mark = "", False
+        for character in cycle.text:
+            # Bytes that never became a character are shown at the end, and count as the AR view's own.
+            is_draft = self._drafted.popleft() if self._drafted else False
+            # A line break ends the mark: some terminals would underline the rest of the line.
+            is_draft = is_draft and character != "\n"
+            if is_draft != open_mark:
+                marked += self._start if is_draft else _RESET
+                open_mark = is_draft
+            marked += character
+        return marked + (_RESET if open_mark else "")

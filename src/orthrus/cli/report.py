@@ -1,0 +1,33 @@
+"""Reports of `bench` and `audit`: on the screen in the format asked for, and as JSON in a file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from orthrus.cli.options import Format
+from orthrus.cli.render import out, print_json
+
+
+def show_report(report: Any, format_: Format, output: Path | None) -> None:
+    """Write the JSON file first, so that a closed pipe cannot cost it; then print."""
+    if output is not None:
+        from orthrus.base.outputs import write_text_atomic
+
+        write_text_atomic(output, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    if format_ == "json":
+        print_json(report.to_dict())
+    elif format_ == "table":
+        print_table(report.to_table())
+    else:
+        text: str = report.to_markdown() if format_ == "md" else report.to_csv()
+        out(text if text.endswith("\n") else text + "\n")
+
+
+def print_table(table: Any) -> None:
+    """A rich table or a string."""
+    if isinstance(table, str):
+        out(table if table.endswith("\n") else table + "\n")
+        return
+    from rich.console import Console
+
+    Console().print(table)

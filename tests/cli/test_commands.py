@@ -1,0 +1,190 @@
+"""demo, convert, env, bench and audit on the tiny model."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from orthrus.api import Orthrus
+from orthrus.cli import demo as demo_module
+
+from .conftest import Cli, assert_refused, write_model
+
+DEMO = ("--view", "fresh", "-n", "12")
+
+
+def test_demo_compares_and_sums_up(cli: Cli, model_folder: str) -> None:
+    run = cli("demo", "--model", model_folder, *DEMO)
+    assert run.code == 0
+    assert run.out.count("SAME TOKENS") == 3
+    for words in (
+        "answered twice",
+        "not trained yet",
+        "LOSSLESS",
+        "math",
+        "code",
+        "chat",
+        "tokens per",
+        "seconds",
+    ):
+        assert words in run.out
+
+
+def test_demo_json(cli: Cli, model_folder: str) -> None:
+    run = cli("demo", "--model", model_folder, *DEMO, "--json")
+    result = json.loads(run.out)
+    assert result["same_tokens"] is True
+    assert result["view_trained"] is False
+    assert [p["domain"] for p in result["prompts"]] == ["math", "code", "chat"]
+    for prompt in result["prompts"]:
+        assert prompt["ar"]["token_ids"] == prompt["chain"]["token_ids"]
+        assert prompt["ar"]["num_drafted"] == 0
+        # A single token leaves nothing to draft.
+        assert prompt["chain"]["num_drafted"] > 0 or prompt["chain"]["num_tokens"] < 4
+
+
+def test_demo_fails_loudly_when_a_token_differs(
+    cli: Cli, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = demo_module._answer
+
+    def wrong(orthrus: Any, prompt: str, strategy: str, *rest: Any, **options: Any) -> Any:
+        result = answer(orthrus, prompt, strategy, *rest, **options)
+        if strategy == "chain" and prompt == demo_module.PROMPTS[1][1]:
+            return dataclasses.replace(result, token_ids=(*result.token_ids[:-1], 5))
+        return result
+
+    monkeypatch.setattr(demo_module, "_answer", wrong)
+    run = cli("demo", "--model", model_folder, *DEMO)
+    assert run.code == 1
+    assert "DIFFERENT TOKENS" in run.out
+    assert "NOT LOSSLESS" in run.out
+    assert cli("demo", "--model", model_folder, *DEMO, "--json").code == 1
+
+
+@pytest.mark.parametrize("layout", ["view", "merged"])
+def test_convert_writes_what_loads_again(cli: Cli, model_folder: str, tmp_path: Path, layout: str) -> None:
+    target = tmp_path / "out"
+    run = cli("convert", model_folder, str(target), "--to", layout, "--block-size", "5")
+    assert run.code == 0
+    assert "parameters added" in run.out
+    assert "%" in run.out
+    assert "bit for bit" in run.out
+    assert "warning" not in run.err
+    assert "it/s" not in run.err
+    assert (target / "README.md").is_file()
+    source = (model_folder, str(target)) if layout == "view" else (str(target), "default")
+    orthrus = Orthrus.load(source[0], view=source[1])
+    assert orthrus.dual.config.block_size == 5
+    if layout == "merged":
+        assert (target / "generation_config.json").is_file()
+        original = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+        with orthrus.stock() as stock:
+            for name, tensor in stock.state_dict().items():
+                assert torch.equal(tensor, original[name])
+
+
+def test_convert_merged_back_to_a_view(cli: Cli, model_folder: str, tmp_path: Path) -> None:
+    assert cli("convert", model_folder, str(tmp_path / "merged"), "--to", "merged").code == 0
+    run = cli("convert", str(tmp_path / "merged"), str(tmp_path / "view"), "--json")
+    report = json.loads(run.out)
+    assert report["layout"] == "view"
+    assert report["ar_logits_unchanged"] is True
+    assert report["added_parameters"] > 0
+    assert 0 < report["added_fraction"] < 1
+
+
+def test_convert_to_the_released_layout(cli: Cli, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "qwen3", config_class=Qwen3Config)
+    run = cli("convert", str(source), str(tmp_path / "out"), "--to", "released")
+    assert run.code == 0, run.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["OrthrusLM"]
+    assert config["block_size"] == 8
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+    # A released view counts as trained, so its block size is a fact.
+    assert_refused(
+        cli("convert", str(tmp_path / "out"), str(tmp_path / "v"), "-k", "4"), "trained with block size 8"
+    )
+
+
+def test_convert_refusals(cli: Cli, model_folder: str, tmp_path: Path) -> None:
+    assert_refused(cli("convert", model_folder, str(tmp_path)), "exists already")
+    new = str(tmp_path / "new")
+    assert_refused(cli("convert", model_folder, new, "--block-size", "1"), "at least 2")
+    assert_refused(cli("convert", model_folder, new, "--block-size", "999"), "999")
+    assert_refused(cli("convert", model_folder, new, "--to", "released"), "Qwen3")
+    assert_refused(cli("convert", model_folder, new, "--to", "other"), "released")
+    assert_refused(cli("convert", str(tmp_path / "absent"), new), "absent")
+    assert_refused(cli("convert", model_folder), "OUT")
+    assert not Path(new).exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_env_reports_what_a_bug_report_needs(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORTHRUS_CACHE", str(tmp_path))
+    facts = json.loads(cli("env", "--json").out)
+    assert facts["torch"] == torch.__version__
+    assert facts["cache"] == str(tmp_path)
+    assert facts["default_model_cached"] is False
+    text = cli("env").out
+    for name in facts:
+        assert name in text
+
+
+def test_bench_options_are_checked_before_anything_loads(cli: Cli, model_folder: str, tmp_path: Path) -> None:
+    for command in ("bench", "audit"):
+        assert_refused(cli(command, model_folder, "--strategy", "tree"), "tree", "chain")
+        assert_refused(cli(command, model_folder, "--max-new-tokens", "0"), "max_new_tokens")
+        assert_refused(cli(command, model_folder, "--format", "xml"), "xml")
+        assert_refused(
+            cli(command, model_folder, "--prompts", str(tmp_path / "absent.jsonl")), "absent.jsonl"
+        )
+        assert_refused(cli(command, model_folder, "--limit", "0"), "limit")
+    assert_refused(cli("bench", "--compare", "a.json"), "--compare")
+
+
+SHORT = ("--view", "fresh", "--limit", "1", "--domain", "math", "--max-new-tokens", "8")
+
+
+def test_bench_prints_and_saves(cli: Cli, model_folder: str, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    run = cli("bench", model_folder, *SHORT, "--repeats", "1", "-o", str(file), "--format", "md")
+    assert run.code == 0
+    assert "|" in run.out
+    saved = json.loads(file.read_text())
+    assert (
+        json.loads(cli("bench", model_folder, *SHORT, "--repeats", "1", "--json").out).keys() == saved.keys()
+    )
+    compared = cli("bench", "--compare", str(file), str(file))
+    assert compared.code == 0
+    assert compared.out.strip()
+
+
+def test_audit_verdict_is_the_exit_status(
+    cli: Cli, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orthrus import audit
+
+    run = cli("audit", model_folder, *SHORT)
+    assert run.code == 0
+    assert run.out.strip()
+    honest = audit.run_audit
+
+    class Failed:
+        passed = False
+
+        def __init__(self, report: Any) -> None:
+            self._report = report
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._report, name)
+
+    monkeypatch.setattr(audit, "run_audit", lambda *args: Failed(honest(*args)))
+    assert cli("audit", model_folder, *SHORT, "--json").code == 1

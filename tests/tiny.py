@@ -1,0 +1,135 @@
+"""Tiny random models of every family, disturbed views, and a byte tokenizer: instant, offline, CPU."""
+
+import copy
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
+
+from orthrus.base.families import find_family
+from orthrus.model.dual_view import DualView
+from orthrus.model.view_config import ViewConfig
+
+VOCAB = 61
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_MIXED = ["full_attention", "sliding_attention"]
+
+FAMILY_CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**_COMMON),
+    "llama-tied": LlamaConfig(**_COMMON, tie_word_embeddings=True, attention_bias=True),
+    "qwen2": Qwen2Config(**_COMMON, use_sliding_window=True, sliding_window=12, layer_types=_MIXED),
+    "qwen3": Qwen3Config(**_COMMON, head_dim=16),
+    "qwen3-sliding": Qwen3Config(
+        **_COMMON, head_dim=16, use_sliding_window=True, sliding_window=12, layer_types=_MIXED
+    ),
+    "mistral": MistralConfig(**_COMMON, sliding_window=12),
+    "mistral-full": MistralConfig(**_COMMON, sliding_window=None),
+    "gemma2": Gemma2Config(
+        **_COMMON, head_dim=16, sliding_window=12, query_pre_attn_scalar=16, tie_word_embeddings=False
+    ),
+    "gemma3": Gemma3TextConfig(
+        **_COMMON,
+        head_dim=16,
+        sliding_window=12,
+        layer_types=_MIXED,
+        query_pre_attn_scalar=16,
+        tie_word_embeddings=False,
+    ),
+    "phi3": Phi3Config(**_COMMON, sliding_window=12),
+    "olmo2": Olmo2Config(**_COMMON),
+    "smollm3": SmolLM3Config(**_COMMON, no_rope_layers=[1, 0], layer_types=["full_attention"] * 2),
+    "qwen3-moe": Qwen3MoeConfig(
+        **_COMMON, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
+}
+
+
+def tiny_model(name: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """A random model whose text is varied and yet partly foreseeable without the tokens in between.
+
+    All embeddings share one direction, which steers where attention looks; values and head are blind to it. So
+    what comes next hangs on the tokens some way back more than on the last one, and a mask row (nothing but
+    that direction) can guess it: drafts are right at times, and wrong at others.
+    """
+    torch.manual_seed(seed)
+    # A config is shared by what is built from it, and a test may change its attention code.
+    config = copy.deepcopy(FAMILY_CONFIGS[name])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    embed_tokens, head = model.get_input_embeddings(), model.get_output_embeddings()
+    size = model.config.hidden_size
+    shared_C = torch.nn.functional.normalize(torch.randn(size), dim=0)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.2)
+            elif "post_attention_layernorm" in path and name.startswith("gemma"):
+                # Otherwise every layer drowns the embeddings.
+                parameter.fill_(-0.6)
+        for module in model.modules():
+            for path, values in (("v_proj", 1), ("qkv_proj", 4)):
+                if isinstance(projection := getattr(module, path, None), torch.nn.Linear):
+                    rows = projection.weight[-projection.out_features // values :]
+                    rows.copy_(3.0 * _without(rows, shared_C))
+        if head.weight is not embed_tokens.weight:
+            head.weight.copy_(4.0 * _without(head.weight, shared_C))
+        # Gemma multiplies what it looks up by this.
+        scale = float(getattr(embed_tokens, "scalar_embed_scale", 1.0))
+        weight = embed_tokens.weight
+        weight.copy_((_without(torch.randn(weight.shape), shared_C) / size**0.5 + shared_C) / scale)
+        weight[VOCAB - 1] = shared_C / scale
+    return model.requires_grad_(False)
+
+
+def _without(rows_NC: torch.Tensor, direction_C: torch.Tensor) -> torch.Tensor:
+    return rows_NC - (rows_NC @ direction_C)[:, None] * direction_C
+
+
+def tiny_dual(
+    name: str = "llama",
+    *,
+    seed: int = 0,
+    block_size: int = 8,
+    disturb: float = 0.0,
+    mask_token_id: int | None = VOCAB - 1,
+) -> DualView:
+    """A tiny model with a view; `disturb` adds noise to the twins (0 leaves them equal to the AR ones)."""
+    model = tiny_model(name, seed)
+    dual = DualView(model, find_family(model), ViewConfig(block_size=block_size, mask_token_id=mask_token_id))
+    disturb_view(dual, disturb)
+    return dual
+
+
+def disturb_view(dual: DualView, amount: float, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in dual.view_parameters().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * amount * parameter.std())
+
+
+def tiny_prompt(length: int = 9, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB - 1, (length,), generator=generator).tolist()
