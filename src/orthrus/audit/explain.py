@@ -1,0 +1,101 @@
+"""Why two greedy outputs differ: a near-tie that rounding decides, or a broken rule.
+
+A pass over a block and a pass over one row sum up in different orders, so their logits differ by some
+noise; where the best two tokens are closer than that, either may come out. The noise is measured with the
+stock model alone: were our own logits a part of it, a corrupt cache would excuse itself.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from orthrus.api import Orthrus
+from orthrus.audit.replay import AS_DECODED, ONE_ROW, replay_ours, stock_logits
+from orthrus.config import DecodeConfig
+
+Verdict = Literal["near-tie", "broken rule"]
+NUM_CANDIDATES = 32
+MARGIN = 2.0
+"""Each of the two logits may move by the noise. Where the stock model picks our token in another shape,
+the gap is at most twice the noise, so the rule never fails what the stock model does too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """All in logits, over the top candidates; None where the outputs only differ in length.
+
+    gap: the stock model's token over ours, in the one-row shape. noise: the largest change of a logit between
+    the stock model's shapes. For information, drift: from its one-row shape to our logits; residue: from its
+    "as decoded" shape to our logits, 0 where the stock model, given our rows, agrees with us to the bit.
+    """
+
+    verdict: Verdict
+    reason: str
+    gap: float | None = None
+    noise: float | None = None
+    drift: float | None = None
+    residue: float | None = None
+    noise_by_shape: tuple[tuple[str, float], ...] = ()
+
+
+def explain(
+    orthrus: Orthrus,
+    prompt_ids: list[int],
+    config: DecodeConfig,
+    stock_ids: tuple[int, ...],
+    our_ids: tuple[int, ...],
+    position: int,
+) -> Judgement:
+    """Judge the first difference of two outputs, at new token number `position` (from 0)."""
+    if position >= min(len(stock_ids), len(our_ids)):
+        ended = "ours" if len(our_ids) < len(stock_ids) else "the stock model's"
+        return Judgement("broken rule", f"equal so far, but {ended} ended here and the other went on")
+    ours = replay_ours(orthrus, prompt_ids, config, position)
+    block_size = config.block_size or orthrus.dual.config.block_size
+    shapes = stock_logits(orthrus, prompt_ids, list(our_ids[:position]), ours.chunks, block_size)
+    if ours.token != our_ids[position]:
+        return _unrepeatable(judge(shapes, None, stock_ids[position], our_ids[position]))
+    return judge(shapes, ours.logits_V, stock_ids[position], our_ids[position])
+
+
+def judge(
+    shapes: dict[str, Tensor], our_logits_V: Tensor | None, stock_token: int, our_token: int
+) -> Judgement:
+    """The rule itself. shapes: float32 logits_V of the stock model, the first two of `replay` among them.
+
+    Broken: our token is not the best by the AR view's own logits, or the gap is above MARGIN x noise.
+    """
+    reference_V = shapes[ONE_ROW]
+    top_N = reference_V.topk(min(NUM_CANDIDATES, reference_V.numel())).indices
+    candidates_N = torch.cat([top_N, top_N.new_tensor([stock_token, our_token])])
+    changes = {
+        name: _largest_change(logits_V, reference_V, candidates_N)
+        for name, logits_V in shapes.items()
+        if name != ONE_ROW
+    }
+    noise = max(changes.values(), default=0.0)
+    gap = abs(float(reference_V[stock_token] - reference_V[our_token]))
+    verdict: Verdict = "near-tie" if gap <= MARGIN * noise else "broken rule"
+    relation = "within" if verdict == "near-tie" else "above"
+    reason = f"the gap is {relation} {MARGIN:g} x the noise between shapes"
+    drift = residue = None
+    if our_logits_V is not None:
+        drift = _largest_change(our_logits_V, reference_V, candidates_N)
+        residue = _largest_change(our_logits_V, shapes[AS_DECODED], candidates_N)
+        if our_logits_V[our_token] < our_logits_V.max():
+            verdict = "broken rule"
+            reason = (
+                f"our own logits are highest for token {int(our_logits_V.argmax())}, which was not committed"
+            )
+    return Judgement(verdict, reason, gap, noise, drift, residue, tuple(changes.items()))
+
+
+def _largest_change(logits_V: Tensor, reference_V: Tensor, candidates_N: Tensor) -> float:
+    return float((logits_V - reference_V)[candidates_N].abs().max())
+
+
+def _unrepeatable(found: Judgement) -> Judgement:
+    """On devices whose sums come out differently every time, a replay may take the other side of a tie."""
+    return replace(found, reason=f"{found.reason}; decoding again gave another token")

@@ -1,0 +1,170 @@
+"""Every prompt decoded by the stock model's own `generate` and by each strategy, greedy, token for token."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Protocol
+
+from orthrus.api import Orthrus, Prompt
+from orthrus.audit.explain import explain
+from orthrus.audit.report import AuditReport, Mismatch, StrategyResult
+from orthrus.base.provenance import provenance
+from orthrus.config import STRATEGIES, DecodeConfig, Strategy
+from orthrus.engine.probe import stock_generate, watch_caches
+from orthrus.engine.stream import check_block_size, check_prompt
+from orthrus.errors import UserInputError
+from orthrus.types import GenerationResult
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with (what is running, runs done, runs in all)."""
+
+
+class AuditPrompt(Protocol):
+    """Anything that carries a prompt: text, or chat messages."""
+
+    @property
+    def prompt(self) -> Prompt: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditOptions:
+    """What to compare with the stock model; fields as in DecodeConfig."""
+
+    prompts: Sequence[AuditPrompt]
+    strategies: tuple[Strategy, ...] = STRATEGIES
+    max_new_tokens: int = 128
+    block_size: int | None = None
+    floor: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not self.strategies:
+            raise UserInputError("there is nothing to audit; give at least one prompt and one strategy.")
+        for strategy in self.strategies:
+            self.decode_config(strategy)
+
+    def decode_config(self, strategy: Strategy) -> DecodeConfig:
+        return DecodeConfig(
+            max_new_tokens=self.max_new_tokens,
+            strategy=strategy,
+            block_size=self.block_size,
+            floor=self.floor,
+        )
+
+
+def run_audit(orthrus: Orthrus, options: AuditOptions, on_progress: OnProgress | None = None) -> AuditReport:
+    """Compare, and explain every first difference of two outputs; see `orthrus.audit.explain`.
+
+    After each run the slot cache is checked too: every committed slot must be the AR view's own. Raises
+    UserInputError for a prompt or block size that does not fit the model.
+    """
+    base = orthrus.base
+    prompts = [base.encode_prompt(prompt.prompt) for prompt in options.prompts]
+    for prompt_ids in prompts:
+        check_prompt(prompt_ids, base.context_length)
+    check_block_size(orthrus.dual, options.block_size)
+    strategies = tuple(dict.fromkeys(options.strategies))
+    results: dict[Strategy, list[GenerationResult]] = {strategy: [] for strategy in strategies}
+    mismatches: list[Mismatch] = []
+    damages: list[str] = []
+    total = len(prompts) * (1 + len(strategies))
+    report = on_progress or (lambda *_: None)
+    for index, prompt_ids in enumerate(prompts):
+        done = index * (1 + len(strategies))
+        report(f"prompt {index + 1}: stock", done, total)
+        with orthrus.stock() as model:
+            stock_ids = stock_generate(
+                model,
+                prompt_ids,
+                max_new_tokens=min(options.max_new_tokens, base.context_length - len(prompt_ids) + 1),
+                eos_token_ids=base.eos_token_ids,
+            ).token_ids
+        for number, strategy in enumerate(strategies, start=1):
+            report(f"prompt {index + 1}: {strategy}", done + number, total)
+            result, damage = _decode(orthrus, prompt_ids, options.decode_config(strategy))
+            results[strategy].append(result)
+            damages += [f"prompt {index + 1}, {strategy}: {what}" for what in damage]
+            if result.token_ids != stock_ids:
+                config = options.decode_config(strategy)
+                mismatches.append(_mismatch(orthrus, prompt_ids, config, index, stock_ids, result.token_ids))
+    report("done", total, total)
+    about = orthrus.describe()
+    return AuditReport(
+        strategies=tuple(_result(name, results[name], mismatches) for name in strategies),
+        mismatches=tuple(mismatches),
+        damages=tuple(damages),
+        model=about,
+        options={
+            "num_prompts": len(prompts),
+            "strategies": strategies,
+            "max_new_tokens": options.max_new_tokens,
+            "block_size": options.block_size,
+            "floor": options.floor,
+        },
+        provenance=provenance(device=about["device"], dtype=about["dtype"], seed=None),
+    )
+
+
+def _decode(
+    orthrus: Orthrus, prompt_ids: list[int], config: DecodeConfig
+) -> tuple[GenerationResult, list[str]]:
+    """The result, and what is wrong with the cache that it leaves behind."""
+    damages = []
+    with watch_caches(orthrus.dual) as caches:
+        result = orthrus.stream_ids(prompt_ids, config).drain()
+    for cache in caches:
+        try:
+            cache.check()
+        except AssertionError as e:
+            damages.append(str(e))
+    return result, damages
+
+
+def _mismatch(
+    orthrus: Orthrus,
+    prompt_ids: list[int],
+    config: DecodeConfig,
+    index: int,
+    stock_ids: tuple[int, ...],
+    our_ids: tuple[int, ...],
+) -> Mismatch:
+    position = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(stock_ids, our_ids, strict=False))
+    )
+    found = explain(orthrus, prompt_ids, config, stock_ids, our_ids, position)
+    tokens = [ids[position] if position < len(ids) else None for ids in (stock_ids, our_ids)]
+    texts = ["" if i is None else str(orthrus.base.tokenizer.decode([i])) for i in tokens]
+    return Mismatch(
+        strategy=config.strategy,
+        prompt_index=index,
+        position=position,
+        stock_token=tokens[0],
+        our_token=tokens[1],
+        stock_text=texts[0],
+        our_text=texts[1],
+        gap=found.gap,
+        noise=found.noise,
+        drift=found.drift,
+        residue=found.residue,
+        noise_by_shape=dict(found.noise_by_shape),
+        verdict=found.verdict,
+        reason=found.reason,
+    )
+
+
+def _result(
+    strategy: Strategy, results: list[GenerationResult], mismatches: list[Mismatch]
+) -> StrategyResult:
+    mine = [m for m in mismatches if m.strategy == strategy]
+    stats = [result.stats for result in results]
+    drafted = sum(s.num_drafted for s in stats)
+    num_tokens = sum(s.num_tokens for s in stats)
+    return StrategyResult(
+        strategy=strategy,
+        num_prompts=len(results),
+        num_identical=len(results) - len(mine),
+        num_near_ties=sum(m.verdict == "near-tie" for m in mine),
+        num_broken=sum(m.verdict == "broken rule" for m in mine),
+        num_tokens=num_tokens,
+        acceptance_rate=sum(s.num_accepted for s in stats) / drafted if drafted else None,
+        tokens_per_forward=num_tokens / sum(s.num_passes for s in stats),
+    )

@@ -1,0 +1,191 @@
+"""The report of an audit: the verdict, the counts, and every difference with its explanation."""
+
+import csv
+import io
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from orthrus.audit.explain import MARGIN, NUM_CANDIDATES, Verdict
+
+LEGEND = {
+    "identical": "prompts whose greedy tokens all equal those of the stock model's own generate",
+    "near_ties": f"prompts whose first difference has a gap of at most {MARGIN:g} x noise, because each of "
+    "both logits may move by the noise",
+    "broken": "prompts whose first difference rounding cannot explain; any one fails the audit",
+    "gap": "logit of the stock model's token - logit of ours, computed as generate does, one row at a time",
+    "noise": f"largest change of a logit, among the top {NUM_CANDIDATES} candidates, when the stock model "
+    "computes the same position in passes of other shapes: our rows, blocks, all at once",
+    "drift": "the same between the stock model's one-row logits and ours; for information",
+    "residue": "the same between ours and the stock model's when it is given our very rows; 0 where they "
+    "agree to the bit; for information",
+    "acceptance_rate": "accepted drafts / proposed drafts: a broken drafter gives right text, only slowly",
+    "tokens_per_forward": "sum of tokens / sum of passes, prefill, draft and verify",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """The first difference between two outputs. `position` counts new tokens from 0; gap, noise,
+    drift and residue are logits; a token is None where that output has ended. `LEGEND` defines the numbers.
+    """
+
+    strategy: str
+    prompt_index: int
+    position: int
+    stock_token: int | None
+    our_token: int | None
+    stock_text: str
+    our_text: str
+    gap: float | None
+    noise: float | None
+    drift: float | None
+    residue: float | None
+    noise_by_shape: dict[str, float]
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyResult:
+    """Counts of prompts, and how the drafts fared. `acceptance_rate` is None when nothing was drafted."""
+
+    strategy: str
+    num_prompts: int
+    num_identical: int
+    num_near_ties: int
+    num_broken: int
+    num_tokens: int
+    acceptance_rate: float | None
+    tokens_per_forward: float
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """`damages`: slot caches that broke their invariant, each a sentence."""
+
+    strategies: tuple[StrategyResult, ...]
+    mismatches: tuple[Mismatch, ...]
+    damages: tuple[str, ...]
+    model: dict[str, Any]
+    options: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        """No broken rule and no damaged cache; near-ties do not count against it."""
+        return not self.damages and not any(s.num_broken for s in self.strategies)
+
+    @property
+    def summary(self) -> str:
+        """The verdict in one sentence."""
+        m = self.model
+        runs = sum(s.num_prompts for s in self.strategies)
+        same = sum(s.num_identical for s in self.strategies)
+        ties = sum(s.num_near_ties for s in self.strategies)
+        broken = sum(s.num_broken for s in self.strategies)
+        return (
+            f"{'PASSED' if self.passed else 'FAILED'}: {same} of {runs} outputs identical to the stock "
+            f"model's, {ties} near-ties, {broken} broken rules, {len(self.damages)} damaged caches "
+            f"({m['model']}, {m['dtype']} on {m['device']}, {m['view']} view)."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready and complete: verdict, counts, differences, formulas, model, options and provenance."""
+        return {
+            "kind": "orthrus-audit",
+            "format_version": 1,
+            "passed": self.passed,
+            "summary": self.summary,
+            "model": self.model,
+            "options": self.options,
+            "provenance": self.provenance,
+            "legend": LEGEND,
+            "strategies": [asdict(s) for s in self.strategies],
+            "mismatches": [asdict(m) for m in self.mismatches],
+            "damages": list(self.damages),
+        }
+
+    def to_table(self) -> RenderableType:
+        """For a terminal: counts by strategy, the differences, the formulas, the verdict."""
+        parts: list[RenderableType] = [_table(_COUNTS, [_counts(s) for s in self.strategies])]
+        if self.mismatches:
+            parts.append(_table(_DIFFERENCES, [_difference(m) for m in self.mismatches]))
+        shown = LEGEND if self.mismatches else {k: v for k, v in LEGEND.items() if k not in _ONLY_DIFFERENCES}
+        parts += [f"[dim]{name}: {formula}[/dim]" for name, formula in shown.items()]
+        parts += [f"damaged cache: {escape(what)}" for what in self.damages]
+        return Group(*parts, escape(self.summary))
+
+    def to_markdown(self) -> str:
+        lines = [f"**{self.summary}**", "", *_markdown(_COUNTS, [_counts(s) for s in self.strategies])]
+        if self.mismatches:
+            lines += ["", *_markdown(_DIFFERENCES, [_difference(m) for m in self.mismatches])]
+        lines += ["", *(f"- `{name}`: {formula}" for name, formula in LEGEND.items())]
+        lines += [f"- damaged cache: {what}" for what in self.damages]
+        return "\n".join(lines) + "\n"
+
+    def to_csv(self) -> str:
+        """The counts, one line per strategy; differences are in the JSON form."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, fieldnames=list(StrategyResult.__slots__), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(s) for s in self.strategies)
+        return out.getvalue()
+
+
+_ONLY_DIFFERENCES = ("gap", "noise", "drift", "residue")
+_COUNTS = [
+    "strategy",
+    "prompts",
+    "identical",
+    "near_ties",
+    "broken",
+    "tokens",
+    "acceptance_rate",
+    "tokens_per_forward",
+]
+_DIFFERENCES = [
+    "strategy",
+    "prompt",
+    "token",
+    "stock",
+    "ours",
+    "gap",
+    "noise",
+    "drift",
+    "residue",
+    "verdict",
+    "reason",
+]
+
+
+def _counts(s: StrategyResult) -> list[str]:
+    counts = (s.num_prompts, s.num_identical, s.num_near_ties, s.num_broken, s.num_tokens)
+    rate = "–" if s.acceptance_rate is None else f"{s.acceptance_rate:.1%}"
+    return [s.strategy, *map(str, counts), rate, f"{s.tokens_per_forward:.2f}"]
+
+
+def _difference(m: Mismatch) -> list[str]:
+    tokens = [
+        "(end)" if token is None else f"{text!r} ({token})"
+        for token, text in ((m.stock_token, m.stock_text), (m.our_token, m.our_text))
+    ]
+    numbers = ["–" if x is None else f"{x:.3g}" for x in (m.gap, m.noise, m.drift, m.residue)]
+    return [m.strategy, str(m.prompt_index + 1), str(m.position + 1), *tokens, *numbers, m.verdict, m.reason]
+
+
+def _table(header: list[str], body: list[list[str]]) -> Table:
+    table = Table()
+    for name in header:
+        table.add_column(name)
+    for line in body:
+        table.add_row(*map(escape, line))
+    return table
+
+
+def _markdown(header: list[str], body: list[list[str]]) -> list[str]:
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in body]
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *cells)]

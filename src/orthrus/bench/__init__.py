@@ -1,0 +1,39 @@
+"""Measure: the stock model against every strategy, same prompts, the formula beside the number."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orthrus.bench.compare import Comparison, compare_reports
+    from orthrus.bench.prompts import BenchPrompt, load_prompts
+    from orthrus.bench.report import BenchReport, read_report
+    from orthrus.bench.runner import BenchOptions, run_bench
+
+__all__ = [
+    "BenchOptions",
+    "BenchPrompt",
+    "BenchReport",
+    "Comparison",
+    "compare_reports",
+    "load_prompts",
+    "read_report",
+    "run_bench",
+]
+
+_HOME = {
+    "BenchOptions": "runner",
+    "BenchPrompt": "prompts",
+    "BenchReport": "report",
+    "Comparison": "compare",
+    "compare_reports": "compare",
+    "load_prompts": "prompts",
+    "read_report": "report",
+    "run_bench": "runner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load on first use: a wrong prompt file is told without waiting for torch."""
+    if name in _HOME:
+        return getattr(import_module(f"orthrus.bench.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'orthrus.bench' has no attribute {name!r}")

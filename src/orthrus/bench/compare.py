@@ -1,0 +1,114 @@
+"""Two benchmark reports side by side, and whether they may be compared at all."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from orthrus.bench.metrics import Row, Spread
+from orthrus.bench.report import BenchReport, read_report
+
+METRICS = (
+    "tokens_per_second",
+    "speedup_vs_stock",
+    "tpot_ms",
+    "ttft_ms",
+    "tokens_per_cycle_mean",
+    "tokens_per_forward_mean",
+    "acceptance_rate",
+)
+_SAME = {
+    "model": ("model", "base_fingerprint", "dtype", "device", "attention"),
+    "options": ("max_new_tokens", "temperature", "num_prompts", "seed"),
+    "provenance": ("cpu", "accelerator", "threads"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One metric of one arm and domain. `ratio` = b / a; `clear` when the two spreads do not overlap."""
+
+    domain: str
+    arm: str
+    metric: str
+    a: float
+    b: float
+    ratio: float | None
+    clear: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """`differences`: settings in which the runs differ, each a reason not to trust a ratio of times."""
+
+    changes: tuple[Change, ...]
+    differences: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_table(self) -> RenderableType:
+        table = Table(title="b against a (* where the spreads do not overlap)", title_justify="left")
+        for name in _HEADER:
+            table.add_column(name, justify="left" if name in ("domain", "arm", "metric") else "right")
+        for change in self.changes:
+            table.add_row(*_cells(change))
+        return Group(table, *(f"differs: {line}" for line in self.differences))
+
+    def __rich__(self) -> RenderableType:
+        return self.to_table()
+
+    def to_markdown(self) -> str:
+        lines = [_HEADER, ["---"] * len(_HEADER), *map(_cells, self.changes)]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n".join([text, "", *(f"- differs: {line}" for line in self.differences)]).rstrip() + "\n"
+
+
+def compare_reports(
+    a: BenchReport | Mapping[str, Any] | Path, b: BenchReport | Mapping[str, Any] | Path
+) -> Comparison:
+    """Compare what both hold, arm by arm and domain by domain: reports, their `to_dict`, or JSON files of it.
+
+    Raises UserInputError for what is no report.
+    """
+    a, b = _report(a), _report(b)
+    rows_b = {(row.domain, row.arm): row for row in b.rows}
+    pairs = [(row, rows_b[row.domain, row.arm]) for row in a.rows if (row.domain, row.arm) in rows_b]
+    changes = tuple(_change(*pair, metric) for pair in pairs for metric in METRICS)
+    return Comparison(changes, tuple(_differences(a, b)))
+
+
+def _report(given: BenchReport | Mapping[str, Any] | Path) -> BenchReport:
+    if isinstance(given, Path):
+        return read_report(given)
+    return given if isinstance(given, BenchReport) else BenchReport.from_dict(given)
+
+
+def _change(a: Row, b: Row, metric: str) -> Change:
+    values = getattr(a, metric), getattr(b, metric)
+    clear = None
+    if isinstance(values[0], Spread):
+        clear = values[0].high < values[1].low or values[1].high < values[0].low
+    x, y = (v.median if isinstance(v, Spread) else v for v in values)
+    return Change(a.domain, a.arm, metric, x, y, y / x if x else None, clear)
+
+
+def _differences(a: BenchReport, b: BenchReport) -> list[str]:
+    found = []
+    for part, names in _SAME.items():
+        for name in names:
+            x, y = (getattr(report, part).get(name) for report in (a, b))
+            if x != y:
+                found.append(f"{name}: {x} / {y}")
+    return found
+
+
+_HEADER = ["domain", "arm", "metric", "a", "b", "b / a"]
+
+
+def _cells(change: Change) -> list[str]:
+    ratio = "–" if change.ratio is None else f"{change.ratio:.3f}{'*' if change.clear else ''}"
+    return [change.domain, change.arm, change.metric, f"{change.a:.3f}", f"{change.b:.3f}", ratio]

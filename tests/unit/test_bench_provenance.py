@@ -1,0 +1,49 @@
+"""Provenance: JSON-ready, complete, and honest about where the code came from."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orthrus.base.provenance import cpu_model, git_state, provenance
+
+
+def test_it_is_complete_and_json_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/some/where/orthrus", "bench", "--limit", "2", "a b"])
+
+    found = json.loads(json.dumps(provenance(device="cpu", dtype="torch.float32", seed=3)))
+
+    assert found["command"] == "orthrus bench --limit 2 'a b'"
+    assert found["device"] == "cpu"
+    assert found["dtype"] == "float32"
+    assert found["seed"] == 3
+    assert found["threads"] >= 1
+    assert found["accelerator"] is None
+    assert found["versions"]["torch"]
+    assert found["time"].endswith("+00:00")
+    assert cpu_model()
+
+
+def test_only_a_checkout_of_this_package_counts(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    package = tmp_path / "src" / "orthrus"
+    package.mkdir(parents=True)
+    (package / "a.py").write_text("")
+    assert git_state(package) == (None, None)
+
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert git_state(package) == (None, True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
+    commit, dirty = git_state(package)
+    assert commit is not None
+    assert len(commit) == 40
+    assert dirty is False
+
+    (package / "a.py").write_text("changed")
+    assert git_state(package) == (commit, True)
+    installed = tmp_path / ".venv" / "orthrus"
+    installed.mkdir(parents=True)
+    assert git_state(installed) == (None, None)
