@@ -1,0 +1,101 @@
+"""Plain decoding of many prompts at once, for corpora: rows come and go, the batch stays full."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from orthrus.config import SamplingParams
+from orthrus.decoding.sampling import draw, filtered_probs, greedy_tokens
+from orthrus.model.dual_view import DualView
+from orthrus.model.passes import ar_step, prefill
+from orthrus.model.slot_cache import SlotCache
+
+
+class Request(NamedTuple):
+    """A prompt and how to answer it; `key` comes back with the answer."""
+
+    key: int
+    prompt_ids: list[int]
+    sampling: SamplingParams
+
+
+class Answer(NamedTuple):
+    """New tokens, the end-of-sequence token included; `finished` is False when the limit cut it off."""
+
+    key: int
+    token_ids: list[int]
+    finished: bool
+
+
+@dataclass
+class _Row:
+    request: Request
+    next_id: int
+    token_ids: list[int] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def decode_batch(
+    dual: DualView,
+    requests: Iterable[Request],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    max_prompt_tokens: int,
+    eos_token_ids: frozenset[int],
+    seed: int,
+) -> Iterator[Answer]:
+    """Answer all requests with the AR view, `batch_size` at a time; answers come in the order they end.
+
+    Sampled rows draw from one generator, so the text depends on the batch: generate once and store.
+    """
+    waiting = iter(requests)
+    cache = dual.new_cache(max_prompt_tokens + max_new_tokens, batch_size)
+    generator = torch.Generator(device=dual.device).manual_seed(seed)
+    rows: list[_Row | None] = [None] * batch_size
+    while True:
+        for i in range(batch_size):
+            if rows[i] is None and (request := next(waiting, None)) is not None:
+                rows[i] = _admit(dual, cache.row(i), request)
+                cache.lengths[i] = len(request.prompt_ids) - 1
+        active = [row for row in rows if row is not None]
+        if not active:
+            return
+        ids_B1 = torch.tensor([[0 if row is None else row.next_id] for row in rows], device=dual.device)
+        logits_BV = dual.run(ar_step(ids_B1, cache.lengths), cache)[:, 0]
+        for i, token_id in enumerate(_choose(logits_BV, rows, generator)):
+            row = rows[i]
+            if row is None:
+                continue
+            cache.lengths[i] += 1
+            row.token_ids.append(token_id)
+            row.next_id = token_id
+            finished = token_id in eos_token_ids
+            if finished or len(row.token_ids) == max_new_tokens:
+                yield Answer(row.request.key, row.token_ids, finished)
+                rows[i] = None
+                cache.lengths[i] = 0
+
+
+def _admit(dual: DualView, cache: SlotCache, request: Request) -> _Row:
+    """Feed all but the last prompt token into one row of the cache; the last one is the first step's."""
+    cache.lengths[0] = 0
+    *head, last = request.prompt_ids
+    if head:
+        ids_1T = torch.tensor([head], device=dual.device)
+        dual.run(prefill(ids_1T, cache.lengths, last=False), cache)
+    return _Row(request, last)
+
+
+def _choose(logits_BV: Tensor, rows: list[_Row | None], generator: torch.Generator) -> list[int]:
+    """Greedy rows by argmax, sampled rows (which share one setting) by a draw."""
+    ids_B = greedy_tokens(logits_BV)
+    sampled = [i for i, row in enumerate(rows) if row is not None and not row.request.sampling.greedy]
+    if sampled:
+        params = next(row.request.sampling for row in rows if row and not row.request.sampling.greedy)
+        probs_RV = filtered_probs(logits_BV[sampled], params)
+        ids_B[sampled] = draw(probs_RV, generator)
+    return [int(i) for i in ids_B.tolist()]

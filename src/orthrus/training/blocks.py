@@ -1,0 +1,124 @@
+"""Which diffusion blocks a row trains, and what each of their rows reads and predicts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthrus.training.packing import PackedRow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockLayout:
+    """A block of `block_size` rows: `num_clean` known tokens (the anchor first), then masks.
+
+    Row j predicts position anchor + j + 1; the last row is context only. Targets of rows below
+    `first_target` carry no weight: rows whose target is a known token anyway.
+    """
+
+    block_size: int
+    num_clean: int = 1
+    first_target: int = 0
+
+    @property
+    def num_targets(self) -> int:
+        return self.block_size - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockBatch:
+    """B packed rows with N blocks each; J = K - 1 targets a block. Indices point into the row (0..T-1).
+
+    token_ids_BT, position_ids_BT, document_BT: the AR rows. anchor_BN: index of each block's anchor.
+    target_BNJ: index of the AR row whose prediction target row j imitates (anchor + j).
+    valid_BNJ: whether that target lies in the same document and block.
+    """
+
+    token_ids_BT: Tensor
+    position_ids_BT: Tensor
+    document_BT: Tensor
+    anchor_BN: Tensor
+    target_BNJ: Tensor
+    valid_BNJ: Tensor
+    layout: BlockLayout
+
+    def to(self, device: torch.device | str) -> "BlockBatch":
+        return BlockBatch(
+            *(getattr(self, name).to(device) for name in _TENSORS),
+            layout=self.layout,
+        )
+
+
+_TENSORS = ("token_ids_BT", "position_ids_BT", "document_BT", "anchor_BN", "target_BNJ", "valid_BNJ")
+
+
+def draw_blocks(
+    rows: Sequence[PackedRow], seeds: Sequence[int], num_anchors: int, layout: BlockLayout
+) -> BlockBatch:
+    """Draw anchors among the assistant's tokens, without replacement and sorted; one seed a row.
+
+    A row with fewer candidates than `num_anchors` repeats its last one with weight zero.
+    """
+    token_ids_BT = torch.stack([r.token_ids_T for r in rows])
+    document_BT = torch.stack([r.document_T for r in rows])
+    anchors, used = zip(*(_anchors(r, s, num_anchors) for r, s in zip(rows, seeds, strict=True)), strict=True)
+    anchor_BN = torch.stack(anchors)
+    row_length = token_ids_BT.shape[1]
+    offset_J = torch.arange(layout.num_targets)
+    target_BNJ = anchor_BN[..., None] + offset_J
+    # The token that is predicted stands one further; it must exist in the anchor's own document.
+    predicted_BNJ = (target_BNJ + 1).clamp_max(row_length - 1)
+    documents = document_BT.gather(1, predicted_BNJ.flatten(1)).view_as(predicted_BNJ)
+    valid_BNJ = documents == document_BT.gather(1, anchor_BN)[..., None]
+    valid_BNJ &= (target_BNJ + 1 < row_length) & (offset_J >= layout.first_target)
+    valid_BNJ &= torch.stack(used)[..., None]
+    return BlockBatch(
+        token_ids_BT=token_ids_BT,
+        position_ids_BT=torch.stack([r.position_ids_T for r in rows]),
+        document_BT=document_BT,
+        anchor_BN=anchor_BN,
+        target_BNJ=target_BNJ.clamp_max(row_length - 1),
+        valid_BNJ=valid_BNJ,
+        layout=layout,
+    )
+
+
+def _anchors(row: PackedRow, seed: int, num_anchors: int) -> tuple[Tensor, Tensor]:
+    """(anchor_N, used_N): candidates are assistant tokens that another token of their document follows."""
+    follows_T = row.answer_T.clone()
+    follows_T[:-1] &= row.document_T[1:] == row.document_T[:-1]
+    follows_T[-1] = False
+    candidates = follows_T.nonzero()[:, 0]
+    if not len(candidates):
+        return torch.zeros(num_anchors, dtype=torch.long), torch.zeros(num_anchors, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    picked = candidates[torch.randperm(len(candidates), generator=generator)[:num_anchors]].sort().values
+    missing = num_anchors - len(picked)
+    anchor_N = torch.cat([picked, picked[-1:].expand(missing)])
+    return anchor_N, torch.arange(num_anchors) < len(picked)
+
+
+def context_mask(batch: BlockBatch) -> Tensor:
+    """visible_BNT bool: the AR rows that a block reads, those of its document strictly before its anchor."""
+    same_BNT = batch.document_BT[:, None] == batch.document_BT.gather(1, batch.anchor_BN)[..., None]
+    before_BNT = torch.arange(batch.token_ids_BT.shape[1], device=same_BNT.device) < batch.anchor_BN[..., None]
+    return same_BNT & before_BNT
+
+
+def causal_mask(batch: BlockBatch) -> Tensor:
+    """visible_BTT bool of the AR rows: causal, and blind to other documents. Padding rows see themselves."""
+    same_BTT = batch.document_BT[:, :, None] == batch.document_BT[:, None]
+    num_rows = batch.token_ids_BT.shape[1]
+    return same_BTT & torch.ones(num_rows, num_rows, dtype=torch.bool, device=same_BTT.device).tril()
+
+
+def block_inputs(batch: BlockBatch, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """(token_ids, position_ids), each (B, N, K): clean tokens, then masks, at their true positions."""
+    layout = batch.layout
+    offset_K = torch.arange(layout.block_size, device=batch.anchor_BN.device)
+    index_BNK = (batch.anchor_BN[..., None] + offset_K).clamp_max(batch.token_ids_BT.shape[1] - 1)
+    token_ids_BNK = batch.token_ids_BT.gather(1, index_BNK.flatten(1)).view_as(index_BNK)
+    token_ids_BNK = token_ids_BNK.where(offset_K < layout.num_clean, mask_token_id)
+    start_BN = batch.position_ids_BT.gather(1, batch.anchor_BN)
+    return token_ids_BNK, start_BN[..., None] + offset_K

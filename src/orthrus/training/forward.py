@@ -1,0 +1,198 @@
+"""The training pass: AR rows once, frozen; then many isolated blocks over their keys and values."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from orthrus.base.families import layer_windows
+from orthrus.model.dual_view import DualView
+from orthrus.training.block_attention import NAME, BlockContext
+from orthrus.training.blocks import BlockBatch, block_inputs, causal_mask, context_mask
+from orthrus.training.losses import LossKind, WeightKind, position_weights, row_losses
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What is minimised: the loss of a row and the weight of its position in the block."""
+
+    loss: LossKind = "kl"
+    weights: WeightKind = "dpace"
+    gamma: float = 4.0
+    smoothing: float = 0.5
+
+
+class StepOutput(NamedTuple):
+    """Sums over a micro-batch. loss and weight are scalars (their ratio is the loss); the J-vectors add up
+    the hits, overlaps and counts of valid targets by position in the block."""
+
+    loss: Tensor
+    weight: Tensor
+    hits_J: Tensor
+    overlaps_J: Tensor
+    counts_J: Tensor
+
+
+class TrainingPass(nn.Module):
+    """Wraps a DualView for training; `forward(batch)` is what DDP and FSDP see."""
+
+    def __init__(self, dual: DualView, objective: Objective) -> None:
+        super().__init__()
+        self.dual = dual
+        self.objective = objective
+
+    def forward(self, batch: BlockBatch) -> StepOutput:
+        """One micro-batch; the loss is a sum over weighted targets, not yet divided by the weight."""
+        context, teacher_BTC = self.teacher(batch)
+        hidden_BNKC = self.blocks(batch, context)
+        hidden_BNJC = hidden_BNKC[:, :, : batch.layout.num_targets]
+        row_length = batch.token_ids_BT.shape[1]
+        rows_BNJ = batch.target_BNJ + torch.arange(len(batch.token_ids_BT), device=context.bias_BQT.device)[
+            :, None, None
+        ] * row_length
+        corpus_BNJ = batch.token_ids_BT.flatten()[(rows_BNJ + 1).clamp_max(batch.token_ids_BT.numel() - 1)]
+        keep = batch.valid_BNJ
+        objective = self.objective
+        losses = row_losses(
+            objective.loss,
+            hidden_BNJC[keep],
+            teacher_BTC.flatten(0, 1),
+            rows_BNJ[keep],
+            corpus_BNJ[keep],
+            self.head,
+        )
+        loss_BNJ, overlap_BNJ, hit_BNJ = (_spread(values_R, keep) for values_R in losses)
+        weight_BNJ = position_weights(
+            objective.weights, overlap_BNJ.detach(), keep, gamma=objective.gamma, smoothing=objective.smoothing
+        )
+        return StepOutput(
+            loss=(weight_BNJ * loss_BNJ).sum(),
+            weight=weight_BNJ.sum(),
+            hits_J=hit_BNJ.sum((0, 1)),
+            overlaps_J=overlap_BNJ.sum((0, 1)),
+            counts_J=keep.sum((0, 1)).float(),
+        )
+
+    @torch.no_grad()
+    def teacher(self, batch: BlockBatch) -> tuple[BlockContext, Tensor]:
+        """The AR pass: keys and values per layer, and final hidden states (B, T, C) before the head."""
+        store = _Store()
+        visible_BTT = causal_mask(batch)
+        windows = layer_windows(self.dual.base.config)
+        distance_BTT = batch.position_ids_BT[:, :, None] - batch.position_ids_BT[:, None]
+        window = next((w for w in windows if w is not None), None)
+        windowed_BTT = visible_BTT if window is None else visible_BTT & (distance_BTT < window)
+        hidden_BTC = self._decode(
+            batch.token_ids_BT,
+            batch.position_ids_BT,
+            store,
+            self._mask_argument(_bias(visible_BTT, self.dtype), _bias(windowed_BTT, self.dtype), window),
+            num_ar_rows=batch.token_ids_BT.shape[1],
+        )
+        context_BQT, windowed_BQT = self._block_bias(batch, window)
+        return BlockContext(
+            store.keys, store.values, context_BQT, windowed_BQT, windows, batch.layout.block_size
+        ), hidden_BTC
+
+    def blocks(self, batch: BlockBatch, context: BlockContext) -> Tensor:
+        """The diffusion pass: final hidden states of all block rows, (B, N, K, C)."""
+        token_ids_BNK, position_ids_BNK = block_inputs(batch, self.dual.mask_token_id)
+        with self._attention(NAME):
+            # The mask only makes the stock code skip its own; block_attention reads the context's.
+            unused = torch.zeros((1, 1, 1, 1), device=token_ids_BNK.device)
+            hidden_BQC = self._decode(
+                token_ids_BNK.flatten(1),
+                position_ids_BNK.flatten(1),
+                None,
+                self._mask_argument(unused, unused, None),
+                num_ar_rows=0,
+                block_context=context,
+            )
+        return hidden_BQC.view(*token_ids_BNK.shape, -1)
+
+    def head(self, hidden_RC: Tensor) -> Tensor:
+        """Final hidden states to logits, as the stock model projects them."""
+        logits_RV: Tensor = self.dual.base.get_output_embeddings()(hidden_RC)
+        cap = getattr(self.dual.base.config, "final_logit_softcapping", None)
+        return logits_RV if cap is None else cap * torch.tanh(logits_RV / cap)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.dual.base.dtype
+
+    def _decode(
+        self,
+        token_ids_BT: Tensor,
+        position_ids_BT: Tensor,
+        store: "_Store | None",
+        attention_mask: Any,
+        *,
+        num_ar_rows: int,
+        **kwargs: Any,
+    ) -> Tensor:
+        with self.dual.split.at(num_ar_rows):
+            out = self.dual.base.get_decoder()(
+                inputs_embeds=self.dual.embed(token_ids_BT),
+                attention_mask=attention_mask,
+                position_ids=position_ids_BT,
+                past_key_values=store,
+                use_cache=store is not None,
+                **kwargs,
+            )
+        return out.last_hidden_state  # type: ignore[no-any-return]
+
+    def _mask_argument(self, full: Tensor, windowed: Tensor, window: int | None) -> Any:
+        if self.dual.family.mask_kind == "by_layer_type":
+            return {"full_attention": full, "sliding_attention": windowed}
+        return windowed if window is not None else full
+
+    def _block_bias(self, batch: BlockBatch, window: int | None) -> tuple[Tensor, Tensor]:
+        size = batch.layout.block_size
+        visible_BQT = context_mask(batch).repeat_interleave(size, dim=1)
+        full_BQT = _bias(visible_BQT, self.dtype)[:, 0]
+        if window is None:
+            return full_BQT, full_BQT
+        start_BN = batch.position_ids_BT.gather(1, batch.anchor_BN)
+        query_BQ = (start_BN[..., None] + torch.arange(size, device=start_BN.device)).flatten(1)
+        distance_BQT = query_BQ[..., None] - batch.position_ids_BT[:, None]
+        return full_BQT, _bias(visible_BQT & (distance_BQT < window), self.dtype)[:, 0]
+
+    @contextmanager
+    def _attention(self, name: str) -> Iterator[None]:
+        config = self.dual.base.config
+        before, config._attn_implementation = config._attn_implementation, name
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+
+@dataclass(slots=True)
+class _Store:
+    """Duck-typed cache that keeps each layer's keys and values of the one AR pass."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def update(self, key_BHTD: Tensor, value_BHTD: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        assert layer_idx == len(self.keys)
+        self.keys.append(key_BHTD)
+        self.values.append(value_BHTD)
+        return key_BHTD, value_BHTD
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1, rows, keys) additive mask."""
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return bias.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def _spread(values_R: Tensor, keep_BNJ: Tensor) -> Tensor:
+    """Values of the kept targets back in their (B, N, J) places, zeros elsewhere; differentiable."""
+    return torch.zeros(keep_BNJ.shape, dtype=values_R.dtype, device=values_R.device).masked_scatter(keep_BNJ, values_R)

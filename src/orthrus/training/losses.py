@@ -1,0 +1,164 @@
+"""Losses of a draft row against the AR view's row, computed a few vocabulary rows at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+LossKind = Literal["kl", "ce", "tv", "lk"]
+WeightKind = Literal["uniform", "decay", "dpace"]
+LOSSES: tuple[LossKind, ...] = get_args(LossKind)
+WEIGHTS: tuple[WeightKind, ...] = get_args(WeightKind)
+
+Head = Callable[[Tensor], Tensor]
+
+
+class RowLosses(NamedTuple):
+    """Per draft row, all float32: loss_R carries gradients; overlap_R is sum min(p, q), the chance that a
+    sampled draft stands; hit_R is 1 where draft and AR view agree on the most probable token."""
+
+    loss_R: Tensor
+    overlap_R: Tensor
+    hit_R: Tensor
+
+
+def pointwise_loss(kind: LossKind, log_q_RV: Tensor, log_p_RV: Tensor, corpus_ids_R: Tensor) -> Tensor:
+    """Loss of each row, loss_R. q is the draft's law, p the AR view's (both log-probabilities, float32).
+
+    kl: forward KL(p || q), arXiv 2605.12825; ce: cross-entropy on the corpus token; tv: total variation,
+    1 - sum min(p, q); lk: the mixture of KL and TV that leans on TV as the overlap grows, arXiv 2602.23881.
+    """
+    if kind == "ce":
+        return -log_q_RV.gather(1, corpus_ids_R[:, None])[:, 0]
+    p_RV = log_p_RV.exp()
+    if kind == "kl":
+        return (p_RV * (log_p_RV - log_q_RV)).sum(-1)
+    variation_R = 1.0 - torch.minimum(p_RV, log_q_RV.exp()).sum(-1)
+    if kind == "tv":
+        return variation_R
+    lean_R = torch.exp(-3.0 * (1.0 - variation_R.detach()))
+    return lean_R * (p_RV * (log_p_RV - log_q_RV)).sum(-1) + (1.0 - lean_R) * variation_R
+
+
+def row_losses(
+    kind: LossKind,
+    hidden_RC: Tensor,
+    teacher_hidden_TC: Tensor,
+    teacher_row_R: Tensor,
+    corpus_ids_R: Tensor,
+    head: Head,
+    *,
+    chunk_size: int = 128,
+) -> RowLosses:
+    """Losses of draft rows against the teacher rows that they imitate.
+
+    hidden_RC: the draft's final hidden states; teacher_row_R: for each the index of its row in
+    teacher_hidden_TC; corpus_ids_R: the tokens that stand there. Rows are sorted by teacher row and taken
+    in chunks, so each teacher row is projected once (twice where a chunk ends in it) although blocks
+    overlap, and no more than `chunk_size` rows of the vocabulary exist at a time, forward or backward.
+    """
+    order_R = teacher_row_R.argsort(stable=True)
+    loss_R, overlap_R, hit_R = _ChunkedLoss.apply(
+        hidden_RC[order_R], kind, teacher_hidden_TC, teacher_row_R[order_R], corpus_ids_R[order_R], head, chunk_size
+    )
+    inverse_R = order_R.argsort()
+    return RowLosses(loss_R[inverse_R], overlap_R[inverse_R], hit_R[inverse_R])
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A chunk of draft rows and the teacher rows that they are compared with."""
+
+    kind: LossKind
+    log_p_TV: Tensor
+    which_R: Tensor
+    corpus_ids_R: Tensor
+
+    def compare(self, logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(loss_R, overlap_R, hit_R, gradient of the summed loss with respect to logits_RV), all detached."""
+        with torch.no_grad():
+            z_RV = logits_RV.detach().float()
+            p_TV = self.log_p_TV.exp()
+            p_RV = p_TV[self.which_R]
+            normaliser_R = z_RV.logsumexp(-1)
+            hit_R = (self.log_p_TV.argmax(-1)[self.which_R] == z_RV.argmax(-1)).float()
+            q_RV = (z_RV - normaliser_R[:, None]).exp_()
+            overlap_R = torch.minimum(p_RV, q_RV).sum(-1)
+            if self.kind == "ce":
+                ids_R1 = self.corpus_ids_R[:, None]
+                loss_R = normaliser_R - z_RV.gather(1, ids_R1)[:, 0]
+                grad_RV = q_RV.scatter_add_(1, ids_R1, torch.full_like(ids_R1, -1.0, dtype=q_RV.dtype))
+                return loss_R, overlap_R, hit_R, grad_RV.to(logits_RV.dtype)
+            if self.kind == "kl":
+                # The teacher's entropy is the same for all rows that share it.
+                entropy_R = (p_TV * self.log_p_TV).sum(-1)[self.which_R]
+                loss_R = entropy_R - torch.linalg.vecdot(p_RV, z_RV) + normaliser_R
+                return loss_R, overlap_R, hit_R, q_RV.sub_(p_RV).to(logits_RV.dtype)
+        loss_R = pointwise_loss(
+            self.kind, logits_RV.float().log_softmax(-1), self.log_p_TV[self.which_R], self.corpus_ids_R
+        )
+        (grad_RV,) = torch.autograd.grad(loss_R.sum(), logits_RV, retain_graph=True)
+        return loss_R.detach(), overlap_R, hit_R, grad_RV
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Gradients with respect to the hidden states are taken chunk by chunk in the forward pass already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RC: Tensor,
+        kind: LossKind,
+        teacher_hidden_TC: Tensor,
+        teacher_row_R: Tensor,
+        corpus_ids_R: Tensor,
+        head: Head,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        losses, overlaps, hits, grads = [], [], [], []
+        for chunk in torch.arange(len(hidden_RC), device=hidden_RC.device).split(chunk_size):
+            rows_T, which_R = teacher_row_R[chunk].unique_consecutive(return_inverse=True)
+            with torch.no_grad():
+                log_p_TV = head(teacher_hidden_TC[rows_T]).float().log_softmax(-1)
+            rows = _Rows(kind, log_p_TV, which_R, corpus_ids_R[chunk])
+            with torch.enable_grad():
+                hidden = hidden_RC[chunk].detach().requires_grad_(True)
+                logits_RV = head(hidden)
+                loss_R, overlap_R, hit_R, grad_RV = rows.compare(logits_RV)
+                # Rows do not mix, so each row's own gradient comes out of one backward.
+                (grad_RC,) = torch.autograd.grad(logits_RV, hidden, grad_RV)
+            losses.append(loss_R)
+            overlaps.append(overlap_R)
+            hits.append(hit_R)
+            grads.append(grad_RC)
+        ctx.save_for_backward(torch.cat(grads))
+        outputs = torch.cat(losses), torch.cat(overlaps), torch.cat(hits)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss_R: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (grads_RC,) = ctx.saved_tensors
+        return (grad_loss_R[:, None].to(grads_RC.dtype) * grads_RC, *([None] * 6))
+
+
+def position_weights(
+    kind: WeightKind, overlap_BNJ: Tensor, valid_BNJ: Tensor, *, gamma: float = 4.0, smoothing: float = 0.5
+) -> Tensor:
+    """Weights of a block's targets, weight_BNJ; zero where invalid. Scale is the caller's affair.
+
+    uniform: arXiv 2605.12825. decay: exp(-j / gamma). dpace: what the target's acceptance adds to the expected
+    accepted length, sum over m >= j of prod over i <= m of (1 - a) q_i + a, from arXiv 2605.18810.
+    """
+    if kind == "uniform":
+        weight_BNJ = torch.ones_like(overlap_BNJ)
+    elif kind == "decay":
+        steps_J = torch.arange(overlap_BNJ.shape[-1], device=overlap_BNJ.device)
+        weight_BNJ = torch.exp(-steps_J / gamma).expand_as(overlap_BNJ)
+    else:
+        chance_BNJ = ((1.0 - smoothing) * overlap_BNJ + smoothing).where(valid_BNJ, 1.0)
+        reach_BNJ = chance_BNJ.cumprod(-1) * valid_BNJ
+        weight_BNJ = reach_BNJ.flip(-1).cumsum(-1).flip(-1)
+    return weight_BNJ * valid_BNJ

@@ -1,0 +1,130 @@
+"""A training run as one typed record: each field is a YAML key of a recipe and a `key=value` of the command line."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from orthrus.errors import UserInputError
+from orthrus.training.losses import LOSSES, WEIGHTS, LossKind, WeightKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Settings of `orthrus train`.
+
+    base, corpus, output: the model, the corpus folder, and where the run keeps its state and its view.
+    Blocks: block_size (K), num_anchors (blocks a row), row_length (tokens), drop_long.
+    Loss: loss, weights, gamma (decay), smoothing (dpace). Batch: batch_rows rows a step over all processes, in
+    micro-batches of micro_rows. Optimiser: AdamW with cosine schedule; learning_rate, warmup, floor (shares of
+    all steps and of the peak), weight_decay, clip_norm. steps: 0 means `epochs` passes over the corpus.
+    View: layers (None for all), init_view (a view folder to start from).
+    """
+
+    base: str = "default"
+    corpus: str = "corpus"
+    output: str = "runs/view"
+    init_view: str | None = None
+    block_size: int = 8
+    num_anchors: int = 64
+    row_length: int = 512
+    drop_long: bool = False
+    layers: tuple[int, ...] | None = None
+    loss: LossKind = "kl"
+    weights: WeightKind = "dpace"
+    gamma: float = 4.0
+    smoothing: float = 0.5
+    batch_rows: int = 4
+    micro_rows: int = 1
+    steps: int = 0
+    epochs: float = 1.0
+    learning_rate: float = 4e-4
+    warmup: float = 0.05
+    floor: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    seed: int = 0
+    save_every: int = 100
+    evaluate_every: int = 200
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _one_of("loss", self.loss, LOSSES)
+        _one_of("weights", self.weights, WEIGHTS)
+        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        for name in ("num_anchors", "row_length", "batch_rows", "micro_rows", "save_every", "evaluate_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserInputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not 2 <= self.block_size <= self.row_length:
+            raise UserInputError(f"block_size must lie between 2 and row_length, not {self.block_size}.")
+        if self.learning_rate <= 0 or self.clip_norm <= 0:
+            raise UserInputError("learning_rate and clip_norm must be positive.")
+        if self.steps < 0 or (self.steps == 0 and self.epochs <= 0):
+            raise UserInputError("give steps, or a positive number of epochs.")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserInputError(f"{name} must be one of {', '.join(allowed)}, not {value!r}.")
+
+
+def load_recipe(file: Path, overrides: list[str] | None = None) -> TrainConfig:
+    """Read a YAML recipe; `overrides` are `key=value` strings and win.
+
+    Raises UserInputError for unknown keys (with a suggestion), wrong types and unreadable files.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except OSError as e:
+        raise UserInputError(f"there is no recipe {file}; the ones that come with Orthrus are in recipes/.") from e
+    except yaml.YAMLError as e:
+        raise UserInputError(f"{file} is not valid YAML ({e}); compare it with recipes/smoke-cpu.yaml.") from e
+    if not isinstance(content, dict):
+        raise UserInputError(f"{file} must hold `key: value` lines; compare it with recipes/smoke-cpu.yaml.")
+    for override in overrides or ():
+        key, found, value = override.partition("=")
+        if not found:
+            raise UserInputError(f"an override must read key=value, not {override!r}.")
+        content[key.strip()] = yaml.safe_load(value)
+    return config_from(TrainConfig, content, where=str(file))
+
+
+def config_from(kind: type[TrainConfig], content: dict[str, Any], *, where: str) -> TrainConfig:
+    """A config from plain values; unknown keys are errors with a suggestion."""
+    known = {f.name: f for f in fields(kind)}
+    for key in content:
+        if key not in known:
+            close = get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; the keys are {', '.join(known)}."
+            raise UserInputError(f"{where}: unknown key {key!r}{hint}")
+    values = {key: _coerced(kind, key, value) for key, value in content.items()}
+    try:
+        return kind(**values)
+    except TypeError as e:
+        raise UserInputError(f"{where}: {e}.") from e
+
+
+def _coerced(kind: type[TrainConfig], key: str, value: Any) -> Any:
+    """YAML writes 2e-4 as text and tuples as lists; everything else must have the default's type."""
+    default = getattr(kind(), key)
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(default, float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise UserInputError(f"{key} must be a number, not {value!r}.") from None
+    if default is not None and value is not None and type(value) is not type(default):
+        raise UserInputError(f"{key} must be {type(default).__name__}, not {value!r}.")
+    return value
+
+
+def to_plain(config: TrainConfig) -> dict[str, Any]:
+    """The config as JSON values, for run folders and provenance."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain

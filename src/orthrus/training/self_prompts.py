@@ -1,0 +1,84 @@
+"""Prompts made by the model itself: sampled from the chat template's open user turn; no data set needed."""
+
+from collections.abc import Iterator
+
+from orthrus.base.loading import Base
+from orthrus.config import SamplingParams
+from orthrus.errors import UserInputError
+from orthrus.model.dual_view import DualView
+from orthrus.training.batch_decode import Request, decode_batch
+
+# How a user turn may begin, by domain; an empty beginning lets the model choose its own subject.
+OPENINGS: dict[str, tuple[str, ...]] = {
+    "math": (
+        "A shop sells ", "If a train ", "What is the ", "Solve the equation ", "Find the value of ", "There are ",
+        "A farmer has ", "Calculate the ", "How many ",
+    ),
+    "code": (
+        "Write a Python function that ", "Write a solution to the following problem", "Write a Python program to ",
+        "Complete the following Python function:\n```python\ndef ", "Implement a function ", "Fix the bug in ",
+        "Write a function to ",
+    ),
+    "chat": ("", "How do I ", "What are the ", "Explain ", "Can you ", "Why ", "Give me "),
+    "writing": ("Write a ", "Write a short story about ", "Write an email ", "Compose ", "Draft a ", "Describe "),
+    "summary": ("Summarize the following text: ", "Summarize: ", "Rewrite the following paragraph: "),
+}  # fmt: skip
+_SAMPLING = SamplingParams(temperature=1.0, top_p=0.95)
+_MARK = "\u241f"
+
+
+def open_user_turn(base: Base) -> list[int]:
+    """Token ids of the chat template up to where the user's own words begin.
+
+    Raises UserInputError for a base without a chat template.
+    """
+    if not getattr(base.tokenizer, "chat_template", None):
+        raise UserInputError(
+            f"{base.name} has no chat template, so it cannot make its own prompts; give prompt files instead."
+        )
+    text = base.tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    head, found, _ = str(text).partition(_MARK)
+    assert found, "the template must contain the user's words"
+    return list(base.tokenizer(head, add_special_tokens=False)["input_ids"])
+
+
+def self_prompts(
+    base: Base,
+    dual: DualView,
+    counts: dict[str, int],
+    *,
+    seed: int,
+    batch_size: int = 64,
+    max_tokens: int = 120,
+    min_words: int = 4,
+) -> Iterator[tuple[str, str]]:
+    """Yield (text, domain) for `counts[domain]` attempts each; cut, short and repetitive ones are dropped."""
+    head = open_user_turn(base)
+    jobs: list[tuple[str, str]] = []
+    for domain, count in counts.items():
+        openings = OPENINGS.get(domain, ("",))
+        jobs += [(domain, openings[i % len(openings)]) for i in range(count)]
+    requests = [
+        Request(i, head + list(base.tokenizer(opening, add_special_tokens=False)["input_ids"]), _SAMPLING)
+        for i, (_, opening) in enumerate(jobs)
+    ]
+    answers = decode_batch(
+        dual,
+        requests,
+        batch_size=batch_size,
+        max_new_tokens=max_tokens,
+        max_prompt_tokens=max((len(r.prompt_ids) for r in requests), default=1),
+        eos_token_ids=base.eos_token_ids,
+        seed=seed,
+    )
+    for answer in answers:
+        domain, opening = jobs[answer.key]
+        text = opening + str(base.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+        if answer.finished and len(text.split()) >= min_words and not is_repetitive(answer.token_ids):
+            yield text.strip(), domain
+
+
+def is_repetitive(token_ids: list[int], n: int = 4, least_distinct: float = 0.5) -> bool:
+    """Whether fewer than half of the n-grams differ: the model went round in circles."""
+    grams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
+    return len(grams) >= 8 and len(set(grams)) < least_distinct * len(grams)

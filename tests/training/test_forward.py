@@ -1,0 +1,70 @@
+"""The training pass and the decoding pass are the same function: else validation is good and serving dead."""
+
+import pytest
+import torch
+
+from orthrus.model.passes import draft_block, prefill
+from orthrus.training.blocks import BlockLayout, draw_blocks
+from orthrus.training.corpus import Sample
+from orthrus.training.forward import Objective, TrainingPass
+from orthrus.training.packing import pack
+from tests.tiny import FAMILY_CONFIGS, tiny_dual, tiny_prompt
+
+LAYOUT = BlockLayout(block_size=5)
+
+
+def _rows(row_length=48):
+    samples = [
+        Sample(tuple(tiny_prompt(7, seed)), tuple(tiny_prompt(length, seed + 50)), "test")
+        for seed, length in enumerate((14, 11, 19, 9))
+    ]
+    return pack(samples, row_length)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILY_CONFIGS))
+@pytest.mark.parametrize("mask_token_id", [60, None], ids=["mask token", "mask embedding"])
+def test_training_blocks_equal_decoding_blocks(name, mask_token_id):
+    dual = tiny_dual(name, block_size=5, disturb=0.3, mask_token_id=mask_token_id)
+    training = TrainingPass(dual, Objective())
+    batch = draw_blocks(_rows(), [0, 1], 6, LAYOUT)
+    with torch.no_grad():
+        context, _ = training.teacher(batch)
+        logits_BNKV = training.head(training.blocks(batch, context))
+    for b, anchors in enumerate(batch.anchor_BN.tolist()):
+        for n, anchor in enumerate(anchors):
+            start = int((batch.document_BT[b] == batch.document_BT[b, anchor]).nonzero()[0])
+            cache = dual.new_cache(64)
+            history = batch.token_ids_BT[b : b + 1, start:anchor]
+            with torch.no_grad():
+                dual.run(prefill(history, cache.lengths, last=False), cache)
+                cache.commit(anchor - start)
+                anchor_ids = batch.token_ids_BT[b : b + 1, anchor : anchor + 1]
+                block = draft_block(anchor_ids, cache.lengths, 5, dual.mask_token_id, floor=False)
+                decoded_JV = dual.run(block, cache)[0]
+            torch.testing.assert_close(logits_BNKV[b, n, :4], decoded_JV, atol=2e-4, rtol=2e-4)
+
+
+def test_teacher_rows_equal_the_stock_forward_on_each_document():
+    dual = tiny_dual("qwen3-sliding")
+    training = TrainingPass(dual, Objective())
+    batch = draw_blocks(_rows(), [0, 1], 4, LAYOUT)
+    with torch.no_grad():
+        hidden_BTC = training.teacher(batch)[1]
+        for b in range(2):
+            for document in range(int(batch.document_BT[b].max()) + 1):
+                inside = batch.document_BT[b] == document
+                with dual.stock() as stock:
+                    expected = stock(batch.token_ids_BT[b][inside][None]).logits[0]
+                torch.testing.assert_close(training.head(hidden_BTC[b][inside]), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_only_the_view_gets_gradients():
+    dual = tiny_dual("qwen3", disturb=0.2, mask_token_id=None)
+    before = {name: p.clone() for name, p in dual.base.named_parameters() if ".diffusion." not in name}
+    output = TrainingPass(dual, Objective())(draw_blocks(_rows(), [0, 1], 6, LAYOUT))
+    output.loss.backward()
+    view = dual.view_parameters()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in view.values())
+    frozen = {name: p for name, p in dual.base.named_parameters() if ".diffusion." not in name}
+    assert frozen
+    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in frozen.items())

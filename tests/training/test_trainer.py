@@ -1,0 +1,133 @@
+"""Overfitting, exact resume, and what the trainer refuses."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from orthrus.config import DecodeConfig
+from orthrus.engine.stream import TokenStream
+from orthrus.errors import UserInputError
+from orthrus.training.corpus import Sample, corpus_digest
+from orthrus.training.packing import pack
+from orthrus.training.recipe import TrainConfig, load_recipe
+from orthrus.training.trainer import DivergedError, Hooks, train
+from tests.tiny import tiny_dual, tiny_prompt
+
+CONFIG = TrainConfig(
+    block_size=5,
+    num_anchors=8,
+    row_length=48,
+    batch_rows=2,
+    steps=12,
+    learning_rate=1e-2,
+    dtype="float32",
+    save_every=4,
+    log_every=3,
+)
+
+
+def own_answers(dual, num_prompts, length):
+    """The base's own greedy answers: what a corpus holds."""
+    samples = []
+    for seed in range(num_prompts):
+        prompt = tiny_prompt(6, seed)
+        config = DecodeConfig(max_new_tokens=length, strategy="ar")
+        result = TokenStream(dual, prompt, config, eos_token_ids=frozenset(), context_length=256).drain()
+        samples.append(Sample(tuple(prompt), result.token_ids, "test"))
+    return samples
+
+
+def run(tmp_path, name, config=CONFIG, hooks=None, dual=None):
+    dual = dual or tiny_dual(block_size=5, mask_token_id=None)
+    samples = own_answers(dual, 5, 20)
+    rows = pack(samples, config.row_length)
+    state = train(dual, rows, replace(config, output=str(tmp_path / name)), corpus_digest(samples), hooks or Hooks())
+    return dual, state
+
+
+def test_a_view_overfits_a_tiny_corpus_to_full_acceptance(tmp_path):
+    dual = tiny_dual(block_size=5, mask_token_id=None)
+    config = replace(CONFIG, steps=250, num_anchors=19, batch_rows=5, row_length=26, weights="uniform")
+    run(tmp_path, "overfit", config, dual=dual)
+    accepted = drafted = 0
+    for sample in own_answers(dual, 5, 20):
+        decode = DecodeConfig(max_new_tokens=20, floor=False)
+        stream = TokenStream(dual, list(sample.prompt_ids), decode, eos_token_ids=frozenset(), context_length=256)
+        result = stream.drain()
+        assert result.token_ids == sample.answer_ids
+        accepted, drafted = accepted + result.stats.num_accepted, drafted + result.stats.num_drafted
+    assert accepted == drafted > 0
+
+
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
+    whole, _ = run(tmp_path, "whole")
+    calls = iter([False] * 4 + [True] * 20)
+    _, state = run(tmp_path, "parts", hooks=Hooks(should_stop=lambda: next(calls)))
+    assert state.step == 5
+    resumed, state = run(tmp_path, "parts")
+    assert state.step == 12
+    for name, parameter in resumed.view_parameters().items():
+        assert torch.equal(parameter, whole.view_parameters()[name]), name
+
+
+def test_resuming_with_another_recipe_is_refused_and_loses_nothing(tmp_path):
+    run(tmp_path, "run", replace(CONFIG, steps=2))
+    before = (tmp_path / "run" / "state.pt").read_bytes()
+    with pytest.raises(UserInputError, match="learning_rate"):
+        run(tmp_path, "run", replace(CONFIG, steps=2, learning_rate=5e-3))
+    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+
+
+def test_logs_report_the_block_positions(tmp_path):
+    logs = []
+    run(tmp_path, "logs", hooks=Hooks(on_log=logs.append))
+    assert [log.step for log in logs] == [3, 6, 9, 12]
+    assert all(len(log.accuracy_J) == 4 and 1.0 <= log.expected_tokens <= 5.0 for log in logs)
+    assert logs[-1].loss < logs[0].loss
+    assert logs[-1].seconds_left == 0
+
+
+def test_a_diverged_loss_keeps_the_saved_state(tmp_path):
+    run(tmp_path, "run", replace(CONFIG, steps=20), hooks=Hooks(should_stop=iter([False] * 3 + [True]).__next__))
+    before = (tmp_path / "run" / "state.pt").read_bytes()
+    dual = tiny_dual(block_size=5, mask_token_id=None)
+    with torch.no_grad():
+        dual.base.get_output_embeddings().weight.fill_(math.nan)
+    samples = own_answers(tiny_dual(block_size=5, mask_token_id=None), 5, 20)
+    config = replace(CONFIG, steps=20, output=str(tmp_path / "run"))
+    with pytest.raises(DivergedError, match="learning_rate"):
+        train(dual, pack(samples, 48), config, corpus_digest(samples), Hooks())
+    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1e-3", "did you mean learning_rate"),
+        ("loss: kld", "loss must be one of"),
+        ("block_size: many", "block_size must be int"),
+        ("- a list", "must hold"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_wrong_recipes_are_refused_in_one_sentence(tmp_path, text, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(UserInputError, match=message):
+        load_recipe(file)
+
+
+def test_overrides_win_and_numbers_may_be_written_as_text(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("learning_rate: 2e-4\nlayers: [0, 1]\n")
+    config = load_recipe(file, ["block_size=16", "learning_rate=1e-3"])
+    assert (config.block_size, config.learning_rate, config.layers) == (16, 1e-3, (0, 1))
+
+
+def test_a_dialogue_longer_than_the_row_is_refused_or_left_out():
+    samples = [Sample((1, 2), (3,) * 30, "test"), Sample((1, 2), (3,) * 5, "test")]
+    with pytest.raises(UserInputError, match="1 of 2 dialogues are longer"):
+        pack(samples, 16)
+    assert len(pack(samples, 16, drop_long=True)) == 1
