@@ -71,9 +71,9 @@ FAMILY_CONFIGS: dict[str, PreTrainedConfig] = {
 def tiny_model(name: str = "llama", seed: int = 0) -> PreTrainedModel:
     """A random model whose text is varied and yet partly foreseeable without the tokens in between.
 
-    All embeddings share one direction, which steers where attention looks; values and head are blind to it. So
-    what comes next hangs on the tokens some way back more than on the last one, and a mask row (nothing but
-    that direction) can guess it: drafts are right at times, and wrong at others.
+    All embeddings share one direction, which steers where attention looks; values and head are blind to it.
+    So what comes next hangs on the tokens some way back more than on the last one, and a mask row (nothing
+    but that direction) can guess it: drafts are right at times, and wrong at others.
     """
     torch.manual_seed(seed)
     # A config is shared by what is built from it, and a test may change its attention code.

@@ -64,8 +64,9 @@ class Orthrus:
     def generate(self, prompt: Prompt, *, raw: bool = False, **decode: Any) -> GenerationResult:
         """Answer `prompt` (text, or chat messages) and return the whole result.
 
-        Keywords as in `decode_config`: max_new_tokens, strategy, block_size, floor, temperature, top_k, top_p,
-        min_p, seed, stop, ignore_eos. With `raw` the text is continued as it stands, without chat template.
+        Keywords as in `decode_config`: max_new_tokens, strategy, block_size, floor, temperature, top_k,
+        top_p, min_p, seed, stop, ignore_eos. With `raw` the text is continued as it stands, without chat
+        template.
         """
         return self.stream(prompt, raw=raw, **decode).drain()
 
@@ -82,7 +83,7 @@ class Orthrus:
             config,
             eos_token_ids=self.base.eos_token_ids,
             context_length=self.base.context_length,
-            tokenizer=self.base.tokenizer,
+            tokenizer=self.base.tokenizer,  # type: ignore[arg-type]
         )
 
     def chat(self, system: str | None = None, **decode: Any) -> "Conversation":
@@ -114,7 +115,9 @@ class Orthrus:
             "context_length": self.base.context_length,
             "view": "trained" if config.trained else "AR-initialised (not trained)",
             "block_size": config.block_size,
-            "mask": "trained embedding" if config.mask_token_id is None else f"token id {config.mask_token_id}",
+            "mask": "trained embedding"
+            if config.mask_token_id is None
+            else f"token id {config.mask_token_id}",
             "view_parameters": self.dual.num_view_parameters(),
             "base_fingerprint": config.base_fingerprint,
         }

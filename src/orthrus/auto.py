@@ -27,9 +27,9 @@ from orthrus.model.view_config import ViewConfig
 _LOADING = ("dtype", "revision", "attn_implementation")
 # What the Auto classes and users of from_pretrained pass along; it means nothing here.
 _IGNORED = {
-    "config", "trust_remote_code", "code_revision", "local_files_only", "cache_dir", "token", "force_download",
-    "proxies", "subfolder", "use_safetensors", "low_cpu_mem_usage", "_from_auto", "_commit_hash", "adapter_kwargs",
-    "weights_only", "output_loading_info",
+    "config", "trust_remote_code", "code_revision", "local_files_only", "cache_dir", "token", "proxies",
+    "force_download", "use_safetensors", "low_cpu_mem_usage", "_from_auto", "_commit_hash", "adapter_kwargs",
+    "weights_only",
 }  # fmt: skip
 
 
@@ -75,7 +75,7 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         return self.dual.base
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, *_: Any, view: str = "default", **kwargs: Any
     ) -> "OrthrusForCausalLM":
         """Load a folder or hub id; `view` as in `Orthrus.load`.
@@ -85,21 +85,24 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if "torch_dtype" in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype")
-        device = _single_device(kwargs.pop("device_map", None))
+        device_map = kwargs.pop("device_map", None)
+        device = "cpu" if device_map is None else _single_device(device_map)
         options = {name: kwargs.pop(name) for name in _LOADING if kwargs.get(name) is not None}
         unknown = kwargs.keys() - _IGNORED - set(_LOADING)
         if unknown:
             raise UserInputError(
-                f"OrthrusForCausalLM.from_pretrained does not take {', '.join(sorted(unknown))}; it takes dtype, "
-                "device_map (one device), revision, attn_implementation and view."
+                f"OrthrusForCausalLM.from_pretrained does not take {', '.join(sorted(unknown))}; it takes "
+                "dtype, device_map (one device), revision, attn_implementation and view."
             )
         options.setdefault("dtype", "auto")
-        base, dual = load_dual(str(pretrained_model_name_or_path), view, device=device or "cpu", **options)
+        base, dual = load_dual(str(pretrained_model_name_or_path), view, device=device, **options)
         config = OrthrusConfig(base.model.config, dtype=base.model.dtype)
         config.name_or_path = str(pretrained_model_name_or_path)
-        return cls(config, dual, base).eval()
+        loaded = cls(config, dual, base)
+        loaded.eval()  # type: ignore[no-untyped-call]
+        return loaded
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, *_: Any, layout: MergedLayout | str = "merged", **__: Any
     ) -> None:
         """Write base and view: layout "merged" (any family), "released" (Qwen3), or "view" (the view alone).
@@ -120,7 +123,7 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         """The AR view: exactly the base model's forward; logits_BTV in `.logits`."""
         return self.dual.base(input_ids=input_ids, **kwargs)
 
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -128,9 +131,10 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor | OrthrusGenerateOutput:
         """As transformers' `generate` (input_ids_BT to sequences), decoded in parallel and lossless.
 
-        Takes input_ids, attention_mask, generation_config and its fields, streamer, stopping_criteria, tokenizer
-        (for stop_strings), return_dict_in_generate, and ours: strategy, block_size, floor. Options that it cannot
-        honour (beams, penalties, logits processors) raise UserInputError. Rows of a batch run one by one.
+        Takes input_ids, attention_mask, generation_config and its fields, streamer, stopping_criteria,
+        tokenizer (for stop_strings), return_dict_in_generate, and ours: strategy, block_size, floor. Options
+        that it cannot honour (beams, penalties, logits processors) raise UserInputError. Rows of a batch run
+        one by one.
         """
         return generate(self.dual, inputs, self.generation_config, generation_config, kwargs)
 
@@ -138,11 +142,12 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         return self.dual.base.get_input_embeddings()
 
     def get_output_embeddings(self) -> torch.nn.Module:
-        return self.dual.base.get_output_embeddings()
+        return self.dual.base.get_output_embeddings()  # type: ignore[no-any-return]
 
 
 def _single_device(device_map: Any) -> str | None:
-    if device_map is None or device_map == "auto":
+    """The one device meant; None for "auto", the first accelerator there is."""
+    if device_map == "auto":
         return None
     if isinstance(device_map, dict) and len(device_map) == 1:
         device_map = next(iter(device_map.values()))

@@ -24,7 +24,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
-            raise UserInputError(f"temperature must be 0 (greedy) or a positive number, not {self.temperature}.")
+            raise UserInputError(
+                f"temperature must be 0 (greedy) or a positive number, not {self.temperature}."
+            )
         if self.top_k is not None and self.top_k < 0:
             raise UserInputError(f"top_k must be a positive number, or 0 to switch it off, not {self.top_k}.")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
@@ -58,6 +60,10 @@ class DecodeConfig:
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "block_size", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise UserInputError(f"{name} must be a whole number, not {value!r}.")
         if self.max_new_tokens < 1:
             raise UserInputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
         if self.strategy not in STRATEGIES:

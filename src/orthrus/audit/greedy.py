@@ -75,7 +75,7 @@ def run_audit(orthrus: Orthrus, options: AuditOptions, on_progress: OnProgress |
             stock_ids = stock_generate(
                 model,
                 prompt_ids,
-                max_new_tokens=min(options.max_new_tokens, base.context_length - len(prompt_ids) + 1),
+                max_new_tokens=min(options.max_new_tokens, base.context_length - len(prompt_ids)),
                 eos_token_ids=base.eos_token_ids,
             ).token_ids
         for number, strategy in enumerate(strategies, start=1):

@@ -44,7 +44,9 @@ class Base:
 
     @property
     def reference(self) -> str:
-        """What loads this base again: "default", a hub id or a path."""
+        """What loads this base again: "default", a hub id or a whole path."""
+        if self.source.kind in ("folder", "gguf"):
+            return str(Path(self.source.origin).expanduser().resolve())
         return "default" if self.source.kind == "default" else self.source.origin
 
     def encode_prompt(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:

@@ -21,6 +21,22 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     if target.exists():
         raise UserInputError(f"{target} exists already; name a new folder or remove that one first.")
+    with _built_folder(target) as scratch:
+        yield scratch
+
+
+@contextmanager
+def replace_folder(target: Path) -> Iterator[Path]:
+    """As `atomic_folder`, but takes the place of an older `target`, which stays until the new is complete.
+
+    Two renames: a reader sees the old folder, for an instant none, then the new one. For our outputs only.
+    """
+    with _built_folder(target) as scratch:
+        yield scratch
+
+
+@contextmanager
+def _built_folder(target: Path) -> Iterator[Path]:
     with _storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -31,9 +47,25 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             # safetensors makes its files private; what was asked for should be as readable as any other file.
             for file in scratch.iterdir():
                 file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
-            scratch.rename(target)
+            _move_into_place(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move_into_place(scratch: Path, target: Path) -> None:
+    if not target.exists():
+        scratch.rename(target)
+        return
+    # Beside the scratch folder, not in it: there the old one would move along.
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(old / target.name)
+    try:
+        scratch.rename(target)
+    except OSError:
+        (old / target.name).rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -67,8 +99,9 @@ def _storage_errors(target: Path) -> Iterator[None]:
         yield
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
-        # safetensors reports a full disk through an exception of its own, as text only.
-        if code in _FULL or "os error 28" in str(error):
+        # safetensors reports a full disk as text only, torch as what its own error came after.
+        behind = getattr(error.__context__, "errno", None)
+        if {code, behind} & _FULL or "os error 28" in str(error):
             raise StorageError(
                 f"the disk ran full while writing {target}; free some space and try again."
             ) from error

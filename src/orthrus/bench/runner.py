@@ -134,7 +134,7 @@ def _decode(orthrus: Orthrus, options: BenchOptions, job: _Job) -> tuple[Run, tu
             stock = stock_generate(
                 model,
                 job.prompt_ids,
-                max_new_tokens=min(job.max_new_tokens, orthrus.base.context_length - num_prompt_tokens + 1),
+                max_new_tokens=min(job.max_new_tokens, orthrus.base.context_length - num_prompt_tokens),
                 eos_token_ids=orthrus.base.eos_token_ids,
                 temperature=options.temperature,
                 seed=seed,

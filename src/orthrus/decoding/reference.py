@@ -20,7 +20,9 @@ def reference_decode(
     params = params or SamplingParams()
     generator = torch.Generator().manual_seed(params.seed or 0)
     token_ids = list(prompt_ids)
-    while len(token_ids) < len(prompt_ids) + max_new_tokens and not eos_token_ids & {*token_ids[len(prompt_ids) :]}:
+    while len(token_ids) < len(prompt_ids) + max_new_tokens and not eos_token_ids & {
+        *token_ids[len(prompt_ids) :]
+    }:
         logits_V = logits_of(torch.tensor(token_ids))[-1]
         if params.greedy:
             token_ids.append(int(logits_V.argmax()))

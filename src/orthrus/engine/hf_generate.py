@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteriaList
-from transformers.generation.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from orthrus.base.families import context_length
 from orthrus.config import DecodeConfig, SamplingParams
@@ -79,7 +79,9 @@ def generate(
     streamer = kwargs.pop("streamer", None)
     criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
     tokenizer = kwargs.pop("tokenizer", None)
-    ours = {name: kwargs.pop(name) for name in ("strategy", "block_size", "floor") if name in kwargs}
+    ours: dict[str, Any] = {
+        name: kwargs.pop(name) for name in ("strategy", "block_size", "floor") if name in kwargs
+    }
     if kwargs.pop("logits_processor", None):
         raise UserInputError("logits_processor is not supported yet; leave it out or use the stock model.")
     for harmless in ("use_cache", "synced_gpus", "cache_implementation"):
@@ -87,7 +89,11 @@ def generate(
     settings = copy.deepcopy(generation_config or defaults)
     # As in transformers: what a given config leaves open comes from the model's own.
     settings.update(**defaults.to_dict(), defaults_only=True, allow_custom_entries=True)
-    unknown = settings.update(**kwargs)
+    try:
+        unknown = settings.update(**kwargs)
+    except ValueError as e:
+        # transformers checks the values and whether they go together.
+        raise UserInputError(f"generate cannot work with these options: {' '.join(str(e).split())}") from e
     if unknown:
         raise UserInputError(f"generate does not take {', '.join(sorted(unknown))}; check the spelling.")
     _refuse_unsupported(settings)
@@ -143,12 +149,15 @@ def _stopping(criteria: StoppingCriteriaList, input_ids_1T: Tensor) -> Callable[
 
 
 def _take(kwargs: dict[str, Any], name: str, inputs: Tensor | None) -> Tensor:
-    given = kwargs.pop(name, None)
+    given: Tensor | None = kwargs.pop(name, None)
     if (given is None) == (inputs is None):
         raise UserInputError("generate needs input_ids, once: a (batch, length) tensor of token ids.")
-    input_ids_BT: Tensor = inputs if given is None else given
+    input_ids_BT = inputs if given is None else given
+    assert input_ids_BT is not None
     if input_ids_BT.ndim != 2 or input_ids_BT.is_floating_point():
-        raise UserInputError(f"input_ids must be a (batch, length) tensor of ids, not {tuple(input_ids_BT.shape)}.")
+        raise UserInputError(
+            f"input_ids must be a (batch, length) tensor of ids, not {tuple(input_ids_BT.shape)}."
+        )
     return input_ids_BT
 
 
@@ -160,8 +169,6 @@ def _refuse_unsupported(settings: GenerationConfig) -> None:
                 f"{name}={value} is not supported by Orthrus yet; leave it out, or pass {name}={off[-1]} "
                 "if it comes from the model's generation_config."
             )
-    if (settings.num_return_sequences or 1) > 1 and not settings.do_sample:
-        raise UserInputError("num_return_sequences above 1 needs do_sample=True: greedy copies would be equal.")
 
 
 def _eos_list(settings: GenerationConfig) -> list[int]:
@@ -183,8 +190,8 @@ def _unpadded_rows(
             attention_mask_BT = (input_ids_BT != pad_token_id).long()
     if attention_mask_BT.shape != input_ids_BT.shape:
         raise UserInputError(
-            f"attention_mask has shape {tuple(attention_mask_BT.shape)}, input_ids {tuple(input_ids_BT.shape)}; "
-            "give one mask value per id."
+            f"attention_mask has shape {tuple(attention_mask_BT.shape)}, input_ids "
+            f"{tuple(input_ids_BT.shape)}; give one mask value per id."
         )
     return [ids[mask.bool()].tolist() for ids, mask in zip(input_ids_BT, attention_mask_BT, strict=True)]
 

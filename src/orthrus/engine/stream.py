@@ -19,10 +19,12 @@ from orthrus.types import Cycle, FinishReason, GenerationResult
 class TokenStream(Iterator[Cycle]):
     """Iterate to decode; each item is what one cycle committed. `result` sums them up.
 
+    A model carries one running pass at a time: decode from one thread, or guard it with a lock.
+
     `should_stop`, if given, sees all new token ids after every single token and may end the stream there.
 
     Raises UserInputError at construction for an empty prompt, a prompt as long as the context, or a
-    block larger than the view was trained for.
+    block larger than the view's.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class TokenStream(Iterator[Cycle]):
         should_stop: Callable[[list[int]], bool] | None = None,
     ) -> None:
         check_prompt(prompt_ids, context_length)
+        check_token_ids(dual, prompt_ids)
         self._prompt_ids = prompt_ids
         self._config = config
         self._context_length = context_length
@@ -89,7 +92,7 @@ class TokenStream(Iterator[Cycle]):
             kept, text, finish = self._take(step.token_ids)
             if finish is None and self._cancelled:
                 finish = "cancelled"
-                text += self._text.flush()
+                text += self._text.flush()[0]
             now = perf_counter()
             cycle = _record(len(self._cycles), step, kept, text, (now - clock) * 1e3, finish)
             clock = now
@@ -108,8 +111,11 @@ class TokenStream(Iterator[Cycle]):
             finish = "stop" if complete else self._rules.finish_reason(token_id, len(self._token_ids))
             if finish is None and self._should_stop is not None and self._should_stop(self._token_ids):
                 finish = "stop"
+            if finish is not None and not complete:
+                tail, complete = self._text.flush()
+                shown, finish = shown + tail, "stop" if complete else finish
             if finish is not None:
-                return i + 1, shown if complete else shown + self._text.flush(), finish
+                return i + 1, shown, finish
         return len(token_ids), shown, None
 
     def _steps(self, state: DecodeState) -> Iterator[Step]:
@@ -164,11 +170,12 @@ class _Text:
             return "", False
         return self._stop.push(self._detokenizer.push(token_id))
 
-    def flush(self) -> str:
+    def flush(self) -> tuple[str, bool]:
+        """What was held back, once nothing more will come, and whether it completes a stop string."""
         if self._detokenizer is None:
-            return ""
-        piece, stopped = self._stop.push(self._detokenizer.flush())
-        return piece if stopped else piece + self._stop.flush()
+            return "", False
+        piece, complete = self._stop.push(self._detokenizer.flush())
+        return (piece, True) if complete else (piece + self._stop.flush(), False)
 
 
 def _record(
@@ -195,18 +202,27 @@ def check_prompt(prompt_ids: list[int], context_length: int) -> None:
         raise UserInputError("the prompt is empty; give at least one token.")
     if len(prompt_ids) >= context_length:
         raise UserInputError(
-            f"the prompt has {len(prompt_ids)} tokens, but the model's context holds {context_length}; shorten it."
+            f"the prompt has {len(prompt_ids)} tokens, but the model's context holds {context_length}; "
+            "shorten it."
         )
 
 
+def check_token_ids(dual: DualView, token_ids: list[int]) -> None:
+    """UserInputError for an id that the model has no embedding for."""
+    num_ids = len(dual.base.get_input_embeddings().weight)  # type: ignore[arg-type]
+    wrong = next((i for i in token_ids if not 0 <= i < num_ids), None)
+    if wrong is not None:
+        raise UserInputError(f"the prompt has token id {wrong}, but the model knows 0 to {num_ids - 1}.")
+
+
 def check_block_size(dual: DualView, block_size: int | None) -> int:
-    """The block size asked for, or the view's own; UserInputError when larger than it was trained for."""
+    """The block size asked for, or the view's own; UserInputError when larger than the view's."""
     trained = dual.config.block_size
     if block_size is None:
         return trained
     if block_size > trained:
         raise UserInputError(
-            f"block_size {block_size} is larger than the {trained} this view was trained with; "
-            f"choose 2 to {trained}, or train a view with larger blocks."
+            f"block_size {block_size} is larger than the {trained} of this view; choose 2 to {trained}, or make "
+            "a view with larger blocks."
         )
     return block_size

@@ -1,0 +1,197 @@
+"""Every family, every strategy: the tokens of the stock model's own `generate`, and drafts that hit."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import FAMILY_CONFIGS, tiny_dual, tiny_prompt
+from torch import nn
+from transformers.integrations import flex_attention
+
+from orthrus.base.devices import check_attention
+from orthrus.config import DecodeConfig
+from orthrus.engine.stream import TokenStream
+from orthrus.errors import UserInputError
+from orthrus.model.dual_view import DualView
+from orthrus.model.passes import prefill
+from orthrus.model.twin import Twin, twins
+from orthrus.types import GenerationResult
+
+WINDOW = 12
+NUM_NEW = 32
+# One prompt lies inside the sliding window, one reaches well beyond it; the answers always do.
+PROMPTS = (tiny_prompt(9, seed=0), tiny_prompt(30, seed=1), tiny_prompt(17, seed=2))
+# With these seeds the models answer with varied text.
+SEEDS = {"qwen3": 4, "qwen3-moe": 2}
+EVERY_FAMILY = pytest.mark.parametrize("name", FAMILY_CONFIGS)
+CHAINS = {
+    "floor": DecodeConfig(max_new_tokens=NUM_NEW),
+    "no floor": DecodeConfig(max_new_tokens=NUM_NEW, floor=False),
+    "floor, K 3, chunks of 7": DecodeConfig(max_new_tokens=NUM_NEW, block_size=3, prefill_chunk=7),
+    "no floor, K 2": DecodeConfig(max_new_tokens=NUM_NEW, block_size=2, floor=False),
+    "no floor, K 5, chunks of 1": DecodeConfig(
+        max_new_tokens=NUM_NEW, block_size=5, floor=False, prefill_chunk=1
+    ),
+}
+
+
+@cache
+def dual_of(name: str) -> DualView:
+    return tiny_dual(name, seed=SEEDS.get(name, 0), disturb=0.15)
+
+
+@cache
+def stock_texts(name: str) -> list[tuple[int, ...]]:
+    """What the untouched model generates with its own code and its own cache."""
+    with dual_of(name).stock() as model:
+        assert not twins(model)
+        return [stock_text(model, prompt) for prompt in PROMPTS]
+
+
+def stock_text(model: nn.Module, prompt: list[int]) -> tuple[int, ...]:
+    ids_1T = torch.tensor([prompt])
+    model.generation_config.eos_token_id = None
+    out_1T = model.generate(
+        ids_1T,
+        attention_mask=torch.ones_like(ids_1T),
+        max_new_tokens=NUM_NEW,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return tuple(out_1T[0, len(prompt) :].tolist())
+
+
+def decode(dual: DualView, prompt: list[int], config: DecodeConfig) -> GenerationResult:
+    return TokenStream(dual, prompt, config, eos_token_ids=frozenset(), context_length=256).drain()
+
+
+@EVERY_FAMILY
+def test_the_models_of_this_file_are_worth_testing_with(name: str) -> None:
+    texts = stock_texts(name)
+    assert all(len(text) == NUM_NEW > WINDOW for text in texts)
+    assert sum(len(set(text)) for text in texts) >= 9
+    assert len(set(texts)) == len(texts)
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("chunk", [512, 7])
+def test_ar_is_the_stock_model(name: str, chunk: int) -> None:
+    config = DecodeConfig(max_new_tokens=NUM_NEW, strategy="ar", prefill_chunk=chunk)
+    results = [decode(dual_of(name), prompt, config) for prompt in PROMPTS]
+    assert [r.token_ids for r in results] == stock_texts(name)
+    assert {r.stats.num_drafted for r in results} == {0}
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("config", CHAINS.values(), ids=CHAINS)
+def test_chain_is_the_stock_model_and_drafts_hit_and_miss(name: str, config: DecodeConfig) -> None:
+    results = [decode(dual_of(name), prompt, config) for prompt in PROMPTS]
+    assert [r.token_ids for r in results] == stock_texts(name)
+    num_drafted = sum(r.stats.num_drafted for r in results)
+    num_accepted = sum(r.stats.num_accepted for r in results)
+    assert 0 < num_accepted < num_drafted
+    # Longer prefixes than one token must stand at times, or only row 0 of the block would be tried.
+    if config.block_size is None:
+        assert max(len(r.stats.accepted_histogram) for r in results) > 2
+
+
+@EVERY_FAMILY
+def test_every_draft_of_an_undisturbed_first_row_hits(name: str) -> None:
+    """Twins equal to the base: row 0 sees what an AR row sees, so without floor its guess is the AR token."""
+    dual = tiny_dual(name, seed=SEEDS.get(name, 0))
+    config = DecodeConfig(max_new_tokens=NUM_NEW, floor=False)
+    for prompt, text in zip(PROMPTS, stock_texts(name), strict=True):
+        result = decode(dual, prompt, config)
+        assert result.token_ids == text
+        # A row that fills its context with masks differs a little; nothing else may.
+        assert result.stats.num_accepted > 0
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("chunk", [64, 5])
+def test_prefill_logits_are_the_stock_models(name: str, chunk: int) -> None:
+    dual, prompt = dual_of(name), tiny_prompt(41, seed=3)
+    cache = dual.new_cache(len(prompt))
+    logits: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for start in range(0, len(prompt), chunk):
+            ids_1T = torch.tensor([prompt[start : start + chunk]])
+            p = prefill(ids_1T, cache.lengths)
+            logits.append(dual.run(p, cache)[0, -1])
+            cache.commit(ids_1T.shape[1])
+        cache.check()
+        with dual.stock() as model:
+            expected_TV = model(torch.tensor([prompt])).logits[0]
+    for i, logits_V in enumerate(logits):
+        row = min((i + 1) * chunk, len(prompt)) - 1
+        torch.testing.assert_close(logits_V, expected_TV[row], atol=1e-5, rtol=1e-5)
+
+
+@EVERY_FAMILY
+def test_stock_gives_back_the_original_modules(name: str) -> None:
+    dual = dual_of(name)
+    before = twins(dual.base)
+    weights = {path: twin.ar.state_dict() for path, twin in before.items()}
+    assert before
+    with dual.stock() as model:
+        for path, twin in before.items():
+            module = model.get_submodule(path)
+            assert module is twin.ar
+            for key, tensor in weights[path].items():
+                assert torch.equal(module.state_dict()[key], tensor)
+        assert not any(isinstance(module, Twin) for module in model.modules())
+    assert twins(dual.base) == before
+
+
+def test_stock_restores_the_twins_after_an_error() -> None:
+    dual = dual_of("llama")
+    before = twins(dual.base)
+    with pytest.raises(RuntimeError, match="on purpose"), dual.stock():
+        raise RuntimeError("on purpose")
+    assert twins(dual.base) == before
+
+
+@EVERY_FAMILY
+def test_eager_and_sdpa_agree(name: str) -> None:
+    dual = tiny_dual(name, seed=SEEDS.get(name, 0), disturb=0.15)
+    # Gemma 2 caps its scores, which sdpa cannot, so transformers has no sdpa for it.
+    for implementation in ("eager", "sdpa") if name != "gemma2" else ("eager",):
+        dual.base.set_attn_implementation(implementation)
+        assert dual.base.config._attn_implementation == implementation
+        results = [decode(dual, prompt, CHAINS["floor"]) for prompt in PROMPTS]
+        assert [r.token_ids for r in results] == stock_texts(name)
+        assert 0 < sum(r.stats.num_accepted for r in results) < sum(r.stats.num_drafted for r in results)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+# Off the beaten path: torch notes that the un-compiled form is slow, which is why models compile it.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_flex_attention_un_compiled_agrees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plain(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, training: bool = False, **options: Any
+    ) -> Any:
+        return flex_attention.flex_attention(q, k, v, **options)
+
+    monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", plain)
+    dual = tiny_dual(name, disturb=0.15)
+    dual.base.set_attn_implementation("flex_attention")
+    config = DecodeConfig(max_new_tokens=9)
+    result = decode(dual, PROMPTS[1], config)
+    assert result.token_ids == stock_texts(name)[1][:9]
+    assert result.stats.num_accepted > 0
+
+
+def test_flex_attention_is_refused_on_a_cpu_where_its_compiled_form_crashes() -> None:
+    with pytest.raises(UserInputError, match=r"flex_attention.*CPU.*sdpa"):
+        check_attention("flex_attention", "cpu")
+    check_attention("flex_attention", "cuda:0")
+    check_attention("sdpa", "cpu")
+
+
+def test_k_2_with_floor_has_no_draft_left_and_says_so() -> None:
+    """The anchor's AR row decides what the only draft would: every cycle is a plain one."""
+    result = decode(dual_of("llama"), PROMPTS[0], DecodeConfig(max_new_tokens=NUM_NEW, block_size=2))
+    assert result.token_ids == stock_texts("llama")[0]
+    assert {c.kind for c in result.cycles[1:]} == {"ar"}
+    assert result.stats.num_drafted == 0

@@ -1,0 +1,272 @@
+"""View folders: written whole or not at all, read back bit for bit, refused in one sentence when broken."""
+
+import errno
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.folders import load_disturbed, save_base
+from tests.tiny import tiny_prompt
+
+from orthrus.base import hub
+from orthrus.base.loading import Base
+from orthrus.config import DecodeConfig
+from orthrus.engine.stream import TokenStream
+from orthrus.errors import (
+    CheckpointError,
+    CorruptFileError,
+    OrthrusError,
+    OrthrusWarning,
+    StorageError,
+    UserInputError,
+)
+from orthrus.model import checkpoint
+from orthrus.model.checkpoint import save_view
+from orthrus.model.dual_view import DualView
+from orthrus.model.loading import load_dual
+from orthrus.model.names import FROM_FILE, TO_FILE, from_file, is_view_tensor, to_file
+from orthrus.model.twin import twins
+from orthrus.model.view_config import ViewConfig
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path) -> Path:
+    return save_base(tmp_path / "base")
+
+
+@pytest.fixture
+def view_folder(base_folder: Path, tmp_path: Path) -> Path:
+    _, dual = load_disturbed(base_folder)
+    save_view(dual, tmp_path / "view")
+    return tmp_path / "view"
+
+
+def load(base_folder: Path, view_folder: Path) -> tuple[Base, DualView]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return load_dual(str(base_folder), str(view_folder), device="cpu")
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "view_config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "phi3", "gemma3", "olmo2"])
+def test_saving_and_loading_is_bit_equal(name: str, tmp_path: Path) -> None:
+    base_folder = save_base(tmp_path / "base", name)
+    _, dual = load_disturbed(base_folder)
+    save_view(dual, tmp_path / "view")
+    _, again = load(base_folder, tmp_path / "view")
+    before, after = dual.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert again.config == dual.config
+
+
+def test_a_view_with_a_mask_embedding_and_some_layers_comes_back_whole(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    base, _ = load_dual(str(base_folder), "fresh", device="cpu")
+    model = load_dual(str(base_folder), "fresh", device="cpu")[1]
+    with model.stock() as stock:
+        pass
+    # A base free of twins, for a view of another shape.
+    for path, twin in twins(stock).items():
+        parent, _, name = path.rpartition(".")
+        setattr(stock.get_submodule(parent), name, twin.ar)
+    config = ViewConfig(block_size=6, layers=(1,), provenance={"recipe": "x", "steps": [1, 2]})
+    dual = DualView(stock, base.family, config)
+    with torch.no_grad():
+        dual.mask_embedding.add_(1.0)
+    save_view(dual, tmp_path / "view")
+    _, again = load(base_folder, tmp_path / "view")
+    assert again.config == config
+    assert torch.equal(again.mask_embedding, dual.mask_embedding)
+    assert {path.split(".")[2] for path in twins(again.base)} == {"1"}
+
+
+def test_the_folder_holds_the_view_only(view_folder: Path) -> None:
+    tensors = load_file(view_folder / "view.safetensors")
+    assert len(tensors) == 2 * 4
+    assert all(is_view_tensor(name) for name in tensors)
+    assert "model.layers.0.self_attn.q_proj_diff.weight" in tensors
+    assert {f.name for f in view_folder.iterdir()} == {
+        "README.md", "config.json", "view.safetensors", "view_config.json",
+    }  # fmt: skip
+
+
+def test_a_view_folder_loads_its_base_by_name(base_folder: Path, view_folder: Path) -> None:
+    base, dual = load_dual(str(view_folder), device="cpu")
+    assert base.source.path == base_folder
+    assert dual.config.base_name == str(base_folder)
+
+
+def test_loading_and_decoding_leave_the_frozen_base_as_it_was(base_folder: Path, view_folder: Path) -> None:
+    before = load_file(base_folder / "model.safetensors")
+    _, dual = load(base_folder, view_folder)
+    config = DecodeConfig(max_new_tokens=30)
+    result = TokenStream(dual, tiny_prompt(9), config, eos_token_ids=frozenset(), context_length=256).drain()
+    assert result.stats.num_accepted > 0
+    with dual.stock() as stock:
+        after = stock.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_existing_folder_is_never_overwritten(base_folder: Path, view_folder: Path) -> None:
+    before = {f.name: f.read_bytes() for f in view_folder.iterdir()}
+    _, dual = load_disturbed(base_folder, amount=0.9)
+    with pytest.raises(UserInputError, match="exists already"):
+        save_view(dual, view_folder)
+    assert {f.name: f.read_bytes() for f in view_folder.iterdir()} == before
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: Any, file: Path, **_: Any) -> None:
+        file.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    _, dual = load_disturbed(base_folder)
+    with pytest.raises(StorageError, match="disk ran full"):
+        save_view(dual, tmp_path / "view")
+    assert {f.name for f in tmp_path.iterdir()} == {"base"}
+
+
+def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    tensors = load_file(folder / "view.safetensors") | changes
+    save_file({name: t for name, t in tensors.items() if t is not None}, folder / "view.safetensors")
+
+
+Q_DIFF = "model.layers.0.self_attn.q_proj_diff.weight"
+O_DIFF = "model.layers.1.self_attn.o_proj_diff.weight"
+BROKEN: dict[str, tuple[Any, type[OrthrusError], str]] = {
+    "wrong shape": (
+        lambda f: edit_tensors(f, **{Q_DIFF: torch.zeros(3, 3)}),
+        CheckpointError,
+        rf"{Q_DIFF} has shape \(3, 3\)",
+    ),
+    "missing tensor": (
+        lambda f: edit_tensors(f, **{O_DIFF: None}),
+        CheckpointError,
+        f"lacks 1 tensors, {O_DIFF}",
+    ),
+    "unknown tensor": (
+        lambda f: edit_tensors(f, **{Q_DIFF.replace("layers.0", "layers.7"): torch.zeros(2)}),
+        CheckpointError,
+        "has unknown 1 tensors, model.layers.7",
+    ),
+    "no weights": (
+        lambda f: (f / "view.safetensors").unlink(),
+        CheckpointError,
+        "view.safetensors is missing",
+    ),
+    "no config": (lambda f: (f / "view_config.json").unlink(), CheckpointError, "no view_config.json"),
+    "cut weights": (
+        lambda f: (f / "view.safetensors").write_bytes((f / "view.safetensors").read_bytes()[:200]),
+        CorruptFileError,
+        "view.safetensors cannot be read",
+    ),
+    "not safetensors": (
+        lambda f: (f / "view.safetensors").write_bytes(b"x" * 999),
+        CorruptFileError,
+        "cannot be read",
+    ),
+    "not JSON": (lambda f: (f / "view_config.json").write_text("{"), CorruptFileError, "not valid JSON"),
+    "not UTF-8": (
+        lambda f: (f / "view_config.json").write_bytes(b'{"a": "\xff"}'),
+        CorruptFileError,
+        "not valid JSON",
+    ),
+    "not an object": (
+        lambda f: (f / "view_config.json").write_text("[]"),
+        CorruptFileError,
+        "not a JSON object",
+    ),
+    "newer format": (lambda f: change_config(f, format_version=2), CheckpointError, "version 2, .* upgrade"),
+    "unknown field": (lambda f: change_config(f, colour="red"), CheckpointError, "colour"),
+    "no block size": (lambda f: change_config(f, block_size=...), CheckpointError, "block_size"),
+    "block size 1": (lambda f: change_config(f, block_size=1), CheckpointError, "at least 2, not 1"),
+    "block size as text": (
+        lambda f: change_config(f, block_size="8"),
+        CheckpointError,
+        "does not fit this release",
+    ),
+    "layers beyond": (lambda f: change_config(f, layers=[0, 9]), CheckpointError, "layer 9"),
+    "mask beyond": (lambda f: change_config(f, mask_token_id=4096), CheckpointError, "mask token id 4096"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "error", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_view_is_refused_in_one_sentence(
+    spoil: Any, error: type[OrthrusError], message: str, base_folder: Path, view_folder: Path
+) -> None:
+    spoil(view_folder)
+    with pytest.raises(error, match=message) as caught:
+        load(base_folder, view_folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_view_of_another_base_of_the_same_shape_warns_with_both_fingerprints(
+    view_folder: Path, tmp_path: Path
+) -> None:
+    other = save_base(tmp_path / "other", seed=1)
+    trained_on = json.loads((view_folder / "view_config.json").read_text())["base_fingerprint"]
+    with pytest.warns(OrthrusWarning, match="stays lossless") as caught:
+        _, dual = load_dual(str(other), str(view_folder), device="cpu")
+    fresh = load_dual(str(other), "fresh", device="cpu")[1].config.base_fingerprint
+    message = str(caught[0].message)
+    assert trained_on in message
+    assert fresh in message
+    assert fresh != trained_on
+    options: dict[str, Any] = {"eos_token_ids": frozenset(), "context_length": 256}
+    ar, chain = (
+        TokenStream(dual, tiny_prompt(9), DecodeConfig(max_new_tokens=20, strategy=s), **options)
+        .drain()
+        .token_ids
+        for s in ("ar", "chain")
+    )
+    assert ar == chain
+
+
+def test_a_view_of_another_family_is_refused(view_folder: Path, tmp_path: Path) -> None:
+    phi = save_base(tmp_path / "phi", "phi3")
+    with pytest.warns(OrthrusWarning), pytest.raises(CheckpointError, match="belongs to another base model"):
+        load_dual(str(phi), str(view_folder), device="cpu")
+
+
+def test_a_base_from_the_hub_is_remembered_by_its_id(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the folder of this machine's cache, which means nothing elsewhere."""
+    asked: list[str | None] = []
+
+    def fetch(repo_id: str, revision: str | None = None, **_: Any) -> Path:
+        asked.append(revision)
+        return base_folder
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    base, dual = load_dual("owner/name", "fresh", revision="v1", device="cpu")
+    assert (base.name, dual.config.base_name, base.source.kind) == ("owner/name", "owner/name", "hub")
+    assert set(asked) == {"v1"}
+
+
+def test_the_table_of_names_and_its_inverse() -> None:
+    assert len(FROM_FILE) == len(TO_FILE)
+    for module in ("q_proj", "qkv_proj", "k_norm"):
+        ours, file = (
+            f"model.layers.3.self_attn.{m}.weight" for m in (f"{module}.diffusion", f"{module}_diff")
+        )
+        assert to_file(ours) == file
+        assert from_file(file) == ours
+        assert is_view_tensor(file)
+    assert not is_view_tensor("model.layers.3.self_attn.q_proj.weight")
+    assert is_view_tensor("mask_embedding")

@@ -1,0 +1,304 @@
+"""The stream of records: bookkeeping, cancelling, the end of the context, and what a cycle costs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import VOCAB, tiny_dual, tiny_prompt
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from orthrus.config import DecodeConfig, SamplingParams, Strategy
+from orthrus.engine import cycles
+from orthrus.engine.probe import watch_caches, watch_passes
+from orthrus.engine.stream import TokenStream
+from orthrus.errors import UserInputError
+from orthrus.model.dual_view import DualView
+from orthrus.model.passes import Pass
+from orthrus.types import Cycle
+
+PROMPT = tiny_prompt(9)
+DUAL = tiny_dual("llama", disturb=0.1)
+EVERY = pytest.mark.parametrize(("strategy", "floor"), [("ar", True), ("chain", True), ("chain", False)])
+
+
+def stream(
+    strategy: Strategy = "chain",
+    floor: bool = True,
+    *,
+    prompt: list[int] = PROMPT,
+    dual: DualView = DUAL,
+    context_length: int = 256,
+    tokenizer: Any = None,
+    **options: Any,
+) -> TokenStream:
+    config = DecodeConfig(**{"max_new_tokens": 40, "strategy": strategy, "floor": floor, **options})
+    return TokenStream(
+        dual, prompt, config, eos_token_ids=frozenset(), context_length=context_length, tokenizer=tokenizer
+    )
+
+
+FREE = stream("ar").drain().token_ids
+
+
+class Letters:
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return "".join(chr(ord("A") + i) for i in token_ids)
+
+
+@EVERY
+def test_the_records_sum_to_the_result(strategy: Strategy, floor: bool) -> None:
+    running = stream(strategy, floor, tokenizer=Letters())
+    records = list(running)
+    result = running.result
+    assert records == list(result.cycles)
+    assert [c.index for c in records] == list(range(len(records)))
+    assert [t for c in records for t in c.token_ids] == list(result.token_ids) == list(FREE)
+    assert "".join(c.text for c in records) == result.text == Letters().decode(list(FREE))
+    assert [c.finish_reason for c in records] == [None] * (len(records) - 1) + ["length"]
+    stats = result.stats
+    assert stats.num_prompt_tokens == len(PROMPT)
+    assert stats.num_tokens == len(FREE)
+    assert stats.num_cycles == len(records) - 1
+    for name in ("num_passes", "num_drafted", "num_accepted"):
+        assert getattr(stats, name) == sum(getattr(c, name) for c in records)
+    assert sum(stats.accepted_histogram) == sum(c.num_drafted > 0 for c in records)
+    assert sum(n * count for n, count in enumerate(stats.accepted_histogram)) == stats.num_accepted
+    assert stats.ttft_ms == records[0].elapsed_ms > 0
+    assert stats.decode_ms == pytest.approx(sum(c.elapsed_ms for c in records[1:]))
+    assert (stats.num_accepted > 0) == (strategy == "chain")
+
+
+@EVERY
+def test_one_record_per_cycle_and_num_passes_is_what_ran(strategy: Strategy, floor: bool) -> None:
+    kinds: list[str] = []
+
+    def note(p: Pass, *_: Any) -> None:
+        kinds.append("ar" if p.num_ar_rows == p.num_rows else "draft")
+
+    with watch_passes(DUAL, note):
+        for cycle in stream(strategy, floor, prefill_chunk=4):
+            assert cycle.num_passes == len(kinds)
+            assert kinds == {"prefill": ["ar"] * 3, "ar": ["ar"], "chain": ["draft", "ar"]}[cycle.kind]
+            kinds.clear()
+
+
+def check_chain_record(cycle: Cycle, floor: bool, whole: bool) -> None:
+    """[the head] drafts that stood, and the AR view's own token, in this order."""
+    head = int(floor)
+    assert cycle.num_accepted == sum(cycle.is_draft) <= cycle.num_drafted
+    expected = [False] * head + [True] * cycle.num_accepted + [False]
+    assert list(cycle.is_draft) == (expected if whole else expected[: len(cycle.token_ids)])
+
+
+@pytest.mark.parametrize("floor", [True, False])
+def test_is_draft_marks_the_tokens_that_the_diffusion_view_proposed(floor: bool) -> None:
+    records = stream("chain", floor).drain().cycles
+    assert records[0].kind == "prefill"
+    assert records[0].is_draft == (False,)
+    assert (records[0].num_drafted, records[0].num_passes) == (0, 1)
+    for cycle in records[1:]:
+        assert len(cycle.is_draft) == len(cycle.token_ids)
+        if cycle.kind == "chain":
+            check_chain_record(cycle, floor, whole=cycle.finish_reason is None)
+        else:
+            assert (cycle.is_draft, cycle.num_drafted, cycle.num_passes) == ((False,), 0, 1)
+
+
+@EVERY
+def test_the_cache_holds_ar_history_only(strategy: Strategy, floor: bool) -> None:
+    with watch_caches(DUAL) as caches:
+        for _ in stream(strategy, floor):
+            (cache,) = caches
+            cache.check()
+    # All but the last token, which nobody has fed yet; a cycle may have committed beyond the limit.
+    assert cache.lengths[0] >= len(PROMPT) + len(FREE) - 1
+
+
+@EVERY
+def test_cancelling_between_cycles(strategy: Strategy, floor: bool) -> None:
+    running = stream(strategy, floor, tokenizer=Letters())
+    first, second = next(running), next(running)
+    running.cancel()
+    rest = list(running)
+    assert [c.finish_reason for c in rest] == ["cancelled"]
+    result = running.result
+    assert result.finish_reason == "cancelled"
+    assert result.token_ids == FREE[: len(result.token_ids)]
+    assert result.cycles == (first, second, *rest)
+    assert list(running) == []
+
+
+def test_cancelling_during_a_chunked_prefill_leaves_the_rest_of_the_prompt_unread() -> None:
+    running = stream(prompt=tiny_prompt(40), prefill_chunk=4)
+    ran: list[int] = []
+
+    def note(p: Pass, *_: Any) -> None:
+        ran.append(p.num_rows)
+        if len(ran) == 3:
+            running.cancel()
+
+    with watch_passes(DUAL, note):
+        result = running.drain()
+    assert ran == [4, 4, 4]
+    assert (result.token_ids, result.text, result.finish_reason) == ((), "", "cancelled")
+    assert result.stats.num_passes == result.stats.num_prefill_passes == 3
+
+
+def test_a_result_asked_for_too_early_is_what_there_is() -> None:
+    running = stream()
+    assert running.result.token_ids == ()
+    next(running)
+    assert running.result.finish_reason == "cancelled"
+    assert running.result.token_ids == FREE[:1]
+
+
+def test_a_closed_stream_yields_nothing_more() -> None:
+    running = stream()
+    next(running)
+    running.close()
+    assert list(running) == []
+
+
+@EVERY
+@pytest.mark.parametrize("room", [1, 2, 3, 5, 9, 14])
+def test_no_position_reaches_the_end_of_the_context(room: int, strategy: Strategy, floor: bool) -> None:
+    """The block is shortened, and every token that fits is still made."""
+    context_length, highest, rows = len(PROMPT) + room, 0, []
+
+    def note(p: Pass, *_: Any) -> None:
+        nonlocal highest
+        highest = max(highest, int(p.position_ids_BT.max()))
+        rows.append(p.num_rows)
+
+    with watch_passes(DUAL, note):
+        result = stream(strategy, floor, context_length=context_length).drain()
+    assert result.token_ids == FREE[:room]
+    assert result.finish_reason == "length"
+    assert highest < context_length
+
+
+@pytest.mark.parametrize("length", [16, 17])
+def test_a_prompt_as_long_as_the_context_is_refused(length: int) -> None:
+    with pytest.raises(UserInputError, match=f"the prompt has {length} tokens.* holds 16"):
+        stream(prompt=tiny_prompt(length), context_length=16)
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(UserInputError, match="prompt is empty"):
+        stream(prompt=[])
+
+
+def test_a_block_larger_than_trained_is_refused_with_the_choice() -> None:
+    with pytest.raises(UserInputError, match=r"block_size 9 is larger than the 8 .* 2 to 8"):
+        stream(block_size=9)
+
+
+def test_a_block_of_one_is_refused_with_the_way_out() -> None:
+    with pytest.raises(UserInputError, match=r"at least 2 .* strategy='ar'"):
+        DecodeConfig(block_size=1)
+
+
+class HostCopies(TorchDispatchMode):
+    """Counts what makes a device wait for the host: reading a number, or an index, out of a tensor."""
+
+    # In inference mode `item` arrives whole, elsewhere as what it is made of.
+    SYNCS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "multinomial")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += any(func.overloadpacket.__name__.startswith(name) for name in self.SYNCS)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def host_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """All reads by Python (on a CPU `tolist` needs no torch operation), and those hidden in operations."""
+    copies: list[str] = []
+    with monkeypatch.context() as patch:
+        # The check of every pass is for CPUs only.
+        patch.setattr(Pass, "check", lambda *_: None)
+        for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+            original = getattr(torch.Tensor, name)
+
+            def counted(
+                self: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any
+            ) -> Any:
+                copies.append(_name)
+                return _original(self, *args, **kwargs)
+
+            patch.setattr(torch.Tensor, name, counted)
+        with HostCopies() as mode:
+            yield copies
+        copies += ["hidden"] * mode.count
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@EVERY
+def test_one_host_copy_per_cycle(
+    strategy: Strategy, floor: bool, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = SamplingParams(temperature=temperature, top_p=0.9, top_k=40, min_p=0.01, seed=0)
+    running = stream(strategy, floor, sampling=sampling, max_new_tokens=24)
+    with host_copies(monkeypatch) as copies:
+        records = list(running)
+        made = copies.copy()
+    assert made == ["tolist"] * len(records)
+    assert copies == made, "an operation reads a value of a tensor behind our back"
+
+
+def test_the_counter_of_host_copies_sees_hidden_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indexing with a tensor of one number reads it, which looks like pure device work."""
+    for mode in (torch.inference_mode, torch.no_grad):
+        with host_copies(monkeypatch) as copies, mode():
+            torch.arange(4)[torch.tensor(2)]
+        assert copies == ["hidden"]
+
+
+def test_prefill_projects_only_its_last_row() -> None:
+    rows: list[int] = []
+    hook = DUAL.base.get_output_embeddings().register_forward_hook(
+        lambda _m, args, _out: rows.append(args[0].shape[1])
+    )
+    try:
+        stream(prompt=tiny_prompt(40), prefill_chunk=16, max_new_tokens=1).drain()
+    finally:
+        hook.remove()
+    assert rows == [0, 0, 1]
+
+
+def test_the_slots_of_a_request_are_prompt_answer_and_one_block() -> None:
+    with watch_caches(DUAL) as caches:
+        stream().drain()
+        stream("ar").drain()
+    assert [c.num_slots for c in caches] == [len(PROMPT) + 40 + 8, len(PROMPT) + 40]
+
+
+def test_mask_rows_of_a_view_without_mask_token_use_its_own_embedding() -> None:
+    dual = tiny_dual("llama", disturb=0.1, mask_token_id=None)
+    assert dual.mask_embedding is not None
+    plain = stream(dual=dual).drain()
+    assert plain.token_ids == FREE
+    assert plain.stats.num_accepted > 0
+    with torch.no_grad():
+        dual.mask_embedding.add_(torch.randn(32, generator=torch.Generator().manual_seed(0)) * 10)
+    other = stream(dual=dual).drain()
+    assert other.token_ids == FREE
+    assert other.stats.num_accepted != plain.stats.num_accepted
+
+
+def test_a_verifier_that_accepts_everything_changes_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the parity tests rely on: were verification broken, they would see it."""
+    real = cycles.verify_greedy
+
+    def accept_all(draft_ids_K: torch.Tensor, ar_ids_R: torch.Tensor) -> Any:
+        return real(draft_ids_K, torch.cat([draft_ids_K, ar_ids_R[-1:]]))
+
+    monkeypatch.setattr(cycles, "verify_greedy", accept_all)
+    result = stream().drain()
+    assert result.token_ids != FREE
+    assert max(result.token_ids) < VOCAB
