@@ -63,5 +63,9 @@ def _register_auto_classes(_: Any) -> None:
         return
 
 
-for _module in ("transformers.models.auto.modeling_auto", "transformers.modeling_utils", "transformers.generation.utils"):
+for _module in (
+    "transformers.models.auto.modeling_auto",
+    "transformers.modeling_utils",
+    "transformers.generation.utils",
+):
     register_post_import_hook(_register_auto_classes, _module)

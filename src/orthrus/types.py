@@ -74,7 +74,13 @@ class DecodeStats:
         return self.decode_ms / (self.num_tokens - 1) if self.num_tokens > 1 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        derived = ("tokens_per_cycle", "tokens_per_forward", "acceptance_rate", "tokens_per_second", "tpot_ms")
+        derived = (
+            "tokens_per_cycle",
+            "tokens_per_forward",
+            "acceptance_rate",
+            "tokens_per_second",
+            "tpot_ms",
+        )
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from tests.tiny import FAMILY_CONFIGS, tiny_dual, tiny_prompt
 
 from orthrus.model.passes import draft_block, prefill
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample
 from orthrus.training.forward import Objective, TrainingPass
 from orthrus.training.packing import pack
-from tests.tiny import FAMILY_CONFIGS, tiny_dual, tiny_prompt
 
 LAYOUT = BlockLayout(block_size=5)
 
@@ -55,7 +55,9 @@ def test_teacher_rows_equal_the_stock_forward_on_each_document():
                 inside = batch.document_BT[b] == document
                 with dual.stock() as stock:
                     expected = stock(batch.token_ids_BT[b][inside][None]).logits[0]
-                torch.testing.assert_close(training.head(hidden_BTC[b][inside]), expected, atol=2e-4, rtol=2e-4)
+                torch.testing.assert_close(
+                    training.head(hidden_BTC[b][inside]), expected, atol=2e-4, rtol=2e-4
+                )
 
 
 def test_only_the_view_gets_gradients():

@@ -20,7 +20,9 @@ def test_chunked_equals_direct(kind, chunk_size):
     def head(h):
         return h @ head_VC.T
 
-    direct_R = pointwise_loss(kind, head(hidden_RC).log_softmax(-1), head(teacher_TC)[rows_R].log_softmax(-1), corpus_R)
+    direct_R = pointwise_loss(
+        kind, head(hidden_RC).log_softmax(-1), head(teacher_TC)[rows_R].log_softmax(-1), corpus_R
+    )
     (direct_grad,) = torch.autograd.grad((weights_R * direct_R).sum(), hidden_RC)
     ours = row_losses(kind, hidden_RC, teacher_TC, rows_R, corpus_R, head, chunk_size=chunk_size)
     (grad,) = torch.autograd.grad((weights_R * ours.loss_R).sum(), hidden_RC)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.tiny import tiny_dual, tiny_prompt
 
 from orthrus.config import DecodeConfig
 from orthrus.engine.stream import TokenStream
@@ -13,7 +14,6 @@ from orthrus.training.corpus import Sample, corpus_digest
 from orthrus.training.packing import pack
 from orthrus.training.recipe import TrainConfig, load_recipe
 from orthrus.training.trainer import DivergedError, Hooks, train
-from tests.tiny import tiny_dual, tiny_prompt
 
 CONFIG = TrainConfig(
     block_size=5,
@@ -43,7 +43,9 @@ def run(tmp_path, name, config=CONFIG, hooks=None, dual=None):
     dual = dual or tiny_dual(block_size=5, mask_token_id=None)
     samples = own_answers(dual, 5, 20)
     rows = pack(samples, config.row_length)
-    state = train(dual, rows, replace(config, output=str(tmp_path / name)), corpus_digest(samples), hooks or Hooks())
+    state = train(
+        dual, rows, replace(config, output=str(tmp_path / name)), corpus_digest(samples), hooks or Hooks()
+    )
     return dual, state
 
 
@@ -54,7 +56,9 @@ def test_a_view_overfits_a_tiny_corpus_to_full_acceptance(tmp_path):
     accepted = drafted = 0
     for sample in own_answers(dual, 5, 20):
         decode = DecodeConfig(max_new_tokens=20, floor=False)
-        stream = TokenStream(dual, list(sample.prompt_ids), decode, eos_token_ids=frozenset(), context_length=256)
+        stream = TokenStream(
+            dual, list(sample.prompt_ids), decode, eos_token_ids=frozenset(), context_length=256
+        )
         result = stream.drain()
         assert result.token_ids == sample.answer_ids
         accepted, drafted = accepted + result.stats.num_accepted, drafted + result.stats.num_drafted
@@ -90,7 +94,12 @@ def test_logs_report_the_block_positions(tmp_path):
 
 
 def test_a_diverged_loss_keeps_the_saved_state(tmp_path):
-    run(tmp_path, "run", replace(CONFIG, steps=20), hooks=Hooks(should_stop=iter([False] * 3 + [True]).__next__))
+    run(
+        tmp_path,
+        "run",
+        replace(CONFIG, steps=20),
+        hooks=Hooks(should_stop=iter([False] * 3 + [True]).__next__),
+    )
     before = (tmp_path / "run" / "state.pt").read_bytes()
     dual = tiny_dual(block_size=5, mask_token_id=None)
     with torch.no_grad():

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orthrus.cli import audit, bench, chat, convert, demo, env, generate
+from orthrus.cli import audit, bench, chat, convert, demo, env, generate, synth, train
 from orthrus.cli.common import run_command, session
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ COMMANDS = (
     demo.demo,
     bench.bench,
     audit.audit,
+    synth.synth,
+    train.train,
     convert.convert,
     env.env,
 )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from orthrus.api import Orthrus
 
 Layout = Literal["view", "merged", "released"]
+Encoding = Literal["full", "delta4"]
 PROBE = "The quick brown fox jumps over the lazy dog."
 
 
@@ -47,6 +48,13 @@ def convert(
         str,
         typer.Option(help="auto keeps the weights as stored, bit for bit; or float32, bfloat16, float16."),
     ] = "auto",
+    encoding: Annotated[
+        Encoding,
+        typer.Option(
+            help="full keeps the view bit for bit; delta4 stores it as 4-bit differences from the base "
+            "(views only, about an eighth of the size)."
+        ),
+    ] = "full",
     device: options.Device = "cpu",
     revision: options.Revision = None,
     quiet: options.Quiet = False,
@@ -58,6 +66,8 @@ def convert(
     """
     if target.exists():
         raise UserInputError(f"{target} exists already; name a new folder or remove that one first.")
+    if encoding != "full" and to != "view":
+        raise UserInputError(f"--encoding {encoding} is for views only; add --to view, or leave it out.")
     orthrus = load_orthrus(
         source,
         quiet=quiet,
@@ -71,10 +81,10 @@ def convert(
     logits_TV = _stock_logits(orthrus)
     _require_equal(logits_TV, _ar_logits(orthrus), "the model with its twins")
     report = _report(orthrus, target, to)
-    _write(orthrus, target, to)
+    _write(orthrus, target, to, encoding)
     wanted_dtype = str(report["dtype"])
     if to == "view":
-        _check_view(orthrus, target)
+        _check_view(orthrus, target, encoding)
     else:
         # Only one of the two models is in memory at a time.
         del orthrus
@@ -112,12 +122,12 @@ def _set_block_size(orthrus: "Orthrus", block_size: int) -> None:
     orthrus.dual.config = replace(config, block_size=block_size)
 
 
-def _write(orthrus: "Orthrus", target: Path, to: Layout) -> None:
+def _write(orthrus: "Orthrus", target: Path, to: Layout, encoding: Encoding) -> None:
     from orthrus.model.checkpoint import save_view
     from orthrus.model.merged import save_merged
 
     if to == "view":
-        save_view(orthrus.dual, target)
+        save_view(orthrus.dual, target, encoding)
     else:
         save_merged(orthrus.dual, orthrus.base, target, to)
 
@@ -155,12 +165,13 @@ def _require_equal(expected_TV: "Tensor", found_TV: "Tensor", where: str) -> Non
         )
 
 
-def _check_view(orthrus: "Orthrus", target: Path) -> None:
+def _check_view(orthrus: "Orthrus", target: Path, encoding: Encoding) -> None:
     import torch
 
-    from orthrus.model.checkpoint import WEIGHTS_FILE, read_view_tensors, view_tensors
+    from orthrus.model.checkpoint import WEIGHTS_FILE, read_view_tensors, stored_tensors
 
-    expected, found = view_tensors(orthrus.dual), read_view_tensors([target / WEIGHTS_FILE])
+    expected = stored_tensors(orthrus.dual, encoding)
+    found = read_view_tensors([target / WEIGHTS_FILE])
     if expected.keys() != found.keys() or not all(torch.equal(expected[n], found[n]) for n in expected):
         raise CheckpointError(f"{target} does not hold what was written; check the disk and convert again.")
 

@@ -222,7 +222,7 @@ def check_block_size(dual: DualView, block_size: int | None) -> int:
         return trained
     if block_size > trained:
         raise UserInputError(
-            f"block_size {block_size} is larger than the {trained} of this view; choose 2 to {trained}, or make "
-            "a view with larger blocks."
+            f"block_size {block_size} is larger than the {trained} of this view; choose 2 to {trained}, "
+            "or make a view with larger blocks."
         )
     return block_size

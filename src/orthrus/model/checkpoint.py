@@ -2,6 +2,8 @@
 
 import json
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ from torch import Tensor
 
 from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base
-from orthrus.base.outputs import atomic_folder
+from orthrus.base.outputs import atomic_folder, replace_folder
 from orthrus.errors import CheckpointError, CorruptFileError, OrthrusWarning
 from orthrus.model.card import view_card
+from orthrus.model.delta_codec import decode_tensors, encode_tensors
 from orthrus.model.dual_view import DualView
 from orthrus.model.names import is_view_tensor, to_file
-from orthrus.model.view_config import ViewConfig
+from orthrus.model.view_config import Encoding, ViewConfig
 
 CONFIG_FILE = "view_config.json"
 WEIGHTS_FILE = "view.safetensors"
@@ -26,17 +29,21 @@ ARCHITECTURE = "OrthrusForCausalLM"
 DEFAULT_FRESH_BLOCK_SIZE = 8
 
 
-def fresh_view(base: Base, block_size: int = DEFAULT_FRESH_BLOCK_SIZE) -> DualView:
+def fresh_view(
+    base: Base, block_size: int = DEFAULT_FRESH_BLOCK_SIZE, layers: Sequence[int] | None = None
+) -> DualView:
     """A view whose twins are copies of the AR ones: lossless at once, fast only after training.
 
-    The mask is the first embedding row that no token uses, or a mask embedding of its own where the
+    layers: indices of the layers that get twins; all when None. Raises CheckpointError for one that is not
+    there. The mask is the first embedding row that no token uses, or a mask embedding of its own where the
     vocabulary has none to spare.
     """
-    num_rows = base.model.get_input_embeddings().weight.shape[0]
+    num_rows = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     spare = len(base.tokenizer) if base.tokenizer is not None else num_rows
     config = ViewConfig(
         block_size=block_size,
         mask_token_id=spare if spare < num_rows else None,
+        layers=None if layers is None else tuple(layers),
         base_name=base.reference,
         base_fingerprint=fingerprint(base.model),
     )
@@ -48,18 +55,31 @@ def view_tensors(dual: DualView) -> dict[str, Tensor]:
     return {to_file(name): p.detach().cpu().contiguous() for name, p in dual.view_parameters().items()}
 
 
-def save_view(dual: DualView, folder: Path | str) -> None:
-    """Write `view.safetensors`, `view_config.json` and a card; refuses to overwrite, never half-written."""
-    with atomic_folder(Path(folder)) as temporary:
-        save_file(view_tensors(dual), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json(temporary / CONFIG_FILE, dual.config.to_dict())
-        # So that AutoModelForCausalLM knows whose folder it is; without the base's config: that is a merged one's.
+def stored_tensors(dual: DualView, encoding: Encoding) -> dict[str, Tensor]:
+    """What a view folder of that encoding holds, under file names."""
+    tensors = view_tensors(dual)
+    return tensors if encoding == "full" else encode_tensors(tensors, _ar_tensors(dual))
+
+
+def save_view(
+    dual: DualView, folder: Path | str, encoding: Encoding = "full", *, overwrite: bool = False
+) -> None:
+    """Write `view.safetensors`, `view_config.json` and a card, never half-written.
+
+    encoding: "full" keeps every bit; "delta4" stores 4-bit differences from the AR twins, which a base in
+    float32 gives back unchanged when packed again. Refuses to overwrite another folder unless told to.
+    """
+    config = replace(dual.config, encoding=encoding)
+    with (replace_folder if overwrite else atomic_folder)(Path(folder)) as temporary:
+        save_file(stored_tensors(dual, encoding), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_json(temporary / CONFIG_FILE, config.to_dict())
+        # AutoModelForCausalLM sees whose folder it is; a base's config in it would make it a merged one.
         write_json(temporary / "config.json", {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE]})
-        (temporary / "README.md").write_text(view_card(dual), encoding="utf-8")
+        (temporary / "README.md").write_text(view_card(dual, encoding), encoding="utf-8")
 
 
-def load_view(base: Base, folder: Path | str) -> DualView:
-    """Put the view of a folder on `base`.
+def load_view(base: Base, folder: Path | str, *, dtype: torch.dtype | None = None) -> DualView:
+    """Put the view of a folder on `base`; its weights in `dtype`, the base's own when None.
 
     Raises CheckpointError when files are missing or the view has the shapes of another base; warns with
     both fingerprints when the shapes fit but the base's weights are not those that it was trained on.
@@ -69,32 +89,52 @@ def load_view(base: Base, folder: Path | str) -> DualView:
     found = fingerprint(base.model)
     if config.base_fingerprint and config.base_fingerprint != found:
         warnings.warn(
-            f"the view was trained on {config.base_name} ({config.base_fingerprint}), but this base is {base.name} "
-            f"({found}): the output stays lossless, the drafts may be worth less.",
+            f"the view was trained on {config.base_name} ({config.base_fingerprint}), but this base is "
+            f"{base.name} ({found}): the output stays lossless, the drafts may be worth less.",
             OrthrusWarning,
             stacklevel=2,
         )
     tensors = read_view_tensors([folder / WEIGHTS_FILE])
-    dual = DualView(base.model, base.family, config)
+    # In memory the weights are whole, whatever the folder does.
+    dual = DualView(base.model, base.family, replace(config, encoding="full"))
+    if dtype is not None:
+        for parameter in dual.view_parameters().values():
+            parameter.data = parameter.data.to(dtype)
+    if config.encoding == "delta4":
+        tensors = decode_tensors(tensors, _ar_tensors(dual), where=str(folder))
     assign_view(dual, tensors, where=str(folder))
     return dual
+
+
+def _ar_tensors(dual: DualView) -> dict[str, Tensor]:
+    """The frozen twin of each view tensor, under the view tensor's file name."""
+    frozen = dict(dual.base.named_parameters())
+    return {
+        to_file(name): frozen[name.replace(".diffusion.", ".ar.")].detach()
+        for name in dual.view_parameters()
+        if ".diffusion." in name
+    }
 
 
 def assign_view(dual: DualView, tensors: dict[str, Tensor], *, where: str) -> None:
     """Copy file-named tensors into the twins; CheckpointError names the first that is missing or misfits."""
     wanted = {to_file(name): parameter for name, parameter in dual.view_parameters().items()}
-    for kind, names in (("lacks", wanted.keys() - tensors.keys()), ("has unknown", tensors.keys() - wanted.keys())):
+    for kind, names in (
+        ("lacks", wanted.keys() - tensors.keys()),
+        ("has unknown", tensors.keys() - wanted.keys()),
+    ):
         if names:
             raise CheckpointError(
-                f"the view in {where} {kind} {len(names)} tensors, {min(names)} first: it belongs to another base model "
-                "or family; load it with the base that its view_config.json names."
+                f"the view in {where} {kind} {len(names)} tensors, {min(names)} first: it belongs to another "
+                "base model or family; load it with the base that its view_config.json names."
             )
     with torch.no_grad():
         for name, parameter in wanted.items():
             if tensors[name].shape != parameter.shape:
                 raise CheckpointError(
-                    f"the view in {where} does not fit this base: {name} has shape {tuple(tensors[name].shape)}, "
-                    f"the base needs {tuple(parameter.shape)}; load it with the base that it was trained on."
+                    f"the view in {where} does not fit this base: {name} has shape "
+                    f"{tuple(tensors[name].shape)}, the base needs {tuple(parameter.shape)}; load it "
+                    "with the base that it was trained on."
                 )
             parameter.copy_(tensors[name])
 

@@ -25,11 +25,11 @@ class DualView(nn.Module):
 
     def __init__(self, base: PreTrainedModel, family: Family, config: ViewConfig) -> None:
         super().__init__()
-        num_embeddings = base.get_input_embeddings().weight.shape[0]
+        num_embeddings = len(base.get_input_embeddings().weight)  # type: ignore[arg-type]
         if config.mask_token_id is not None and not 0 <= config.mask_token_id < num_embeddings:
             raise CheckpointError(
-                f"the view's mask token id {config.mask_token_id} is none of this base's {num_embeddings} embeddings; "
-                "load it with the base that it was trained on."
+                f"the view's mask token id {config.mask_token_id} is none of this base's {num_embeddings} "
+                "embeddings; load it with the base that it was trained on."
             )
         self.base = base
         self.family = family
@@ -81,7 +81,9 @@ class DualView(nn.Module):
         if self.mask_embedding is None:
             return embed_tokens(token_ids_BT)  # type: ignore[no-any-return]
         embeds_BTC = embed_tokens(token_ids_BT.clamp_min(0))
-        return torch.where((token_ids_BT < 0)[..., None], self.mask_embedding.to(embeds_BTC.dtype), embeds_BTC)
+        return torch.where(
+            (token_ids_BT < 0)[..., None], self.mask_embedding.to(embeds_BTC.dtype), embeds_BTC
+        )
 
     def _masks(self, p: Pass, cache: SlotCache) -> Tensor | dict[str, Tensor]:
         """`visible` in the form that this family's stock forward takes, windows included."""
@@ -125,6 +127,6 @@ class DualView(nn.Module):
 def _initial_mask_embedding(base: PreTrainedModel) -> Tensor:
     """The mean token embedding (C,): neutral, and on the scale that the first layer expects."""
     embed_tokens = base.get_input_embeddings()
-    weight_VC = embed_tokens.weight.detach()
+    weight_VC: Tensor = embed_tokens.weight.detach()  # type: ignore[operator]
     scale = getattr(embed_tokens, "scalar_embed_scale", 1.0)
     return (weight_VC.float().mean(0) * scale).to(weight_VC.dtype)

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from orthrus.base import hub
+from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base, load_base
 from orthrus.base.resolve import resolve
 from orthrus.base.storage import Progress
@@ -18,6 +19,7 @@ from orthrus.model.view_config import ViewConfig
 
 DEFAULT_VIEW = "default"
 FRESH_VIEW = "fresh"
+DEFAULT_MODEL_VIEW = "smollm2-135m"
 
 
 def load_dual(
@@ -33,14 +35,17 @@ def load_dual(
     """Load `model` and put `view` on it.
 
     model: "default", a hub id, a GGUF file, or a folder that holds a stock base, a view (its base is loaded
-    too), a merged checkpoint, or one of the released Orthrus-Qwen3 layout. view: "default" is the checkpoint's
-    own, else the one shipped for the base, else a fresh one with a warning; "fresh" an AR-initialised one.
+    too), a merged checkpoint, or one of the released Orthrus-Qwen3 layout. view: "default" is the
+    checkpoint's own, else the one shipped for the base, else a fresh one with a warning; "fresh" an
+    AR-initialised one.
     """
     folder = _local_folder(model, revision, on_progress)
     kind = "base" if folder is None else folder_kind(folder)
     if folder is not None and kind == "view":
         if view != DEFAULT_VIEW:
-            raise UserInputError(f"{model} is a view already; name its base as the model, or leave out the view.")
+            raise UserInputError(
+                f"{model} is a view already; name its base as the model, or leave out the view."
+            )
         model, view = ViewConfig.from_dict(read_json(folder / CONFIG_FILE)).base_name, str(folder)
         folder, kind, revision = None, "base", None
     # By the name it was asked for, not by the folder: a view remembers its base by that name.
@@ -88,17 +93,38 @@ def _view_folder(view: str, on_progress: Progress | None) -> Path:
         return path
     source = resolve(view)
     if source.kind != "hub":
-        raise CheckpointError(f"{view} is no view folder; name a folder that holds {CONFIG_FILE}, or a hub id.")
+        raise CheckpointError(
+            f"{view} is no view folder; name a folder that holds {CONFIG_FILE}, or a hub id."
+        )
     return hub.fetch(source.origin, source.revision, progress=on_progress)
 
 
 def _shipped_view(base: Base) -> DualView:
     """The view that comes with Orthrus for this base; a fresh one, and a word about it, where none does."""
-    if base.source.kind != "default":
+    if base.source.kind == "default":
+        folder = shipped_view_folder(DEFAULT_MODEL_VIEW)
+        if folder is not None and _fits(folder, base):
+            return load_view(base, folder)
+    else:
         warnings.warn(
-            f"there is no trained view for {base.name}: a fresh one is used, which is lossless but hardly drafts; "
-            "give one with view=... (--view) or train it.",
+            f"there is no trained view for {base.name}: a fresh one is used, which is lossless but hardly "
+            "drafts; give one with view=... (--view) or train it.",
             OrthrusWarning,
             stacklevel=3,
         )
     return fresh_view(base)
+
+
+def shipped_view_folder(name: str) -> Path | None:
+    """Where a view that comes with Orthrus lies: in the package, or in the checkout that it runs from."""
+    package = Path(__file__).resolve().parents[1]
+    places = [package / "_views" / name]
+    # An editable install runs from src/: nothing else that lies two levels up is ours.
+    if package.parent.name == "src":
+        places.append(package.parents[1] / "views" / name)
+    return next((place for place in places if (place / CONFIG_FILE).is_file()), None)
+
+
+def _fits(folder: Path, base: Base) -> bool:
+    """Whether the view was trained on exactly these weights; on others it would draft worse."""
+    return ViewConfig.from_dict(read_json(folder / CONFIG_FILE)).base_fingerprint == fingerprint(base.model)

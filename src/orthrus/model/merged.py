@@ -54,8 +54,8 @@ def released_view_config(config: PreTrainedConfig, base_name: str, base_fingerpr
     missing = [key for key in ("block_size", "mask_token_id") if getattr(config, key, None) is None]
     if missing:
         raise CheckpointError(
-            f"{base_name} is an {RELEASED_ARCHITECTURE} checkpoint whose config.json lacks {' and '.join(missing)}; "
-            "download its config.json again."
+            f"{base_name} is an {RELEASED_ARCHITECTURE} checkpoint whose config.json lacks "
+            f"{' and '.join(missing)}; download its config.json again."
         )
     return ViewConfig(
         block_size=int(config.block_size),
@@ -86,7 +86,9 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 
-def save_merged(dual: DualView, base: Base | None, folder: Path | str, layout: MergedLayout = "merged") -> None:
+def save_merged(
+    dual: DualView, base: Base | None, folder: Path | str, layout: MergedLayout = "merged"
+) -> None:
     """Write base and view into one new folder, with the tokenizer if a `base` brings one.
 
     Raises CheckpointError when the released layout cannot hold them.
@@ -135,7 +137,9 @@ def _check_released(dual: DualView) -> None:
     elif config.layers is not None:
         problem = "it wants twins in every layer"
     if problem:
-        raise CheckpointError(f"the released layout cannot hold this view: {problem}; write a merged folder instead.")
+        raise CheckpointError(
+            f"the released layout cannot hold this view: {problem}; write a merged folder instead."
+        )
 
 
 def _add_shard(folder: Path, dual: DualView) -> None:

@@ -66,11 +66,13 @@ def inject(model: nn.Module, family: Family, layers: Iterable[int] | None = None
     if twins(model):
         raise UserInputError("this base carries a view already; load it once more for another view.")
     split = RowSplit()
-    attentions = attention_modules(model)
+    attentions = attention_modules(model)  # type: ignore[arg-type]
     layers = range(len(attentions)) if layers is None else tuple(layers)
     for index in layers:
         if not 0 <= index < len(attentions):
-            raise CheckpointError(f"the view has twins in layer {index}, but this base has {len(attentions)} layers.")
+            raise CheckpointError(
+                f"the view has twins in layer {index}, but this base has {len(attentions)} layers."
+            )
     for index in layers:
         attention = attentions[index]
         for name in family.twin_names:

@@ -1,11 +1,12 @@
 """What a view is: the settings that travel with its weights."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from orthrus.errors import CheckpointError
 
 FORMAT_VERSION = 1
+Encoding = Literal["full", "delta4"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,8 +14,9 @@ class ViewConfig:
     """Settings of a diffusion view.
 
     block_size: K that it was trained with (the largest that may be asked for). mask_token_id: id of a frozen
-    embedding row used as mask, or None for a trained mask embedding. layers: indices with twins, None for all.
-    base_name, base_fingerprint: the base it belongs to. trained: False for a fresh copy of the AR twins.
+    embedding row used as mask, or None for a trained mask embedding. layers: indices with twins, None for
+    all. base_name, base_fingerprint: the base it belongs to. trained: False for a fresh copy of the AR twins.
+    encoding: how the folder stores the weights, as they are or as 4-bit differences from the AR twins.
     provenance: how it was made (recipe, data, versions, commit), free-form JSON.
     """
 
@@ -24,11 +26,17 @@ class ViewConfig:
     base_name: str = ""
     base_fingerprint: str = ""
     trained: bool = False
+    encoding: Encoding = "full"
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.block_size < 2:
             raise CheckpointError(f"a view needs a block size of at least 2, not {self.block_size}.")
+        if self.encoding not in get_args(Encoding):
+            known = " and ".join(get_args(Encoding))
+            raise CheckpointError(
+                f"the view is stored as '{self.encoding}', this release reads {known}; upgrade orthrus."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
@@ -40,7 +48,8 @@ class ViewConfig:
         version = fields.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"the view has format version {version}, this release reads {FORMAT_VERSION}; upgrade orthrus."
+                f"the view has format version {version}, this release reads {FORMAT_VERSION}; "
+                "upgrade orthrus."
             )
         if fields.get("layers") is not None:
             fields["layers"] = tuple(fields["layers"])

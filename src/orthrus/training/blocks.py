@@ -1,7 +1,7 @@
 """Which diffusion blocks a row trains, and what each of their rows reads and predicts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,10 +44,7 @@ class BlockBatch:
     layout: BlockLayout
 
     def to(self, device: torch.device | str) -> "BlockBatch":
-        return BlockBatch(
-            *(getattr(self, name).to(device) for name in _TENSORS),
-            layout=self.layout,
-        )
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
 
 _TENSORS = ("token_ids_BT", "position_ids_BT", "document_BT", "anchor_BN", "target_BNJ", "valid_BNJ")
@@ -102,7 +99,9 @@ def _anchors(row: PackedRow, seed: int, num_anchors: int) -> tuple[Tensor, Tenso
 def context_mask(batch: BlockBatch) -> Tensor:
     """visible_BNT bool: the AR rows that a block reads, those of its document strictly before its anchor."""
     same_BNT = batch.document_BT[:, None] == batch.document_BT.gather(1, batch.anchor_BN)[..., None]
-    before_BNT = torch.arange(batch.token_ids_BT.shape[1], device=same_BNT.device) < batch.anchor_BN[..., None]
+    before_BNT = (
+        torch.arange(batch.token_ids_BT.shape[1], device=same_BNT.device) < batch.anchor_BN[..., None]
+    )
     return same_BNT & before_BNT
 
 

@@ -1,7 +1,7 @@
-"""A corpus on disk: prompts first, then shards of answers, each written whole, so that work can stop anywhere.
+"""A corpus on disk: prompts, then shards of answers, each written whole, so that work can stop anywhere.
 
-Layout of a corpus folder: `manifest.json` (provenance), `prompts.jsonl` (one {"prompt_ids", "domain"} a line),
-`answers-00000.jsonl`, ... (one {"prompt", "answer_ids", "finished"} a line).
+Layout of a corpus folder: `manifest.json` (provenance), `prompts.jsonl` (one {"prompt_ids", "domain"} a
+line), `answers-00000.jsonl`, ... (one {"prompt", "answer_ids", "finished"} a line).
 """
 
 import hashlib
@@ -58,7 +58,9 @@ def read_prompt_texts(file: Path, domain: str | None = None) -> list[tuple[str, 
         except (ValueError, TypeError, AttributeError) as e:
             raise UserInputError(f"{file}, line {number}: not a JSON object with a prompt ({e}).") from e
         if text is None:
-            raise UserInputError(f"{file}, line {number}: no user turn; give `prompt`, `turns` or `messages`.")
+            raise UserInputError(
+                f"{file}, line {number}: no user turn; give `prompt`, `turns` or `messages`."
+            )
         found.append((text, str(domain or record.get("domain") or "other")))
     if not found:
         raise UserInputError(f"{file} holds no prompts; give one JSON object a line.")
@@ -103,7 +105,9 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except ValueError as e:
-            raise CorruptFileError(f"{file}, line {number} is not JSON; delete the file and run synth again.") from e
+            raise CorruptFileError(
+                f"{file}, line {number} is not JSON; delete the file and run synth again."
+            ) from e
     return records
 
 
@@ -117,16 +121,23 @@ def load_corpus(folder: Path) -> list[Sample]:
     Raises UserInputError when there is no corpus or it is empty.
     """
     if not (folder / PROMPTS).is_file():
-        raise UserInputError(f"{folder} holds no corpus ({PROMPTS} is missing); make one with `orthrus synth`.")
+        raise UserInputError(
+            f"{folder} holds no corpus ({PROMPTS} is missing); make one with `orthrus synth`."
+        )
     prompts = read_jsonl(folder / PROMPTS)
     samples = [
-        Sample(tuple(prompts[r["prompt"]]["prompt_ids"]), tuple(r["answer_ids"]), prompts[r["prompt"]]["domain"])
+        Sample(
+            tuple(prompts[r["prompt"]]["prompt_ids"]), tuple(r["answer_ids"]), prompts[r["prompt"]]["domain"]
+        )
         for file in sorted(folder.glob("answers-*.jsonl"))
         for r in read_jsonl(file)
         if r["answer_ids"]
     ]
     if not samples:
-        raise UserInputError(f"the corpus in {folder} is empty; run `orthrus synth` again to add answers.")
+        raise UserInputError(
+            f"the corpus in {folder} is empty: there is no answer yet, or each one went round in circles; "
+            "run `orthrus synth` again, with more prompts if need be."
+        )
     return samples
 
 

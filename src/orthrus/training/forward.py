@@ -50,9 +50,11 @@ class TrainingPass(nn.Module):
         hidden_BNKC = self.blocks(batch, context)
         hidden_BNJC = hidden_BNKC[:, :, : batch.layout.num_targets]
         row_length = batch.token_ids_BT.shape[1]
-        rows_BNJ = batch.target_BNJ + torch.arange(len(batch.token_ids_BT), device=context.bias_BQT.device)[
-            :, None, None
-        ] * row_length
+        rows_BNJ = (
+            batch.target_BNJ
+            + torch.arange(len(batch.token_ids_BT), device=context.bias_BQT.device)[:, None, None]
+            * row_length
+        )
         corpus_BNJ = batch.token_ids_BT.flatten()[(rows_BNJ + 1).clamp_max(batch.token_ids_BT.numel() - 1)]
         keep = batch.valid_BNJ
         objective = self.objective
@@ -66,7 +68,11 @@ class TrainingPass(nn.Module):
         )
         loss_BNJ, overlap_BNJ, hit_BNJ = (_spread(values_R, keep) for values_R in losses)
         weight_BNJ = position_weights(
-            objective.weights, overlap_BNJ.detach(), keep, gamma=objective.gamma, smoothing=objective.smoothing
+            objective.weights,
+            overlap_BNJ.detach(),
+            keep,
+            gamma=objective.gamma,
+            smoothing=objective.smoothing,
         )
         return StepOutput(
             loss=(weight_BNJ * loss_BNJ).sum(),
@@ -177,7 +183,9 @@ class _Store:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
-    def update(self, key_BHTD: Tensor, value_BHTD: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_BHTD: Tensor, value_BHTD: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         assert layer_idx == len(self.keys)
         self.keys.append(key_BHTD)
         self.values.append(value_BHTD)
@@ -195,4 +203,6 @@ def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _spread(values_R: Tensor, keep_BNJ: Tensor) -> Tensor:
     """Values of the kept targets back in their (B, N, J) places, zeros elsewhere; differentiable."""
-    return torch.zeros(keep_BNJ.shape, dtype=values_R.dtype, device=values_R.device).masked_scatter(keep_BNJ, values_R)
+    return torch.zeros(keep_BNJ.shape, dtype=values_R.dtype, device=values_R.device).masked_scatter(
+        keep_BNJ, values_R
+    )

@@ -60,8 +60,14 @@ def row_losses(
     overlap, and no more than `chunk_size` rows of the vocabulary exist at a time, forward or backward.
     """
     order_R = teacher_row_R.argsort(stable=True)
-    loss_R, overlap_R, hit_R = _ChunkedLoss.apply(
-        hidden_RC[order_R], kind, teacher_hidden_TC, teacher_row_R[order_R], corpus_ids_R[order_R], head, chunk_size
+    loss_R, overlap_R, hit_R = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_RC[order_R],
+        kind,
+        teacher_hidden_TC,
+        teacher_row_R[order_R],
+        corpus_ids_R[order_R],
+        head,
+        chunk_size,
     )
     inverse_R = order_R.argsort()
     return RowLosses(loss_R[inverse_R], overlap_R[inverse_R], hit_R[inverse_R])
@@ -149,8 +155,8 @@ def position_weights(
 ) -> Tensor:
     """Weights of a block's targets, weight_BNJ; zero where invalid. Scale is the caller's affair.
 
-    uniform: arXiv 2605.12825. decay: exp(-j / gamma). dpace: what the target's acceptance adds to the expected
-    accepted length, sum over m >= j of prod over i <= m of (1 - a) q_i + a, from arXiv 2605.18810.
+    uniform: arXiv 2605.12825. decay: exp(-j / gamma). dpace: what the target's acceptance adds to the
+    expected accepted length, sum over m >= j of prod over i <= m of (1 - a) q_i + a, from arXiv 2605.18810.
     """
     if kind == "uniform":
         weight_BNJ = torch.ones_like(overlap_BNJ)

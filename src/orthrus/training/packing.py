@@ -29,8 +29,8 @@ def pack(samples: Sequence[Sample], row_length: int, *, drop_long: bool = False)
     num_long = sum(n > row_length for n in lengths)
     if num_long and not drop_long:
         raise UserInputError(
-            f"{num_long} of {len(samples)} dialogues are longer than a row of {row_length} tokens (the longest has "
-            f"{max(lengths)}); raise row_length, or set drop_long to leave them out."
+            f"{num_long} of {len(samples)} dialogues are longer than a row of {row_length} tokens (the "
+            f"longest has {max(lengths)}); raise row_length, or set drop_long to leave them out."
         )
     if num_long == len(samples):
         raise UserInputError(f"every dialogue is longer than a row of {row_length} tokens; raise row_length.")

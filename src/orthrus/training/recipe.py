@@ -1,4 +1,4 @@
-"""A training run as one typed record: each field is a YAML key of a recipe and a `key=value` of the command line."""
+"""A training run as one typed record: each field is a YAML key and a `key=value` of the command line."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -16,10 +16,11 @@ class TrainConfig:
 
     base, corpus, output: the model, the corpus folder, and where the run keeps its state and its view.
     Blocks: block_size (K), num_anchors (blocks a row), row_length (tokens), drop_long.
-    Loss: loss, weights, gamma (decay), smoothing (dpace). Batch: batch_rows rows a step over all processes, in
-    micro-batches of micro_rows. Optimiser: AdamW with cosine schedule; learning_rate, warmup, floor (shares of
-    all steps and of the peak), weight_decay, clip_norm. steps: 0 means `epochs` passes over the corpus.
-    View: layers (None for all), init_view (a view folder to start from).
+    Loss: loss, weights, gamma (decay), smoothing (dpace). Batch: batch_rows rows a step over all processes,
+    in micro-batches of micro_rows. Optimiser: AdamW with cosine schedule; learning_rate, warmup, floor
+    (shares of all steps and of the peak), weight_decay, clip_norm. steps: 0 means `epochs` passes over the
+    corpus. View: layers (None for all), init_view (a view folder to start from). Every evaluate_every steps
+    evaluate_prompts held-out prompts are really decoded (0: never).
     """
 
     base: str = "default"
@@ -49,21 +50,55 @@ class TrainConfig:
     seed: int = 0
     save_every: int = 100
     evaluate_every: int = 200
+    evaluate_prompts: int = 6
     log_every: int = 10
 
     def __post_init__(self) -> None:
         _one_of("loss", self.loss, LOSSES)
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        for name in ("num_anchors", "row_length", "batch_rows", "micro_rows", "save_every", "evaluate_every", "log_every"):
+        for name in (
+            "num_anchors",
+            "row_length",
+            "batch_rows",
+            "micro_rows",
+            "save_every",
+            "evaluate_every",
+            "log_every",
+        ):
             if getattr(self, name) < 1:
                 raise UserInputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if not 2 <= self.block_size <= self.row_length:
             raise UserInputError(f"block_size must lie between 2 and row_length, not {self.block_size}.")
         if self.learning_rate <= 0 or self.clip_norm <= 0:
             raise UserInputError("learning_rate and clip_norm must be positive.")
+        if (
+            self.evaluate_prompts < 0
+            or self.weight_decay < 0
+            or not 0 <= self.warmup <= 1
+            or not 0 <= self.floor <= 1
+        ):
+            raise UserInputError(
+                "evaluate_prompts and weight_decay must not be negative; warmup and floor lie within 0 to 1."
+            )
+        if self.layers is not None and not _layer_indices(self.layers):
+            raise UserInputError(f"layers must list different layer numbers from 0, not {self.layers!r}.")
+        if len(self.betas) != 2 or not all(isinstance(b, float) and 0 <= b < 1 for b in self.betas):
+            raise UserInputError(f"betas must be two numbers from 0 to below 1, not {self.betas!r}.")
+        if self.init_view is not None and not isinstance(self.init_view, str):
+            raise UserInputError(f"init_view must name a view folder, not {self.init_view!r}.")
         if self.steps < 0 or (self.steps == 0 and self.epochs <= 0):
             raise UserInputError("give steps, or a positive number of epochs.")
+
+
+def _layer_indices(layers: object) -> bool:
+    """YAML gives whatever was written there."""
+    return (
+        isinstance(layers, tuple)
+        and bool(layers)
+        and all(type(i) is int and i >= 0 for i in layers)
+        and len(set(layers)) == len(layers)
+    )
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -80,17 +115,24 @@ def load_recipe(file: Path, overrides: list[str] | None = None) -> TrainConfig:
 
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except OSError as e:
-        raise UserInputError(f"there is no recipe {file}; the ones that come with Orthrus are in recipes/.") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserInputError(
+            f"there is no recipe {file}; the ones that come with Orthrus are in recipes/."
+        ) from e
     except yaml.YAMLError as e:
-        raise UserInputError(f"{file} is not valid YAML ({e}); compare it with recipes/smoke-cpu.yaml.") from e
+        raise UserInputError(
+            f"{file} is not valid YAML ({e}); compare it with recipes/smoke-cpu.yaml."
+        ) from e
     if not isinstance(content, dict):
         raise UserInputError(f"{file} must hold `key: value` lines; compare it with recipes/smoke-cpu.yaml.")
     for override in overrides or ():
         key, found, value = override.partition("=")
         if not found:
             raise UserInputError(f"an override must read key=value, not {override!r}.")
-        content[key.strip()] = yaml.safe_load(value)
+        try:
+            content[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise UserInputError(f"the value in {override!r} is not valid YAML; put text in quotes.") from e
     return config_from(TrainConfig, content, where=str(file))
 
 

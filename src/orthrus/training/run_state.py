@@ -13,7 +13,7 @@ from orthrus.training.recipe import TrainConfig, to_plain
 
 STATE_FILE = "state.pt"
 # Settings that may change between the parts of a run without changing what it computes.
-_FREE = {"save_every", "evaluate_every", "log_every", "output", "corpus", "micro_rows"}
+_FREE = {"save_every", "evaluate_every", "evaluate_prompts", "log_every", "output", "corpus", "micro_rows"}
 
 
 @dataclass(slots=True)
@@ -41,10 +41,12 @@ def save_state(
         "optimizer": optimizer.state_dict(),
         "config": to_plain(config),
         "corpus": corpus_digest,
+        "base": dual.config.base_fingerprint,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with replace_file(folder / STATE_FILE) as temporary:
-        torch.save(content, temporary)
+    # Through a file of Python's: torch's own writer does not say that the disk is full.
+    with replace_file(folder / STATE_FILE) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def load_state(folder: Path, dual: DualView, config: TrainConfig, corpus_digest: str) -> RunState | None:
@@ -58,15 +60,19 @@ def load_state(folder: Path, dual: DualView, config: TrainConfig, corpus_digest:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise CorruptFileError(f"{file} cannot be read ({type(e).__name__}); delete it to start again.") from e
+        raise CorruptFileError(
+            f"{file} cannot be read ({type(e).__name__}); delete it to start again."
+        ) from e
     plain = to_plain(config)
     changed = sorted(k for k in plain if k not in _FREE and content["config"].get(k) != plain[k])
     if content["corpus"] != corpus_digest:
         changed.append("corpus content")
+    if content.get("base", dual.config.base_fingerprint) != dual.config.base_fingerprint:
+        changed.append("base weights")
     if changed:
         raise UserInputError(
-            f"the run in {folder} was begun with another {', '.join(changed)}; resume it with its own recipe, or "
-            "give another output folder."
+            f"the run in {folder} was begun with another {', '.join(changed)}; resume it with its own "
+            "recipe, or give another output folder."
         )
     with torch.no_grad():
         for name, parameter in dual.view_parameters().items():

@@ -11,16 +11,18 @@ from orthrus.training.batch_decode import Request, decode_batch
 # How a user turn may begin, by domain; an empty beginning lets the model choose its own subject.
 OPENINGS: dict[str, tuple[str, ...]] = {
     "math": (
-        "A shop sells ", "If a train ", "What is the ", "Solve the equation ", "Find the value of ", "There are ",
-        "A farmer has ", "Calculate the ", "How many ",
+        "A shop sells ", "If a train ", "What is the ", "Solve the equation ", "Find the value of ",
+        "There are ", "A farmer has ", "Calculate the ", "How many ",
     ),
     "code": (
-        "Write a Python function that ", "Write a solution to the following problem", "Write a Python program to ",
-        "Complete the following Python function:\n```python\ndef ", "Implement a function ", "Fix the bug in ",
-        "Write a function to ",
+        "Write a Python function that ", "Write a solution to the following problem",
+        "Write a Python program to ", "Complete the following Python function:\n```python\ndef ",
+        "Implement a function ", "Fix the bug in ", "Write a function to ",
     ),
     "chat": ("", "How do I ", "What are the ", "Explain ", "Can you ", "Why ", "Give me "),
-    "writing": ("Write a ", "Write a short story about ", "Write an email ", "Compose ", "Draft a ", "Describe "),
+    "writing": (
+        "Write a ", "Write a short story about ", "Write an email ", "Compose ", "Draft a ", "Describe ",
+    ),
     "summary": ("Summarize the following text: ", "Summarize: ", "Rewrite the following paragraph: "),
 }  # fmt: skip
 _SAMPLING = SamplingParams(temperature=1.0, top_p=0.95)

@@ -1,17 +1,18 @@
 """Fill a corpus folder: gather prompts once, then answer them shard by shard; a stopped run goes on."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 from orthrus.base.loading import Base
 from orthrus.base.outputs import write_text_atomic
+from orthrus.base.provenance import provenance
 from orthrus.config import SamplingParams
-from orthrus.errors import UserInputError
+from orthrus.errors import CorruptFileError, UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.training.batch_decode import Request, decode_batch
 from orthrus.training.corpus import (
@@ -54,12 +55,30 @@ class SynthConfig:
     shard_size: int = 128
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "max_prompt_tokens", "batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise UserInputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not 0 <= self.greedy_share <= 1:
+            raise UserInputError(f"greedy_share must lie between 0 and 1, not {self.greedy_share}.")
+        if self.temperature <= 0:
+            raise UserInputError(
+                "the temperature of sampled answers must be positive; greedy_share sets how many."
+            )
+        if not self.sources:
+            raise UserInputError(
+                "there is no source of prompts; give prompt files or counts of self-made ones."
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class SynthProgress:
-    """Where a run stands; `seconds_left` extrapolates from the shards of this run."""
+    """Where a run stands: sources read (stage "prompts") or prompts answered (stage "answers").
 
-    stage: str
+    num_tokens: answered in this run; seconds_left extrapolates from its whole shards, None before the first.
+    """
+
+    stage: Literal["prompts", "answers"]
     done: int
     total: int
     num_tokens: int = 0
@@ -70,37 +89,81 @@ OnSynth = Callable[[SynthProgress], None]
 
 
 def synthesise(
-    base: Base, dual: DualView, config: SynthConfig, folder: Path, on_progress: OnSynth | None = None
+    base: Base,
+    dual: DualView,
+    config: SynthConfig,
+    folder: Path,
+    on_progress: OnSynth | None = None,
+    *,
+    keep_out: Iterable[str] = (),
 ) -> None:
     """Make or continue the corpus in `folder`; answers are the frozen base's own (the AR view).
 
-    Raises UserInputError when the folder was begun with other settings, or no prompt is left after filtering.
+    keep_out: texts that no prompt may repeat, besides those of `config.held_out`. Raises UserInputError when
+    the folder was begun with other settings, or no prompt is left after filtering.
     """
+    if config.max_new_tokens >= base.context_length:
+        raise UserInputError(
+            f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in {base.name}'s context of "
+            f"{base.context_length} tokens; ask for shorter answers."
+        )
     report = on_progress or (lambda _: None)
     _check_manifest(folder, config, base)
     if not (folder / PROMPTS).is_file():
-        write_jsonl(folder / PROMPTS, _gather(base, dual, config, folder, report))
+        write_jsonl(folder / PROMPTS, _gather(base, dual, config, folder, report, keep_out))
     prompts = read_jsonl(folder / PROMPTS)
-    num_shards = -(-len(prompts) // config.shard_size)
-    todo = [i for i in range(num_shards) if not shard_path(folder, i).is_file()]
-    started, num_tokens = monotonic(), 0
-    for position, index in enumerate(todo):
-        first = index * config.shard_size
-        answers = _answer(base, dual, config, prompts, range(first, min(first + config.shard_size, len(prompts))))
-        num_tokens += sum(len(a["answer_ids"]) for a in answers)
+    size = config.shard_size
+    shards = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
+    todo = [(i, shard) for i, shard in enumerate(shards) if not shard_path(folder, i).is_file()]
+    meter = _Meter(report, len(prompts), sum(len(shard) for _, shard in todo))
+    for index, shard in todo:
+        answers = _answer(base, dual, config, prompts, shard, meter)
         write_jsonl(shard_path(folder, index), answers)
-        left = (monotonic() - started) / (position + 1) * (len(todo) - position - 1)
-        report(SynthProgress("answers", num_shards - len(todo) + position + 1, num_shards, num_tokens, left))
+        meter.end_shard(len(shard))
+
+
+class _Meter:
+    """Counts answers as they come. Short answers come first, so only whole shards say how long one takes."""
+
+    def __init__(self, report: OnSynth, total: int, num_left: int) -> None:
+        self._report, self._total, self._left = report, total, num_left
+        self._done, self._num_tokens = total - num_left, 0
+        self._timed, self._seconds, self._started = 0, 0.0, monotonic()
+        self._tell()
+
+    def answered(self, num_tokens: int) -> None:
+        self._done += 1
+        self._num_tokens += num_tokens
+        self._tell()
+
+    def end_shard(self, size: int) -> None:
+        now = monotonic()
+        self._timed, self._left = self._timed + size, self._left - size
+        self._seconds, self._started = self._seconds + now - self._started, now
+        self._tell()
+
+    def _tell(self) -> None:
+        left = None
+        if self._timed:
+            left = max(0.0, self._seconds / self._timed * self._left - (monotonic() - self._started))
+        self._report(SynthProgress("answers", self._done, self._total, self._num_tokens, left))
 
 
 def _gather(
-    base: Base, dual: DualView, config: SynthConfig, folder: Path, report: OnSynth
+    base: Base,
+    dual: DualView,
+    config: SynthConfig,
+    folder: Path,
+    report: OnSynth,
+    keep_out: Iterable[str],
 ) -> list[dict[str, Any]]:
     """All sources' prompts, filtered and shuffled; each source is stored when done, so none is made twice."""
     held_out = [text for file in config.held_out for text, _ in read_prompt_texts(Path(file))]
-    unseen = Unseen(held_out)
+    unseen = Unseen([*held_out, *keep_out])
+    longest = min(config.max_prompt_tokens, base.context_length - config.max_new_tokens)
     found: list[dict[str, Any]] = []
     for number, source in enumerate(config.sources):
+        report(SynthProgress("prompts", number, len(config.sources)))
         part = folder / f"source-{number:02d}.jsonl"
         if not part.is_file():
             texts = _texts(base, dual, config, source, config.seed + number)
@@ -108,11 +171,16 @@ def _gather(
         for record in read_jsonl(part):
             if unseen(record["prompt"]):
                 ids = base.encode_prompt(record["prompt"] + source.suffix)
-                if len(ids) <= config.max_prompt_tokens:
+                if len(ids) <= longest:
                     found.append({"prompt_ids": ids, "domain": record["domain"]})
-        report(SynthProgress("prompts", number + 1, len(config.sources)))
     if not found:
-        raise UserInputError("no prompt is left after filtering; give more or longer prompts.")
+        # The next try may bring other prompts under the same name.
+        for part in folder.glob("source-*.jsonl"):
+            part.unlink()
+        raise UserInputError(
+            f"no prompt is left after taking out duplicates, held-out ones and those above {longest} tokens; "
+            "give more or other prompts."
+        )
     # Shuffled, so that every prefix of the corpus has the same mix and training may begin early.
     Random(config.seed).shuffle(found)
     return found
@@ -130,15 +198,25 @@ def _texts(
 
 
 def _answer(
-    base: Base, dual: DualView, config: SynthConfig, prompts: list[dict[str, Any]], which: range
+    base: Base,
+    dual: DualView,
+    config: SynthConfig,
+    prompts: list[dict[str, Any]],
+    which: range,
+    meter: _Meter,
 ) -> list[dict[str, Any]]:
     sampled = SamplingParams(temperature=config.temperature, top_p=config.top_p)
     random = Random(f"{config.seed}-{which.start}")
     requests = [
-        Request(i, prompts[i]["prompt_ids"], SamplingParams() if random.random() < config.greedy_share else sampled)
+        Request(
+            i,
+            prompts[i]["prompt_ids"],
+            SamplingParams() if random.random() < config.greedy_share else sampled,
+        )
         for i in which
     ]
-    answers = decode_batch(
+    answers = []
+    for answer in decode_batch(
         dual,
         requests,
         batch_size=config.batch_size,
@@ -146,7 +224,9 @@ def _answer(
         max_prompt_tokens=max(len(r.prompt_ids) for r in requests),
         eos_token_ids=base.eos_token_ids,
         seed=config.seed + which.start,
-    )
+    ):
+        answers.append(answer)
+        meter.answered(len(answer.token_ids))
     return [
         {"prompt": a.key, "answer_ids": a.token_ids, "finished": a.finished}
         for a in sorted(answers)
@@ -158,13 +238,20 @@ def _check_manifest(folder: Path, config: SynthConfig, base: Base) -> None:
     """Write the manifest of a new corpus, or make sure that an old one was begun alike."""
     settings = json.loads(json.dumps({"base": base.reference, **asdict(config)}))
     manifest = folder / MANIFEST
-    if not manifest.is_file():
+    # A run that failed before it had a prompt leaves nothing that other settings could spoil.
+    if not manifest.is_file() or not any(folder.glob("[ps]*.jsonl")):
         folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(manifest, json.dumps({"format": 1, "settings": settings}, indent=2) + "\n")
+        made = provenance(device=str(base.model.device), dtype=str(base.model.dtype), seed=config.seed)
+        content = {"format": 1, "settings": settings, "provenance": made}
+        write_text_atomic(manifest, json.dumps(content, indent=2) + "\n")
         return
-    begun = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+    try:
+        begun = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise CorruptFileError(f"{manifest} is damaged; delete the folder and begin again.") from e
     changed = sorted(key for key in settings if begun.get(key) != settings[key])
     if changed:
         raise UserInputError(
-            f"the corpus in {folder} was begun with another {', '.join(changed)}; use a new folder or the old settings."
+            f"the corpus in {folder} was begun with another {', '.join(changed)}; use a new folder or the "
+            "old settings."
         )

@@ -43,26 +43,33 @@ class TrainLog:
 
 @dataclass(slots=True, kw_only=True)
 class Hooks:
-    """What the caller wants to be told or asked: logs, real decodes (a score, higher is better), stopping."""
+    """What the caller wants to be told or asked, on the main process only but for the last.
 
+    on_start: (steps done, steps in all). evaluate: (view, step) -> score of a real decode, higher is better.
+    should_stop: asked on every process after each step; any of them may end the run, which saves it.
+    """
+
+    on_start: Callable[[int, int], None] = lambda *_: None
     on_log: Callable[[TrainLog], None] = lambda _: None
-    evaluate: Callable[[DualView], float] | None = None
+    evaluate: Callable[[DualView, int], float] | None = None
     should_stop: Callable[[], bool] = lambda: False
 
 
-def train(dual: DualView, rows: list[PackedRow], config: TrainConfig, corpus_digest: str, hooks: Hooks) -> RunState:
-    """Train the diffusion view of `dual` in place, saving into `config.output`; continues a run it finds there.
+def train(
+    dual: DualView, rows: list[PackedRow], config: TrainConfig, corpus_digest: str, hooks: Hooks
+) -> RunState:
+    """Train the diffusion view of `dual` in place, saving into `config.output`; continues a run found there.
 
     Base weights stay frozen, the view is kept in float32 and used in `config.dtype`. Every random choice is a
-    function of (seed, epoch, row), so a resumed run repeats what an unbroken one would have done, bit for bit.
-    Raises UserInputError when the folder holds another run, DivergedError when the loss is not a number.
+    function of (seed, epoch, row), so a resumed run repeats what an unbroken one would have done, bit for
+    bit. Raises UserInputError when the folder holds another run, DivergedError when the loss is not a number.
     """
     accelerator = _accelerator(config)
     for parameter in dual.view_parameters().values():
         parameter.data = parameter.data.float()
     folder = Path(config.output)
     state = load_state(folder, dual, config, corpus_digest) or RunState()
-    parameters = [p for p in dual.view_parameters().values()]
+    parameters = list(dual.view_parameters().values())
     training = accelerator.prepare_model(
         TrainingPass(
             dual,
@@ -77,6 +84,8 @@ def train(dual: DualView, rows: list[PackedRow], config: TrainConfig, corpus_dig
     if state.optimizer is not None:
         optimizer.load_state_dict(state.optimizer)
     num_steps = config.steps or max(1, round(config.epochs * len(rows) / config.batch_rows))
+    if accelerator.is_main_process:
+        hooks.on_start(state.step, num_steps)
     meter = _Meter(num_steps, state.step)
     while state.step < num_steps:
         rate = learning_rate(config, state.step, num_steps)
@@ -86,12 +95,14 @@ def train(dual: DualView, rows: list[PackedRow], config: TrainConfig, corpus_dig
         grad_norm = _apply(accelerator, parameters, optimizer, output, config.clip_norm)
         state.step += 1
         meter.add(output)
-        last = state.step == num_steps or hooks.should_stop()
+        last = state.step == num_steps or _any_process(accelerator, hooks.should_stop())
         if accelerator.is_main_process:
             if state.step % config.log_every == 0 or last:
                 hooks.on_log(meter.log(state.step, rate, grad_norm))
-            if hooks.evaluate is not None and (state.step % config.evaluate_every == 0 or state.step == num_steps):
-                state.scores.append((state.step, _evaluate(dual, hooks.evaluate)))
+            if hooks.evaluate is not None and (
+                state.step % config.evaluate_every == 0 or state.step == num_steps
+            ):
+                state.scores.append((state.step, _evaluate(dual, hooks.evaluate, state.step)))
                 meter.restart(state.step)
             if state.step % config.save_every == 0 or last:
                 save_state(folder, dual, optimizer, state, config, corpus_digest)
@@ -106,7 +117,9 @@ def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
     if step < warmup_steps:
         return config.learning_rate * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return config.learning_rate * (config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return config.learning_rate * (
+        config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    )
 
 
 def rows_of_step(num_rows: int, batch_rows: int, step: int, seed: int) -> list[tuple[int, int]]:
@@ -123,7 +136,9 @@ def rows_of_step(num_rows: int, batch_rows: int, step: int, seed: int) -> list[t
 def _accelerator(config: TrainConfig) -> Accelerator:
     # The AR side of the twins never gets gradients, and mask embeddings may be absent.
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    return Accelerator(mixed_precision="bf16" if config.dtype == "bfloat16" else "no", kwargs_handlers=handlers)
+    return Accelerator(
+        mixed_precision="bf16" if config.dtype == "bfloat16" else "no", kwargs_handlers=handlers
+    )
 
 
 def _accumulate(
@@ -143,7 +158,9 @@ def _accumulate(
             output: StepOutput = training(batch.to(accelerator.device))
             accelerator.backward(output.loss)
         detached = StepOutput(*(t.detach() for t in output))
-        total = detached if total is None else StepOutput(*(a + b for a, b in zip(total, detached, strict=True)))
+        total = (
+            detached if total is None else StepOutput(*(a + b for a, b in zip(total, detached, strict=True)))
+        )
     assert total is not None, "a step has at least one row for each process"
     return StepOutput(*(accelerator.reduce(t, "sum") for t in total))
 
@@ -169,16 +186,24 @@ def _apply(
     norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
     if not math.isfinite(float(norm)) or not math.isfinite(float(output.loss)):
         raise DivergedError(
-            "the loss is not a number any more; the last saved state is kept: lower learning_rate and resume."
+            "the loss is not a number any more; the last saved state is kept: begin again with a lower "
+            "learning_rate and another output folder."
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)
 
 
-def _evaluate(dual: DualView, evaluate: Callable[[DualView], float]) -> float:
+def _any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set anywhere: processes that left at different steps would wait for each other."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum"))
+
+
+def _evaluate(dual: DualView, evaluate: Callable[[DualView, int], float], step: int) -> float:
     with torch.no_grad():
-        return evaluate(dual)
+        return evaluate(dual, step)
 
 
 class _Meter:
@@ -195,7 +220,9 @@ class _Meter:
     def add(self, output: StepOutput) -> None:
         self._tokens += float(output.counts_J.sum())
         sums = self._sums
-        self._sums = output if sums is None else StepOutput(*(a + b for a, b in zip(sums, output, strict=True)))
+        self._sums = (
+            output if sums is None else StepOutput(*(a + b for a, b in zip(sums, output, strict=True)))
+        )
 
     def log(self, step: int, rate: float, grad_norm: float) -> TrainLog:
         sums, self._sums = self._sums, None

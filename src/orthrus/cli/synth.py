@@ -1,0 +1,264 @@
+"""`orthrus synth`: a training corpus of the base's own answers."""
+
+import sys
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orthrus.cli import options
+from orthrus.cli.common import load_orthrus
+from orthrus.cli.render import note, out, print_json
+from orthrus.errors import UserInputError
+
+if TYPE_CHECKING:
+    from orthrus.training.corpus import Sample
+    from orthrus.training.synth import PromptSource, SynthConfig, SynthProgress
+
+DEFAULT_SELF_PROMPTS = ("math=200", "code=200", "chat=200", "writing=200", "summary=200")
+_LINE_SECONDS = 15.0
+
+
+def synth(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The corpus folder, new or to be continued.")],
+    model: Annotated[str, typer.Option(help=options.MODEL_HELP, rich_help_panel="Model")] = "default",
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:DOMAIN[:COUNT]]",
+            help="JSONL with prompt, turns or messages a line; may be repeated.",
+        ),
+    ] = None,
+    self_prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DOMAIN=COUNT",
+            help="Let the model make prompts itself: math, code, chat, writing, summary or another name; "
+            "may be repeated. Left out, without --prompts too: 200 of each.",
+        ),
+    ] = None,
+    suffix: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DOMAIN=TEXT",
+            help="Add this text to the prompts of that domain; \\n is a line break; may be repeated.",
+        ),
+    ] = None,
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSONL whose prompts must not occur; may be repeated. The built-in bench prompts never do.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="The longest answer.")] = 256,
+    greedy_share: Annotated[
+        float, typer.Option(help="Share of answers decoded greedily; the rest is sampled.")
+    ] = 0.5,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", help="Of the sampled answers.")] = 0.8,
+    batch_size: Annotated[int, typer.Option(help="Answers decoded at the same time.")] = 64,
+    shard_size: Annotated[int, typer.Option(help="Prompts a file: what an interruption can cost.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of prompts, order and samples.")] = 0,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+) -> None:
+    """Make a training corpus: prompts, and the base's own answers to them.
+
+    The same command goes on where an earlier one stopped.
+    """
+    from orthrus.training.synth import SynthConfig
+
+    config = SynthConfig(
+        sources=parse_sources(prompts or [], self_prompts or [], suffix or []),
+        held_out=tuple(str(file) for file in held_out or ()),
+        greedy_share=greedy_share,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        seed=seed,
+    )
+    _check_files(config)
+    from orthrus.bench.prompts import load_prompts
+    from orthrus.training.corpus import PROMPTS, load_corpus, read_jsonl
+    from orthrus.training.synth import synthesise
+
+    # The prompts that benchmarks and training runs are scored on.
+    keep_out = [p.prompt for p in load_prompts() if isinstance(p.prompt, str)]
+    orthrus = load_orthrus(model, quiet=quiet, view="fresh", dtype=dtype, device=device)
+    try:
+        with SynthDisplay(quiet=quiet) as display:
+            synthesise(orthrus.base, orthrus.dual, config, folder, display, keep_out=keep_out)
+    except KeyboardInterrupt:
+        note(f"stopped; whole shards are kept in {folder}, and the same command goes on from there")
+        raise
+    report = _report(folder, len(read_jsonl(folder / PROMPTS)), load_corpus(folder))
+    if json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def parse_sources(
+    prompts: list[str], self_prompts: list[str], suffixes: list[str]
+) -> "tuple[PromptSource, ...]":
+    """The sources that the options name; UserInputError for one that cannot be read as such."""
+    from dataclasses import replace
+
+    from orthrus.training.synth import PromptSource
+
+    if not prompts and not self_prompts:
+        self_prompts = list(DEFAULT_SELF_PROMPTS)
+    sources = [_file_source(spec) for spec in prompts]
+    for spec in self_prompts:
+        domain, found, number = spec.partition("=")
+        if not found or not domain or not number.isdecimal() or int(number) < 1:
+            raise UserInputError(f"--self-prompts takes DOMAIN=COUNT, such as math=200, not '{spec}'.")
+        sources.append(PromptSource(domain=domain, count=int(number)))
+    for spec in suffixes:
+        domain, found, text = spec.partition("=")
+        if not found or domain not in {source.domain for source in sources}:
+            raise UserInputError(
+                "--suffix takes DOMAIN=TEXT with a domain that --prompts FILE:DOMAIN or --self-prompts "
+                f"names, not '{spec}'."
+            )
+        text = text.replace("\\n", "\n")
+        sources = [replace(s, suffix=s.suffix + text) if s.domain == domain else s for s in sources]
+    return tuple(sources)
+
+
+def _file_source(spec: str) -> "PromptSource":
+    from orthrus.training.synth import PromptSource
+
+    # A path may hold colons itself, so the longest one that exists is meant.
+    for parts in ([spec], spec.rsplit(":", 1), spec.rsplit(":", 2)):
+        if Path(parts[0]).expanduser().is_file():
+            file, domain, number = [*parts, "", ""][:3]
+            if number and (not number.isdecimal() or int(number) < 1):
+                raise UserInputError(
+                    f"the count in --prompts {spec} must be a positive number, not '{number}'."
+                )
+            path = str(Path(file).expanduser())
+            return PromptSource(file=path, domain=domain or None, count=int(number) if number else None)
+    raise UserInputError(
+        f"there is no prompt file '{spec}'; --prompts takes FILE, FILE:DOMAIN or FILE:DOMAIN:COUNT."
+    )
+
+
+def _check_files(config: "SynthConfig") -> None:
+    """Read all files once before the model is loaded, so that a bad line costs nothing."""
+    from orthrus.training.corpus import read_prompt_texts
+
+    for file in (*(s.file for s in config.sources if s.file), *config.held_out):
+        read_prompt_texts(Path(file))
+
+
+def _report(folder: Path, num_prompts: int, samples: "list[Sample]") -> dict[str, Any]:
+    domains: dict[str, dict[str, int]] = {}
+    for sample in samples:
+        entry = domains.setdefault(sample.domain, {"dialogues": 0, "answer_tokens": 0})
+        entry["dialogues"] += 1
+        entry["answer_tokens"] += len(sample.answer_ids)
+    return {
+        "path": str(folder),
+        "prompts": num_prompts,
+        "dialogues": len(samples),
+        "dropped": num_prompts - len(samples),
+        "prompt_tokens": sum(len(s.prompt_ids) for s in samples),
+        "answer_tokens": sum(len(s.answer_ids) for s in samples),
+        "longest": max(len(s.prompt_ids) + len(s.answer_ids) for s in samples),
+        "domains": dict(sorted(domains.items())),
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    lines = [
+        f"corpus in {report['path']}: {report['dialogues']:,} dialogues, {report['answer_tokens']:,} answer "
+        f"tokens (the longest dialogue has {report['longest']} tokens)"
+    ]
+    lines += [
+        f"  {domain:<12} {entry['dialogues']:>7,} dialogues {entry['answer_tokens']:>10,} answer tokens"
+        for domain, entry in report["domains"].items()
+    ]
+    if report["dropped"]:
+        lines.append(f"  {report['dropped']:,} answers went round in circles and were left out")
+    out("\n".join(lines) + "\n")
+
+
+class SynthDisplay:
+    """Progress on stderr: a bar on a terminal, elsewhere a line every quarter of a minute."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet, self._bar, self._task = quiet, None, None
+        self._begun: float | None = None
+        self._said: tuple[str, int, float] = ("", -1, 0.0)
+        if not quiet and sys.stderr.isatty():
+            self._bar, self._task = _bar()
+
+    def __enter__(self) -> "SynthDisplay":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, p: "SynthProgress") -> None:
+        now = monotonic()
+        if p.stage == "answers" and self._begun is None:
+            self._begun = now
+        detail = self._detail(p, now)
+        if self._bar is not None:
+            label = "making prompts" if p.stage == "prompts" else "answering"
+            self._bar.update(self._task, description=label, completed=p.done, total=p.total, detail=detail)
+        elif not self._quiet and self._due(p, now):
+            self._said = (p.stage, p.done, now)
+            what = "prompt sources read" if p.stage == "prompts" else "prompts answered"
+            print(
+                ", ".join(filter(None, (f"{p.done} of {p.total} {what}", detail))),
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _due(self, p: "SynthProgress", now: float) -> bool:
+        stage, done, at = self._said
+        return (p.stage, p.done) != (stage, done) and (
+            p.stage != stage or p.done == p.total or now - at >= _LINE_SECONDS
+        )
+
+    def _detail(self, p: "SynthProgress", now: float) -> str:
+        seconds = now - self._begun if self._begun is not None else 0.0
+        rate = f"{p.num_tokens / seconds:,.0f} tokens/s" if p.num_tokens and seconds > 0 else ""
+        left = "" if p.seconds_left is None or p.done == p.total else f"about {duration(p.seconds_left)} left"
+        return ", ".join(filter(None, (rate, left)))
+
+
+def duration(seconds: float) -> str:
+    """A time that is only an estimate: 40 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _bar() -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    return bar, bar.add_task("starting", total=None, detail="")

@@ -1,0 +1,202 @@
+"""`orthrus train`: a recipe and a corpus in, a view out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orthrus.cli import options
+from orthrus.cli.common import INTERRUPTED, cancel_on_interrupt
+from orthrus.cli.progress import ProgressDisplay
+from orthrus.cli.render import note, out, print_json
+from orthrus.cli.train_panel import TrainDisplay
+
+if TYPE_CHECKING:
+    from orthrus.model.dual_view import DualView
+    from orthrus.training.corpus import Sample
+    from orthrus.training.recipe import TrainConfig
+    from orthrus.training.run_state import RunState
+    from orthrus.training.trainer import Hooks, TrainLog
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file such as recipes/smollm2-cpu.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Settings that win over the recipe's.", show_default=False
+        ),
+    ] = None,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+) -> None:
+    """Train a diffusion view.
+
+    The same command goes on where an earlier one stopped; Ctrl-C saves first. OUTPUT/best holds the view that
+    drafted best in real decodes, OUTPUT/view the last one.
+    """
+    from orthrus.training.corpus import corpus_digest, load_corpus
+    from orthrus.training.packing import pack
+    from orthrus.training.recipe import load_recipe
+
+    # What costs nothing is checked before the model is loaded.
+    config = load_recipe(recipe, overrides)
+    samples = load_corpus(Path(config.corpus))
+    rows = pack(samples, config.row_length, drop_long=config.drop_long)
+    digest = corpus_digest(samples)
+    from orthrus.training.trainer import train as run_training
+
+    run = _Run(config, samples, digest, quiet=quiet)
+    with run.display, cancel_on_interrupt(run):
+        state = run_training(run.dual, rows, config, digest, run.hooks())
+    run.finish(state)
+    if run.is_main:
+        report = run.report(state)
+        if json:
+            print_json(report)
+        else:
+            _print(report)
+    if run.stopped:
+        note(f"stopped after step {state.step}; the same command goes on from there")
+        raise typer.Exit(INTERRUPTED)
+
+
+class _Run:
+    """One invocation: the model with its view, and what the trainer is given to call."""
+
+    def __init__(
+        self, config: "TrainConfig", samples: "list[Sample]", corpus_digest: str, *, quiet: bool
+    ) -> None:
+        from accelerate import PartialState
+
+        from orthrus.base.loading import load_base
+        from orthrus.bench.view_score import Scorer, held_out_prompts
+        from orthrus.training.run_state import STATE_FILE
+        from orthrus.training.start import check_samples, starting_view
+
+        process = PartialState()
+        self.is_main: bool = process.is_main_process
+        quiet = quiet or not self.is_main
+        with ProgressDisplay(quiet=quiet) as on_progress:
+            base = load_base(
+                config.base, dtype=config.dtype, device=str(process.device), on_progress=on_progress
+            )
+            check_samples(base, samples, config.corpus)
+            self.dual: DualView = starting_view(base, config)
+        self.config, self.output = config, Path(config.output)
+        self.display = TrainDisplay(
+            f"{base.name}, {len(samples):,} dialogues, K = {config.block_size}", quiet=quiet
+        )
+        self.stopped, self.num_steps = False, 0
+        self.last_log: TrainLog | None = None
+        self.origin = _origin(config, samples, corpus_digest, str(process.device))
+        self.scorer: Scorer | None = None
+        prompts = held_out_prompts(base, config.evaluate_prompts, config.block_size)
+        if prompts:
+            self.scorer = Scorer(base, prompts, self.output, self.origin)
+            if (self.output / STATE_FILE).is_file():
+                self.scorer.remember()
+        self.tracker: Any = None
+
+    def hooks(self) -> "Hooks":
+        from orthrus.training.trainer import Hooks
+
+        return Hooks(
+            on_start=self._start,
+            on_log=self._log,
+            evaluate=None if self.scorer is None else self._score,
+            should_stop=lambda: self.stopped,
+        )
+
+    def cancel(self) -> None:
+        self.stopped = True
+        self.display.stopping()
+
+    def finish(self, state: "RunState") -> None:
+        """Write the last view; the state was saved by the trainer."""
+        # A Ctrl-C during the last step came too late to stop anything.
+        self.stopped = self.stopped and state.step != self.num_steps
+        if self.tracker is not None:
+            self.tracker.close()
+        if self.is_main:
+            from orthrus.bench.view_score import LAST, keep_view
+
+            scores = dict(state.scores)
+            made = {"step": state.step, "tokens_per_cycle": scores.get(state.step)}
+            keep_view(self.dual, self.output / LAST, self.origin | made)
+
+    def report(self, state: "RunState") -> dict[str, Any]:
+        from orthrus.bench.view_score import BEST, LAST
+
+        log = self.last_log
+        best = None if self.scorer is None else self.scorer.best
+        return {
+            "output": str(self.output),
+            "view": str(self.output / LAST),
+            "best_view": None if best is None else str(self.output / BEST),
+            "step": state.step,
+            "loss": None if log is None else log.loss,
+            "accuracy": None if log is None else list(log.accuracy_J),
+            "expected_tokens_per_cycle": None if log is None else log.expected_tokens,
+            "diffusion_tokens_per_second": None if log is None else log.tokens_per_second,
+            "decoded_tokens_per_cycle": [{"step": step, "value": value} for step, value in state.scores],
+            "best": None if best is None else {"step": best[1], "tokens_per_cycle": best[0]},
+            "stopped": self.stopped,
+        }
+
+    def _start(self, step: int, num_steps: int) -> None:
+        from orthrus.training.trackers import open_tensorboard
+
+        self.tracker = open_tensorboard(self.output / "tensorboard", step)
+        self.num_steps = num_steps
+        self.display.start(step, num_steps)
+
+    def _log(self, log: "TrainLog") -> None:
+        self.last_log = log
+        self.display.log(log)
+        if self.tracker is not None:
+            self.tracker.log(log)
+
+    def _score(self, dual: "DualView", step: int) -> float:
+        assert self.scorer is not None
+        self.display.scoring()
+        value = self.scorer(dual, step)
+        self.display.score(step, value, self.scorer.best == (value, step))
+        if self.tracker is not None:
+            self.tracker.score(step, value)
+        return value
+
+
+def _origin(config: "TrainConfig", samples: "list[Sample]", digest: str, device: str) -> dict[str, Any]:
+    """Provenance of the views of this run, as far as it is known before the first step."""
+    from collections import Counter
+
+    from orthrus.base.provenance import provenance
+    from orthrus.training.recipe import to_plain
+
+    return {
+        "recipe": to_plain(config),
+        "corpus": {
+            "digest": digest,
+            "dialogues": len(samples),
+            "answer_tokens": sum(len(s.answer_ids) for s in samples),
+            "domains": dict(Counter(s.domain for s in samples)),
+        },
+        "run": provenance(device=device, dtype=config.dtype, seed=config.seed),
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    lines = [f"step {report['step']}, last view in {report['view']}"]
+    if report["loss"] is not None:
+        lines[0] += (
+            f": loss {report['loss']:.4f}, expected tokens per cycle "
+            f"{report['expected_tokens_per_cycle']:.2f}"
+        )
+    if report["best"] is not None:
+        best = report["best"]
+        lines.append(
+            f"best view in {report['best_view']}: {best['tokens_per_cycle']:.2f} tokens per cycle in real "
+            f"decodes of held-out prompts, at step {best['step']}"
+        )
+    out("\n".join(lines) + "\n")

@@ -1,0 +1,121 @@
+"""What a training run shows on stderr: a live panel on a terminal, plain lines anywhere else."""
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from orthrus.cli.synth import duration
+
+if TYPE_CHECKING:
+    from orthrus.training.trainer import TrainLog
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+class TrainDisplay:
+    """A context manager that is told of logs and scores."""
+
+    def __init__(self, title: str, *, quiet: bool = False) -> None:
+        self._title, self._quiet = title, quiet
+        self._log: TrainLog | None = None
+        self._scores: list[tuple[int, float]] = []
+        self._state = "first step"
+        self._live: Any = None
+        if not quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(stderr=True), refresh_per_second=2)
+
+    def __enter__(self) -> "TrainDisplay":
+        if self._live is not None:
+            self._live.start()
+            self._refresh()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._state = "stopped" if kind is not None else "done"
+            self._refresh()
+            self._live.stop()
+
+    def start(self, step: int, num_steps: int) -> None:
+        if step:
+            self._say(f"going on after step {step} of {num_steps}")
+
+    def log(self, log: "TrainLog") -> None:
+        self._log, self._state = log, "training"
+        if self._live is None:
+            self._say(log_line(log))
+        self._refresh()
+
+    def scoring(self) -> None:
+        self._state = "decoding held-out prompts"
+        self._refresh()
+
+    def score(self, step: int, value: float, best: bool) -> None:
+        self._scores.append((step, value))
+        self._state = "training"
+        if self._live is None:
+            praise = " (best so far)" if best else ""
+            self._say(f"step {step}: {value:.2f} tokens per cycle on held-out prompts{praise}")
+        self._refresh()
+
+    def stopping(self) -> None:
+        self._state = "stopping after this step; Ctrl-C again leaves at once, back to the last saved state"
+        if self._live is None:
+            self._say(self._state)
+        self._refresh()
+
+    def _say(self, line: str) -> None:
+        if not self._quiet:
+            if self._live is not None:
+                self._live.console.print(line, highlight=False)
+            else:
+                print(line, file=sys.stderr, flush=True)
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(self._panel())
+
+    def _panel(self) -> Any:
+        from rich.panel import Panel
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2))
+        log = self._log
+        if log is not None:
+            left = f"about {duration(log.seconds_left)} left" if log.step < log.num_steps else ""
+            table.add_row("step", f"{log.step:,} of {log.num_steps:,}  {left}")
+            table.add_row("", ProgressBar(total=log.num_steps, completed=log.step, width=40))
+            table.add_row("loss", f"{log.loss:.4f}")
+            table.add_row("accuracy by position", positions(log))
+            table.add_row("expected tokens per cycle", f"{log.expected_tokens:.2f}")
+            table.add_row("diffusion tokens/s", f"{log.tokens_per_second:,.0f}")
+        if self._scores:
+            step, last = self._scores[-1]
+            best = max(self._scores, key=lambda s: s[1])
+            table.add_row(
+                "decoded tokens per cycle",
+                f"{last:.2f} at step {step:,}, best {best[1]:.2f} at step {best[0]:,}",
+            )
+        return Panel(table, title=self._title, subtitle=self._state, expand=False)
+
+
+def positions(log: "TrainLog") -> str:
+    """A bar and a percentage for each draft position."""
+    return " ".join(f"{_BARS[round(a * 8)]}{a:.0%}" for a in log.accuracy_J)
+
+
+def log_line(log: "TrainLog") -> str:
+    """The same figures as the panel's, in one line."""
+    accuracy = " ".join(f"{a:.2f}" for a in log.accuracy_J)
+    left = f", about {duration(log.seconds_left)} left" if log.step < log.num_steps else ""
+    return (
+        f"step {log.step}/{log.num_steps}: loss {log.loss:.4f}, expected tokens per cycle "
+        f"{log.expected_tokens:.2f}, accuracy by position {accuracy}, "
+        f"{log.tokens_per_second:,.0f} diffusion tokens/s{left}"
+    )

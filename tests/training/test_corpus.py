@@ -1,0 +1,230 @@
+"""Corpora: resuming, what is kept out, and that batches answer like single rows."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.tiny import tiny_dual, tiny_prompt
+from tests.tiny_orthrus import tiny_orthrus
+
+from orthrus.base.loading import Base
+from orthrus.config import DecodeConfig, SamplingParams
+from orthrus.engine.stream import TokenStream
+from orthrus.errors import CorruptFileError, UserInputError
+from orthrus.training import self_prompts as self_prompts_module
+from orthrus.training import synth as synth_module
+from orthrus.training.batch_decode import Answer, Request, decode_batch
+from orthrus.training.corpus import (
+    MANIFEST,
+    PROMPTS,
+    Unseen,
+    corpus_digest,
+    load_corpus,
+    read_jsonl,
+    shard_path,
+)
+from orthrus.training.self_prompts import is_repetitive, self_prompts
+from orthrus.training.synth import PromptSource, SynthConfig, SynthProgress, synthesise
+
+ORTHRUS = tiny_orthrus()
+
+
+def config(folder: Path, **changes: object) -> SynthConfig:
+    """Ten prompts in shards of four."""
+    file = folder / "prompts.jsonl"
+    if not file.is_file():
+        file.write_text("".join(json.dumps({"prompt": f"Number {i}, please"}) + "\n" for i in range(10)))
+    settings = {"sources": (PromptSource(file=str(file), domain="chat"),), "batch_size": 3, "shard_size": 4}
+    return SynthConfig(**(settings | {"max_new_tokens": 12, "seed": 5} | changes))  # type: ignore[arg-type]
+
+
+def make(
+    tmp_path: Path, name: str = "corpus", config_: SynthConfig | None = None, base: Base = ORTHRUS.base
+) -> Path:
+    synthesise(base, ORTHRUS.dual, config_ or config(tmp_path), tmp_path / name)
+    return tmp_path / name
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in folder.iterdir() if file.name != MANIFEST}
+
+
+def test_a_corpus_that_lost_its_last_shard_is_completed_as_before(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    whole = contents(folder)
+    assert len(whole) == 5
+    shard_path(folder, 2).unlink()
+    shard_path(folder, 0).unlink()
+    make(tmp_path)
+    assert contents(folder) == whole
+
+
+def test_an_interrupted_corpus_goes_on_and_equals_an_unbroken_one(tmp_path: Path) -> None:
+    whole = contents(make(tmp_path, "whole"))
+
+    def interrupt(progress: SynthProgress) -> None:
+        if progress.done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        synthesise(ORTHRUS.base, ORTHRUS.dual, config(tmp_path), tmp_path / "parts", interrupt)
+    assert sorted(file.name for file in (tmp_path / "parts").glob("answers-*")) == ["answers-00000.jsonl"]
+    assert contents(make(tmp_path, "parts")) == whole
+
+
+def test_progress_counts_answers_and_estimates_from_whole_shards(tmp_path: Path) -> None:
+    seen: list[SynthProgress] = []
+    synthesise(ORTHRUS.base, ORTHRUS.dual, config(tmp_path), tmp_path / "corpus", seen.append)
+    answers = [p for p in seen if p.stage == "answers"]
+    assert {p.done for p in answers} == set(range(11))
+    assert all(p.seconds_left is None for p in answers if p.done < 4)
+    assert all(p.seconds_left is not None for p in answers if p.done > 4)
+    assert answers[-1].seconds_left == 0
+    assert answers[-1].num_tokens >= sum(len(s.answer_ids) for s in load_corpus(tmp_path / "corpus"))
+
+
+def test_answers_are_the_bases_own_and_shares_are_kept(tmp_path: Path) -> None:
+    samples = load_corpus(make(tmp_path, config_=config(tmp_path, greedy_share=1.0)))
+    for sample in samples:
+        decode = DecodeConfig(max_new_tokens=12, strategy="ar")
+        stream = TokenStream(
+            ORTHRUS.dual, list(sample.prompt_ids), decode, eos_token_ids=frozenset({2}), context_length=256
+        )
+        assert stream.drain().token_ids == sample.answer_ids
+    sampled = load_corpus(make(tmp_path, "sampled", config(tmp_path, greedy_share=0.0)))
+    assert corpus_digest(sampled) != corpus_digest(samples)
+    manifest = json.loads((tmp_path / "sampled" / MANIFEST).read_text())
+    assert manifest["settings"]["greedy_share"] == 0.0
+    assert manifest["provenance"]["versions"]["torch"]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-sliding", "gemma3"])
+def test_greedy_rows_of_a_batch_equal_single_rows(name: str) -> None:
+    dual = tiny_dual(name)
+    prompts = [tiny_prompt(length, seed) for seed, length in enumerate((3, 14, 7, 1, 9))]
+    requests = [Request(i, ids, SamplingParams()) for i, ids in enumerate(prompts)]
+    # Sampled neighbours must not disturb greedy rows.
+    requests.insert(2, Request(99, tiny_prompt(5), SamplingParams(temperature=1.0)))
+    options = {"max_new_tokens": 15, "max_prompt_tokens": 14, "eos_token_ids": frozenset({7, 20}), "seed": 0}
+    found = {a.key: a for a in decode_batch(dual, requests, batch_size=3, **options)}  # type: ignore[arg-type]
+    assert len(found) == 6
+    for key, prompt_ids in enumerate(prompts):
+        decode = DecodeConfig(max_new_tokens=15, strategy="ar")
+        alone = TokenStream(
+            dual, prompt_ids, decode, eos_token_ids=frozenset({7, 20}), context_length=256
+        ).drain()
+        assert tuple(found[key].token_ids) == alone.token_ids
+        assert found[key].finished == (alone.finish_reason == "stop")
+
+
+def test_held_out_prompts_and_duplicates_stay_out(tmp_path: Path) -> None:
+    held_out = tmp_path / "eval.jsonl"
+    held_out.write_text(json.dumps({"prompt": "number 3 PLEASE!"}) + "\n")
+    settings = config(tmp_path, held_out=(str(held_out),))
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "Number 4, please"}) + "\n")
+    synthesise(ORTHRUS.base, ORTHRUS.dual, settings, tmp_path / "corpus", keep_out=["Number 5, please"])
+    kept = [r["prompt_ids"] for r in read_jsonl(tmp_path / "corpus" / PROMPTS)]
+    expected = [i for i in range(10) if i not in (3, 5)]
+    assert sorted(kept) == sorted(ORTHRUS.base.encode_prompt(f"Number {i}, please") for i in expected)
+
+
+def test_texts_count_as_the_same_by_words_and_by_containment() -> None:
+    unseen = Unseen(["What is two plus two?"])
+    assert not unseen("WHAT is two, plus two")
+    assert not unseen("Please tell me: what is two plus two? Thank you.")
+    assert not unseen("...")
+    assert unseen("What is two plus three?")
+    assert not unseen("what is two plus three")
+
+
+def test_repetition_filter() -> None:
+    assert is_repetitive([1, 2, 3] * 10)
+    assert not is_repetitive(list(range(30)))
+    # Too short to tell.
+    assert not is_repetitive([1, 1, 1, 1, 1, 1])
+
+
+def test_answers_that_go_round_in_circles_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answers(dual: object, requests: list[Request], **_: object) -> Iterator[Answer]:
+        for r in requests:
+            yield Answer(r.key, [5] * 12 if r.key % 2 else list(range(12)), True)
+
+    monkeypatch.setattr(synth_module, "decode_batch", answers)
+    folder = make(tmp_path)
+    assert len(load_corpus(folder)) == 5
+    assert all(record["prompt"] % 2 == 0 for file in folder.glob("answers-*") for record in read_jsonl(file))
+
+
+def test_prompts_of_its_own_making(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = ORTHRUS.base
+
+    class Templated(type(base.tokenizer)):  # type: ignore[misc]
+        chat_template = "user: {words}"
+
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return dict(super().__call__(text))
+
+        def apply_chat_template(self, messages: list[dict[str, str]], *, tokenize: bool) -> str:
+            return f"user: {messages[0]['content']}\nassistant:"
+
+        def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+            return " ".join(f"w{i}" for i in token_ids)
+
+    written = [list(range(9)), [1, 2], [4] * 20, list(range(30, 45))]
+    heads: list[list[int]] = []
+
+    def answers(dual: object, requests: list[Request], **_: object) -> Iterator[Answer]:
+        heads.extend(r.prompt_ids for r in requests)
+        for r, token_ids in zip(requests, written, strict=True):
+            yield Answer(r.key, token_ids, r.key != 3)
+
+    monkeypatch.setattr(self_prompts_module, "decode_batch", answers)
+    templated = dataclasses.replace(base, tokenizer=Templated())  # type: ignore[arg-type]
+    found = list(self_prompts(templated, ORTHRUS.dual, {"mine": 4}, seed=0))
+    # The second is too short, the third goes round in circles, the fourth was cut off.
+    assert found == [(" ".join(f"w{i}" for i in range(9)), "mine")]
+    assert heads[0] == base.tokenizer("user: ")["input_ids"]
+    with pytest.raises(UserInputError, match="no chat template"):
+        list(self_prompts(base, ORTHRUS.dual, {"math": 1}, seed=0))
+
+
+def test_a_manifest_of_other_settings_or_another_base_is_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    before = contents(folder)
+    with pytest.raises(UserInputError, match="another seed, temperature"):
+        make(tmp_path, config_=config(tmp_path, seed=6, temperature=0.7))
+    other = dataclasses.replace(
+        ORTHRUS.base, source=dataclasses.replace(ORTHRUS.base.source, origin="elsewhere")
+    )
+    with pytest.raises(UserInputError, match="another base"):
+        make(tmp_path, base=other)
+    assert contents(folder) == before
+    (folder / MANIFEST).write_text("{")
+    with pytest.raises(CorruptFileError, match="damaged"):
+        make(tmp_path)
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    shard_path(folder, 1).write_text('{"prompt": 1, "answer')
+    with pytest.raises(CorruptFileError, match=r"answers-00001\.jsonl, line 1"):
+        load_corpus(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"greedy_share": -0.1}, "greedy_share"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"sources": ()}, "source"),
+    ],
+)
+def test_wrong_settings(tmp_path: Path, changes: dict[str, object], word: str) -> None:
+    with pytest.raises(UserInputError, match=word):
+        config(tmp_path, **changes)
