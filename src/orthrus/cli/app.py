@@ -1,5 +1,6 @@
 """The table of commands. Nothing here or in a command's module imports torch: bodies do, when they run."""
 
+import os
 from importlib.metadata import version
 from typing import Annotated
 
@@ -54,6 +55,8 @@ def root(
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and leave with its status: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C."""
+    # Threads that spin while they wait turn milliseconds into seconds when another program wants the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     raise SystemExit(run_command(typer.main.get_command(app), args))
 
 
