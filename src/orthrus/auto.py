@@ -27,10 +27,16 @@ from orthrus.model.view_config import ViewConfig
 _LOADING = ("dtype", "revision", "attn_implementation")
 # What the Auto classes and users of from_pretrained pass along; it means nothing here.
 _IGNORED = {
-    "config", "trust_remote_code", "code_revision", "local_files_only", "cache_dir", "token", "proxies",
-    "force_download", "use_safetensors", "low_cpu_mem_usage", "_from_auto", "_commit_hash", "adapter_kwargs",
-    "weights_only",
+    "config", "trust_remote_code", "code_revision", "proxies", "use_safetensors", "low_cpu_mem_usage",
+    "_from_auto", "_commit_hash", "adapter_kwargs", "weights_only",
 }  # fmt: skip
+# What the hub's client reads from the environment instead.
+_ENVIRONMENT = {
+    "token": "HF_TOKEN",
+    "cache_dir": "HF_HUB_CACHE",
+    "local_files_only": "HF_HUB_OFFLINE",
+    "force_download": "HF_HUB_CACHE",
+}
 
 
 class OrthrusConfig(PreTrainedConfig):
@@ -88,6 +94,11 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         device_map = kwargs.pop("device_map", None)
         device = "cpu" if device_map is None else _single_device(device_map)
         options = {name: kwargs.pop(name) for name in _LOADING if kwargs.get(name) is not None}
+        for name, variable in _ENVIRONMENT.items():
+            if kwargs.pop(name, None):
+                raise UserInputError(
+                    f"{name} is not taken here; set the environment variable {variable} instead."
+                )
         unknown = kwargs.keys() - _IGNORED - set(_LOADING)
         if unknown:
             raise UserInputError(

@@ -7,6 +7,7 @@ from orthrus.errors import UserInputError
 
 Strategy = Literal["ar", "chain"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+LEAST_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,17 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        _whole("top_k", self.top_k)
+        _whole("seed", self.seed)
+        for name in ("temperature", "top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise UserInputError(f"{name} must be a number, not {value!r}.")
+        if 0.0 < self.temperature < LEAST_TEMPERATURE:
+            # Logits divided by less overflow fp32.
+            raise UserInputError(
+                f"temperature must be 0 (greedy) or at least {LEAST_TEMPERATURE:g}, not {self.temperature}."
+            )
         if not 0.0 <= self.temperature < float("inf"):
             raise UserInputError(
                 f"temperature must be 0 (greedy) or a positive number, not {self.temperature}."
@@ -61,9 +73,9 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "block_size", "prefill_chunk"):
-            value = getattr(self, name)
-            if value is not None and type(value) is not int:
-                raise UserInputError(f"{name} must be a whole number, not {value!r}.")
+            _whole(name, getattr(self, name))
+        if any(not isinstance(text, str) for text in self.stop):
+            raise UserInputError("stop strings must be text.")
         if self.max_new_tokens < 1:
             raise UserInputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
         if self.strategy not in STRATEGIES:
@@ -77,3 +89,8 @@ class DecodeConfig:
             raise UserInputError(f"prefill_chunk must be at least 1, not {self.prefill_chunk}.")
         if any(not text for text in self.stop):
             raise UserInputError("a stop string must not be empty.")
+
+
+def _whole(name: str, value: int | None) -> None:
+    if value is not None and type(value) is not int:
+        raise UserInputError(f"{name} must be a whole number, not {value!r}.")

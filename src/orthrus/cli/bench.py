@@ -8,7 +8,8 @@ import typer
 from orthrus.cli import options
 from orthrus.cli.common import check_decode, check_strategies, load_orthrus
 from orthrus.cli.progress import ProgressDisplay
-from orthrus.cli.report import print_table, show_report
+from orthrus.cli.report import show_report
+from orthrus.errors import UserInputError
 
 
 def bench(
@@ -40,7 +41,9 @@ def bench(
     if compare is not None:
         from orthrus.bench import compare_reports
 
-        print_table(compare_reports(*compare))
+        if format_ == "csv":
+            raise UserInputError("a comparison has no csv form; choose table, md or json.")
+        show_report(compare_reports(*compare), "json" if json else format_, output)
         return
     check_decode(
         {

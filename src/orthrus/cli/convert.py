@@ -45,9 +45,13 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[
-        str,
-        typer.Option(help="auto keeps the weights as stored, bit for bit; or float32, bfloat16, float16."),
-    ] = "auto",
+        str | None,
+        typer.Option(
+            help="Left out: float32 for a view, which keeps every bit of it; for base and view together "
+            "auto, the weights as stored.",
+            show_default=False,
+        ),
+    ] = None,
     encoding: Annotated[
         Encoding,
         typer.Option(
@@ -72,7 +76,7 @@ def convert(
         source,
         quiet=quiet,
         view=view or _default_view(source),
-        dtype=dtype,
+        dtype=dtype or ("float32" if to == "view" else "auto"),
         device=device,
         revision=revision,
     )
@@ -100,8 +104,12 @@ def _default_view(source: str) -> str:
     """A local base gets a fresh view without a warning: that is what it was given for."""
     from orthrus.model.merged import folder_kind
 
-    path = Path(source).expanduser()
-    is_base = path.is_file() or ((path / "config.json").is_file() and folder_kind(path) == "base")
+    try:
+        path = Path(source).expanduser()
+        is_base = path.is_file() or ((path / "config.json").is_file() and folder_kind(path) == "base")
+    except (RuntimeError, OSError, ValueError):
+        # No path at all: the loader says so better.
+        return "default"
     return "fresh" if is_base else "default"
 
 

@@ -154,7 +154,7 @@ def _take(kwargs: dict[str, Any], name: str, inputs: Tensor | None) -> Tensor:
         raise UserInputError("generate needs input_ids, once: a (batch, length) tensor of token ids.")
     input_ids_BT = inputs if given is None else given
     assert input_ids_BT is not None
-    if input_ids_BT.ndim != 2 or input_ids_BT.is_floating_point():
+    if input_ids_BT.ndim != 2 or not len(input_ids_BT) or input_ids_BT.is_floating_point():
         raise UserInputError(
             f"input_ids must be a (batch, length) tensor of ids, not {tuple(input_ids_BT.shape)}."
         )

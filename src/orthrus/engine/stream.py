@@ -93,11 +93,12 @@ class TokenStream(Iterator[Cycle]):
             if finish is None and self._cancelled:
                 finish = "cancelled"
                 text += self._text.flush()[0]
-            now = perf_counter()
-            cycle = _record(len(self._cycles), step, kept, text, (now - clock) * 1e3, finish)
-            clock = now
+            elapsed_ms = (perf_counter() - clock) * 1e3
+            cycle = _record(len(self._cycles), step, kept, text, elapsed_ms, finish)
             self._cycles.append(cycle)
             yield cycle
+            # What the reader does between two records is not decoding.
+            clock = perf_counter()
             if finish is not None:
                 return
 

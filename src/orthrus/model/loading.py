@@ -71,13 +71,21 @@ def load_dual(
 
 def _local_folder(model: str, revision: str | None, on_progress: Progress | None) -> Path | None:
     """The folder behind a path or hub id, downloaded if need be; None for the default and GGUF files."""
-    path = Path(model).expanduser()
-    if (path / CONFIG_FILE).is_file():
-        return path
+    if (folder := _view_here(model)) is not None and revision is None:
+        return folder
     source = resolve(model, revision)
     if source.kind == "hub":
         return hub.fetch(source.origin, source.revision, progress=on_progress)
     return source.path if source.kind == "folder" else None
+
+
+def _view_here(name: str) -> Path | None:
+    """The local view folder of that name; None for anything else, well-formed or not."""
+    try:
+        path = Path(name).expanduser()
+        return path if (path / CONFIG_FILE).is_file() else None
+    except (RuntimeError, OSError, ValueError):
+        return None
 
 
 def _nested_config(folder: Path) -> PreTrainedConfig:
@@ -88,9 +96,8 @@ def _nested_config(folder: Path) -> PreTrainedConfig:
 
 
 def _view_folder(view: str, on_progress: Progress | None) -> Path:
-    path = Path(view).expanduser()
-    if path.is_dir():
-        return path
+    if (folder := _view_here(view)) is not None:
+        return folder
     source = resolve(view)
     if source.kind != "hub":
         raise CheckpointError(

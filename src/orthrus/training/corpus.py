@@ -38,7 +38,7 @@ class PromptRecord:
 
 def normalised(text: str) -> str:
     """Lower-case words and numbers only: what counts as the same text."""
-    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+    return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def read_prompt_texts(file: Path, domain: str | None = None) -> list[tuple[str, str]]:
@@ -48,8 +48,12 @@ def read_prompt_texts(file: Path, domain: str | None = None) -> list[tuple[str, 
     """
     if not file.is_file():
         raise UserInputError(f"there is no prompt file {file}; check the path.")
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as e:
+        raise UserInputError(f"{file} is not UTF-8 text ({e.reason}); save it as UTF-8.") from e
     found: list[tuple[str, str]] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -70,7 +74,7 @@ def read_prompt_texts(file: Path, domain: str | None = None) -> list[tuple[str, 
 def _first_user_turn(record: dict[str, Any]) -> str | None:
     if isinstance(record.get("prompt"), str):
         return str(record["prompt"])
-    if record.get("turns"):
+    if isinstance(record.get("turns"), list) and record["turns"]:
         return str(record["turns"][0])
     users = [m["content"] for m in record.get("messages", ()) if m.get("role") == "user"]
     return str(users[0]) if users else None

@@ -117,7 +117,8 @@ def load_recipe(file: Path, overrides: list[str] | None = None) -> TrainConfig:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as e:
         raise UserInputError(
-            f"there is no recipe {file}; the ones that come with Orthrus are in recipes/."
+            f"the recipe {file} cannot be read ({type(e).__name__}); "
+            "those that come with Orthrus are in recipes/."
         ) from e
     except yaml.YAMLError as e:
         raise UserInputError(
@@ -154,7 +155,9 @@ def config_from(kind: type[TrainConfig], content: dict[str, Any], *, where: str)
 def _coerced(kind: type[TrainConfig], key: str, value: Any) -> Any:
     """YAML writes 2e-4 as text and tuples as lists; everything else must have the default's type."""
     default = getattr(kind(), key)
-    if isinstance(value, list):
+    if value is None and default is not None:
+        raise UserInputError(f"{key} has no value; give one or leave the line out.")
+    if isinstance(value, list) and (default is None or isinstance(default, tuple)):
         return tuple(value)
     if isinstance(default, float) and not isinstance(value, bool):
         try:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
-from orthrus.errors import OrthrusError
+from orthrus.errors import OrthrusError, UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.forward import Objective, StepOutput, TrainingPass
@@ -65,6 +65,11 @@ def train(
     bit. Raises UserInputError when the folder holds another run, DivergedError when the loss is not a number.
     """
     accelerator = _accelerator(config)
+    if config.batch_rows < accelerator.num_processes:
+        raise UserInputError(
+            f"batch_rows {config.batch_rows} is less than a row for each of {accelerator.num_processes} "
+            "processes; raise it."
+        )
     for parameter in dual.view_parameters().values():
         parameter.data = parameter.data.float()
     folder = Path(config.output)
@@ -127,9 +132,10 @@ def rows_of_step(num_rows: int, batch_rows: int, step: int, seed: int) -> list[t
     picked = []
     for position in range(step * batch_rows, (step + 1) * batch_rows):
         epoch, at = divmod(position, num_rows)
-        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        epoch_seed = (seed * 1_000_003 + epoch) % 2**63
+        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(epoch_seed))
         row = int(order[at])
-        picked.append((row, (seed * 1_000_003 + epoch) * 1_000_003 + row))
+        picked.append((row, (epoch_seed * 1_000_003 + row) % 2**63))
     return picked
 
 

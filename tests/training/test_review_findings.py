@@ -1,0 +1,63 @@
+"""Inputs that once broke the corpus or the trainer."""
+
+from dataclasses import replace
+
+import pytest
+
+from orthrus.errors import UserInputError
+from orthrus.training.corpus import Unseen, normalised, read_prompt_texts
+from orthrus.training.recipe import TrainConfig, load_recipe
+from orthrus.training.trainer import rows_of_step
+
+
+def test_every_script_counts_as_words():
+    unseen = Unseen(held_out=["天空是蓝色的"])
+    assert normalised("Сколько будет 2 + 3?") != normalised("Чему равно 2 + 3?")
+    assert unseen("Сколько будет 2 + 3?")
+    assert unseen("Чему равно 2 + 3?")
+    assert not unseen("сколько будет 2 + 3")
+    assert not unseen("为什么天空是蓝色的")
+
+
+def test_a_prompt_file_that_is_no_text_is_refused(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'{"prompt": "caf\xe9"}')
+    with pytest.raises(UserInputError, match="not UTF-8"):
+        read_prompt_texts(file)
+    file.write_text('{"turns": "abc"}')
+    with pytest.raises(UserInputError, match="no user turn"):
+        read_prompt_texts(file)
+
+
+def test_any_seed_that_fits_gives_rows():
+    for seed in (0, 20260101, 2**62):
+        rows = rows_of_step(7, 3, 5, seed)
+        assert len(rows) == 3
+        assert all(0 <= row < 7 and 0 <= row_seed < 2**63 for row, row_seed in rows)
+    assert rows_of_step(7, 3, 5, 1) != rows_of_step(7, 3, 5, 2)
+
+
+@pytest.mark.parametrize("text", ["steps:", "block_size: [8]"])
+def test_recipe_values_of_the_wrong_kind_are_refused(tmp_path, text):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(UserInputError, match=text.split(":")[0]):
+        load_recipe(file)
+    with pytest.raises(UserInputError, match="cannot be read"):
+        load_recipe(tmp_path)
+
+
+def test_fewer_rows_than_processes_are_refused(monkeypatch, tmp_path):
+    from tests.tiny import tiny_dual
+    from tests.training.test_trainer import CONFIG, own_answers
+
+    from orthrus.training import trainer
+    from orthrus.training.packing import pack
+
+    dual = tiny_dual(block_size=5, mask_token_id=None)
+    rows = pack(own_answers(dual, 2, 10), 48)
+    many = type("Accelerator", (), {"num_processes": 4})()
+    monkeypatch.setattr(trainer, "_accelerator", lambda _: many)
+    config: TrainConfig = replace(CONFIG, output=str(tmp_path / "run"))
+    with pytest.raises(UserInputError, match="batch_rows 2 is less than a row for each of 4"):
+        trainer.train(dual, rows, config, "digest", trainer.Hooks())
