@@ -5,6 +5,7 @@ import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -178,9 +179,10 @@ def _difference(m: Mismatch) -> list[str]:
 
 
 def _table(header: list[str], body: list[list[str]]) -> Table:
-    table = Table()
+    # Names break at their underscores, so that the counts fit a terminal of 80 columns.
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in header:
-        table.add_column(name)
+        table.add_column(name.replace("_", "\n"))
     for line in body:
         table.add_row(*map(escape, line))
     return table

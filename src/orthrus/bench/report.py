@@ -9,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from orthrus.bench.metrics import ALL, LEGEND, Row, Run, Spread, rows
@@ -72,22 +74,26 @@ class BenchReport:
 
     def to_table(self) -> RenderableType:
         """For a terminal: metrics by arm with their formulas, then the domains side by side."""
-        table = Table(title=self.title, title_justify="left")
-        table.add_column("metric")
+        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD)
+        table.add_column("metric", min_width=max(map(len, _METRICS)))
         for row in self.overall:
             table.add_column(row.arm, justify="right")
-        table.add_column("formula", style="dim", ratio=1)
         for name, show in _METRICS.items():
-            table.add_row(name, *(show(row) for row in self.overall), LEGEND[name])
+            table.add_row(name, *(show(row) for row in self.overall))
+        legend = [f"[dim]{name}: {escape(LEGEND[name])}[/dim]" for name in _METRICS]
         if len(self.rows) == len(self.overall):
-            return table
-        domains = Table(title="By domain", title_justify="left")
+            return Group(table, *legend)
+        # Names break at their underscores, so that the columns fit a terminal of 80.
+        domains = Table(
+            title="By domain", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        )
         for name in ("domain", "arm", *_BRIEF):
-            domains.add_column(name, justify="left" if name in ("domain", "arm") else "right")
+            left = name in ("domain", "arm")
+            domains.add_column(name.replace("_", "\n"), justify="left" if left else "right")
         for row in self.rows:
             if row.domain != ALL:
                 domains.add_row(row.domain, row.arm, *(_METRICS[name](row) for name in _BRIEF))
-        return Group(table, domains)
+        return Group(table, *legend, domains)
 
     def to_markdown(self) -> str:
         """GitHub tables: all arms over all domains with the formulas, then the domains."""
