@@ -21,7 +21,7 @@ def test_every_script_counts_as_words():
 
 def test_a_prompt_file_that_is_no_text_is_refused(tmp_path):
     file = tmp_path / "prompts.jsonl"
-    file.write_bytes(b'{"prompt": "caf\xe9"}')
+    file.write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(UserInputError, match="not UTF-8"):
         read_prompt_texts(file)
     file.write_text('{"turns": "abc"}')
