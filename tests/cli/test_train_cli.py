@@ -188,7 +188,7 @@ def test_a_run_may_start_from_another_runs_view(cli: Cli, recipe: str, tmp_path:
 def test_wrong_recipes_corpora_and_bases(
     cli: Cli, recipe: str, tmp_path: Path, other_model_folder: str, model_folder: str
 ) -> None:
-    assert_refused(cli("train", str(tmp_path / "absent.yaml")), "there is no recipe")
+    assert_refused(cli("train", str(tmp_path / "absent.yaml")), "cannot be read")
     assert_refused(cli("train", recipe, "lerning_rate=1"), "did you mean learning_rate")
     assert_refused(cli("train", recipe, "steps"), "key=value")
     assert_refused(cli("train", recipe, "layers=2"), "layers must list")

@@ -71,7 +71,8 @@ def load_dual(
 
 def _local_folder(model: str, revision: str | None, on_progress: Progress | None) -> Path | None:
     """The folder behind a path or hub id, downloaded if need be; None for the default and GGUF files."""
-    if (folder := _view_here(model)) is not None and revision is None:
+    folder = _folder_here(model)
+    if folder is not None and (folder / CONFIG_FILE).is_file() and revision is None:
         return folder
     source = resolve(model, revision)
     if source.kind == "hub":
@@ -79,11 +80,11 @@ def _local_folder(model: str, revision: str | None, on_progress: Progress | None
     return source.path if source.kind == "folder" else None
 
 
-def _view_here(name: str) -> Path | None:
-    """The local view folder of that name; None for anything else, well-formed or not."""
+def _folder_here(name: str) -> Path | None:
+    """The local folder of that name; None for anything else, well-formed or not."""
     try:
         path = Path(name).expanduser()
-        return path if (path / CONFIG_FILE).is_file() else None
+        return path if path.is_dir() else None
     except (RuntimeError, OSError, ValueError):
         return None
 
@@ -96,7 +97,7 @@ def _nested_config(folder: Path) -> PreTrainedConfig:
 
 
 def _view_folder(view: str, on_progress: Progress | None) -> Path:
-    if (folder := _view_here(view)) is not None:
+    if (folder := _folder_here(view)) is not None:
         return folder
     source = resolve(view)
     if source.kind != "hub":
