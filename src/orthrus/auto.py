@@ -18,7 +18,7 @@ from orthrus.base.families import find_family
 from orthrus.base.loading import Base
 from orthrus.engine.hf_generate import OrthrusGenerateOutput, generate
 from orthrus.errors import UserInputError
-from orthrus.model.checkpoint import ARCHITECTURE, MODEL_TYPE, save_view
+from orthrus.model.checkpoint import ARCHITECTURE, DEFAULT_FRESH_BLOCK_SIZE, MODEL_TYPE, save_view
 from orthrus.model.dual_view import DualView
 from orthrus.model.loading import load_dual
 from orthrus.model.merged import MergedLayout, save_merged
@@ -70,7 +70,7 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         if dual is None:
             stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.base_config))
-            dual = DualView(stock.eval(), find_family(stock), ViewConfig(block_size=8))
+            dual = DualView(stock.eval(), find_family(stock), ViewConfig(block_size=DEFAULT_FRESH_BLOCK_SIZE))
         self.dual = dual
         self._base = base
         self.generation_config = getattr(dual.base, "generation_config", None) or GenerationConfig()

@@ -7,6 +7,7 @@
      ├── CorruptFileError       a file is truncated, altered or not what its name says
      ├── CheckpointError        a view does not fit its base, or its folder is incomplete
      ├── StorageError           the disk is full, or a folder cannot be written
+     ├── DivergedError          training: the loss stopped being a number
      └── MissingExtraError      an optional dependency is not installed
 
     OrthrusWarning            works, but not as well as one may think
@@ -42,6 +43,10 @@ class CheckpointError(OrthrusError):
 
 class StorageError(OrthrusError):
     """The disk is full, or a folder is not writable; the message names the path and the need."""
+
+
+class DivergedError(OrthrusError):
+    """The loss or the gradient stopped being a number; the last saved state is untouched."""
 
 
 class MissingExtraError(OrthrusError):

@@ -93,7 +93,7 @@ class _CausalMasks:
         self._cache.positions_BS[:] = torch.arange(num_slots, device=dual.device)
 
     def __call__(self, ids_1T: Tensor, start: int) -> Tensor | dict[str, Tensor]:
-        return self._dual._masks(verify_chain(ids_1T, [start]), self._cache)
+        return self._dual.masks(verify_chain(ids_1T, [start]), self._cache)
 
 
 def _cuts(ids: list[int], num_prompt: int, size: int) -> Iterator[tuple[int, list[int]]]:

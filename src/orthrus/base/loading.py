@@ -59,7 +59,7 @@ class Base:
 
 
 def load_base(
-    model: str = "default",
+    model: str | Source = "default",
     *,
     revision: str | None = None,
     dtype: "str | torch.dtype | None" = None,
@@ -71,7 +71,8 @@ def load_base(
     """Find, fetch where needed, check and load a base model.
 
     Args:
-        model: "default", a folder, a .gguf file, or a hub id `owner/name`.
+        model: "default", a folder, a .gguf file, or a hub id `owner/name`; or what `resolve` made of it, with
+            the folder filled in where it has been fetched already.
         revision: branch, tag or commit of a hub id.
         dtype: "float32", "bfloat16", "float16", "auto" (the checkpoint's own) or a torch dtype. None means
             the checkpoint's own on an accelerator and float32 on a CPU.
@@ -90,7 +91,9 @@ def load_base(
     picked_device = pick_device(device)
     check_attention(attn_implementation, picked_device)
     picked_dtype = pick_dtype(dtype, picked_device)
-    source, folder, name = _locate(resolve(model, revision), on_progress)
+    source, folder, name = _locate(
+        model if isinstance(model, Source) else resolve(model, revision), on_progress
+    )
     config = config or _read_config(folder, name)
     family = find_family(config)
     if on_progress is not None:
@@ -135,7 +138,7 @@ def _locate(source: Source, progress: Progress | None) -> tuple[Source, Path, st
         folder, origin = default_model.ensure_folder(progress)
         return Source("default", origin, folder), folder, f"default ({default_model.NAME})"
     if source.kind == "hub":
-        folder = hub.fetch(source.origin, source.revision, progress=progress)
+        folder = source.path or hub.fetch(source.origin, source.revision, progress=progress)
         return Source("hub", source.origin, folder, source.revision), folder, source.origin
     if source.path is None:
         raise ModelNotFoundError(f"{source.origin} has no path: resolve it first.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from orthrus.errors import StorageError, UserInputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_DENIED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
 @contextmanager
@@ -98,18 +99,29 @@ def _storage_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        code = error.errno if isinstance(error, OSError) else None
-        # safetensors reports a full disk as text only, torch as what its own error came after.
-        behind = getattr(error.__context__, "errno", None)
-        if {code, behind} & _FULL or "os error 28" in str(error):
+        problem = disk_problem(error)
+        if problem == "full":
             raise StorageError(
                 f"the disk ran full while writing {target}; free some space and try again."
             ) from error
-        if code in {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}:
+        if problem is not None:
             raise StorageError(
-                f"{target} cannot be written ({os.strerror(code or 0)}); choose a place where you may write."
+                f"{target} cannot be written ({problem}); choose a place where you may write."
             ) from error
         raise
+
+
+def disk_problem(error: Exception) -> str | None:
+    """What an error says about the disk: "full", the system's words for no access, or nothing."""
+    if isinstance(error, StorageError):
+        # Said already, by a body of our own.
+        return None
+    code = error.errno if isinstance(error, OSError) else None
+    # safetensors and pip report a full disk as text only, torch as what its own error came after.
+    behind = getattr(error.__context__, "errno", None)
+    if {code, behind} & _FULL or any(text in str(error) for text in ("os error 28", "No space left")):
+        return "full"
+    return os.strerror(code) if code is not None and code in _DENIED else None
 
 
 def _umask() -> int:

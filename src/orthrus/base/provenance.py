@@ -24,7 +24,7 @@ def provenance(*, device: str, dtype: str, seed: int | None) -> dict[str, Any]:
         "command": command_line(),
         "git_commit": commit,
         "git_dirty": dirty,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: installed_version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_model(),
@@ -74,7 +74,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of an installed distribution; None when it is not there."""
     try:
         return version(package)
     except PackageNotFoundError:

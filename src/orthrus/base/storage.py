@@ -4,7 +4,6 @@ A folder is built in a private work folder beside its final place and published 
 reader sees all of it or none. `manifest.json` inside records where the files came from and their sha256.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -15,14 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from orthrus.base.outputs import disk_problem
+from orthrus.base.provenance import installed_version
 from orthrus.errors import StorageError
 
 Progress = Callable[[str, int, int | None], None]
 """Called as `progress(stage, done, total)`; done and total count bytes, total None when unknown."""
 
 MANIFEST = "manifest.json"
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+_PACKAGES = ("orthrus", "torch", "transformers", "gguf", "safetensors")
 
 
 def cache_dir() -> Path:
@@ -46,6 +46,18 @@ def sha256_file(path: Path, progress: Progress | None = None, stage: str = "chec
     return digest.hexdigest()
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder, links as such; files that vanish meanwhile count nothing."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(root, name)).st_size
+            except OSError:
+                continue
+    return total
+
+
 @contextmanager
 def storage_errors(path: Path, needed_bytes: int) -> Iterator[None]:
     """Turn a full or unwritable disk into one sentence that names the place and the need.
@@ -56,17 +68,15 @@ def storage_errors(path: Path, needed_bytes: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        code = error.errno if isinstance(error, OSError) else None
-        # safetensors reports a full disk through its own exception type, as text only.
-        full = code in _FULL or "os error 28" in str(error) or "No space left" in str(error)
-        if full:
+        problem = disk_problem(error)
+        if problem == "full":
             raise StorageError(
                 f"The disk ran full while writing {path} ({_mb(needed_bytes)} are needed): free some space "
                 "or point ORTHRUS_CACHE at another disk."
             ) from error
-        if code in _READ_ONLY:
+        if problem is not None:
             raise StorageError(
-                f"{path} cannot be written ({os.strerror(code or 0)}): fix its permissions or point "
+                f"{path} cannot be written ({problem}): fix its permissions or point "
                 "ORTHRUS_CACHE at a folder of yours."
             ) from error
         raise
@@ -146,7 +156,8 @@ def _build_and_rename(build: Callable[[Path, Path], dict[str, Any]], models: Pat
             path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size}
             for path in sorted(out.iterdir())
         }
-        manifest = {"format": 1, "source": source, "versions": _versions(), "files": files}
+        versions = {name: found for name in _PACKAGES if (found := installed_version(name)) is not None}
+        manifest = {"format": 1, "source": source, "versions": versions, "files": files}
         (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         if target.exists():
             # Only a damaged folder gets here: a sound one was returned before the build.
@@ -167,18 +178,6 @@ def _require_space(folder: Path, needed_bytes: int) -> None:
             f"{folder} has {_mb(free)} free, but {_mb(needed_bytes)} are needed: free some space or point "
             "ORTHRUS_CACHE at another disk."
         )
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found: dict[str, str] = {}
-    for package in ("orthrus", "torch", "transformers", "gguf", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _mb(num_bytes: int) -> str:

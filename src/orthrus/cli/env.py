@@ -3,8 +3,6 @@
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from orthrus.cli import options
@@ -40,14 +38,15 @@ def collect() -> dict[str, Any]:
     import psutil
     import torch
 
-    from orthrus.base.storage import cache_dir
+    from orthrus.base.provenance import cpu_model, installed_version
+    from orthrus.base.storage import cache_dir, folder_bytes
 
     memory = psutil.virtual_memory()
     return {
         "python": f"{platform.python_version()} ({sys.executable})",
-        **{name: _version(name) for name in PACKAGES},
+        **{name: installed_version(name) or "not installed" for name in PACKAGES},
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_model(),
         "cores": f"{_usable_cores()} usable of {os.cpu_count()}, {psutil.cpu_count(logical=False)} physical",
         "memory": f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB available",
         "torch_threads": torch.get_num_threads(),
@@ -55,27 +54,10 @@ def collect() -> dict[str, Any]:
         "cpu_libraries": ", ".join(_cpu_libraries()) or "none",
         "accelerators": "; ".join(_accelerators()) or "none",
         "cache": str(cache_dir()),
-        "cache_size_gb": round(_size_bytes(cache_dir()) / 1e9, 3),
+        "cache_size_gb": round(folder_bytes(cache_dir()) / 1e9, 3),
         "default_model_cached": _default_model_cached(),
         "offline": bool(os.environ.get("HF_HUB_OFFLINE")),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _usable_cores() -> int:
@@ -102,17 +84,6 @@ def _accelerators() -> list[str]:
     if torch.backends.mps.is_available():
         found.append("mps")
     return found
-
-
-def _size_bytes(folder: Path) -> int:
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(root, name)).st_size
-            except OSError:
-                continue
-    return total
 
 
 def _default_model_cached() -> bool:

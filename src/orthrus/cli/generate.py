@@ -85,8 +85,7 @@ def generate(
         if stream and not json:
             print_stream(tokens, marker)
         else:
-            for _ in tokens:
-                pass
+            tokens.drain()
     result = tokens.result
     if json:
         print_json(

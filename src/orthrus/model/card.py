@@ -12,8 +12,7 @@ _STORED: dict[Encoding, str] = {
 def view_card(dual: DualView, encoding: Encoding = "full") -> str:
     """Model card in Markdown, with the hub's metadata header."""
     config = dual.config
-    base_params = sum(p.numel() for p in dual.base.parameters()) - _num_twin_parameters(dual)
-    added = dual.num_view_parameters()
+    total, added = sum(p.numel() for p in dual.parameters()), dual.num_view_parameters()
     mask = "a trained embedding" if config.mask_token_id is None else f"token id {config.mask_token_id}"
     state = (
         "Trained; its provenance is in `view_config.json`."
@@ -39,7 +38,7 @@ is the base model's own, in fewer passes (arXiv 2605.12825). {state}
 | mask | {mask} |
 | layers with twins | {"all" if config.layers is None else ", ".join(map(str, config.layers))} |
 | weights stored | {_STORED[encoding]} |
-| parameters added | {added:,} ({100 * added / (base_params + added):.1f} % of base and view together) |
+| parameters added | {added:,} ({100 * added / total:.1f} % of base and view together) |
 
 ```python
 from orthrus import Orthrus
@@ -48,7 +47,3 @@ orthrus = Orthrus.load("{config.base_name}", view="path/to/this/folder")
 print(orthrus.generate("Why is the sky blue?").text)
 ```
 """
-
-
-def _num_twin_parameters(dual: DualView) -> int:
-    return sum(p.numel() for name, p in dual.base.named_parameters() if ".diffusion." in name)

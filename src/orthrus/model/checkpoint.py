@@ -39,7 +39,7 @@ def fresh_view(
     vocabulary has none to spare.
     """
     num_rows = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
-    spare = len(base.tokenizer) if base.tokenizer is not None else num_rows
+    spare = len(base.tokenizer)
     config = ViewConfig(
         block_size=block_size,
         mask_token_id=spare if spare < num_rows else None,

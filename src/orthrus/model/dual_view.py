@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from orthrus.base.families import Family, layer_windows
+from orthrus.base.families import Family, sliding_window
 from orthrus.errors import CheckpointError
 from orthrus.model.passes import MASK_EMBEDDING, Pass
 from orthrus.model.slot_cache import SlotCache
@@ -38,7 +38,7 @@ class DualView(nn.Module):
         self.mask_embedding: nn.Parameter | None = None
         if config.mask_token_id is None:
             self.mask_embedding = nn.Parameter(_initial_mask_embedding(base))
-        self._windows = sorted({w for w in layer_windows(base.config) if w is not None})
+        self._window = sliding_window(base.config)
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +67,7 @@ class DualView(nn.Module):
         with self.split.at(p.num_ar_rows):
             logits_BRV: Tensor = self.base(
                 inputs_embeds=self.embed(p.token_ids_BT),
-                attention_mask=self._masks(p, cache),
+                attention_mask=self.masks(p, cache),
                 position_ids=p.position_ids_BT,
                 past_key_values=cache,
                 use_cache=True,
@@ -85,15 +85,18 @@ class DualView(nn.Module):
             (token_ids_BT < 0)[..., None], self.mask_embedding.to(embeds_BTC.dtype), embeds_BTC
         )
 
-    def _masks(self, p: Pass, cache: SlotCache) -> Tensor | dict[str, Tensor]:
-        """`visible` in the form that this family's stock forward takes, windows included."""
-        full = self._mask(p.visible_BTS)
-        if not self._windows:
-            return {"full_attention": full} if self.family.mask_kind == "by_layer_type" else full
-        (window,) = self._windows
-        # A row sees at most `window` positions, itself included, counted back; block rows ahead stay visible.
-        distance_BTS = p.position_ids_BT[:, :, None] - cache.positions_BS[:, None, : p.num_slots]
-        windowed = self._mask(p.visible_BTS & (distance_BTS < window))
+    def masks(self, p: Pass, cache: SlotCache) -> Tensor | dict[str, Tensor]:
+        """A pass's `visible` as the stock forward's attention mask, windows included."""
+        full = windowed = self._mask(p.visible_BTS)
+        if self._window is not None:
+            visible_BTS = in_window(
+                p.visible_BTS, p.position_ids_BT, cache.positions_BS[:, : p.num_slots], self._window
+            )
+            windowed = self._mask(visible_BTS)
+        return self.mask_argument(full, windowed)
+
+    def mask_argument(self, full: Tensor, windowed: Tensor) -> Tensor | dict[str, Tensor]:
+        """Ready masks (B, 1, rows, keys) in the form that this family's stock forward takes them."""
         if self.family.mask_kind == "by_layer_type":
             return {"full_attention": full, "sliding_attention": windowed}
         return windowed
@@ -102,8 +105,7 @@ class DualView(nn.Module):
         """(B, 1, T, S): bool for sdpa, additive for eager and flex attention."""
         if self.base.config._attn_implementation == "sdpa":
             return visible_BTS[:, None]
-        mask = torch.zeros(visible_BTS.shape, dtype=self.dtype, device=visible_BTS.device)
-        return mask.masked_fill(~visible_BTS, torch.finfo(self.dtype).min)[:, None]
+        return additive_mask(visible_BTS, self.dtype)[:, None]
 
     @contextmanager
     def stock(self) -> Iterator[PreTrainedModel]:
@@ -122,6 +124,20 @@ class DualView(nn.Module):
 
     def num_view_parameters(self) -> int:
         return sum(p.numel() for p in self.view_parameters().values())
+
+
+def in_window(visible_BTS: Tensor, query_BT: Tensor, key_BS: Tensor, window: int) -> Tensor:
+    """`visible` cut to a sliding window over the positions of query rows and keys.
+
+    A row sees at most `window` positions, itself included, counted back; block rows ahead stay visible.
+    """
+    return visible_BTS & (query_BT[:, :, None] - key_BS[:, None] < window)
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible (bool, any shape), the least number of `dtype` where not."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def _initial_mask_embedding(base: PreTrainedModel) -> Tensor:

@@ -1,6 +1,7 @@
 """From the names a user gives to a base with its view on it."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from orthrus.base import hub
 from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base, load_base
-from orthrus.base.resolve import resolve
+from orthrus.base.resolve import Source, resolve
 from orthrus.base.storage import Progress
 from orthrus.errors import CheckpointError, OrthrusWarning, UserInputError
 from orthrus.model.checkpoint import CONFIG_FILE, fresh_view, load_view, read_json
@@ -39,19 +40,19 @@ def load_dual(
     checkpoint's own, else the one shipped for the base, else a fresh one with a warning; "fresh" an
     AR-initialised one.
     """
-    folder = _local_folder(model, revision, on_progress)
+    source = _fetched(model, revision, on_progress)
+    folder = source.path if source.kind in ("hub", "folder") else None
     kind = "base" if folder is None else folder_kind(folder)
     if folder is not None and kind == "view":
         if view != DEFAULT_VIEW:
             raise UserInputError(
                 f"{model} is a view already; name its base as the model, or leave out the view."
             )
-        model, view = ViewConfig.from_dict(read_json(folder / CONFIG_FILE)).base_name, str(folder)
-        folder, kind, revision = None, "base", None
-    # By the name it was asked for, not by the folder: a view remembers its base by that name.
+        view = str(folder)
+        source = resolve(ViewConfig.from_dict(read_json(folder / CONFIG_FILE)).base_name)
+        folder, kind = None, "base"
     base = load_base(
-        model,
-        revision=revision,
+        source,
         config=_nested_config(folder) if folder is not None and kind == "merged" else None,
         dtype=dtype,
         device=device,
@@ -69,15 +70,16 @@ def load_dual(
     return base, _shipped_view(base)
 
 
-def _local_folder(model: str, revision: str | None, on_progress: Progress | None) -> Path | None:
-    """The folder behind a path or hub id, downloaded if need be; None for the default and GGUF files."""
+def _fetched(model: str, revision: str | None, on_progress: Progress | None) -> Source:
+    """What `model` names, a hub id with its folder: downloaded once, for whoever asks next."""
     folder = _folder_here(model)
     if folder is not None and (folder / CONFIG_FILE).is_file() and revision is None:
-        return folder
+        # A view folder need not look like a model's.
+        return Source("folder", model, folder)
     source = resolve(model, revision)
-    if source.kind == "hub":
-        return hub.fetch(source.origin, source.revision, progress=on_progress)
-    return source.path if source.kind == "folder" else None
+    if source.kind != "hub":
+        return source
+    return replace(source, path=hub.fetch(source.origin, source.revision, progress=on_progress))
 
 
 def _folder_here(name: str) -> Path | None:

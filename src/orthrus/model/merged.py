@@ -5,7 +5,6 @@ them, and the view folder's files beside them. Released: architecture `OrthrusLM
 with `block_size` and `mask_token_id`, all tensors in one set, twins named `*_diff`.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,7 +97,7 @@ def save_merged(
     with atomic_folder(Path(folder)) as temporary:
         with dual.stock() as stock:
             stock.save_pretrained(temporary)
-        if base is not None and base.tokenizer is not None:
+        if base is not None:
             base.tokenizer.save_pretrained(temporary)
         config = read_json(temporary / "config.json")
         if layout == "merged":
@@ -156,8 +155,7 @@ def _add_shard(folder: Path, dual: DualView) -> None:
     save_file(tensors, folder / last, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(tensors, last)
     total = sum(f.stat().st_size for f in folder.glob("model-*"))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _tensor_names(file: Path) -> list[str]:

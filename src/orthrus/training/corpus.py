@@ -28,14 +28,6 @@ class Sample:
     domain: str
 
 
-@dataclass(frozen=True, slots=True)
-class PromptRecord:
-    """A prompt as ids and as the text that duplicates are found by."""
-
-    prompt_ids: tuple[int, ...]
-    domain: str
-
-
 def normalised(text: str) -> str:
     """Lower-case words and numbers only: what counts as the same text."""
     return " ".join(re.findall(r"\w+", text.casefold()))

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from orthrus.base.families import layer_windows
-from orthrus.model.dual_view import DualView
+from orthrus.base.families import layer_windows, sliding_window
+from orthrus.model.dual_view import DualView, additive_mask, in_window
 from orthrus.training.block_attention import NAME, BlockContext
 from orthrus.training.blocks import BlockBatch, block_inputs, causal_mask, context_mask
 from orthrus.training.losses import LossKind, WeightKind, position_weights, row_losses
@@ -27,12 +27,11 @@ class Objective:
 
 class StepOutput(NamedTuple):
     """Sums over a micro-batch. loss and weight are scalars (their ratio is the loss); the J-vectors add up
-    the hits, overlaps and counts of valid targets by position in the block."""
+    the hits and counts of valid targets by position in the block."""
 
     loss: Tensor
     weight: Tensor
     hits_J: Tensor
-    overlaps_J: Tensor
     counts_J: Tensor
 
 
@@ -78,7 +77,6 @@ class TrainingPass(nn.Module):
             loss=(weight_BNJ * loss_BNJ).sum(),
             weight=weight_BNJ.sum(),
             hits_J=hit_BNJ.sum((0, 1)),
-            overlaps_J=overlap_BNJ.sum((0, 1)),
             counts_J=keep.sum((0, 1)).float(),
         )
 
@@ -86,22 +84,21 @@ class TrainingPass(nn.Module):
     def teacher(self, batch: BlockBatch) -> tuple[BlockContext, Tensor]:
         """The AR pass: keys and values per layer, and final hidden states (B, T, C) before the head."""
         store = _Store()
-        visible_BTT = causal_mask(batch)
-        windows = layer_windows(self.dual.base.config)
-        distance_BTT = batch.position_ids_BT[:, :, None] - batch.position_ids_BT[:, None]
-        window = next((w for w in windows if w is not None), None)
-        windowed_BTT = visible_BTT if window is None else visible_BTT & (distance_BTT < window)
+        full_BTT, windowed_BTT = self._biases(causal_mask(batch), batch.position_ids_BT, batch)
         hidden_BTC = self._decode(
             batch.token_ids_BT,
             batch.position_ids_BT,
             store,
-            self._mask_argument(_bias(visible_BTT, self.dtype), _bias(windowed_BTT, self.dtype), window),
+            self.dual.mask_argument(full_BTT[:, None], windowed_BTT[:, None]),
             num_ar_rows=batch.token_ids_BT.shape[1],
         )
-        context_BQT, windowed_BQT = self._block_bias(batch, window)
-        return BlockContext(
-            store.keys, store.values, context_BQT, windowed_BQT, windows, batch.layout.block_size
-        ), hidden_BTC
+        size = batch.layout.block_size
+        visible_BQT = context_mask(batch).repeat_interleave(size, dim=1)
+        start_BN = batch.position_ids_BT.gather(1, batch.anchor_BN)
+        query_BQ = (start_BN[..., None] + torch.arange(size, device=start_BN.device)).flatten(1)
+        context_BQT, windowed_BQT = self._biases(visible_BQT, query_BQ, batch)
+        windows = layer_windows(self.dual.base.config)
+        return BlockContext(store.keys, store.values, context_BQT, windowed_BQT, windows, size), hidden_BTC
 
     def blocks(self, batch: BlockBatch, context: BlockContext) -> Tensor:
         """The diffusion pass: final hidden states of all block rows, (B, N, K, C)."""
@@ -113,7 +110,7 @@ class TrainingPass(nn.Module):
                 token_ids_BNK.flatten(1),
                 position_ids_BNK.flatten(1),
                 None,
-                self._mask_argument(unused, unused, None),
+                self.dual.mask_argument(unused, unused),
                 num_ar_rows=0,
                 block_context=context,
             )
@@ -150,21 +147,14 @@ class TrainingPass(nn.Module):
             )
         return out.last_hidden_state  # type: ignore[no-any-return]
 
-    def _mask_argument(self, full: Tensor, windowed: Tensor, window: int | None) -> Any:
-        if self.dual.family.mask_kind == "by_layer_type":
-            return {"full_attention": full, "sliding_attention": windowed}
-        return windowed if window is not None else full
-
-    def _block_bias(self, batch: BlockBatch, window: int | None) -> tuple[Tensor, Tensor]:
-        size = batch.layout.block_size
-        visible_BQT = context_mask(batch).repeat_interleave(size, dim=1)
-        full_BQT = _bias(visible_BQT, self.dtype)[:, 0]
+    def _biases(self, visible_BQT: Tensor, query_BQ: Tensor, batch: BlockBatch) -> tuple[Tensor, Tensor]:
+        """Additive masks of query rows over the AR rows, for layers that see everything and windowed ones."""
+        full_BQT = additive_mask(visible_BQT, self.dtype)
+        window = sliding_window(self.dual.base.config)
         if window is None:
             return full_BQT, full_BQT
-        start_BN = batch.position_ids_BT.gather(1, batch.anchor_BN)
-        query_BQ = (start_BN[..., None] + torch.arange(size, device=start_BN.device)).flatten(1)
-        distance_BQT = query_BQ[..., None] - batch.position_ids_BT[:, None]
-        return full_BQT, _bias(visible_BQT & (distance_BQT < window), self.dtype)[:, 0]
+        windowed_BQT = in_window(visible_BQT, query_BQ, batch.position_ids_BT, window)
+        return full_BQT, additive_mask(windowed_BQT, self.dtype)
 
     @contextmanager
     def _attention(self, name: str) -> Iterator[None]:
@@ -193,12 +183,6 @@ class _Store:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
-
-
-def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 1, rows, keys) additive mask."""
-    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return bias.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
 def _spread(values_R: Tensor, keep_BNJ: Tensor) -> Tensor:

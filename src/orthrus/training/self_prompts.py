@@ -15,9 +15,11 @@ OPENINGS: dict[str, tuple[str, ...]] = {
         "There are ", "A farmer has ", "Calculate the ", "How many ",
     ),
     "code": (
-        "Write a Python function that ", "Write a solution to the following problem",
+        "Write a Python function that ", "Write a solution to the following problem:\n```python\ndef ",
         "Write a Python program to ", "Complete the following Python function:\n```python\ndef ",
-        "Implement a function ", "Fix the bug in ", "Write a function to ",
+        "Write a Python function to ", "Fix the bug in this code:\n```python\n", "Write a function to ",
+        "Implement a class ", "Write a solution to the following problem and make sure that it passes the "
+        "tests:\n```python\nfrom typing import List\n\n\ndef ",
     ),
     "chat": ("", "How do I ", "What are the ", "Explain ", "Can you ", "Why ", "Give me "),
     "writing": (

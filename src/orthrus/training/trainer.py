@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,17 +14,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
-from orthrus.errors import OrthrusError, UserInputError
+from orthrus.errors import DivergedError, UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.forward import Objective, StepOutput, TrainingPass
 from orthrus.training.packing import PackedRow
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.run_state import RunState, load_state, save_state
-
-
-class DivergedError(OrthrusError):
-    """The loss or the gradient stopped being a number; the last saved state is untouched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +131,15 @@ def rows_of_step(num_rows: int, batch_rows: int, step: int, seed: int) -> list[t
     for position in range(step * batch_rows, (step + 1) * batch_rows):
         epoch, at = divmod(position, num_rows)
         epoch_seed = (seed * 1_000_003 + epoch) % 2**63
-        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(epoch_seed))
-        row = int(order[at])
+        row = int(_epoch_order(num_rows, epoch_seed)[at])
         picked.append((row, (epoch_seed * 1_000_003 + row) % 2**63))
     return picked
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_rows: int, seed: int) -> Tensor:
+    """The rows of one epoch; kept, since every row of every step asks for it. Two: a step may span both."""
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -160,21 +163,16 @@ def _accumulate(
         part = mine[start : start + config.micro_rows]
         batch = draw_blocks([rows[i] for i, _ in part], [s for _, s in part], config.num_anchors, layout)
         last = start + config.micro_rows >= len(mine)
-        with accelerator.autocast(), _maybe_no_sync(accelerator, training, last):
+        with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(training):
             output: StepOutput = training(batch.to(accelerator.device))
             accelerator.backward(output.loss)
-        detached = StepOutput(*(t.detach() for t in output))
-        total = (
-            detached if total is None else StepOutput(*(a + b for a, b in zip(total, detached, strict=True)))
-        )
+        total = _plus(total, StepOutput(*(t.detach() for t in output)))
     assert total is not None, "a step has at least one row for each process"
     return StepOutput(*(accelerator.reduce(t, "sum") for t in total))
 
 
-def _maybe_no_sync(accelerator: Accelerator, training: Any, last: bool) -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext() if last else accelerator.no_sync(training)
+def _plus(total: StepOutput | None, output: StepOutput) -> StepOutput:
+    return output if total is None else StepOutput(*(a + b for a, b in zip(total, output, strict=True)))
 
 
 def _apply(
@@ -225,10 +223,7 @@ class _Meter:
 
     def add(self, output: StepOutput) -> None:
         self._tokens += float(output.counts_J.sum())
-        sums = self._sums
-        self._sums = (
-            output if sums is None else StepOutput(*(a + b for a, b in zip(sums, output, strict=True)))
-        )
+        self._sums = _plus(self._sums, output)
 
     def log(self, step: int, rate: float, grad_norm: float) -> TrainLog:
         sums, self._sums = self._sums, None
