@@ -20,16 +20,35 @@ def filtered_probs(logits_RV: Tensor, params: SamplingParams) -> Tensor:
         kth_R1 = logits_RV.topk(params.top_k, dim=-1).values[..., -1:]
         logits_RV = logits_RV.masked_fill(logits_RV < kth_R1, -torch.inf)
     if params.top_p is not None and params.top_p < 1.0:
-        sorted_RV, order_RV = logits_RV.sort(dim=-1)
-        # Drop the tail whose mass is at most 1 - top_p; the most probable token always stays.
-        drop_RV = sorted_RV.softmax(-1).cumsum(-1) <= 1.0 - params.top_p
-        drop_RV[..., -1] = False
-        logits_RV = logits_RV.masked_fill(drop_RV.scatter(-1, order_RV, drop_RV), -torch.inf)
+        logits_RV = logits_RV.masked_fill(~nucleus(logits_RV.softmax(-1), params.top_p), -torch.inf)
     probs_RV = logits_RV.softmax(-1)
     if params.min_p:
         floor_R1 = params.min_p * probs_RV.amax(-1, keepdim=True)
         probs_RV = logits_RV.masked_fill(probs_RV < floor_R1, -torch.inf).softmax(-1)
     return probs_RV
+
+
+def nucleus(probs_RV: Tensor, top_p: float, num_first: int = 1024) -> Tensor:
+    """Which tokens top-p keeps, keep_RV bool: those that less than top_p of the mass stands above.
+
+    On a CPU, where sorting a vocabulary takes as long as a small model's pass, the `num_first` most probable
+    tokens are tried first, and only rows whose nucleus is larger are sorted whole.
+    """
+    if probs_RV.device.type != "cpu" or num_first >= probs_RV.shape[-1]:
+        return _nucleus_of_top(probs_RV, top_p, probs_RV.shape[-1])
+    keep_RV = _nucleus_of_top(probs_RV, top_p, num_first)
+    cut_R = (probs_RV * keep_RV).sum(-1) < top_p
+    if bool(cut_R.any()):
+        keep_RV[cut_R] = _nucleus_of_top(probs_RV[cut_R], top_p, probs_RV.shape[-1])
+    return keep_RV
+
+
+def _nucleus_of_top(probs_RV: Tensor, top_p: float, num_first: int) -> Tensor:
+    top_RK, ids_RK = probs_RV.topk(num_first, dim=-1)
+    above_RK = top_RK.cumsum(-1) - top_RK
+    # The most probable token stays even where top_p is 0.
+    above_RK[..., 0] = -1.0
+    return torch.zeros_like(probs_RV, dtype=torch.bool).scatter(-1, ids_RK, above_RK < top_p)
 
 
 def greedy_tokens(logits_RV: Tensor) -> Tensor:
