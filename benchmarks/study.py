@@ -1,0 +1,164 @@
+"""What a view learns from a fixed number of diffusion targets: python benchmarks/study.py run CORPUS
+
+Each arm changes one thing of recipes/study-cpu.yaml, starts from the AR projections, and is scored by real
+greedy decoding of the built-in bench prompts, which no corpus of ours contains. Arms that the result file
+has already are not run again. `python benchmarks/study.py render` writes the tables into docs/study.md.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from shutil import rmtree
+from time import monotonic
+from typing import Annotated, Any
+
+import typer
+from study_arms import ARMS, RECIPE, Arm
+from study_tables import render
+from two_steps import TwoSteps
+
+from orthrus.base.loading import Base, load_base
+from orthrus.base.outputs import write_text_atomic
+from orthrus.base.provenance import provenance
+from orthrus.bench.prompts import load_prompts
+from orthrus.bench.view_score import served
+from orthrus.config import DecodeConfig
+from orthrus.engine.stream import TokenStream
+from orthrus.model.dual_view import DualView
+from orthrus.training.blocks import BlockLayout, draw_blocks
+from orthrus.training.corpus import Sample, corpus_digest, load_corpus
+from orthrus.training.packing import PackedRow, pack
+from orthrus.training.recipe import TrainConfig, load_recipe, to_plain
+from orthrus.training.start import starting_view
+from orthrus.training.trainer import Hooks, TrainLog, rows_of_step, train
+
+FORMULAS = {
+    "tokens_per_cycle": "(tokens - 1) / cycles, pooled over prompts; the AR view's own tokens included",
+    "tokens_per_forward": "tokens / all passes, prefill and both views, pooled",
+    "targets": "draft rows that a loss was taken of, in training",
+}
+
+
+def main(
+    corpus: Annotated[Path, typer.Argument(help="A folder that `orthrus synth` made.")],
+    runs: Annotated[Path, typer.Option(help="Where unfinished arms keep their state.")] = Path("runs/study"),
+    output: Annotated[Path, typer.Option(help="The result file; arms in it are kept.")] = Path(
+        "benchmarks/results/study-cpu.json"
+    ),
+    targets: Annotated[int, typer.Option(min=1, help="Diffusion targets of each arm.")] = 40_000,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Built-in prompts, a domain in turn.")] = 20,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
+    only: Annotated[list[str] | None, typer.Option(help="An arm's name; may be repeated.")] = None,
+) -> None:
+    """Train and score all arms, one after the other."""
+    options = {"targets": targets, "num_prompts": num_prompts, "max_new_tokens": max_new_tokens}
+    samples = load_corpus(corpus)
+    report = _open(output, options, corpus_digest(samples), samples)
+    for arm in ARMS:
+        if arm.name in report["arms"] or (only and arm.name not in only):
+            continue
+        typer.echo(f"{arm.name}: {arm.overrides}", err=True)
+        report["arms"][arm.name] = _run(arm, samples, runs / arm.name, **options)
+        write_text_atomic(output, json.dumps(report, indent=2) + "\n")
+
+
+def _open(output: Path, options: dict[str, int], digest: str, samples: list[Sample]) -> dict[str, Any]:
+    """The report so far, or a new one; refuses to mix settings or corpora."""
+    about = {"options": options, "corpus": {"digest": digest, "dialogues": len(samples)}}
+    if output.is_file():
+        report: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+        if {key: report[key] for key in about} != about:
+            raise typer.BadParameter(f"{output} was made with another corpus or other options")
+        return report
+    return {**about, "formulas": FORMULAS, "recipe": RECIPE, "arms": {}}
+
+
+def _run(
+    arm: Arm, samples: list[Sample], folder: Path, *, targets: int, num_prompts: int, max_new_tokens: int
+) -> dict[str, Any]:
+    config = load_recipe(Path(RECIPE), [f"{key}={json.dumps(value)}" for key, value in arm.overrides.items()])
+    rows = pack(samples, config.row_length, drop_long=True)
+    num_steps, num_targets = _budget(config, rows, targets)
+    config = replace(config, steps=num_steps, output=str(folder))
+    base = load_base(config.base, dtype=config.dtype)
+    dual = starting_view(base, config)
+    logs: list[TrainLog] = []
+    began = monotonic()
+    train(dual, rows, config, corpus_digest(samples), Hooks(on_log=logs.append))
+    seconds = monotonic() - began
+    prompts = _prompts(base, num_prompts)
+    scores = {str(n): _score(dual, base, prompts, max_new_tokens, n) for n in arm.denoising_steps}
+    rmtree(folder)
+    return {
+        "overrides": arm.overrides,
+        "recipe": to_plain(config),
+        "steps": num_steps,
+        "targets": num_targets,
+        "view_parameters": dual.num_view_parameters(),
+        "train_seconds": round(seconds, 1),
+        "loss": logs[-1].loss,
+        "accuracy": list(logs[-1].accuracy_J),
+        "scores_by_denoising_steps": scores,
+        "provenance": provenance(device=str(dual.device), dtype=config.dtype, seed=config.seed),
+    }
+
+
+def _budget(config: TrainConfig, rows: list[PackedRow], targets: int) -> tuple[int, int]:
+    """(steps, targets): as many whole steps as it takes to see `targets` of them."""
+    layout = BlockLayout(block_size=config.block_size)
+    seen = step = 0
+    while seen < targets:
+        for row, seed in rows_of_step(len(rows), config.batch_rows, step, config.seed):
+            seen += int(draw_blocks([rows[row]], [seed], config.num_anchors, layout).valid_BNJ.sum())
+        step += 1
+    return step, seen
+
+
+def _prompts(base: Base, number: int) -> list[tuple[str, list[int]]]:
+    """(domain, token ids) of the built-in prompts, one of each domain in turn."""
+    prompts = load_prompts()
+    domains = list(dict.fromkeys(p.domain for p in prompts))
+    by_domain = [[p for p in prompts if p.domain == domain] for domain in domains]
+    turns = [p for group in zip(*by_domain, strict=False) for p in group]
+    return [(p.domain, base.encode_prompt(p.prompt)) for p in turns[:number]]
+
+
+def _score(
+    dual: DualView,
+    base: Base,
+    prompts: list[tuple[str, list[int]]],
+    max_new_tokens: int,
+    denoising_steps: int,
+) -> list[dict[str, Any]]:
+    """Greedy chain decoding of each prompt: its tokens, cycles and passes."""
+    drafter: Any = TwoSteps(dual) if denoising_steps == 2 else dual
+    scored = []
+    with served(dual):
+        for domain, prompt_ids in prompts:
+            stream = TokenStream(
+                drafter,
+                prompt_ids,
+                DecodeConfig(max_new_tokens=max_new_tokens),
+                eos_token_ids=base.eos_token_ids,
+                context_length=base.context_length,
+            )
+            stats = stream.drain().stats
+            # Every draft pass of two denoising steps is two passes; each chain cycle has one.
+            extra = (denoising_steps - 1) * stats.num_cycles
+            scored.append(
+                {
+                    "domain": domain,
+                    "tokens": stats.num_tokens,
+                    "cycles": stats.num_cycles,
+                    "passes": stats.num_passes + extra,
+                }
+            )
+    return scored
+
+
+app = typer.Typer(add_completion=False)
+app.command("run")(main)
+app.command("render")(render)
+
+if __name__ == "__main__":
+    app()
