@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from orthrus.errors import UserInputError
 
-Strategy = Literal["ar", "chain"]
+Strategy = Literal["ar", "chain", "tree", "fused", "fused_tree", "auto"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 LEAST_TEMPERATURE = 1e-5
 
@@ -66,6 +66,8 @@ class DecodeConfig:
     strategy: Strategy = "chain"
     block_size: int | None = None
     floor: bool = True
+    node_budget: int = 24
+    block_budget: int = 3
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     prefill_chunk: int = 512

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
-CycleKind = Literal["prefill", "ar", "chain"]
+CycleKind = Literal["prefill", "ar", "chain", "tree", "fused", "fused_tree"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Cycle:
     num_drafted: int
     num_accepted: int
     num_passes: int
+    num_rows: int
     elapsed_ms: float
     finish_reason: FinishReason | None = None
 
@@ -40,6 +41,7 @@ class DecodeStats:
     num_tokens: int
     num_passes: int
     num_prefill_passes: int
+    num_rows: int
     num_cycles: int
     num_drafted: int
     num_accepted: int
@@ -56,6 +58,12 @@ class DecodeStats:
     def tokens_per_forward(self) -> float:
         """Committed tokens / all passes: prefill, draft and verify passes all count."""
         return self.num_tokens / self.num_passes if self.num_passes else 0.0
+
+    @property
+    def rows_per_pass(self) -> float:
+        """Rows / passes, both views, without the prefill."""
+        num_passes = self.num_passes - self.num_prefill_passes
+        return self.num_rows / num_passes if num_passes else 0.0
 
     @property
     def acceptance_rate(self) -> float:
@@ -77,6 +85,7 @@ class DecodeStats:
         derived = (
             "tokens_per_cycle",
             "tokens_per_forward",
+            "rows_per_pass",
             "acceptance_rate",
             "tokens_per_second",
             "tpot_ms",

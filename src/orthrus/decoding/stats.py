@@ -16,6 +16,7 @@ def summarise(num_prompt_tokens: int, cycles: Sequence[Cycle]) -> DecodeStats:
         num_tokens=sum(len(c.token_ids) for c in cycles),
         num_passes=sum(c.num_passes for c in cycles),
         num_prefill_passes=sum(c.num_passes for c in prefill),
+        num_rows=sum(c.num_rows for c in decode),
         num_cycles=len(decode),
         num_drafted=sum(c.num_drafted for c in decode),
         num_accepted=sum(c.num_accepted for c in decode),

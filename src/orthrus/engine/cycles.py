@@ -1,88 +1,94 @@
-"""The cycles: each runs its passes, commits tokens to the cache, and copies to the host once."""
+"""A cycle: what commits tokens once. A plan says how it drafts; the passes do the rest."""
 
-import torch
+from dataclasses import dataclass, replace
 
-from orthrus.decoding.sampling import filtered_probs, greedy_tokens
-from orthrus.decoding.verify import verify_greedy, verify_rejection
+from orthrus.config import DecodeConfig
+from orthrus.decoding.tree import EMPTY_TREE, DraftTree, best_first_tree, chain_tree, end_probs
+from orthrus.engine.passes import Block, commit_pass, draft_pass
 from orthrus.engine.state import DecodeState, Step
-from orthrus.model.passes import ar_step, draft_block, prefill, verify_chain
+from orthrus.types import CycleKind
 
 
-@torch.inference_mode()
-def prefill_chunk(state: DecodeState, token_ids: list[int], *, last: bool) -> Step:
-    """Feed a chunk of the prompt; the last one decides the first token."""
-    ids_1T = torch.tensor([token_ids], device=state.dual.device)
-    logits_1RV = state.dual.run(prefill(ids_1T, state.cache.lengths, last=last), state.cache)
-    state.cache.commit(len(token_ids))
-    if not last:
-        return Step("prefill", [], [], 0, 1)
-    ids_1, _ = state.choose(logits_1RV[0])
-    state.anchor_11 = ids_1[None]
-    return Step("prefill", ids_1.tolist(), [False], 0, 1)
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a cycle decodes. num_nodes: drafts that are verified, 0 for plain decoding. branching: as a tree
+    rather than a chain. num_blocks: diffusion blocks that ride on the verification (fused), 0 for none."""
+
+    kind: CycleKind
+    num_nodes: int = 0
+    branching: bool = False
+    num_blocks: int = 0
 
 
-@torch.inference_mode()
-def ar_cycle(state: DecodeState) -> Step:
-    """Plain decoding: one pass, one token."""
-    logits_1RV = state.dual.run(ar_step(state.anchor_11, state.cache.lengths), state.cache)
-    state.cache.commit(1)
-    ids_1, _ = state.choose(logits_1RV[0])
-    state.anchor_11 = ids_1[None]
-    return Step("ar", ids_1.tolist(), [False], 0, 1)
+PLAIN = Plan("ar")
 
 
-def chain_cycle(state: DecodeState, room: int) -> Step:
-    """Draft a block, verify it, keep the longest correct prefix and one token of the AR view's own.
-
-    `room` is the number of tokens that may still be committed: drafts beyond it are not verified, and where
-    none would be left the cycle is an `ar` one. With `state.floor` the draft pass decides
-    the next token by an AR row. Source: arXiv 2605.12825, section 3.
-    """
-    num_ar = int(state.floor)
-    length = state.cache.lengths[0]
-    block_size = min(state.block_size, state.context_length - length)
-    num_drafts = min(block_size - 1 - num_ar, room - 1 - num_ar)
-    if num_drafts < 1:
-        return ar_cycle(state)
-    return _chain_cycle(state, block_size, num_drafts)
-
-
-@torch.inference_mode()
-def _chain_cycle(state: DecodeState, block_size: int, num_drafts: int) -> Step:
-    dual, cache, num_ar = state.dual, state.cache, int(state.floor)
-    draft = draft_block(
-        state.anchor_11,
-        cache.lengths,
-        block_size,
-        dual.mask_token_id,
-        floor=state.floor,
-        num_drafts=num_drafts,
+def fixed_plan(config: DecodeConfig, block_size: int) -> Plan:
+    """The plan of a strategy that does not adapt."""
+    kind = config.strategy
+    assert kind != "auto", "the policy makes the plans of auto"
+    if kind == "ar":
+        return PLAIN
+    branching = kind in ("tree", "fused_tree")
+    return Plan(
+        kind,
+        config.node_budget if branching else block_size,
+        branching,
+        config.block_budget if kind in ("fused", "fused_tree") else 0,
     )
-    logits_RV = dual.run(draft, cache)[0]
-    head_ids_1 = state.anchor_11[0]
-    if state.floor:
-        cache.commit(1)
-        head_ids_1, _ = state.choose(logits_RV[:1])
-    draft_ids_K, draft_probs_KV = state.choose(logits_RV[num_ar:])
 
-    rows_1T = torch.cat([head_ids_1, draft_ids_K])[None]
-    logits_RV = dual.run(verify_chain(rows_1T, cache.lengths), cache)[0]
-    if draft_probs_KV is None:
-        verdict = verify_greedy(draft_ids_K, greedy_tokens(logits_RV))
-    else:
-        ar_probs_RV = filtered_probs(logits_RV, state.sampling)
-        verdict = verify_rejection(draft_ids_K, draft_probs_KV, ar_probs_RV, state.generator)
 
-    state.anchor_11 = verdict.next_token[None, None]
-    # The one host copy of the cycle.
-    num_accepted, next_token, head_id, *draft_ids = torch.cat(
-        [verdict.num_accepted[None], verdict.next_token[None], head_ids_1, draft_ids_K]
-    ).tolist()
-    cache.commit(1 + num_accepted)
-    return Step(
-        "chain",
-        [head_id] * num_ar + draft_ids[:num_accepted] + [next_token],
-        [False] * num_ar + [True] * num_accepted + [False],
-        num_drafted=num_drafts,
-        num_passes=2,
+def decode_cycle(state: DecodeState, plan: Plan, room: int) -> Step:
+    """Draft where no draft is at hand, verify, keep the longest correct path and a token of the AR view's own.
+
+    `room` is the number of tokens that may still be committed: no draft beyond it is verified. With
+    `state.floor` the draft pass decides a token too, so every pass commits at least one.
+    """
+    step = Step(plan.kind, [], [], 0, 0, 0)
+    if plan.num_nodes and state.drafts is None:
+        if not _may_draft(state, room):
+            plan = PLAIN
+        elif state.floor:
+            step = _after(step, state, EMPTY_TREE, [Block(0)])
+            if step.token_ids[-1] in state.eos_token_ids or state.drafts is None:
+                return step
+        else:
+            step = step._replace(num_passes=1, num_rows=draft_pass(state))
+    tree = draft_tree(state, plan, room - len(step.token_ids) - 1)
+    if not tree.num_nodes:
+        step = step._replace(kind="ar" if not step.num_passes else step.kind)
+    return _after(step, state, tree, choose_blocks(tree, plan.num_blocks))
+
+
+def draft_tree(state: DecodeState, plan: Plan, max_depth: int) -> DraftTree:
+    """The drafts to be verified, none deeper than `max_depth`."""
+    room = min(max_depth, state.context_length - state.length - 2)
+    if state.drafts is None or not plan.num_nodes or room < 1:
+        return EMPTY_TREE
+    drafts = state.drafts.first(room)
+    return best_first_tree(drafts, plan.num_nodes) if plan.branching else chain_tree(drafts, plan.num_nodes)
+
+
+def choose_blocks(tree: DraftTree, num_blocks: int) -> list[Block]:
+    """Blocks at the rows where the accepted path is most likely to end, by the draft's own reckoning."""
+    ends = end_probs(tree)
+    rows = sorted(range(len(ends)), key=lambda row: -ends[row])[:num_blocks]
+    return [Block(row) for row in sorted(rows)]
+
+
+def _may_draft(state: DecodeState, room: int) -> bool:
+    """Whether a draft pass can be followed by a draft worth verifying."""
+    num_ar = int(state.floor)
+    size = min(state.block_size, state.context_length - state.length)
+    return min(size - 1 - num_ar, room - 1 - num_ar) >= 1
+
+
+def _after(step: Step, state: DecodeState, tree: DraftTree, blocks: list[Block]) -> Step:
+    done = commit_pass(state, tree, blocks)
+    return step._replace(
+        token_ids=step.token_ids + done.token_ids,
+        is_draft=step.is_draft + [True] * done.num_accepted + [False],
+        num_drafted=step.num_drafted + tree.num_nodes,
+        num_passes=step.num_passes + 1,
+        num_rows=step.num_rows + done.num_rows,
     )

@@ -1,37 +1,94 @@
-"""What one running request carries from cycle to cycle."""
+"""What one running request carries from pass to pass."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from orthrus.config import SamplingParams
-from orthrus.decoding.sampling import draw, filtered_probs, greedy_tokens
+from orthrus.decoding.noise import exponential_noise
+from orthrus.decoding.processors import LogitRules
+from orthrus.decoding.sampling import coupled_log_scores, draw, filtered_probs, greedy_tokens
+from orthrus.decoding.tree import Candidates
 from orthrus.model.dual_view import DualView
 from orthrus.model.slot_cache import SlotCache
 from orthrus.types import CycleKind
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class DecodeState:
-    """One stream. anchor_11: the last committed token (1, 1), on the device, not yet in the cache."""
+    """One stream. The anchor, its last committed token, is not in the cache yet: it stands at position
+    `length`. drafts: what the diffusion view proposes after the anchor, None where it has not been asked.
+    eos_token_ids end the text: no pass is spent on what comes after one."""
 
     dual: DualView
     cache: SlotCache
     sampling: SamplingParams
-    generator: torch.Generator
+    seed: int
+    rules: LogitRules
     block_size: int
     floor: bool
     context_length: int
-    anchor_11: Tensor
+    eos_token_ids: frozenset[int] = frozenset()
+    num_candidates: int = 8
+    anchor_id: int = 0
+    drafts: Candidates | None = None
+    _noise: dict[int, Tensor] = field(default_factory=dict)
 
-    def choose(self, logits_RV: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A token per row, and the law it was drawn from (None when greedy): ids_R, probs_RV float32."""
+    @property
+    def length(self) -> int:
+        return self.cache.lengths[0]
+
+    def choose(
+        self, logits_RV: Tensor, positions: Sequence[int], paths: Sequence[Sequence[int]]
+    ) -> list[int]:
+        """The AR view's own token for each row; positions: those that the rows decide.
+
+        paths[r]: tokens that row r has seen beyond the committed ones. A sampled token is a function of seed
+        and position, whoever asks and how often: so drafts cannot touch the text.
+        """
+        logits_RV = self.rules(logits_RV, paths)
         if self.sampling.greedy:
-            return greedy_tokens(logits_RV), None
+            return greedy_tokens(logits_RV).tolist()  # type: ignore[no-any-return]
         probs_RV = filtered_probs(logits_RV, self.sampling)
-        return draw(probs_RV, self.generator), probs_RV
+        return draw(probs_RV, self._noise_at(positions)).tolist()  # type: ignore[no-any-return]
+
+    def propose(self, logits_DV: Tensor, first_position: int) -> Candidates:
+        """The best candidates of each draft row, the first of which decides `first_position`.
+
+        Sampled drafts rank by the same noise that the AR view's own choice will meet: where both laws agree,
+        so do the tokens (arXiv 2408.07978).
+        """
+        logits_DV = self.rules(logits_DV, [()] * len(logits_DV))
+        if self.sampling.greedy:
+            scores_DV = logits_DV.float()
+        else:
+            probs_DV = filtered_probs(logits_DV, self.sampling)
+            positions = range(first_position, first_position + len(probs_DV))
+            scores_DV = coupled_log_scores(probs_DV, self._noise_at(positions))
+        top = scores_DV.topk(min(self.num_candidates, scores_DV.shape[-1]), dim=-1)
+        log_probs_DC = top.values - scores_DV.logsumexp(-1, keepdim=True)
+        # Ids are exact in float64, so one copy brings both to the host.
+        both = torch.cat([top.indices.double(), log_probs_DC.double()], dim=-1).tolist()
+        width = top.indices.shape[-1]
+        return Candidates([[int(i) for i in row[:width]] for row in both], [row[width:] for row in both])
+
+    def commit(self, token_ids: Sequence[int]) -> None:
+        """Take note of tokens that are decided; the last one is the new anchor."""
+        self.rules.see(token_ids)
+        self.anchor_id = token_ids[-1]
+
+    def _noise_at(self, positions: Sequence[int]) -> Tensor:
+        """noise_RV; drafting and verifying ask for the same positions, so they are kept until passed."""
+        vocab_size = self.rules.vocab_size
+        new = [p for p in dict.fromkeys(positions) if p not in self._noise]
+        if new:
+            self._noise = {p: row for p, row in self._noise.items() if p >= self.length}
+            rows = exponential_noise(self.seed, new, vocab_size, self.dual.device)
+            self._noise |= zip(new, rows, strict=True)
+        return torch.stack([self._noise[p] for p in positions])
 
 
 class Step(NamedTuple):
@@ -42,3 +99,4 @@ class Step(NamedTuple):
     is_draft: list[bool]
     num_drafted: int
     num_passes: int
+    num_rows: int

@@ -8,8 +8,10 @@ import torch
 from orthrus.config import DecodeConfig
 from orthrus.decoding.stats import summarise
 from orthrus.decoding.stopping import StopRules, StopStrings
-from orthrus.engine.cycles import ar_cycle, chain_cycle, prefill_chunk
+from orthrus.decoding.processors import LogitRules
+from orthrus.engine.cycles import Plan, decode_cycle, fixed_plan
 from orthrus.engine.detokenize import Decoder, Detokenizer
+from orthrus.engine.passes import prefill_pass
 from orthrus.engine.state import DecodeState, Step
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
@@ -121,39 +123,47 @@ class TokenStream(Iterator[Cycle]):
 
     def _steps(self, state: DecodeState) -> Iterator[Step]:
         """The passes themselves: one item per cycle, without an end of its own."""
-        size, num_passes = self._config.prefill_chunk, 0
+        size, step = self._config.prefill_chunk, Step("prefill", [], [], 0, 0, 0)
         for start in range(0, len(self._prompt_ids), size):
             last = start + size >= len(self._prompt_ids)
-            step = prefill_chunk(state, self._prompt_ids[start : start + size], last=last)
-            num_passes += 1
+            done = prefill_pass(state, self._prompt_ids[start : start + size], last=last)
+            step = step._replace(
+                token_ids=done.token_ids,
+                is_draft=[False] * len(done.token_ids),
+                num_passes=step.num_passes + 1,
+                num_rows=step.num_rows + done.num_rows,
+            )
             if self._cancelled and not last:
                 break
-        yield step._replace(num_passes=num_passes)
+        yield step
+        plan = fixed_plan(self._config, self._block_size)
         while True:
-            room = self._rules.max_new_tokens - len(self._token_ids)
-            yield chain_cycle(state, room) if self._config.strategy == "chain" else ar_cycle(state)
+            yield decode_cycle(state, plan, self._rules.max_new_tokens - len(self._token_ids))
 
     def _new_state(self) -> DecodeState:
         dual, config = self._dual, self._config
-        generator = torch.Generator(device=dual.device)
-        if config.sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(config.sampling.seed)
-        head_room = self._block_size if config.strategy == "chain" else 0
-        num_slots = len(self._prompt_ids) + self._rules.max_new_tokens + head_room
+        seed = config.sampling.seed
+        num_slots = len(self._prompt_ids) + self._rules.max_new_tokens + self._head_room()
         with torch.inference_mode():
             cache = dual.new_cache(num_slots)
         return DecodeState(
             dual=dual,
             cache=cache,
             sampling=config.sampling,
-            generator=generator,
+            seed=torch.seed() if seed is None else seed,
+            rules=LogitRules(config.sampling, vocab_size(dual), dual.device),
             block_size=self._block_size,
             floor=config.floor,
             context_length=self._context_length,
-            anchor_11=torch.zeros((1, 1), dtype=torch.long, device=dual.device),
+            eos_token_ids=self._rules.eos_token_ids,
         )
+
+    def _head_room(self) -> int:
+        """Slots beyond the text that the largest pass of the strategy scribbles on."""
+        plan = fixed_plan(self._config, self._block_size)
+        if not plan.num_nodes:
+            return 0
+        return max(self._block_size, plan.num_nodes + plan.num_blocks * self._block_size)
 
 
 class _Text:
@@ -192,6 +202,7 @@ def _record(
         num_drafted=step.num_drafted,
         num_accepted=sum(is_draft),
         num_passes=step.num_passes,
+        num_rows=step.num_rows,
         elapsed_ms=elapsed_ms,
         finish_reason=finish,
     )
@@ -210,10 +221,15 @@ def check_prompt(prompt_ids: list[int], context_length: int) -> None:
 
 def check_token_ids(dual: DualView, token_ids: list[int]) -> None:
     """UserInputError for an id that the model has no embedding for."""
-    num_ids = len(dual.base.get_input_embeddings().weight)  # type: ignore[arg-type]
+    num_ids = vocab_size(dual)
     wrong = next((i for i in token_ids if not 0 <= i < num_ids), None)
     if wrong is not None:
         raise UserInputError(f"the prompt has token id {wrong}, but the model knows 0 to {num_ids - 1}.")
+
+
+def vocab_size(dual: DualView) -> int:
+    """Rows of the embedding: the ids that the model knows."""
+    return len(dual.base.get_input_embeddings().weight)  # type: ignore[arg-type]
 
 
 def check_block_size(dual: DualView, block_size: int | None) -> int:

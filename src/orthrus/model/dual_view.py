@@ -61,19 +61,31 @@ class DualView(nn.Module):
 
     def run(self, p: Pass, cache: SlotCache) -> Tensor:
         """One pass over rows; returns logits_BRV for the rows `p.logit_rows_R`."""
+        return self.head(self.hidden(p, cache)[:, p.logit_rows_R])
+
+    def hidden(self, p: Pass, cache: SlotCache) -> Tensor:
+        """One pass over rows, before the head: final hidden states hidden_BTC of all rows.
+
+        For callers who know only after a look at some rows which others are worth projecting.
+        """
         if p.visible_BTS.device.type == "cpu":
             p.check(cache.lengths)
         cache.begin(p)
         with self.split.at(p.num_ar_rows):
-            logits_BRV: Tensor = self.base(
+            out = self.base.get_decoder()(
                 inputs_embeds=self.embed(p.token_ids_BT),
                 attention_mask=self.masks(p, cache),
                 position_ids=p.position_ids_BT,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=p.logit_rows_R,
-            ).logits
-        return logits_BRV
+            )
+        return out.last_hidden_state  # type: ignore[no-any-return]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Final hidden states (..., C) to logits (..., V), as the stock model projects them."""
+        logits: Tensor = self.base.get_output_embeddings()(hidden)
+        cap = getattr(self.base.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def embed(self, token_ids_BT: Tensor) -> Tensor:
         """Token embeddings (B, T, C), the mask embedding where a row asks for it."""

@@ -63,7 +63,7 @@ class TrainingPass(nn.Module):
             teacher_BTC.flatten(0, 1),
             rows_BNJ[keep],
             corpus_BNJ[keep],
-            self.head,
+            self.dual.head,
         )
         loss_BNJ, overlap_BNJ, hit_BNJ = (_spread(values_R, keep) for values_R in losses)
         weight_BNJ = position_weights(
@@ -115,12 +115,6 @@ class TrainingPass(nn.Module):
                 block_context=context,
             )
         return hidden_BQC.view(*token_ids_BNK.shape, -1)
-
-    def head(self, hidden_RC: Tensor) -> Tensor:
-        """Final hidden states to logits, as the stock model projects them."""
-        logits_RV: Tensor = self.dual.base.get_output_embeddings()(hidden_RC)
-        cap = getattr(self.dual.base.config, "final_logit_softcapping", None)
-        return logits_RV if cap is None else cap * torch.tanh(logits_RV / cap)
 
     @property
     def dtype(self) -> torch.dtype:

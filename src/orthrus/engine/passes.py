@@ -1,0 +1,106 @@
+"""The passes of a running request: each commits what the AR view decides, and may leave a draft behind."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from orthrus.decoding.tree import EMPTY_TREE, Candidates, DraftTree, accepted_rows
+from orthrus.engine.state import DecodeState
+from orthrus.model.passes import draft_block, fused, prefill, verify_tree
+
+
+class Block(NamedTuple):
+    """A diffusion block to be drafted beside the verification: anchored at a row (0: the anchor, i: node i - 1),
+    with tokens given as its next ones, if any."""
+
+    row: int
+    given: tuple[int, ...] = ()
+
+
+class Committed(NamedTuple):
+    """Tokens that a pass decided: accepted drafts, then one of the AR view's own; and the rows it took."""
+
+    token_ids: list[int]
+    num_accepted: int
+    num_rows: int
+
+
+@torch.inference_mode()
+def prefill_pass(state: DecodeState, token_ids: list[int], *, last: bool) -> Committed:
+    """Feed a chunk of the prompt; the last one decides the first token."""
+    state.rules.see(token_ids)
+    ids_1T = torch.tensor([token_ids], device=state.dual.device)
+    logits_1RV = state.dual.run(prefill(ids_1T, state.cache.lengths, last=last), state.cache)
+    state.cache.commit(len(token_ids))
+    if not last:
+        return Committed([], 0, len(token_ids))
+    chosen = state.choose(logits_1RV[0], [state.length], [()])
+    state.commit(chosen)
+    return Committed(chosen, 0, len(token_ids))
+
+
+@torch.inference_mode()
+def commit_pass(
+    state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequence[Block] = ()
+) -> Committed:
+    """The anchor and a tree of drafts as AR rows, and diffusion blocks beside them: one pass.
+
+    Commits the longest path that the AR view would have written, and its own token after it. Where a block
+    stands at the path's last row, its rows become `state.drafts`; its first guess is dropped, since the AR
+    view has just decided that token. Only that block is projected to the vocabulary.
+    """
+    length, num_ar = state.length, 1 + tree.num_nodes
+    ids_1T = torch.tensor([[state.anchor_id, *tree.token_ids]], device=state.dual.device)
+    size = min(state.block_size, state.context_length - length - max(tree.depths(), default=0))
+    blocks = blocks if size > 2 else ()
+    if blocks:
+        rows, given = [b.row for b in blocks], [b.given for b in blocks]
+        p = fused(ids_1T, tree.parents, state.cache.lengths, rows, size, state.dual.mask_token_id, given)
+    else:
+        p = verify_tree(ids_1T, tree.parents, state.cache.lengths)
+    hidden_TC = state.dual.hidden(p, state.cache)[0]
+
+    depths = [0, *tree.depths()]
+    own_ids = state.choose(
+        state.dual.head(hidden_TC[:num_ar]), [length + d + 1 for d in depths], tree.paths_of_tokens()
+    )
+    path = accepted_rows(tree, own_ids)
+    last = path[-1] if path else 0
+    token_ids = [*(tree.token_ids[row - 1] for row in path), own_ids[last]]
+    _keep(state, [0, *path])
+    state.commit(token_ids)
+    state.drafts = _tail(state.drafts, token_ids)
+    for index, block in enumerate(blocks):
+        if block.row == last and block.given in ((), (own_ids[last],)):
+            first = num_ar + index * size + 1
+            logits_DV = state.dual.head(hidden_TC[first : first + size - 2])
+            state.drafts = state.propose(logits_DV, state.length + 1)
+            break
+    return Committed(token_ids, len(path), p.num_rows)
+
+
+@torch.inference_mode()
+def draft_pass(state: DecodeState) -> int:
+    """The paper's draft: a block and no AR row, so nothing is committed. Returns the rows it took."""
+    size = min(state.block_size, state.context_length - state.length)
+    anchor_11 = torch.tensor([[state.anchor_id]], device=state.dual.device)
+    p = draft_block(anchor_11, state.cache.lengths, size, state.dual.mask_token_id, floor=False)
+    state.drafts = state.propose(state.dual.run(p, state.cache)[0], state.length + 1)
+    return p.num_rows
+
+
+def _keep(state: DecodeState, rows: list[int]) -> None:
+    """Make the accepted rows' slots history, in order."""
+    if rows == list(range(len(rows))):
+        state.cache.commit(len(rows))
+    else:
+        state.cache.compact([state.length + row for row in rows])
+
+
+def _tail(drafts: Candidates | None, token_ids: list[int]) -> Candidates | None:
+    """What is left of a draft that foresaw all tokens committed since: its further positions."""
+    if drafts is None or len(drafts) <= len(token_ids):
+        return None
+    foreseen = all(row[0] == i for row, i in zip(drafts.token_ids_DC, token_ids, strict=False))
+    return drafts.after(len(token_ids)) if foreseen else None
