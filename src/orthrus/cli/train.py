@@ -172,6 +172,7 @@ def _origin(config: "TrainConfig", samples: "list[Sample]", digest: str, device:
     from collections import Counter
 
     from orthrus.base.provenance import provenance
+    from orthrus.training.corpus import corpus_sources
     from orthrus.training.recipe import to_plain
 
     return {
@@ -181,6 +182,7 @@ def _origin(config: "TrainConfig", samples: "list[Sample]", digest: str, device:
             "dialogues": len(samples),
             "answer_tokens": sum(len(s.answer_ids) for s in samples),
             "domains": dict(Counter(s.domain for s in samples)),
+            "sources": corpus_sources(Path(config.corpus)),
         },
         "run": provenance(device=device, dtype=config.dtype, seed=config.seed),
     }

@@ -137,6 +137,16 @@ def load_corpus(folder: Path) -> list[Sample]:
     return samples
 
 
+def corpus_sources(folder: Path) -> list[str]:
+    """Where a corpus's prompts came from, one phrase a source; empty when its manifest does not say."""
+    try:
+        sources = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["settings"]["sources"]
+        places = ["the model itself" if s["file"] is None else Path(s["file"]).name for s in sources]
+        return [f"{p} ({s['domain']})" if s["domain"] else p for p, s in zip(places, sources, strict=True)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def corpus_digest(samples: Sequence[Sample]) -> str:
     """A short name for exactly these samples, so that a resumed run can tell that its data changed."""
     digest = hashlib.blake2b(digest_size=16)

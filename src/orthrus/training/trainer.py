@@ -154,7 +154,13 @@ def _accumulate(
     accelerator: Accelerator, training: Any, rows: list[PackedRow], config: TrainConfig, step: int
 ) -> StepOutput:
     """Gradients of the summed loss over this process's share of the step's rows; returns the sums."""
-    layout = BlockLayout(block_size=config.block_size)
+    layout = BlockLayout(
+        block_size=config.block_size,
+        num_clean=config.num_clean,
+        first_target=config.first_target,
+        clean_share=config.clean_share,
+        reveal=config.reveal,
+    )
     mine = rows_of_step(len(rows), config.batch_rows, step, config.seed)[
         accelerator.process_index :: accelerator.num_processes
     ]
