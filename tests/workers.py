@@ -31,7 +31,9 @@ def run_together(function: Callable[..., None], number: int, store: Path, *args:
     assert codes == [0] * number
 
 
-def _in_group(function: Callable[..., None], rank: int, number: int, store: str, args: tuple[Any, ...]) -> None:
+def _in_group(
+    function: Callable[..., None], rank: int, number: int, store: str, args: tuple[Any, ...]
+) -> None:
     import torch.distributed as dist
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}

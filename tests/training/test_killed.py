@@ -21,19 +21,26 @@ from orthrus.training.processes import this_process
 from orthrus.training.run_state import STATE_FILE
 from orthrus.training.trainer import Hooks
 
-CASE = replace(CONFIG, steps=12, save_every=3, evaluate_every=4, log_every=1)
+# Every score of this run is better than the one before, so the best view is replaced twice.
+CASE = replace(CONFIG, learning_rate=2e-2, steps=12, save_every=3, evaluate_every=4, log_every=1)
 BASE: Any = SimpleNamespace(eos_token_ids=frozenset(), context_length=256)
 
 
 def train_until(moment: str, folder: str, name: str, reached: Connection | None = None) -> None:
-    """The run as the command line makes it, which dies where `moment` says and tells its steps to `reached`."""
+    """The run as the command line makes it; dies where `moment` says, tells its steps to `reached`."""
     kill_at(moment)
     output = Path(folder) / name
-    scorer = Scorer(BASE, [tiny_prompt(5, seed) for seed in range(2)], output, {}, this_process())
+    scorer = Scorer(BASE, [tiny_prompt(6, seed) for seed in range(2)], output, {}, this_process())
     if (output / STATE_FILE).is_file():
         scorer.remember()
     tell = (lambda log: None) if reached is None else (lambda log: reached.send(log.step))
-    run(Path(folder), name, CASE, Hooks(on_log=tell, evaluate=scorer), tiny_dual(block_size=5, mask_token_id=None))
+    run(
+        Path(folder),
+        name,
+        CASE,
+        Hooks(on_log=tell, evaluate=scorer),
+        tiny_dual(block_size=5, mask_token_id=None),
+    )
 
 
 def kill_at(moment: str) -> None:
@@ -64,6 +71,9 @@ def kill_at(moment: str) -> None:
     def is_state(path: Path, target: Path) -> bool:
         return target.name == STATE_FILE
 
+    def takes_best(path: Path, target: Path) -> bool:
+        return target.name == BEST and not target.parent.name.startswith(".")
+
     if moment == "writing":
         torch.save = second(save, half, lambda *_: True)
     elif moment == "before placing":
@@ -71,7 +81,7 @@ def kill_at(moment: str) -> None:
     elif moment == "after placing":
         Path.replace = second(place, lambda *args: die(place(*args)), is_state)
     elif moment == "between renames":
-        Path.rename = second(rename, die, lambda path, target: Path(target).name == BEST)
+        Path.rename = second(rename, die, takes_best)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +118,9 @@ def assert_ends_as_the_unbroken_run(folder: Path, name: str) -> None:
     whole, ours = (torch.load(folder / run / STATE_FILE, weights_only=True) for run in ("whole", name))
     assert ours["step"] == whole["step"] == CASE.steps
     assert ours["scores"] == whole["scores"]
-    assert len(whole["scores"]) == 3
+    scores = [score for _, score in whole["scores"]]
+    assert len(scores) == 3
+    assert scores == sorted(scores)
     torch.testing.assert_close(ours["view"], whole["view"], atol=0, rtol=0)
     torch.testing.assert_close(ours["optimizer"], whole["optimizer"], atol=0, rtol=0)
     best = [(folder / run / BEST / "view.safetensors").read_bytes() for run in ("whole", name)]

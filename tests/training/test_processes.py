@@ -43,7 +43,9 @@ def train_and_score(
     def stop() -> bool:
         dtype = getattr(torch, config.dtype)
         assert all(p.dtype == dtype for p in dual.base.parameters() if not p.requires_grad)
-        assert all(isinstance(p, DTensor) for p in dual.parameters()) == (config.sharding == "fsdp2" and not alone)
+        assert all(isinstance(p, DTensor) for p in dual.parameters()) == (
+            config.sharding == "fsdp2" and not alone
+        )
         return process.is_main_process and len(logs) == stop_after
 
     hooks = Hooks(

@@ -37,7 +37,7 @@ def replace_folder(target: Path) -> Iterator[Path]:
 
 
 def restore_folder(target: Path) -> None:
-    """Undo what `replace_folder` left behind when its process was killed: an old folder still moved aside, scraps.
+    """Clear up after a `replace_folder` whose process was killed; puts a folder that it moved aside back.
 
     Only where nobody else writes `target` at the same time.
     """

@@ -77,7 +77,7 @@ class Processes:
         return StepOutput(*(self._accelerator.reduce(t, "sum") for t in output))
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set anywhere: processes that left at different steps would wait for each other."""
+        """Whether the flag is set anywhere: whoever left at another step would leave the others waiting."""
         if self.count == 1:
             return flag
         device = self._accelerator.device

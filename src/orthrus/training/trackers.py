@@ -61,8 +61,8 @@ def wanted(names: tuple[str, ...] | None) -> tuple[str, ...]:
     for name in names:
         if not _installed(name):
             raise MissingExtraError(
-                f"the tracker {name} is not installed; run `pip install {_NEEDS[name][1]}`, or leave it out of "
-                "trackers."
+                f"the tracker {name} is not installed; run `pip install {_NEEDS[name][1]}`, or leave it "
+                "out of trackers."
             )
     return tuple(dict.fromkeys(names))
 
@@ -82,8 +82,8 @@ def open_trackers(names: tuple[str, ...] | None, folder: Path, step: int) -> Tra
                 tracker.start()
         except Exception as e:
             raise UserInputError(
-                f"the tracker {name} did not start ({type(e).__name__}: {e}); see to its own set-up, or leave it "
-                "out of trackers."
+                f"the tracker {name} did not start ({type(e).__name__}: {e}); see to its own set-up, or "
+                "leave it out of trackers."
             ) from e
         opened.append(tracker)
     return Trackers(opened)

@@ -104,9 +104,7 @@ def train(
             meter.restart(state.step)
         # Shards are gathered by all processes together, for the main one to write.
         if (state.step % config.save_every == 0 or last) and (processes.is_main or processes.sharded):
-            save_state(
-                folder, dual, optimizer, state, config, corpus_digest, write=processes.is_main
-            )
+            save_state(folder, dual, optimizer, state, config, corpus_digest, write=processes.is_main)
         if last:
             break
     processes.gather()
@@ -141,10 +139,8 @@ def _epoch_order(num_rows: int, seed: int) -> Tensor:
     return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
 
 
-def _accumulate(
-    processes: Processes, rows: list[PackedRow], config: TrainConfig, step: int
-) -> StepOutput:
-    """Gradients of the summed loss over this process's share of the step's rows; returns the sums over all."""
+def _accumulate(processes: Processes, rows: list[PackedRow], config: TrainConfig, step: int) -> StepOutput:
+    """Gradients of the summed loss over this process's share of the step's rows; returns all sums."""
     layout = BlockLayout(block_size=config.block_size)
     picked = rows_of_step(len(rows), config.batch_rows, step, config.seed)
     mine = picked[processes.index :: processes.count]
