@@ -1,17 +1,21 @@
 """`orthrus synth` and `orthrus train` on the tiny model: a view from nothing, resuming, refusals."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.workers import run_together
 
 from orthrus.cli import train as train_module
+from orthrus.cli.app import main
 from orthrus.cli.synth import parse_sources
 from orthrus.errors import UserInputError
 
@@ -287,15 +291,44 @@ def test_sources_are_read_as_written(tmp_path: Path) -> None:
         parse_sources([f"{file}:x:0"], [], [])
 
 
-@pytest.mark.slow
 def test_two_processes_end_as_one_does(cli: Cli, recipe: str, tmp_path: Path) -> None:
     alone = json.loads(cli("train", recipe, "--json").out)
-    launch = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    command = [sys.executable, "-m", *launch.split(), "--dynamo_backend", "no", "--main_process_port", "0"]
-    arguments = ["-m", "orthrus.cli.app", "train", recipe, f"output={tmp_path / 'two'}", "--json"]
-    run = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
-    together = json.loads(run.stdout[run.stdout.index("{") :])
+    command = ["train", recipe, f"output={tmp_path / 'two'}", "--json"]
+    first, other = _in_two_processes(tmp_path, 2, *command, "sharding=fsdp2")
+    assert first.code == 130
+    assert "stopped after step 3; the same command goes on" in first.err
+    assert other.out == other.err == ""
+    second, other = _in_two_processes(tmp_path, 0, *command)
+    assert second.code == other.code == 0
+    assert "going on after step 3 of 6" in second.err
+    assert other.out == other.err == ""
+    together = json.loads(second.out)
     assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    assert together["decoded_tokens_per_cycle"] == alone["decoded_tokens_per_cycle"]
     views = [state(tmp_path / folder)["view"] for folder in ("run", "two")]
-    for name, tensor in views[0].items():
-        torch.testing.assert_close(tensor, views[1][name], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(views[1], views[0], atol=1e-4, rtol=1e-3)
+
+
+def _in_two_processes(folder: Path, stop_at: int, *arguments: str) -> list[Run]:
+    """What each of two processes printed; Ctrl-C comes to the main one after step `stop_at` (0: never)."""
+    run_together(_command, 2, folder / f"store-{stop_at}", str(folder), stop_at, arguments)
+    return [Run(**json.loads((folder / f"printed-{rank}.json").read_text())) for rank in range(2)]
+
+
+def _command(folder: str, stop_at: int, arguments: tuple[str, ...]) -> None:
+    log = train_module._Run._log
+
+    def logged(self: Any, entry: Any) -> None:
+        log(self, entry)
+        if entry.step == stop_at:
+            signal.raise_signal(signal.SIGINT)
+
+    train_module._Run._log = logged  # type: ignore[method-assign]
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main(list(arguments))
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+    printed = {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+    (Path(folder) / f"printed-{os.environ['RANK']}.json").write_text(json.dumps(printed))

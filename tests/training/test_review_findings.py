@@ -56,8 +56,8 @@ def test_fewer_rows_than_processes_are_refused(monkeypatch, tmp_path):
 
     dual = tiny_dual(block_size=5, mask_token_id=None)
     rows = pack(own_answers(dual, 2, 10), 48)
-    many = type("Accelerator", (), {"num_processes": 4})()
-    monkeypatch.setattr(trainer, "_accelerator", lambda _: many)
+    many = type("Processes", (), {"count": 4})()
+    monkeypatch.setattr(trainer, "Processes", lambda _: many)
     config: TrainConfig = replace(CONFIG, output=str(tmp_path / "run"))
     with pytest.raises(UserInputError, match="batch_rows 2 is less than a row for each of 4"):
         trainer.train(dual, rows, config, "digest", trainer.Hooks())

@@ -44,7 +44,10 @@ def train(
     samples = load_corpus(Path(config.corpus))
     rows = pack(samples, config.row_length, drop_long=config.drop_long)
     digest = corpus_digest(samples)
+    from orthrus.training.trackers import wanted
     from orthrus.training.trainer import train as run_training
+
+    wanted(config.trackers)
 
     run = _Run(config, samples, digest, quiet=quiet)
     with run.display, cancel_on_interrupt(run):
@@ -57,7 +60,8 @@ def train(
         else:
             _print(report)
     if run.stopped:
-        note(f"stopped after step {state.step}; the same command goes on from there")
+        if run.is_main:
+            note(f"stopped after step {state.step}; the same command goes on from there")
         raise typer.Exit(INTERRUPTED)
 
 
@@ -67,14 +71,13 @@ class _Run:
     def __init__(
         self, config: "TrainConfig", samples: "list[Sample]", corpus_digest: str, *, quiet: bool
     ) -> None:
-        from accelerate import PartialState
-
         from orthrus.base.loading import load_base
         from orthrus.bench.view_score import Scorer, held_out_prompts
+        from orthrus.training.processes import this_process
         from orthrus.training.run_state import STATE_FILE
         from orthrus.training.start import check_samples, starting_view
 
-        process = PartialState()
+        process = this_process()
         self.is_main: bool = process.is_main_process
         quiet = quiet or not self.is_main
         with ProgressDisplay(quiet=quiet) as on_progress:
@@ -93,7 +96,7 @@ class _Run:
         self.scorer: Scorer | None = None
         prompts = held_out_prompts(base, config.evaluate_prompts, config.block_size)
         if prompts:
-            self.scorer = Scorer(base, prompts, self.output, self.origin)
+            self.scorer = Scorer(base, prompts, self.output, self.origin, process)
             if (self.output / STATE_FILE).is_file():
                 self.scorer.remember()
         self.tracker: Any = None
@@ -145,9 +148,9 @@ class _Run:
         }
 
     def _start(self, step: int, num_steps: int) -> None:
-        from orthrus.training.trackers import open_tensorboard
+        from orthrus.training.trackers import open_trackers
 
-        self.tracker = open_tensorboard(self.output / "tensorboard", step)
+        self.tracker = open_trackers(self.config.trackers, self.output, step)
         self.num_steps = num_steps
         self.display.start(step, num_steps)
 

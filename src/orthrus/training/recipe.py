@@ -9,6 +9,8 @@ from typing import Any, Literal
 from orthrus.errors import UserInputError
 from orthrus.training.losses import LOSSES, WEIGHTS, LossKind, WeightKind
 
+TRACKERS = ("tensorboard", "trackio", "wandb")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
@@ -22,7 +24,8 @@ class TrainConfig:
     (shares of all steps and of the peak), weight_decay, clip_norm. steps: 0 means `epochs` passes over the
     corpus. View: layers and twins (None for all), rank (None for full twins), mask ("auto", "trained" or a
     token id), init_view (a view folder to start from), license (that the view is given under, for its card).
-    Every evaluate_every steps evaluate_prompts held-out prompts are really decoded (0: never).
+    Every evaluate_every steps evaluate_prompts held-out prompts are really decoded (0: never). sharding: how
+    several processes hold the model. trackers: where figures go (None: TensorBoard where it is installed).
     """
 
     base: str = "default"
@@ -62,11 +65,20 @@ class TrainConfig:
     evaluate_every: int = 200
     evaluate_prompts: int = 6
     log_every: int = 10
+    sharding: Literal["ddp", "fsdp2"] = "ddp"
+    trackers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _one_of("loss", self.loss, LOSSES)
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("sharding", self.sharding, ("ddp", "fsdp2"))
+        if self.trackers is not None and not (
+            isinstance(self.trackers, tuple) and set(map(str, self.trackers)) <= set(TRACKERS)
+        ):
+            raise UserInputError(
+                f"trackers must list some of {', '.join(TRACKERS)} in brackets, not {self.trackers!r}."
+            )
         for name in (
             "num_anchors",
             "row_length",
