@@ -1,13 +1,16 @@
 """A training run as one typed record: each field is a YAML key and a `key=value` of the command line."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from orthrus.errors import UserInputError
 from orthrus.training.losses import LOSSES, WEIGHTS, LossKind, WeightKind
+
+AttentionKind = Literal["auto", "dense", "flex"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +23,8 @@ class TrainConfig:
     in micro-batches of micro_rows. Optimiser: AdamW with cosine schedule; learning_rate, warmup, floor
     (shares of all steps and of the peak), weight_decay, clip_norm. steps: 0 means `epochs` passes over the
     corpus. View: layers (None for all), init_view (a view folder to start from). Every evaluate_every steps
-    evaluate_prompts held-out prompts are really decoded (0: never).
+    evaluate_prompts held-out prompts are really decoded (0: never). attention: how blocks attend; auto is
+    flex on CUDA, dense elsewhere.
     """
 
     base: str = "default"
@@ -46,6 +50,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    attention: AttentionKind = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = 0
     save_every: int = 100
@@ -56,6 +61,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("loss", self.loss, LOSSES)
         _one_of("weights", self.weights, WEIGHTS)
+        _one_of("attention", self.attention, get_args(AttentionKind))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
         for name in (
             "num_anchors",
@@ -161,9 +167,12 @@ def _coerced(kind: type[TrainConfig], key: str, value: Any) -> Any:
         return tuple(value)
     if isinstance(default, float) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)
         except (TypeError, ValueError):
-            raise UserInputError(f"{key} must be a number, not {value!r}.") from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserInputError(f"{key} must be a number, not {value!r}.")
+        return number
     if default is not None and value is not None and type(value) is not type(default):
         raise UserInputError(f"{key} must be {type(default).__name__}, not {value!r}.")
     return value

@@ -13,7 +13,16 @@ from orthrus.training.recipe import TrainConfig, to_plain
 
 STATE_FILE = "state.pt"
 # Settings that may change between the parts of a run without changing what it computes.
-_FREE = {"save_every", "evaluate_every", "evaluate_prompts", "log_every", "output", "corpus", "micro_rows"}
+_FREE = {
+    "save_every",
+    "evaluate_every",
+    "evaluate_prompts",
+    "log_every",
+    "output",
+    "corpus",
+    "micro_rows",
+    "attention",
+}
 
 
 @dataclass(slots=True)
