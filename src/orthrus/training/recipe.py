@@ -17,7 +17,7 @@ AttentionKind = Literal["auto", "dense", "flex"]
 class TrainConfig:
     """Settings of `orthrus train`.
 
-    base, corpus, output: the model, the corpus folder, and where the run keeps its state and its view.
+    base, corpus, output: the model, the corpus folders, and where the run keeps its state and its view.
     Blocks: block_size (K), num_anchors (blocks a row), row_length (tokens), drop_long.
     Loss: loss, weights, gamma (decay), smoothing (dpace). Batch: batch_rows rows a step over all processes,
     in micro-batches of micro_rows. Optimiser: AdamW with cosine schedule; learning_rate, warmup, floor
@@ -28,7 +28,7 @@ class TrainConfig:
     """
 
     base: str = "default"
-    corpus: str = "corpus"
+    corpus: tuple[str, ...] = ("corpus",)
     output: str = "runs/view"
     init_view: str | None = None
     block_size: int = 8
@@ -63,6 +63,10 @@ class TrainConfig:
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("attention", self.attention, get_args(AttentionKind))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        if not _different_texts(self.corpus):
+            raise UserInputError(
+                f"corpus must name a folder, or list different ones, not {list(self.corpus)!r}."
+            )
         for name in (
             "num_anchors",
             "row_length",
@@ -95,6 +99,10 @@ class TrainConfig:
             raise UserInputError(f"init_view must name a view folder, not {self.init_view!r}.")
         if self.steps < 0 or (self.steps == 0 and self.epochs <= 0):
             raise UserInputError("give steps, or a positive number of epochs.")
+
+
+def _different_texts(values: tuple[object, ...]) -> bool:
+    return bool(values) and all(isinstance(v, str) and v for v in values) and len(set(values)) == len(values)
 
 
 def _layer_indices(layers: object) -> bool:
@@ -163,6 +171,8 @@ def _coerced(kind: type[TrainConfig], key: str, value: Any) -> Any:
     default = getattr(kind(), key)
     if value is None and default is not None:
         raise UserInputError(f"{key} has no value; give one or leave the line out.")
+    if key == "corpus":
+        return tuple(value) if isinstance(value, list) else (value,)
     if isinstance(value, list) and (default is None or isinstance(default, tuple)):
         return tuple(value)
     if isinstance(default, float) and not isinstance(value, bool):
