@@ -1,22 +1,24 @@
 """A training run as one typed record: each field is a YAML key and a `key=value` of the command line."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from orthrus.errors import UserInputError
 from orthrus.training.losses import LOSSES, WEIGHTS, LossKind, WeightKind
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
+AttentionKind = Literal["auto", "dense", "flex"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """Settings of `orthrus train`.
 
-    base, corpus, output: the model, the corpus folder, and where the run keeps its state and its view.
+    base, corpus, output: the model, the corpus folders, and where the run keeps its state and its view.
     Blocks: block_size (K), num_anchors (blocks a row), row_length (tokens), drop_long; num_clean,
     first_target, clean_share and reveal as in `BlockLayout`.
     Loss: loss, weights, gamma (decay), smoothing (dpace). Batch: batch_rows rows a step over all processes,
@@ -26,10 +28,11 @@ class TrainConfig:
     token id), init_view (a view folder to start from), license (that the view is given under, for its card).
     Every evaluate_every steps evaluate_prompts held-out prompts are really decoded (0: never). sharding: how
     several processes hold the model. trackers: where figures go (None: TensorBoard where it is installed).
+    attention: how blocks attend; auto is flex on CUDA, dense elsewhere.
     """
 
     base: str = "default"
-    corpus: str = "corpus"
+    corpus: tuple[str, ...] = ("corpus",)
     output: str = "runs/view"
     init_view: str | None = None
     block_size: int = 8
@@ -59,6 +62,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    attention: AttentionKind = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = 0
     save_every: int = 100
@@ -71,6 +75,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("loss", self.loss, LOSSES)
         _one_of("weights", self.weights, WEIGHTS)
+        _one_of("attention", self.attention, get_args(AttentionKind))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("sharding", self.sharding, ("ddp", "fsdp2"))
         if self.trackers is not None and not (
@@ -78,6 +83,10 @@ class TrainConfig:
         ):
             raise UserInputError(
                 f"trackers must list some of {', '.join(TRACKERS)} in brackets, not {self.trackers!r}."
+            )
+        if not _distinct(self.corpus, str) or not all(self.corpus):
+            raise UserInputError(
+                f"corpus must name a folder, or list different ones, not {list(self.corpus)!r}."
             )
         for name in (
             "num_anchors",
@@ -223,13 +232,18 @@ def _coerced(kind: type[TrainConfig], key: str, value: Any) -> Any:
     default = getattr(kind(), key)
     if value is None and default is not None:
         raise UserInputError(f"{key} has no value; give one or leave the line out.")
+    if key == "corpus":
+        return tuple(value) if isinstance(value, list) else (value,)
     if isinstance(value, list) and (default is None or isinstance(default, tuple)):
         return tuple(value)
     if isinstance(default, float) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)
         except (TypeError, ValueError):
-            raise UserInputError(f"{key} must be a number, not {value!r}.") from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserInputError(f"{key} must be a number, not {value!r}.")
+        return number
     if key != "mask" and default is not None and type(value) is not type(default):
         raise UserInputError(f"{key} must be {type(default).__name__}, not {value!r}.")
     return value

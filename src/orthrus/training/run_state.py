@@ -25,6 +25,7 @@ _FREE = {
     "micro_rows",
     "sharding",
     "trackers",
+    "attention",
 }
 
 

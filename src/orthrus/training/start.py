@@ -71,7 +71,7 @@ def _words(key: str, value: object) -> str:
 
 
 def check_samples(base: Base, samples: list[Sample], corpus: str) -> None:
-    """UserInputError when a dialogue has token ids or a length that this base does not know."""
+    """UserInputError when a dialogue of a corpus folder has token ids or a length unknown to this base."""
     num_rows = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     largest = max(max((*s.prompt_ids, *s.answer_ids)) for s in samples)
     if largest >= num_rows:

@@ -73,7 +73,7 @@ def train(
     objective = Objective(
         loss=config.loss, weights=config.weights, gamma=config.gamma, smoothing=config.smoothing
     )
-    processes.share(TrainingPass(dual, objective))
+    processes.share(TrainingPass(dual, objective, config.attention))
     parameters = list(dual.view_parameters().values())
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
