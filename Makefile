@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help demo test check clean
+.PHONY: help demo test test-gpu check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   show it working on a real model (the first time: installs, fetches about 100 MB)"
 	@echo "make test   run the tests (ARGS='-k name' picks some, JOBS=1 runs them one by one)"
+	@echo "make test-gpu  run the tests that need a CUDA device"
 	@echo "make check  formatting, lint, types, import layers, spelling"
 	@echo "make clean  remove the virtual environment and everything that was built"
 	@echo "PYTHON=python3.12 chooses the interpreter (3.11 or newer)"
@@ -26,6 +27,10 @@ test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/.dev
 	@$(BIN)/python -m orthrus.base.default_model
 	@$(BIN)/python -m pytest -q --color=no -n $(JOBS) --dist worksteal $(ARGS)
+
+# The constraints may have brought a torch without CUDA: then every test says that it was left out.
+test-gpu: $(VENV)/.dev
+	@$(BIN)/python -m pytest -q --color=no -m gpu -rs $(ARGS)
 
 check: export NO_COLOR = 1
 check: $(VENV)/.dev

@@ -1,6 +1,7 @@
 """Tiny random models of every family, disturbed views, and a byte tokenizer: instant, offline, CPU."""
 
 import copy
+from typing import Any
 
 import torch
 from transformers import (
@@ -68,6 +69,29 @@ FAMILY_CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "no o": {"twins": ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_norm", "k_norm")},
+    "rank 4": {"rank": 4},
+    "rank 3, one layer, no o, trained mask": {
+        "twins": ("q_proj", "v_proj", "qkv_proj"),
+        "rank": 3,
+        "layers": (1,),
+        "mask_token_id": None,
+    },
+}
+"""Kinds of views; a family takes of `twins` what it has."""
+
+
+def variant_of(name: str, variant: str) -> dict[str, Any]:
+    """The settings of that variant for a tiny model of that family."""
+    settings = dict(VARIANTS[variant])
+    if "twins" in settings:
+        known = find_family(FAMILY_CONFIGS[name]).twin_names
+        settings["twins"] = tuple(twin for twin in settings["twins"] if twin in known)
+    return settings
+
+
 def tiny_model(name: str = "llama", seed: int = 0) -> PreTrainedModel:
     """A random model whose text is varied and yet partly foreseeable without the tokens in between.
 
@@ -115,10 +139,15 @@ def tiny_dual(
     block_size: int = 8,
     disturb: float = 0.0,
     mask_token_id: int | None = VOCAB - 1,
+    **variant: Any,
 ) -> DualView:
-    """A tiny model with a view; `disturb` adds noise to the twins (0 leaves them equal to the AR ones)."""
+    """A tiny model with a view; `disturb` adds noise to the twins (0 leaves them equal to the AR ones).
+
+    variant: layers, twins or rank, as in ViewConfig.
+    """
     model = tiny_model(name, seed)
-    dual = DualView(model, find_family(model), ViewConfig(block_size=block_size, mask_token_id=mask_token_id))
+    config = ViewConfig(block_size=block_size, mask_token_id=mask_token_id, **variant)
+    dual = DualView(model, find_family(model), config)
     disturb_view(dual, disturb)
     return dual
 
@@ -126,8 +155,10 @@ def tiny_dual(
 def disturb_view(dual: DualView, amount: float, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in dual.view_parameters().values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * amount * parameter.std())
+        for name, parameter in dual.view_parameters().items():
+            # The half of a low-rank part that starts at zero has no scale of its own.
+            scale = 0.5 if name.endswith(".up.weight") else parameter.std()
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * amount * scale)
 
 
 def tiny_prompt(length: int = 9, seed: int = 0) -> list[int]:

@@ -2,6 +2,7 @@
 
 import io
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from orthrus.cli.app import main
+
+from .training_files import SYNTH, write_prompts, write_recipe
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 TEMPLATE = (
@@ -84,6 +87,29 @@ def other_model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Other shapes, and no chat template."""
     folder = tmp_path_factory.mktemp("models") / "other"
     return str(write_model(folder, hidden_size=48, seed=1, template=None))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> str:
+    folder = tmp_path_factory.mktemp("corpora")
+    prompts = write_prompts(folder / "prompts.jsonl")
+    command = [
+        sys.executable,
+        "-m",
+        "orthrus.cli.app",
+        "synth",
+        str(folder / "corpus"),
+        "--model",
+        model_folder,
+    ]
+    subprocess.run([*command, "--prompts", prompts, *SYNTH], check=True, capture_output=True)
+    return str(folder / "corpus")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, corpus: str, model_folder: str) -> str:
+    output = str(tmp_path / "run")
+    return write_recipe(tmp_path / "recipe.yaml", base=model_folder, corpus=corpus, output=output)
 
 
 @dataclass(frozen=True)

@@ -46,3 +46,23 @@ def test_a_packed_view_is_small_and_generates_the_same_text(
 def test_only_views_are_packed(cli: Cli, model_folder: str, tmp_path: Path) -> None:
     options = ("--to", "merged", "--encoding", "delta4")
     assert_refused(cli("convert", model_folder, str(tmp_path / "out"), *options), "views only")
+
+
+def test_licence_and_figures_go_into_the_view_and_onto_its_card(
+    cli: Cli, model_folder: str, tmp_path: Path
+) -> None:
+    figures = tmp_path / "figures.json"
+    figures.write_text('[{"set": "gsm8k", "tokens_per_cycle": 3.65}]')
+    options = ("--license", "apache-2.0", "--figures", str(figures))
+    assert cli("convert", model_folder, str(tmp_path / "view"), *options).code == 0
+    # What was said once stays, as long as nothing else is said.
+    assert cli("convert", str(tmp_path / "view"), str(tmp_path / "again"), "--license", "mit").code == 0
+    for folder, licence in (("view", "apache-2.0"), ("again", "mit")):
+        provenance = json.loads((tmp_path / folder / "view_config.json").read_text())["provenance"]
+        assert provenance == {"license": licence, "figures": [{"set": "gsm8k", "tokens_per_cycle": 3.65}]}
+        card = (tmp_path / folder / "README.md").read_text()
+        assert f"license: {licence}\n" in card
+        assert "| gsm8k | 3.65 |" in card
+    target = str(tmp_path / "none")
+    assert_refused(cli("convert", model_folder, target, "--figures", str(tmp_path / "x")), "cannot be read")
+    assert_refused(cli("convert", model_folder, target, "--license", " "), "--license is empty")

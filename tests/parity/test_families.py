@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import FAMILY_CONFIGS, tiny_dual, tiny_prompt
+from tests.tiny import FAMILY_CONFIGS, VARIANTS, tiny_dual, tiny_prompt, variant_of
 from torch import nn
 from transformers.integrations import flex_attention
 
@@ -94,6 +94,17 @@ def test_chain_is_the_stock_model_and_drafts_hit_and_miss(name: str, config: Dec
     # Longer prefixes than one token must stand at times, or only row 0 of the block would be tried.
     if config.block_size is None:
         assert max(len(r.stats.accepted_histogram) for r in results) > 2
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3-sliding", "phi3", "gemma2", "olmo2"])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "all"])
+def test_views_of_every_kind_are_lossless_and_draft(name: str, variant: str) -> None:
+    dual = tiny_dual(name, disturb=0.15, **variant_of(name, variant))
+    for floor in (True, False):
+        config = DecodeConfig(max_new_tokens=NUM_NEW, floor=floor)
+        results = [decode(dual, prompt, config) for prompt in PROMPTS]
+        assert [r.token_ids for r in results] == stock_texts(name)
+        assert 0 < sum(r.stats.num_accepted for r in results) < sum(r.stats.num_drafted for r in results)
 
 
 @EVERY_FAMILY

@@ -17,7 +17,6 @@ from orthrus.training import self_prompts as self_prompts_module
 from orthrus.training import synth as synth_module
 from orthrus.training.batch_decode import Answer, Request, decode_batch
 from orthrus.training.corpus import (
-    MANIFEST,
     PROMPTS,
     Unseen,
     corpus_digest,
@@ -25,8 +24,10 @@ from orthrus.training.corpus import (
     read_jsonl,
     shard_path,
 )
+from orthrus.training.manifest import MANIFEST
+from orthrus.training.prompt_sources import PromptSource
 from orthrus.training.self_prompts import is_repetitive, self_prompts
-from orthrus.training.synth import PromptSource, SynthConfig, SynthProgress, synthesise
+from orthrus.training.synth import SynthConfig, SynthProgress, synthesise
 
 ORTHRUS = tiny_orthrus()
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.tiny import FAMILY_CONFIGS, tiny_dual, tiny_prompt
+from tests.tiny import FAMILY_CONFIGS, VARIANTS, tiny_dual, tiny_prompt, variant_of
 
 from orthrus.model.passes import draft_block, prefill
 from orthrus.training.blocks import BlockLayout, draw_blocks
@@ -24,7 +24,16 @@ def _rows(row_length=48):
 @pytest.mark.parametrize("name", sorted(FAMILY_CONFIGS))
 @pytest.mark.parametrize("mask_token_id", [60, None], ids=["mask token", "mask embedding"])
 def test_training_blocks_equal_decoding_blocks(name, mask_token_id):
-    dual = tiny_dual(name, block_size=5, disturb=0.3, mask_token_id=mask_token_id)
+    assert_training_equals_decoding(tiny_dual(name, block_size=5, disturb=0.3, mask_token_id=mask_token_id))
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "all"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3-sliding", "phi3", "gemma3"])
+def test_training_blocks_equal_decoding_blocks_in_views_of_every_kind(name, variant):
+    assert_training_equals_decoding(tiny_dual(name, block_size=5, disturb=0.3, **variant_of(name, variant)))
+
+
+def assert_training_equals_decoding(dual):
     training = TrainingPass(dual, Objective())
     batch = draw_blocks(_rows(), [0, 1], 6, LAYOUT)
     with torch.no_grad():
@@ -60,8 +69,10 @@ def test_teacher_rows_equal_the_stock_forward_on_each_document():
                 )
 
 
-def test_only_the_view_gets_gradients():
-    dual = tiny_dual("qwen3", disturb=0.2, mask_token_id=None)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["qwen3", "phi3"])
+def test_only_the_view_gets_gradients(name, variant):
+    dual = tiny_dual(name, disturb=0.2, **{"mask_token_id": None, **variant_of(name, variant)})
     before = {name: p.clone() for name, p in dual.base.named_parameters() if ".diffusion." not in name}
     output = TrainingPass(dual, Objective())(draw_blocks(_rows(), [0, 1], 6, LAYOUT))
     output.loss.backward()

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from orthrus.errors import UserInputError
-from orthrus.training.corpus import Unseen, normalised, read_prompt_texts
+from orthrus.training.corpus import Unseen, normalised
+from orthrus.training.prompt_sources import read_prompt_texts
 from orthrus.training.recipe import TrainConfig, load_recipe
 from orthrus.training.trainer import rows_of_step
 
@@ -22,10 +23,10 @@ def test_every_script_counts_as_words():
 def test_a_prompt_file_that_is_no_text_is_refused(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(UserInputError, match="not UTF-8"):
+    with pytest.raises(UserInputError, match="UTF-8"):
         read_prompt_texts(file)
-    file.write_text('{"turns": "abc"}')
-    with pytest.raises(UserInputError, match="no user turn"):
+    file.write_text('{"messages": [{"role": "system", "content": "abc"}]}')
+    with pytest.raises(UserInputError, match="line 1: no user turn"):
         read_prompt_texts(file)
 
 
@@ -56,8 +57,8 @@ def test_fewer_rows_than_processes_are_refused(monkeypatch, tmp_path):
 
     dual = tiny_dual(block_size=5, mask_token_id=None)
     rows = pack(own_answers(dual, 2, 10), 48)
-    many = type("Accelerator", (), {"num_processes": 4})()
-    monkeypatch.setattr(trainer, "_accelerator", lambda _: many)
+    many = type("Processes", (), {"count": 4})()
+    monkeypatch.setattr(trainer, "Processes", lambda _: many)
     config: TrainConfig = replace(CONFIG, output=str(tmp_path / "run"))
     with pytest.raises(UserInputError, match="batch_rows 2 is less than a row for each of 4"):
         trainer.train(dual, rows, config, "digest", trainer.Hooks())

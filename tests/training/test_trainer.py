@@ -39,9 +39,9 @@ def own_answers(dual, num_prompts, length):
     return samples
 
 
-def run(tmp_path, name, config=CONFIG, hooks=None, dual=None):
+def run(tmp_path, name, config=CONFIG, hooks=None, dual=None, samples=None):
     dual = dual or tiny_dual(block_size=5, mask_token_id=None)
-    samples = own_answers(dual, 5, 20)
+    samples = samples or own_answers(dual, 5, 20)
     rows = pack(samples, config.row_length)
     state = train(
         dual, rows, replace(config, output=str(tmp_path / name)), corpus_digest(samples), hooks or Hooks()

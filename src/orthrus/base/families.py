@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 MaskKind = Literal["single", "by_layer_type"]
 
 _PLAIN = ("q_proj", "k_proj", "v_proj", "o_proj")
-_NORMED = (*_PLAIN, "q_norm", "k_norm")
+_NORMS = ("q_norm", "k_norm")
+_NORMED = (*_PLAIN, *_NORMS)
 _FUSED = ("qkv_proj", "o_proj")
 
 
@@ -38,9 +39,14 @@ class Family:
 
     def row_dim(self, twin_name: str) -> int:
         """The dimension, counted from the end, that holds the rows in the input of that module."""
-        if twin_name in ("q_norm", "k_norm") and self.norm_row_dim is not None:
+        if self.is_norm(twin_name) and self.norm_row_dim is not None:
             return self.norm_row_dim
         return -2
+
+    @staticmethod
+    def is_norm(twin_name: str) -> bool:
+        """Whether that module is a norm: a vector of weights, no projection."""
+        return twin_name in _NORMS
 
 
 FAMILIES = (

@@ -36,6 +36,19 @@ def replace_folder(target: Path) -> Iterator[Path]:
         yield scratch
 
 
+def restore_folder(target: Path) -> None:
+    """Clear up after a `replace_folder` whose process was killed; puts a folder that it moved aside back.
+
+    Only where nobody else writes `target` at the same time.
+    """
+    if not target.exists():
+        for old in target.parent.glob(f".{target.name}.old.*/{target.name}"):
+            old.rename(target)
+            break
+    for scrap in target.parent.glob(f".{target.name}.*"):
+        shutil.rmtree(scrap, ignore_errors=True)
+
+
 @contextmanager
 def _built_folder(target: Path) -> Iterator[Path]:
     with _storage_errors(target):

@@ -49,6 +49,13 @@ def resolve(model: str, revision: str | None = None) -> Source:
     return Source("hub", source.origin, None, revision)
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether the name is a well-formed hub id `owner/name`; a relative path of two parts looks the same."""
+    return bool(_HUB_ID.fullmatch(model)) and not (
+        ".." in model or "--" in model or model.endswith((".git", ".", "-"))
+    )
+
+
 def _classify(model: str) -> Source:
     if not model.strip():
         raise UserInputError("The model name is empty: give 'default', a folder, a .gguf file or a hub id.")
@@ -65,7 +72,7 @@ def _classify(model: str) -> Source:
         return _file(path)
     if _looks_like_path(model):
         raise ModelNotFoundError(f"{model} does not exist: check the path, or give a hub id 'owner/name'.")
-    if not _HUB_ID.fullmatch(model) or ".." in model or "--" in model or model.endswith((".git", ".", "-")):
+    if not is_hub_id(model):
         raise UserInputError(
             f"'{model}' is neither a folder or file here nor a hub id 'owner/name': check the spelling."
         )

@@ -1,13 +1,12 @@
 """What benchmarks ask: forty prompts of our own over five domains, or a JSONL file of the user's."""
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
+from orthrus.base.prompt_files import FilePrompt, parse_prompts, read_prompt_file
 from orthrus.errors import UserInputError
 
 DOMAINS = ("math", "code", "chat", "creative", "summary")
@@ -38,7 +37,7 @@ def load_prompts(
     """
     if limit is not None and limit < 1:
         raise UserInputError(f"the limit of prompts per domain must be at least 1, not {limit}.")
-    prompts = list(_parse(*_read(path)))
+    prompts = [BenchPrompt(p.prompt, p.domain or NO_DOMAIN) for p in _read(path)]
     known = {p.domain for p in prompts}
     for domain in domains:
         if domain not in known:
@@ -53,60 +52,8 @@ def load_prompts(
     return kept
 
 
-def _read(path: Path | None) -> tuple[str, str]:
-    """(name to show in errors, text)."""
-    if path is None:
-        return "built-in prompts", files("orthrus.bench").joinpath("prompts.jsonl").read_text(
-            encoding="utf-8"
-        )
-    try:
-        return str(path), path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        reason = getattr(e, "strerror", None) or "it is not UTF-8 text"
-        raise UserInputError(f"cannot read the prompts in {path} ({reason}); give a JSONL file.") from e
-
-
-def _parse(name: str, text: str) -> Iterator[BenchPrompt]:
-    found = False
-    # Not splitlines(): JSON strings may hold its other line separators as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            found = True
-            try:
-                yield _prompt(json.loads(line))
-            except json.JSONDecodeError as e:
-                raise UserInputError(f"{name}, line {number}: no valid JSON ({e.msg}).") from e
-            except UserInputError as e:
-                raise UserInputError(f"{name}, line {number}: {e}") from e
-    if not found:
-        raise UserInputError(f"{name} holds no prompts; write one JSON object per line, with a 'prompt'.")
-
-
-def _prompt(record: Any) -> BenchPrompt:
-    if not isinstance(record, dict):
-        raise UserInputError("each line must be a JSON object with 'prompt', 'messages' or 'turns'.")
-    domain = record.get("domain", NO_DOMAIN)
-    if not isinstance(domain, str) or not domain:
-        raise UserInputError("'domain' must be a text.")
-    given = [key for key in ("prompt", "messages", "turns") if key in record]
-    if len(given) != 1:
-        raise UserInputError("give exactly one of 'prompt', 'messages' and 'turns'.")
-    value = record[given[0]]
-    if given[0] == "messages":
-        return BenchPrompt(_messages(value), domain)
-    if given[0] == "turns":
-        value = value[0] if isinstance(value, list) and value else None
-    if not isinstance(value, str) or not value.strip():
-        raise UserInputError(f"'{given[0]}' must hold some text.")
-    return BenchPrompt(value, domain)
-
-
-def _messages(value: Any) -> list[dict[str, str]]:
-    sound = isinstance(value, list) and value and all(_is_message(message) for message in value)
-    if not sound:
-        raise UserInputError("'messages' must be a list of objects with the texts 'role' and 'content'.")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+def _read(path: Path | None) -> Iterable[FilePrompt]:
+    if path is not None:
+        return read_prompt_file(path)
+    text = files("orthrus.bench").joinpath("prompts.jsonl").read_text(encoding="utf-8")
+    return parse_prompts("built-in prompts", text)

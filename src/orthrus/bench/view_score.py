@@ -6,7 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+
 from orthrus.base.loading import Base
+from orthrus.base.outputs import restore_folder
 from orthrus.bench.prompts import load_prompts
 from orthrus.config import DecodeConfig
 from orthrus.engine.stream import TokenStream
@@ -23,24 +28,32 @@ class Scorer:
     """Called by the trainer as `scorer(dual, step)`: tokens per cycle, chain, greedy, first token left out.
 
     The view with the highest score is kept in `output/best`. `origin` is the part of its provenance that is
-    known before the run. `best` is (score, step), None before the first score.
+    known before the run. `best` is (score, step), None before the first score. Of several processes each
+    decodes some of the prompts, all come to the same score, and the main one keeps the view.
     """
 
     base: Base
     prompts: list[list[int]]
     output: Path
     origin: dict[str, Any]
+    process: PartialState
     best: tuple[float, int] | None = None
 
     def __call__(self, dual: DualView, step: int) -> float:
-        score = tokens_per_cycle(dual, self.base, self.prompts)
+        mine = self.prompts[self.process.process_index :: self.process.num_processes]
+        counts = torch.tensor(decoded(dual, self.base, mine), device=self.process.device)
+        num_tokens, num_cycles = reduce(counts, "sum").tolist()
+        score = num_tokens / num_cycles if num_cycles else 1.0
         if self.best is None or score > self.best[0]:
             self.best = (score, step)
-            keep_view(dual, self.output / BEST, self.origin | {"step": step, "tokens_per_cycle": score})
+            if self.process.is_main_process:
+                keep_view(dual, self.output / BEST, self.origin | {"step": step, "tokens_per_cycle": score})
         return score
 
     def remember(self) -> None:
-        """Take up the best score of an earlier part of the same run."""
+        """Take up the best score of an earlier part of the same run, however it ended."""
+        if self.process.is_main_process:
+            restore_folder(self.output / BEST)
         try:
             made = read_json(self.output / BEST / CONFIG_FILE)["provenance"]
             self.best = (float(made["tokens_per_cycle"]), int(made["step"]))
@@ -61,8 +74,8 @@ def held_out_prompts(base: Base, number: int, block_size: int) -> list[list[int]
     return [ids for ids in encoded if len(ids) <= room][:number]
 
 
-def tokens_per_cycle(dual: DualView, base: Base, prompts: list[list[int]]) -> float:
-    """(Tokens after the first) / cycles over all prompts; the view in the base's precision, as served."""
+def decoded(dual: DualView, base: Base, prompts: list[list[int]]) -> tuple[int, int]:
+    """(Tokens after the first, cycles) over all prompts; the view in the base's precision, as served."""
     config = DecodeConfig(max_new_tokens=NUM_TOKENS)
     num_tokens = num_cycles = 0
     with served(dual):
@@ -77,7 +90,7 @@ def tokens_per_cycle(dual: DualView, base: Base, prompts: list[list[int]]) -> fl
             stats = stream.drain().stats
             num_tokens += max(stats.num_tokens - 1, 0)
             num_cycles += stats.num_cycles
-    return num_tokens / num_cycles if num_cycles else 1.0
+    return num_tokens, num_cycles
 
 
 @contextmanager

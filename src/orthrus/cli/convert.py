@@ -59,6 +59,23 @@ def convert(
             "(views only, about an eighth of the size)."
         ),
     ] = "full",
+    license: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Licence that the view is given under, for its card, such as apache-2.0.",
+            show_default=False,
+        ),
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measured figures for the card: a JSON list of objects, or a result of "
+            "benchmarks/acceptance.py.",
+            show_default=False,
+        ),
+    ] = None,
     device: options.Device = "cpu",
     revision: options.Revision = None,
     quiet: options.Quiet = False,
@@ -72,6 +89,7 @@ def convert(
         raise UserInputError(f"{target} exists already; name a new folder or remove that one first.")
     if encoding != "full" and to != "view":
         raise UserInputError(f"--encoding {encoding} is for views only; add --to view, or leave it out.")
+    stated = _stated(license, figures)
     orthrus = load_orthrus(
         source,
         quiet=quiet,
@@ -82,6 +100,8 @@ def convert(
     )
     if block_size is not None:
         _set_block_size(orthrus, block_size)
+    config = orthrus.dual.config
+    orthrus.dual.config = replace(config, provenance=config.provenance | stated)
     logits_TV = _stock_logits(orthrus)
     _require_equal(logits_TV, _ar_logits(orthrus), "the model with its twins")
     report = _report(orthrus, target, to)
@@ -98,6 +118,16 @@ def convert(
         print_json(report)
     else:
         _print(report)
+
+
+def _stated(licence: str | None, figures: Path | None) -> dict[str, Any]:
+    """What the user says of the view, for its provenance; checked before anything is loaded."""
+    from orthrus.model.figures import read_figures
+
+    if licence is not None and not licence.strip():
+        raise UserInputError("--license is empty; name a licence such as apache-2.0, or leave it out.")
+    stated = {"license": licence, "figures": None if figures is None else read_figures(figures)}
+    return {key: value for key, value in stated.items() if value is not None}
 
 
 def _default_view(source: str) -> str:

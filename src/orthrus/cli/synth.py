@@ -11,13 +11,12 @@ import typer
 from orthrus.cli import options
 from orthrus.cli.common import load_orthrus
 from orthrus.cli.render import note, out, print_json
-from orthrus.errors import UserInputError
+from orthrus.cli.synth_sources import check_sources, parse_sources
 
 if TYPE_CHECKING:
     from orthrus.training.corpus import Sample
-    from orthrus.training.synth import PromptSource, SynthConfig, SynthProgress
+    from orthrus.training.synth import SynthProgress
 
-DEFAULT_SELF_PROMPTS = ("math=200", "code=200", "chat=200", "writing=200", "summary=200")
 _LINE_SECONDS = 15.0
 
 
@@ -31,12 +30,20 @@ def synth(
             help="JSONL with prompt, turns or messages a line; may be repeated.",
         ),
     ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:DOMAIN[:COUNT]]",
+            help="A data set of the hub, OWNER/NAME or OWNER/NAME/CONFIG, or a folder of parquet or JSONL "
+            "files; @SPLIT behind it names a split other than train; may be repeated.",
+        ),
+    ] = None,
     self_prompts: Annotated[
         list[str] | None,
         typer.Option(
             metavar="DOMAIN=COUNT",
             help="Let the model make prompts itself: math, code, chat, writing, summary or another name; "
-            "may be repeated. Left out, without --prompts too: 200 of each.",
+            "may be repeated. Without any source: 200 of each of the five.",
         ),
     ] = None,
     suffix: Annotated[
@@ -73,7 +80,7 @@ def synth(
     from orthrus.training.synth import SynthConfig
 
     config = SynthConfig(
-        sources=parse_sources(prompts or [], self_prompts or [], suffix or []),
+        sources=parse_sources(prompts or [], dataset or [], self_prompts or [], suffix or []),
         held_out=tuple(str(file) for file in held_out or ()),
         greedy_share=greedy_share,
         temperature=temperature,
@@ -82,7 +89,7 @@ def synth(
         shard_size=shard_size,
         seed=seed,
     )
-    _check_files(config)
+    check_sources(config, folder)
     from orthrus.bench.prompts import load_prompts
     from orthrus.training.corpus import PROMPTS, load_corpus, read_jsonl
     from orthrus.training.synth import synthesise
@@ -101,60 +108,6 @@ def synth(
         print_json(report)
     else:
         _print(report)
-
-
-def parse_sources(
-    prompts: list[str], self_prompts: list[str], suffixes: list[str]
-) -> "tuple[PromptSource, ...]":
-    """The sources that the options name; UserInputError for one that cannot be read as such."""
-    from dataclasses import replace
-
-    from orthrus.training.synth import PromptSource
-
-    if not prompts and not self_prompts:
-        self_prompts = list(DEFAULT_SELF_PROMPTS)
-    sources = [_file_source(spec) for spec in prompts]
-    for spec in self_prompts:
-        domain, found, number = spec.partition("=")
-        if not found or not domain or not number.isdecimal() or int(number) < 1:
-            raise UserInputError(f"--self-prompts takes DOMAIN=COUNT, such as math=200, not '{spec}'.")
-        sources.append(PromptSource(domain=domain, count=int(number)))
-    for spec in suffixes:
-        domain, found, text = spec.partition("=")
-        if not found or domain not in {source.domain for source in sources}:
-            raise UserInputError(
-                "--suffix takes DOMAIN=TEXT with a domain that --prompts FILE:DOMAIN or --self-prompts "
-                f"names, not '{spec}'."
-            )
-        text = text.replace("\\n", "\n")
-        sources = [replace(s, suffix=s.suffix + text) if s.domain == domain else s for s in sources]
-    return tuple(sources)
-
-
-def _file_source(spec: str) -> "PromptSource":
-    from orthrus.training.synth import PromptSource
-
-    # A path may hold colons itself, so the longest one that exists is meant.
-    for parts in ([spec], spec.rsplit(":", 1), spec.rsplit(":", 2)):
-        if Path(parts[0]).expanduser().is_file():
-            file, domain, number = [*parts, "", ""][:3]
-            if number and (not number.isdecimal() or int(number) < 1):
-                raise UserInputError(
-                    f"the count in --prompts {spec} must be a positive number, not '{number}'."
-                )
-            path = str(Path(file).expanduser())
-            return PromptSource(file=path, domain=domain or None, count=int(number) if number else None)
-    raise UserInputError(
-        f"there is no prompt file '{spec}'; --prompts takes FILE, FILE:DOMAIN or FILE:DOMAIN:COUNT."
-    )
-
-
-def _check_files(config: "SynthConfig") -> None:
-    """Read all files once before the model is loaded, so that a bad line costs nothing."""
-    from orthrus.training.corpus import read_prompt_texts
-
-    for file in (*(s.file for s in config.sources if s.file), *config.held_out):
-        read_prompt_texts(Path(file))
 
 
 def _report(folder: Path, num_prompts: int, samples: "list[Sample]") -> dict[str, Any]:

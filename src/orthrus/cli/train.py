@@ -35,18 +35,22 @@ def train(
     The same command goes on where an earlier one stopped; Ctrl-C saves first. OUTPUT/best holds the view that
     drafted best in real decodes, OUTPUT/view the last one.
     """
-    from orthrus.training.corpus import corpus_digest, load_corpus
+    from orthrus.training.corpus import corpus_digest, load_corpora
     from orthrus.training.packing import pack
     from orthrus.training.recipe import load_recipe
 
     # What costs nothing is checked before the model is loaded.
     config = load_recipe(recipe, overrides)
-    samples = load_corpus(Path(config.corpus))
+    corpora = load_corpora(config.corpus)
+    samples = [sample for part in corpora.values() for sample in part]
     rows = pack(samples, config.row_length, drop_long=config.drop_long)
     digest = corpus_digest(samples)
+    from orthrus.training.trackers import wanted
     from orthrus.training.trainer import train as run_training
 
-    run = _Run(config, samples, digest, quiet=quiet)
+    wanted(config.trackers)
+
+    run = _Run(config, corpora, digest, quiet=quiet)
     with run.display, cancel_on_interrupt(run):
         state = run_training(run.dual, rows, config, digest, run.hooks())
     run.finish(state)
@@ -57,7 +61,8 @@ def train(
         else:
             _print(report)
     if run.stopped:
-        note(f"stopped after step {state.step}; the same command goes on from there")
+        if run.is_main:
+            note(f"stopped after step {state.step}; the same command goes on from there")
         raise typer.Exit(INTERRUPTED)
 
 
@@ -65,35 +70,38 @@ class _Run:
     """One invocation: the model with its view, and what the trainer is given to call."""
 
     def __init__(
-        self, config: "TrainConfig", samples: "list[Sample]", corpus_digest: str, *, quiet: bool
+        self, config: "TrainConfig", corpora: "dict[str, list[Sample]]", digest: str, *, quiet: bool
     ) -> None:
-        from accelerate import PartialState
-
         from orthrus.base.loading import load_base
         from orthrus.bench.view_score import Scorer, held_out_prompts
+        from orthrus.training.flex_blocks import check_attention
+        from orthrus.training.processes import this_process
         from orthrus.training.run_state import STATE_FILE
         from orthrus.training.start import check_samples, starting_view
 
-        process = PartialState()
+        process = this_process()
         self.is_main: bool = process.is_main_process
+        check_attention(config.attention, process.device)
         quiet = quiet or not self.is_main
         with ProgressDisplay(quiet=quiet) as on_progress:
             base = load_base(
                 config.base, dtype=config.dtype, device=str(process.device), on_progress=on_progress
             )
-            check_samples(base, samples, config.corpus)
+            for folder, samples in corpora.items():
+                check_samples(base, samples, folder)
             self.dual: DualView = starting_view(base, config)
         self.config, self.output = config, Path(config.output)
         self.display = TrainDisplay(
-            f"{base.name}, {len(samples):,} dialogues, K = {config.block_size}", quiet=quiet
+            f"{base.name}, {sum(map(len, corpora.values())):,} dialogues, K = {config.block_size}",
+            quiet=quiet,
         )
         self.stopped, self.num_steps = False, 0
         self.last_log: TrainLog | None = None
-        self.origin = _origin(config, samples, corpus_digest, str(process.device))
+        self.origin = _origin(config, corpora, digest, str(process.device))
         self.scorer: Scorer | None = None
         prompts = held_out_prompts(base, config.evaluate_prompts, config.block_size)
         if prompts:
-            self.scorer = Scorer(base, prompts, self.output, self.origin)
+            self.scorer = Scorer(base, prompts, self.output, self.origin, process)
             if (self.output / STATE_FILE).is_file():
                 self.scorer.remember()
         self.tracker: Any = None
@@ -145,9 +153,9 @@ class _Run:
         }
 
     def _start(self, step: int, num_steps: int) -> None:
-        from orthrus.training.trackers import open_tensorboard
+        from orthrus.training.trackers import open_trackers
 
-        self.tracker = open_tensorboard(self.output / "tensorboard", step)
+        self.tracker = open_trackers(self.config.trackers, self.output, step)
         self.num_steps = num_steps
         self.display.start(step, num_steps)
 
@@ -167,22 +175,35 @@ class _Run:
         return value
 
 
-def _origin(config: "TrainConfig", samples: "list[Sample]", digest: str, device: str) -> dict[str, Any]:
+def _origin(
+    config: "TrainConfig", corpora: "dict[str, list[Sample]]", digest: str, device: str
+) -> dict[str, Any]:
     """Provenance of the views of this run, as far as it is known before the first step."""
-    from collections import Counter
-
     from orthrus.base.provenance import provenance
+    from orthrus.training.corpus import corpus_digest
+    from orthrus.training.manifest import corpus_sources
     from orthrus.training.recipe import to_plain
 
+    parts = [
+        {"folder": folder, "digest": corpus_digest(samples)} | _counts(samples)
+        for folder, samples in corpora.items()
+    ]
+    samples = [sample for part in corpora.values() for sample in part]
+    sources = dict.fromkeys(source for folder in corpora for source in corpus_sources(Path(folder)))
     return {
         "recipe": to_plain(config),
-        "corpus": {
-            "digest": digest,
-            "dialogues": len(samples),
-            "answer_tokens": sum(len(s.answer_ids) for s in samples),
-            "domains": dict(Counter(s.domain for s in samples)),
-        },
+        "corpus": {"digest": digest} | _counts(samples) | {"sources": list(sources), "parts": parts},
         "run": provenance(device=device, dtype=config.dtype, seed=config.seed),
+    }
+
+
+def _counts(samples: "list[Sample]") -> dict[str, Any]:
+    from collections import Counter
+
+    return {
+        "dialogues": len(samples),
+        "answer_tokens": sum(len(s.answer_ids) for s in samples),
+        "domains": dict(Counter(s.domain for s in samples)),
     }
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base
 from orthrus.base.outputs import atomic_folder, replace_folder
-from orthrus.errors import CheckpointError, CorruptFileError, OrthrusWarning
+from orthrus.errors import CheckpointError, CorruptFileError, OrthrusWarning, UserInputError
 from orthrus.model.card import view_card
 from orthrus.model.delta_codec import decode_tensors, encode_tensors
 from orthrus.model.dual_view import DualView
 from orthrus.model.names import is_view_tensor, to_file
+from orthrus.model.twin import chosen_names
 from orthrus.model.view_config import Encoding, ViewConfig
 
 CONFIG_FILE = "view_config.json"
@@ -30,24 +31,48 @@ DEFAULT_FRESH_BLOCK_SIZE = 8
 
 
 def fresh_view(
-    base: Base, block_size: int = DEFAULT_FRESH_BLOCK_SIZE, layers: Sequence[int] | None = None
+    base: Base,
+    block_size: int = DEFAULT_FRESH_BLOCK_SIZE,
+    layers: Sequence[int] | None = None,
+    *,
+    twins: Sequence[str] | None = None,
+    rank: int | None = None,
+    mask: int | str = "auto",
+    seed: int = 0,
 ) -> DualView:
-    """A view whose twins are copies of the AR ones: lossless at once, fast only after training.
+    """A view that equals the AR one: lossless at once, fast only after training.
 
-    layers: indices of the layers that get twins; all when None. Raises CheckpointError for one that is not
-    there. The mask is the first embedding row that no token uses, or a mask embedding of its own where the
-    vocabulary has none to spare.
+    layers: indices of the layers that get twins; twins: the modules that get one (such as q_proj, k_proj and
+    v_proj); all when None. rank: None for full copies, else that of low-rank twins, drawn from `seed`. mask:
+    "auto" for the first embedding row that no token uses, or a mask embedding of its own where the vocabulary
+    has none to spare; "trained" for the latter in any case; a token id for that row. Raises CheckpointError
+    for a layer or twin that the base does not have, UserInputError for such a mask.
     """
-    num_rows = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
-    spare = len(base.tokenizer)
     config = ViewConfig(
         block_size=block_size,
-        mask_token_id=spare if spare < num_rows else None,
+        mask_token_id=_mask_token_id(base, mask),
         layers=None if layers is None else tuple(layers),
+        twins=None if twins is None else chosen_names(base.family, twins),
+        rank=rank,
         base_name=base.reference,
         base_fingerprint=fingerprint(base.model),
     )
-    return DualView(base.model, base.family, config)
+    return DualView(base.model, base.family, config, seed=seed)
+
+
+def _mask_token_id(base: Base, mask: int | str) -> int | None:
+    num_rows: int = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[assignment, index]
+    if mask == "auto":
+        spare = len(base.tokenizer)
+        return spare if spare < num_rows else None
+    if mask == "trained":
+        return None
+    if type(mask) is int and 0 <= mask < num_rows:
+        return mask
+    raise UserInputError(
+        f"the mask must be auto, trained or the id of one of {base.name}'s {num_rows} embeddings, "
+        f"not {mask!r}."
+    )
 
 
 def view_tensors(dual: DualView) -> dict[str, Tensor]:
@@ -107,12 +132,13 @@ def load_view(base: Base, folder: Path | str, *, dtype: torch.dtype | None = Non
 
 
 def _ar_tensors(dual: DualView) -> dict[str, Tensor]:
-    """The frozen twin of each view tensor, under the view tensor's file name."""
+    """The frozen twin of each view tensor that has one of its shape, under the view tensor's file name."""
     frozen = dict(dual.base.named_parameters())
+    pairs = ((n, p, frozen.get(n.replace(".diffusion.", ".ar."))) for n, p in dual.view_parameters().items())
     return {
-        to_file(name): frozen[name.replace(".diffusion.", ".ar.")].detach()
-        for name in dual.view_parameters()
-        if ".diffusion." in name
+        to_file(name): ar.detach()
+        for name, ours, ar in pairs
+        if ar is not None and ar is not ours and ar.shape == ours.shape
     }
 
 

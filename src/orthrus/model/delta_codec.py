@@ -1,7 +1,8 @@
 """Views as 4-bit differences from the AR twins: about an eighth of the size of float32 weights.
 
 Shape suffixes: O output rows, I inputs, G groups of `GROUP` inputs, S = GROUP. Each group has one bfloat16
-scale and codes from -7 to 7, two to a byte. Vectors (norms, biases, the mask embedding) stay float32.
+scale and codes from -7 to 7, two to a byte. Vectors (norms, biases, the mask embedding) stay float32, and
+so does whatever has no AR tensor of its shape (the factors of low-rank twins).
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,12 +25,12 @@ _LEAST_GAIN = 5e-5
 def encode_tensors(tensors: Mapping[str, Tensor], twins: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What to store for view tensors, all under their file names.
 
-    twins: for each tensor of the view (but a mask embedding) the frozen AR weight it is a difference from.
+    twins: for each tensor of the view that has one the frozen AR weight it is a difference from.
     Matrices become `NAME.codes` (O, ceil(I / 2)) uint8 and `NAME.scales` (O, G) bfloat16.
     """
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if tensor.ndim != 2:
+        if tensor.ndim != 2 or name not in twins:
             stored[name] = tensor.float()
             continue
         codes_OI, scales_OG = quantise(tensor.float() - twins[name].to(tensor.device).float())

@@ -19,11 +19,11 @@ class DualView(nn.Module):
     """Twins injected into a stock model, and the one call that everything else is made of: `run`.
 
     base: the stock model, whose attention projections become twins. The mask embedding (C,) exists only
-    for views without a mask token id. Raises CheckpointError when `config` names a mask token or layers
-    that this base does not have.
+    for views without a mask token id. seed: of what starts random in low-rank twins. Raises CheckpointError
+    when `config` names a mask token, layers or twins that this base does not have.
     """
 
-    def __init__(self, base: PreTrainedModel, family: Family, config: ViewConfig) -> None:
+    def __init__(self, base: PreTrainedModel, family: Family, config: ViewConfig, *, seed: int = 0) -> None:
         super().__init__()
         num_embeddings = len(base.get_input_embeddings().weight)  # type: ignore[arg-type]
         if config.mask_token_id is not None and not 0 <= config.mask_token_id < num_embeddings:
@@ -34,7 +34,7 @@ class DualView(nn.Module):
         self.base = base
         self.family = family
         self.config = config
-        self.split = inject(base, family, config.layers)
+        self.split = inject(base, family, config.layers, names=config.twins, rank=config.rank, seed=seed)
         self.mask_embedding: nn.Parameter | None = None
         if config.mask_token_id is None:
             self.mask_embedding = nn.Parameter(_initial_mask_embedding(base))

@@ -112,7 +112,7 @@ def save_merged(
             }
             write_json(temporary / "config.json", config | extra)
             _add_shard(temporary, dual)
-        (temporary / "README.md").write_text(view_card(dual), encoding="utf-8")
+        (temporary / "README.md").write_text(view_card(dual, folder=layout), encoding="utf-8")
 
 
 def orthrus_config(base_config: dict[str, Any]) -> dict[str, Any]:
@@ -135,6 +135,10 @@ def _check_released(dual: DualView) -> None:
         problem = "it has no place for a trained mask embedding"
     elif config.layers is not None:
         problem = "it wants twins in every layer"
+    elif config.twins is not None and set(config.twins) != set(dual.family.twin_names):
+        problem = f"it wants twins of {', '.join(dual.family.twin_names)}"
+    elif config.rank is not None:
+        problem = "it has no place for low-rank twins"
     if problem:
         raise CheckpointError(
             f"the released layout cannot hold this view: {problem}; write a merged folder instead."

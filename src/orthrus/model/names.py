@@ -1,7 +1,8 @@
 """The one table between our twins and the tensor names of checkpoints; its inverse is derived.
 
 The released Orthrus-Qwen3 layout keeps the base's own names and puts each diffusion tensor beside its AR
-twin, with `_diff` behind the module's name. Our merged folders and view files use the same names.
+twin, with `_diff` behind the module's name. Our merged folders and view files use the same names; the
+factors of a low-rank twin are `q_proj_diff.down.weight` and `q_proj_diff.up.weight` there.
 """
 
 from collections.abc import Mapping

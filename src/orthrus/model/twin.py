@@ -1,4 +1,4 @@
-"""Twins: one frozen projection and its diffusion copy behind the name that the stock code calls."""
+"""Twins: one frozen projection and its diffusion side behind the name that the stock code calls."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -47,21 +47,79 @@ class Twin(nn.Module):
         self.row_dim = row_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        num_rows = x.shape[self.row_dim]
-        num_ar = num_rows if self.split.num_ar_rows is None else min(self.split.num_ar_rows, num_rows)
-        if num_ar == num_rows:
+        num_ar, num_diffusion = self._num_rows(x)
+        if num_diffusion == 0:
             return self.ar(x)  # type: ignore[no-any-return]
         if num_ar == 0:
             return self.diffusion(x)  # type: ignore[no-any-return]
-        ar_x, diffusion_x = x.split([num_ar, num_rows - num_ar], dim=self.row_dim)
+        ar_x, diffusion_x = x.split([num_ar, num_diffusion], dim=self.row_dim)
         return torch.cat([self.ar(ar_x), self.diffusion(diffusion_x)], dim=self.row_dim)
 
+    def _num_rows(self, x: Tensor) -> tuple[int, int]:
+        """How many rows of an input are AR rows, and how many diffusion rows."""
+        num_rows = x.shape[self.row_dim]
+        num_ar = num_rows if self.split.num_ar_rows is None else min(self.split.num_ar_rows, num_rows)
+        return num_ar, num_rows - num_ar
 
-def inject(model: nn.Module, family: Family, layers: Iterable[int] | None = None) -> RowSplit:
-    """Put twins into the attention of the given layers (all by default); copies start equal to the base.
 
-    The base's own modules stay where they are, frozen, as `twin.ar`. Returns the split they share. Raises
-    CheckpointError for a layer that is not there, UserInputError when the model carries a view already.
+class LowRank(nn.Module):
+    """`up(down(x))`: down starts small and random, up at zero, so that together they start as nothing."""
+
+    def __init__(self, ar: nn.Module, rank: int, generator: torch.Generator, dtype: torch.dtype) -> None:
+        super().__init__()
+        # Every linear knows its sizes; a quantised one's weight has another shape.
+        num_inputs, num_outputs = int(ar.in_features), int(ar.out_features)  # type: ignore[arg-type]
+        if rank > num_inputs:
+            raise CheckpointError(
+                f"rank {rank} is more than the {num_inputs} inputs of a projection; lower it, or leave it "
+                "out for full-rank twins."
+            )
+        device = next((t.device for t in (*ar.parameters(), *ar.buffers())), None)
+        self.down = nn.Linear(num_inputs, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, num_outputs, bias=False, device=device, dtype=dtype)
+        with torch.no_grad():
+            # Drawn on the CPU, so that the device changes nothing.
+            self.down.weight.copy_(torch.randn(rank, num_inputs, generator=generator) * num_inputs**-0.5)
+            self.up.weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))  # type: ignore[no-any-return]
+
+
+class LowRankTwin(Twin):
+    """A twin whose diffusion side is the AR projection plus a low-rank part: `ar(x) + up(down(x))`.
+
+    The AR projection runs once for all rows; the part is added to the diffusion rows alone. Only the part is
+    the view's, so the base's own projection may be quantised. Source: arXiv 2106.09685.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        num_ar, num_diffusion = self._num_rows(x)
+        out: Tensor = self.ar(x)
+        if num_diffusion == 0:
+            return out
+        if num_ar == 0:
+            return out + self.diffusion(x)  # type: ignore[no-any-return]
+        ar_out, diffusion_out = out.split([num_ar, num_diffusion], dim=self.row_dim)
+        added = self.diffusion(x.narrow(self.row_dim, num_ar, num_diffusion))
+        return torch.cat([ar_out, diffusion_out + added], dim=self.row_dim)
+
+
+def inject(
+    model: nn.Module,
+    family: Family,
+    layers: Iterable[int] | None = None,
+    *,
+    names: Iterable[str] | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+) -> RowSplit:
+    """Put twins into the attention of the given layers (all by default); they start equal to the base.
+
+    names: which of the family's modules get twins, all by default. rank: None for full copies, else that of
+    low-rank twins, whose random side is drawn from `seed`; norms are copied in either case. The base stays
+    as it is, frozen, its twinned modules as `twin.ar`. Returns the split that the twins share. Raises
+    CheckpointError for a layer or name that is not there, UserInputError when the model carries a view.
     """
     if twins(model):
         raise UserInputError("this base carries a view already; load it once more for another view.")
@@ -73,16 +131,36 @@ def inject(model: nn.Module, family: Family, layers: Iterable[int] | None = None
             raise CheckpointError(
                 f"the view has twins in layer {index}, but this base has {len(attentions)} layers."
             )
+    wanted = chosen_names(family, names)
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    made: list[tuple[nn.Module, str, Twin]] = []
     for index in layers:
         attention = attentions[index]
-        for name in family.twin_names:
+        for name in wanted:
             ar = getattr(attention, name, None)
             if ar is None or isinstance(ar, nn.Identity):
                 continue
-            ar.requires_grad_(False)
-            diffusion = copy.deepcopy(ar).requires_grad_(True)
-            setattr(attention, name, Twin(ar, diffusion, split, family.row_dim(name)))
+            if rank is None or family.is_norm(name):
+                twin = Twin(ar, copy.deepcopy(ar).requires_grad_(True), split, family.row_dim(name))
+            else:
+                part = LowRank(ar, rank, generator, model.dtype)  # type: ignore[arg-type]
+                twin = LowRankTwin(ar, part, split, family.row_dim(name))
+            made.append((attention, name, twin))
+    for attention, name, twin in made:
+        setattr(attention, name, twin)
     return split
+
+
+def chosen_names(family: Family, names: Iterable[str] | None) -> tuple[str, ...]:
+    """The modules that get twins, in the family's order; CheckpointError for one that it does not have."""
+    names = family.twin_names if names is None else tuple(names)
+    if unknown := [name for name in names if name not in family.twin_names]:
+        raise CheckpointError(
+            f"{family.name} has no {unknown[0]} that could get a twin; choose among "
+            f"{', '.join(family.twin_names)}."
+        )
+    return tuple(name for name in family.twin_names if name in names)
 
 
 def twins(model: nn.Module) -> dict[str, Twin]:

@@ -15,14 +15,18 @@ class ViewConfig:
 
     block_size: K that it was trained with (the largest that may be asked for). mask_token_id: id of a frozen
     embedding row used as mask, or None for a trained mask embedding. layers: indices with twins, None for
-    all. base_name, base_fingerprint: the base it belongs to. trained: False for a fresh copy of the AR twins.
-    encoding: how the folder stores the weights, as they are or as 4-bit differences from the AR twins.
-    provenance: how it was made (recipe, data, versions, commit), free-form JSON.
+    all. twins: the modules of a layer that have one, None for all that the family names. rank: of low-rank
+    twins, None for full ones. base_name, base_fingerprint: the base it belongs to. trained: False for a view
+    that equals the AR one. encoding: how the folder stores the weights, as they are or as 4-bit differences
+    from the AR twins. provenance: how it was made (recipe, data, versions, commit; figures and license for
+    the card), free-form JSON.
     """
 
     block_size: int
     mask_token_id: int | None = None
     layers: tuple[int, ...] | None = None
+    twins: tuple[str, ...] | None = None
+    rank: int | None = None
     base_name: str = ""
     base_fingerprint: str = ""
     trained: bool = False
@@ -32,6 +36,10 @@ class ViewConfig:
     def __post_init__(self) -> None:
         if self.block_size < 2:
             raise CheckpointError(f"a view needs a block size of at least 2, not {self.block_size}.")
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise CheckpointError(f"the rank of a view's twins must be a positive number, not {self.rank!r}.")
+        if self.twins is not None and not self.twins:
+            raise CheckpointError("a view needs at least one twin; leave `twins` out for all.")
         if self.encoding not in get_args(Encoding):
             known = " and ".join(get_args(Encoding))
             raise CheckpointError(
@@ -51,9 +59,10 @@ class ViewConfig:
                 f"the view has format version {version}, this release reads {FORMAT_VERSION}; "
                 "upgrade orthrus."
             )
-        if fields.get("layers") is not None:
-            fields["layers"] = tuple(fields["layers"])
         try:
+            for name in ("layers", "twins"):
+                if fields.get(name) is not None:
+                    fields[name] = tuple(fields[name])
             return cls(**fields)
         except TypeError as e:
             raise CheckpointError(f"view_config.json does not fit this release: {e}.") from e

@@ -2,15 +2,19 @@
 
 Each query reads the AR rows that its block may see and its own block, both in one softmax. The AR keys
 take part as constants: no gradients are computed for them, which is most of what a dense mask over all
-keys would spend. Registered with transformers under `NAME`, so the stock attention modules call it.
+keys would spend. Registered with transformers under `NAME`, so the stock attention modules call it. This is
+the dense code, for any device; `flex_blocks` has the sparse one for GPUs.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 NAME = "orthrus_blocks"
 
@@ -19,15 +23,20 @@ NAME = "orthrus_blocks"
 class BlockContext:
     """What the blocks of a batch read: per layer the AR rows' keys and values (B, H_kv, T, D), frozen.
 
-    visible_BQT: bool, Q = N * K query rows; windowed_BQT: the same for layers with a sliding window.
+    full, windowed: what the N * K = Q query rows may read, in layers that see everything and in those with a
+    sliding window. Additive masks (B, Q, T) over the AR rows for the dense code, a BlockMask over AR rows and
+    block rows for the sparse one.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    bias_BQT: Tensor
-    windowed_bias_BQT: Tensor
+    full: "Tensor | BlockMask"
+    windowed: "Tensor | BlockMask"
     windows: list[int | None]
     block_size: int
+
+    def mask(self, layer: int) -> "Tensor | BlockMask":
+        return self.full if self.windows[layer] is None else self.windowed
 
 
 def block_attention(
@@ -50,8 +59,8 @@ def block_attention(
     query = (query_BHQD * scaling).reshape(batch, kv_heads, heads // kv_heads, rows, dim)
 
     context_k, context_v = block_context.keys[layer], block_context.values[layer]
-    windowed = block_context.windows[layer] is not None
-    bias_BQT = block_context.windowed_bias_BQT if windowed else block_context.bias_BQT
+    bias_BQT = block_context.mask(layer)
+    assert isinstance(bias_BQT, Tensor), "the dense code takes additive masks"
     # (B, H_kv, G * Q, T): one matrix product per kv head serves its whole group of query heads.
     context_scores = (query.flatten(2, 3) @ context_k.mT).view(batch, kv_heads, -1, rows, context_k.shape[2])
     blocked = query.unflatten(3, (-1, size))

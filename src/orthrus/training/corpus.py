@@ -1,7 +1,8 @@
 """A corpus on disk: prompts, then shards of answers, each written whole, so that work can stop anywhere.
 
-Layout of a corpus folder: `manifest.json` (provenance), `prompts.jsonl` (one {"prompt_ids", "domain"} a
-line), `answers-00000.jsonl`, ... (one {"prompt", "answer_ids", "finished"} a line).
+Layout of a corpus folder: `manifest.json` (provenance), `source-00.jsonl`, ... (one {"prompt", "domain"} a
+line, a file for each source of prompts), `prompts.jsonl` (one {"prompt_ids", "domain"} a line: what is left
+of all sources), `answers-00000.jsonl`, ... (one {"prompt", "answer_ids", "finished"} a line).
 """
 
 import hashlib
@@ -14,8 +15,8 @@ from typing import Any
 
 from orthrus.base.outputs import write_text_atomic
 from orthrus.errors import CorruptFileError, UserInputError
+from orthrus.training.manifest import base_fingerprint
 
-MANIFEST = "manifest.json"
 PROMPTS = "prompts.jsonl"
 
 
@@ -31,45 +32,6 @@ class Sample:
 def normalised(text: str) -> str:
     """Lower-case words and numbers only: what counts as the same text."""
     return " ".join(re.findall(r"\w+", text.casefold()))
-
-
-def read_prompt_texts(file: Path, domain: str | None = None) -> list[tuple[str, str]]:
-    """(text, domain) of each line of a JSONL file with `prompt`, `turns` or `messages`; first user turn only.
-
-    Raises UserInputError naming file and line for anything else, and for a file without prompts.
-    """
-    if not file.is_file():
-        raise UserInputError(f"there is no prompt file {file}; check the path.")
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as e:
-        raise UserInputError(f"{file} is not UTF-8 text ({e.reason}); save it as UTF-8.") from e
-    found: list[tuple[str, str]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            text = _first_user_turn(record)
-        except (ValueError, TypeError, AttributeError) as e:
-            raise UserInputError(f"{file}, line {number}: not a JSON object with a prompt ({e}).") from e
-        if text is None:
-            raise UserInputError(
-                f"{file}, line {number}: no user turn; give `prompt`, `turns` or `messages`."
-            )
-        found.append((text, str(domain or record.get("domain") or "other")))
-    if not found:
-        raise UserInputError(f"{file} holds no prompts; give one JSON object a line.")
-    return found
-
-
-def _first_user_turn(record: dict[str, Any]) -> str | None:
-    if isinstance(record.get("prompt"), str):
-        return str(record["prompt"])
-    if isinstance(record.get("turns"), list) and record["turns"]:
-        return str(record["turns"][0])
-    users = [m["content"] for m in record.get("messages", ()) if m.get("role") == "user"]
-    return str(users[0]) if users else None
 
 
 class Unseen:
@@ -95,14 +57,14 @@ def write_jsonl(file: Path, records: Iterable[dict[str, Any]]) -> None:
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """Read a JSONL file; CorruptFileError names file and line."""
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if not line:
             continue
         try:
-            records.append(json.loads(line))
-        except ValueError as e:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as e:
             raise CorruptFileError(
-                f"{file}, line {number} is not JSON; delete the file and run synth again."
+                f"{file}, line {number} is not a JSON object; delete the file and run synth again."
             ) from e
     return records
 
@@ -111,10 +73,14 @@ def shard_path(folder: Path, index: int) -> Path:
     return folder / f"answers-{index:05d}.jsonl"
 
 
+def source_path(folder: Path, index: int) -> Path:
+    return folder / f"source-{index:02d}.jsonl"
+
+
 def load_corpus(folder: Path) -> list[Sample]:
     """All answered prompts of a corpus folder, in the prompts' order.
 
-    Raises UserInputError when there is no corpus or it is empty.
+    Raises UserInputError when there is no corpus or it is empty, CorruptFileError when a file is damaged.
     """
     if not (folder / PROMPTS).is_file():
         raise UserInputError(
@@ -122,12 +88,10 @@ def load_corpus(folder: Path) -> list[Sample]:
         )
     prompts = read_jsonl(folder / PROMPTS)
     samples = [
-        Sample(
-            tuple(prompts[r["prompt"]]["prompt_ids"]), tuple(r["answer_ids"]), prompts[r["prompt"]]["domain"]
-        )
+        sample
         for file in sorted(folder.glob("answers-*.jsonl"))
-        for r in read_jsonl(file)
-        if r["answer_ids"]
+        for sample in _samples(file, prompts)
+        if sample.answer_ids
     ]
     if not samples:
         raise UserInputError(
@@ -135,6 +99,44 @@ def load_corpus(folder: Path) -> list[Sample]:
             "run `orthrus synth` again, with more prompts if need be."
         )
     return samples
+
+
+def _samples(file: Path, prompts: list[dict[str, Any]]) -> list[Sample]:
+    try:
+        return [
+            Sample(
+                tuple(prompts[r["prompt"]]["prompt_ids"]),
+                tuple(r["answer_ids"]),
+                prompts[r["prompt"]]["domain"],
+            )
+            for r in read_jsonl(file)
+        ]
+    except (KeyError, IndexError, TypeError) as e:
+        raise CorruptFileError(
+            f"{file} does not fit {PROMPTS} beside it; delete the file and run synth again."
+        ) from e
+
+
+def load_corpora(folders: Sequence[str]) -> dict[str, list[Sample]]:
+    """The samples of each folder. Several must be answers of one base.
+
+    Raises UserInputError when they are of different bases or one does not say of which, and as `load_corpus`.
+    """
+    found = {folder: load_corpus(Path(folder).expanduser()) for folder in folders}
+    if len(folders) > 1:
+        bases = {folder: base_fingerprint(Path(folder).expanduser()) for folder in folders}
+        for folder, base in bases.items():
+            if base is None:
+                raise UserInputError(
+                    f"the corpus in {folder} does not say which base answered, so it cannot be mixed with "
+                    "others; make it again with `orthrus synth`."
+                )
+            if base != bases[folders[0]]:
+                raise UserInputError(
+                    f"the corpora in {folders[0]} and {folder} are answers of different bases "
+                    f"({bases[folders[0]]} and {base}); train on corpora of one base."
+                )
+    return found
 
 
 def corpus_digest(samples: Sequence[Sample]) -> str:

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from orthrus.base.families import layer_windows, sliding_window
 from orthrus.model.dual_view import DualView, additive_mask, in_window
-from orthrus.training.block_attention import NAME, BlockContext
+from orthrus.training import block_attention, flex_blocks
+from orthrus.training.block_attention import BlockContext
 from orthrus.training.blocks import BlockBatch, block_inputs, causal_mask, context_mask
+from orthrus.training.flex_blocks import flex_masks, pick_attention
 from orthrus.training.losses import LossKind, WeightKind, position_weights, row_losses
+from orthrus.training.recipe import AttentionKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +39,16 @@ class StepOutput(NamedTuple):
 
 
 class TrainingPass(nn.Module):
-    """Wraps a DualView for training; `forward(batch)` is what DDP and FSDP see."""
+    """Wraps a DualView for training; `forward(batch)` is what DDP and FSDP see.
 
-    def __init__(self, dual: DualView, objective: Objective) -> None:
+    attention: how the blocks attend; the AR rows go through the base's own attention in any case.
+    """
+
+    def __init__(self, dual: DualView, objective: Objective, attention: AttentionKind = "auto") -> None:
         super().__init__()
         self.dual = dual
         self.objective = objective
+        self.attention = attention
 
     def forward(self, batch: BlockBatch) -> StepOutput:
         """One micro-batch; the loss is a sum over weighted targets, not yet divided by the weight."""
@@ -51,7 +58,7 @@ class TrainingPass(nn.Module):
         row_length = batch.token_ids_BT.shape[1]
         rows_BNJ = (
             batch.target_BNJ
-            + torch.arange(len(batch.token_ids_BT), device=context.bias_BQT.device)[:, None, None]
+            + torch.arange(len(batch.token_ids_BT), device=batch.target_BNJ.device)[:, None, None]
             * row_length
         )
         corpus_BNJ = batch.token_ids_BT.flatten()[(rows_BNJ + 1).clamp_max(batch.token_ids_BT.numel() - 1)]
@@ -92,19 +99,21 @@ class TrainingPass(nn.Module):
             self.dual.mask_argument(full_BTT[:, None], windowed_BTT[:, None]),
             num_ar_rows=batch.token_ids_BT.shape[1],
         )
-        size = batch.layout.block_size
-        visible_BQT = context_mask(batch).repeat_interleave(size, dim=1)
-        start_BN = batch.position_ids_BT.gather(1, batch.anchor_BN)
-        query_BQ = (start_BN[..., None] + torch.arange(size, device=start_BN.device)).flatten(1)
-        context_BQT, windowed_BQT = self._biases(visible_BQT, query_BQ, batch)
-        windows = layer_windows(self.dual.base.config)
-        return BlockContext(store.keys, store.values, context_BQT, windowed_BQT, windows, size), hidden_BTC
+        windows, size = layer_windows(self.dual.base.config), batch.layout.block_size
+        kind = pick_attention(self.attention, hidden_BTC.device, store.keys[0].shape[-1])
+        full, windowed = (
+            flex_masks(batch, sliding_window(self.dual.base.config))
+            if kind == "flex"
+            else self._context_biases(batch)
+        )
+        return BlockContext(store.keys, store.values, full, windowed, windows, size), hidden_BTC
 
     def blocks(self, batch: BlockBatch, context: BlockContext) -> Tensor:
         """The diffusion pass: final hidden states of all block rows, (B, N, K, C)."""
         token_ids_BNK, position_ids_BNK = block_inputs(batch, self.dual.mask_token_id)
-        with self._attention(NAME):
-            # The mask only makes the stock code skip its own; block_attention reads the context's.
+        dense = isinstance(context.full, Tensor)
+        with self._attention(block_attention.NAME if dense else flex_blocks.NAME):
+            # The mask only makes the stock code skip its own; ours reads the context's.
             unused = torch.zeros((1, 1, 1, 1), device=token_ids_BNK.device)
             hidden_BQC = self._decode(
                 token_ids_BNK.flatten(1),
@@ -140,6 +149,13 @@ class TrainingPass(nn.Module):
                 **kwargs,
             )
         return out.last_hidden_state  # type: ignore[no-any-return]
+
+    def _context_biases(self, batch: BlockBatch) -> tuple[Tensor, Tensor]:
+        size = batch.layout.block_size
+        visible_BQT = context_mask(batch).repeat_interleave(size, dim=1)
+        start_BN = batch.position_ids_BT.gather(1, batch.anchor_BN)
+        query_BQ = (start_BN[..., None] + torch.arange(size, device=start_BN.device)).flatten(1)
+        return self._biases(visible_BQT, query_BQ, batch)
 
     def _biases(self, visible_BQT: Tensor, query_BQ: Tensor, batch: BlockBatch) -> tuple[Tensor, Tensor]:
         """Additive masks of query rows over the AR rows, for layers that see everything and windowed ones."""

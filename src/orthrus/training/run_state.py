@@ -5,15 +5,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from orthrus.base.outputs import replace_file
 from orthrus.errors import CorruptFileError, UserInputError
 from orthrus.model.dual_view import DualView
+from orthrus.training.processes import plain
 from orthrus.training.recipe import TrainConfig, to_plain
 
 STATE_FILE = "state.pt"
 # Settings that may change between the parts of a run without changing what it computes.
-_FREE = {"save_every", "evaluate_every", "evaluate_prompts", "log_every", "output", "corpus", "micro_rows"}
+_FREE = {
+    "save_every",
+    "evaluate_every",
+    "evaluate_prompts",
+    "log_every",
+    "output",
+    "corpus",
+    "micro_rows",
+    "sharding",
+    "trackers",
+    "attention",
+}
 
 
 @dataclass(slots=True)
@@ -32,18 +45,34 @@ def save_state(
     state: RunState,
     config: TrainConfig,
     corpus_digest: str,
+    *,
+    write: bool = True,
 ) -> None:
-    """Write view, optimizer and position; a reader sees the old state or the new one, never a part."""
+    """Write view, optimizer and position; a reader sees the old state or the new one, never a part.
+
+    The file is the same whether the tensors are in shards or not. With shards all processes must call this,
+    all but one with `write` false.
+    """
+
+    def kept(tensor: torch.Tensor) -> torch.Tensor | None:
+        full = plain(tensor.detach())
+        return full.cpu() if write else None
+
     content = {
         "step": state.step,
         "scores": state.scores,
-        "view": {name: p.detach().cpu() for name, p in dual.view_parameters().items()},
-        "optimizer": optimizer.state_dict(),
+        "view": {name: kept(p) for name, p in dual.view_parameters().items()},
+        "optimizer": tree_map_only(torch.Tensor, kept, optimizer.state_dict()),
         "config": to_plain(config),
         "corpus": corpus_digest,
         "base": dual.config.base_fingerprint,
     }
+    if not write:
+        return
     folder.mkdir(parents=True, exist_ok=True)
+    # A process that was killed while it wrote could not clean up.
+    for stale in folder.glob(f".{STATE_FILE}.*"):
+        stale.unlink(missing_ok=True)
     # Through a file of Python's: torch's own writer does not say that the disk is full.
     with replace_file(folder / STATE_FILE) as temporary, temporary.open("wb") as file:
         torch.save(content, file)

@@ -1,6 +1,5 @@
 """Fill a corpus folder: gather prompts once, then answer them shard by shard; a stopped run goes on."""
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,33 +7,17 @@ from random import Random
 from time import monotonic
 from typing import Any, Literal
 
+from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base
-from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
 from orthrus.config import SamplingParams
-from orthrus.errors import CorruptFileError, UserInputError
+from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
+from orthrus.training import manifest
 from orthrus.training.batch_decode import Request, decode_batch
-from orthrus.training.corpus import (
-    MANIFEST,
-    PROMPTS,
-    Unseen,
-    read_jsonl,
-    read_prompt_texts,
-    shard_path,
-    write_jsonl,
-)
-from orthrus.training.self_prompts import is_repetitive, self_prompts
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptSource:
-    """One source of prompts: a JSONL file, or (without `file`) the model itself. `count` None takes all."""
-
-    file: str | None = None
-    domain: str | None = None
-    count: int | None = None
-    suffix: str = ""
+from orthrus.training.corpus import PROMPTS, Unseen, read_jsonl, shard_path, source_path, write_jsonl
+from orthrus.training.prompt_sources import PromptSource, gather_prompts, read_prompt_texts
+from orthrus.training.self_prompts import is_repetitive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +91,7 @@ def synthesise(
             f"{base.context_length} tokens; ask for shorter answers."
         )
     report = on_progress or (lambda _: None)
-    _check_manifest(folder, config, base)
+    _begin(folder, config, base, dual)
     if not (folder / PROMPTS).is_file():
         write_jsonl(folder / PROMPTS, _gather(base, dual, config, folder, report, keep_out))
     prompts = read_jsonl(folder / PROMPTS)
@@ -164,9 +147,12 @@ def _gather(
     found: list[dict[str, Any]] = []
     for number, source in enumerate(config.sources):
         report(SynthProgress("prompts", number, len(config.sources)))
-        part = folder / f"source-{number:02d}.jsonl"
+        part = source_path(folder, number)
         if not part.is_file():
-            texts = _texts(base, dual, config, source, config.seed + number)
+            texts, facts = gather_prompts(
+                source, base, dual, seed=config.seed + number, batch_size=config.batch_size
+            )
+            manifest.note_source(folder, part.name, facts)
             write_jsonl(part, ({"prompt": text, "domain": domain} for text, domain in texts))
         for record in read_jsonl(part):
             if unseen(record["prompt"]):
@@ -184,17 +170,6 @@ def _gather(
     # Shuffled, so that every prefix of the corpus has the same mix and training may begin early.
     Random(config.seed).shuffle(found)
     return found
-
-
-def _texts(
-    base: Base, dual: DualView, config: SynthConfig, source: PromptSource, seed: int
-) -> list[tuple[str, str]]:
-    if source.file is None:
-        counts = {source.domain or "chat": source.count or 0}
-        return list(self_prompts(base, dual, counts, seed=seed, batch_size=config.batch_size))
-    texts = read_prompt_texts(Path(source.file), source.domain)
-    Random(seed).shuffle(texts)
-    return texts[: source.count]
 
 
 def _answer(
@@ -234,24 +209,10 @@ def _answer(
     ]
 
 
-def _check_manifest(folder: Path, config: SynthConfig, base: Base) -> None:
-    """Write the manifest of a new corpus, or make sure that an old one was begun alike."""
-    settings = json.loads(json.dumps({"base": base.reference, **asdict(config)}))
-    manifest = folder / MANIFEST
-    # A run that failed before it had a prompt leaves nothing that other settings could spoil.
-    if not manifest.is_file() or not any(folder.glob("[ps]*.jsonl")):
-        folder.mkdir(parents=True, exist_ok=True)
-        made = provenance(device=str(base.model.device), dtype=str(base.model.dtype), seed=config.seed)
-        content = {"format": 1, "settings": settings, "provenance": made}
-        write_text_atomic(manifest, json.dumps(content, indent=2) + "\n")
-        return
-    try:
-        begun = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise CorruptFileError(f"{manifest} is damaged; delete the folder and begin again.") from e
-    changed = sorted(key for key in settings if begun.get(key) != settings[key])
-    if changed:
-        raise UserInputError(
-            f"the corpus in {folder} was begun with another {', '.join(changed)}; use a new folder or the "
-            "old settings."
-        )
+def _begin(folder: Path, config: SynthConfig, base: Base, dual: DualView) -> None:
+    # Twins change the names of the weights that they wrap.
+    with dual.stock() as model:
+        weights = fingerprint(model)
+    made = provenance(device=str(base.model.device), dtype=str(base.model.dtype), seed=config.seed)
+    settings = {"base": base.reference, "base_fingerprint": weights, "dtype": made["dtype"], **asdict(config)}
+    manifest.begin(folder, settings, made)

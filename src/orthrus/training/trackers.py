@@ -1,17 +1,32 @@
-"""Scalars of a run for TensorBoard, where it is installed."""
+"""Where the figures of a run go besides the terminal, through accelerate's adapters."""
 
+import sys
+import uuid
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+
+from orthrus.base.outputs import write_text_atomic
+from orthrus.errors import MissingExtraError, UserInputError
 from orthrus.training.trainer import TrainLog
 
+PROJECT = "orthrus"
+RUN_FILE = "run_id"
+# What must be importable, and what pip calls it.
+_NEEDS = {
+    "tensorboard": ("torch.utils.tensorboard", '"orthrus[train]"'),
+    "trackio": ("trackio", "trackio"),
+    "wandb": ("wandb", "wandb"),
+}
 
-class TensorBoard:
-    """Writes what `TrainLog` reports, and the scores of real decodes, under a run's folder."""
 
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
+class Trackers:
+    """Passes on what `TrainLog` reports, and the scores of real decodes."""
+
+    def __init__(self, trackers: list[GeneralTracker]) -> None:
+        self._trackers = trackers
 
     def log(self, log: TrainLog) -> None:
         scalars = {
@@ -22,20 +37,82 @@ class TensorBoard:
             "diffusion_tokens_per_second": log.tokens_per_second,
         }
         scalars |= {f"accuracy/position_{j}": value for j, value in enumerate(log.accuracy_J, 1)}
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, log.step)
+        self._send(scalars, log.step)
 
     def score(self, step: int, tokens_per_cycle: float) -> None:
-        self._writer.add_scalar("decoded_tokens_per_cycle", tokens_per_cycle, step)
+        self._send({"decoded_tokens_per_cycle": tokens_per_cycle}, step)
 
     def close(self) -> None:
-        self._writer.close()
+        for tracker in self._trackers:
+            tracker.finish()
+
+    def _send(self, scalars: dict[str, float], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log(scalars, step=step)
 
 
-def open_tensorboard(folder: Path, step: int) -> TensorBoard | None:
-    """A tracker that drops what an earlier part of the run wrote beyond `step`; None without TensorBoard."""
+def wanted(names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The trackers to open: those named, or for None TensorBoard where it is installed.
+
+    Raises MissingExtraError when one is named that is not installed.
+    """
+    if names is None:
+        return ("tensorboard",) if _installed("tensorboard") else ()
+    for name in names:
+        if not _installed(name):
+            raise MissingExtraError(
+                f"the tracker {name} is not installed; run `pip install {_NEEDS[name][1]}`, or leave it "
+                "out of trackers."
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def open_trackers(names: tuple[str, ...] | None, folder: Path, step: int) -> Trackers:
+    """Trackers of the run in `folder` that goes on after `step`; call it on the main process only.
+
+    TensorBoard drops what an earlier part wrote beyond `step`. The others go on with the run whose id that
+    part left in `folder`. Raises MissingExtraError as `wanted`, UserInputError when one does not start.
+    """
+    opened = []
+    for name in wanted(names):
+        tracker = _tracker(name, folder, step)
+        try:
+            # Trackio greets on stdout, which is for reports.
+            with redirect_stdout(sys.stderr):
+                tracker.start()
+        except Exception as e:
+            raise UserInputError(
+                f"the tracker {name} did not start ({type(e).__name__}: {e}); see to its own set-up, or "
+                "leave it out of trackers."
+            ) from e
+        opened.append(tracker)
+    return Trackers(opened)
+
+
+def _tracker(name: str, folder: Path, step: int) -> GeneralTracker:
+    if name == "tensorboard":
+        return TensorBoardTracker("tensorboard", logging_dir=str(folder), purge_step=step + 1)
+    run_id = _run_id(folder, step)
+    title = f"{folder.resolve().name}-{run_id}"
+    if name == "trackio":
+        # It knows runs by name.
+        return TrackioTracker(PROJECT, name=title, resume="allow")
+    return WandBTracker(PROJECT, name=title, id=run_id, resume="allow", dir=str(folder))
+
+
+def _run_id(folder: Path, step: int) -> str:
+    """What the run is called elsewhere: kept in its folder, new for a run that begins."""
+    file = folder / RUN_FILE
+    if step and file.is_file() and (known := file.read_text(encoding="utf-8").strip()):
+        return known
+    fresh = uuid.uuid4().hex[:8]
+    write_text_atomic(file, fresh + "\n")
+    return fresh
+
+
+def _installed(name: str) -> bool:
     try:
-        module: Any = import_module("torch.utils.tensorboard")
+        import_module(_NEEDS[name][0])
     except ImportError:
-        return None
-    return TensorBoard(module.SummaryWriter(log_dir=str(folder), purge_step=step + 1))
+        return False
+    return True

@@ -1,17 +1,13 @@
-"""The training loop: accelerate carries precision and processes, the loop stays in sight."""
+"""The training loop; what several processes need of each other is in `processes`."""
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from orthrus.errors import DivergedError, UserInputError
@@ -19,6 +15,7 @@ from orthrus.model.dual_view import DualView
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.forward import Objective, StepOutput, TrainingPass
 from orthrus.training.packing import PackedRow
+from orthrus.training.processes import Processes, load_optimizer, plain
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.run_state import RunState, load_state, save_state
 
@@ -41,10 +38,11 @@ class TrainLog:
 
 @dataclass(slots=True, kw_only=True)
 class Hooks:
-    """What the caller wants to be told or asked, on the main process only but for the last.
+    """What the caller wants to be told (on the main process) or asked (on every process).
 
-    on_start: (steps done, steps in all). evaluate: (view, step) -> score of a real decode, higher is better.
-    should_stop: asked on every process after each step; any of them may end the run, which saves it.
+    on_start: (steps done, steps in all). evaluate: (view, step) -> score of a real decode, higher is better;
+    the view is whole meanwhile, and all processes must come to the same score. should_stop: asked after each
+    step; any process may end the run, which saves it.
     """
 
     on_start: Callable[[int, int], None] = lambda *_: None
@@ -62,55 +60,54 @@ def train(
     function of (seed, epoch, row), so a resumed run repeats what an unbroken one would have done, bit for
     bit. Raises UserInputError when the folder holds another run, DivergedError when the loss is not a number.
     """
-    accelerator = _accelerator(config)
-    if config.batch_rows < accelerator.num_processes:
+    processes = Processes(config)
+    if config.batch_rows < processes.count:
         raise UserInputError(
-            f"batch_rows {config.batch_rows} is less than a row for each of {accelerator.num_processes} "
-            "processes; raise it."
+            f"batch_rows {config.batch_rows} is less than a row for each of {processes.count} processes; "
+            "raise it."
         )
     for parameter in dual.view_parameters().values():
         parameter.data = parameter.data.float()
     folder = Path(config.output)
     state = load_state(folder, dual, config, corpus_digest) or RunState()
-    parameters = list(dual.view_parameters().values())
-    training = accelerator.prepare_model(
-        TrainingPass(
-            dual,
-            Objective(
-                loss=config.loss, weights=config.weights, gamma=config.gamma, smoothing=config.smoothing
-            ),
-        )
+    objective = Objective(
+        loss=config.loss, weights=config.weights, gamma=config.gamma, smoothing=config.smoothing
     )
+    processes.share(TrainingPass(dual, objective, config.attention))
+    parameters = list(dual.view_parameters().values())
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
     if state.optimizer is not None:
-        optimizer.load_state_dict(state.optimizer)
+        load_optimizer(optimizer, state.optimizer, parameters)
+        state.optimizer = None
     num_steps = config.steps or max(1, round(config.epochs * len(rows) / config.batch_rows))
-    if accelerator.is_main_process:
+    if processes.is_main:
         hooks.on_start(state.step, num_steps)
     meter = _Meter(num_steps, state.step)
     while state.step < num_steps:
         rate = learning_rate(config, state.step, num_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        output = _accumulate(accelerator, training, rows, config, state.step)
-        grad_norm = _apply(accelerator, parameters, optimizer, output, config.clip_norm)
+        output = _accumulate(processes, rows, config, state.step)
+        grad_norm = _apply(processes, parameters, optimizer, output, config.clip_norm)
         state.step += 1
         meter.add(output)
-        last = state.step == num_steps or _any_process(accelerator, hooks.should_stop())
-        if accelerator.is_main_process:
-            if state.step % config.log_every == 0 or last:
-                hooks.on_log(meter.log(state.step, rate, grad_norm))
-            if hooks.evaluate is not None and (
-                state.step % config.evaluate_every == 0 or state.step == num_steps
-            ):
-                state.scores.append((state.step, _evaluate(dual, hooks.evaluate, state.step)))
-                meter.restart(state.step)
-            if state.step % config.save_every == 0 or last:
-                save_state(folder, dual, optimizer, state, config, corpus_digest)
+        last = state.step == num_steps or processes.any(hooks.should_stop())
+        if processes.is_main and (state.step % config.log_every == 0 or last):
+            hooks.on_log(meter.log(state.step, rate, grad_norm))
+        if hooks.evaluate is not None and (
+            state.step % config.evaluate_every == 0 or state.step == num_steps
+        ):
+            with processes.whole(), torch.no_grad():
+                state.scores.append((state.step, hooks.evaluate(dual, state.step)))
+            meter.restart(state.step)
+        # Shards are gathered by all processes together, for the main one to write.
+        if (state.step % config.save_every == 0 or last) and (processes.is_main or processes.sharded):
+            save_state(folder, dual, optimizer, state, config, corpus_digest, write=processes.is_main)
         if last:
             break
+    processes.gather()
     return state
 
 
@@ -142,33 +139,27 @@ def _epoch_order(num_rows: int, seed: int) -> Tensor:
     return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
 
 
-def _accelerator(config: TrainConfig) -> Accelerator:
-    # The AR side of the twins never gets gradients, and mask embeddings may be absent.
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    return Accelerator(
-        mixed_precision="bf16" if config.dtype == "bfloat16" else "no", kwargs_handlers=handlers
+def _accumulate(processes: Processes, rows: list[PackedRow], config: TrainConfig, step: int) -> StepOutput:
+    """Gradients of the summed loss over this process's share of the step's rows; returns all sums."""
+    layout = BlockLayout(
+        block_size=config.block_size,
+        num_clean=config.num_clean,
+        first_target=config.first_target,
+        clean_share=config.clean_share,
+        reveal=config.reveal,
     )
-
-
-def _accumulate(
-    accelerator: Accelerator, training: Any, rows: list[PackedRow], config: TrainConfig, step: int
-) -> StepOutput:
-    """Gradients of the summed loss over this process's share of the step's rows; returns the sums."""
-    layout = BlockLayout(block_size=config.block_size)
-    mine = rows_of_step(len(rows), config.batch_rows, step, config.seed)[
-        accelerator.process_index :: accelerator.num_processes
-    ]
+    picked = rows_of_step(len(rows), config.batch_rows, step, config.seed)
+    mine = picked[processes.index :: processes.count]
+    # As many passes as the first process makes, which has the most rows: with shards, a pass needs everybody.
+    starts = range(0, len(picked[:: processes.count]), config.micro_rows)
     total: StepOutput | None = None
-    for start in range(0, len(mine), config.micro_rows):
+    for start in starts:
         part = mine[start : start + config.micro_rows]
-        batch = draw_blocks([rows[i] for i, _ in part], [s for _, s in part], config.num_anchors, layout)
-        last = start + config.micro_rows >= len(mine)
-        with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(training):
-            output: StepOutput = training(batch.to(accelerator.device))
-            accelerator.backward(output.loss)
-        total = _plus(total, StepOutput(*(t.detach() for t in output)))
+        used = part or mine[:1]
+        batch = draw_blocks([rows[i] for i, _ in used], [s for _, s in used], config.num_anchors, layout)
+        total = _plus(total, processes.gradients(batch, counts=bool(part), last=start == starts[-1]))
     assert total is not None, "a step has at least one row for each process"
-    return StepOutput(*(accelerator.reduce(t, "sum") for t in total))
+    return processes.total(total)
 
 
 def _plus(total: StepOutput | None, output: StepOutput) -> StepOutput:
@@ -176,38 +167,26 @@ def _plus(total: StepOutput | None, output: StepOutput) -> StepOutput:
 
 
 def _apply(
-    accelerator: Accelerator,
+    processes: Processes,
     parameters: list[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     output: StepOutput,
     clip_norm: float,
 ) -> float:
     """Turn summed gradients into the weighted mean's, clip, and step. Processes average, so undo that too."""
-    scale = accelerator.num_processes / output.weight.clamp_min(1e-12)
+    scale = float(processes.count / output.weight.clamp_min(1e-12))
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.mul_(scale)
-    norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
-    if not math.isfinite(float(norm)) or not math.isfinite(float(output.loss)):
+    norm = float(plain(torch.nn.utils.clip_grad_norm_(parameters, clip_norm)))
+    if not math.isfinite(norm) or not math.isfinite(float(output.loss)):
         raise DivergedError(
             "the loss is not a number any more; the last saved state is kept: begin again with a lower "
             "learning_rate and another output folder."
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm)
-
-
-def _any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is set anywhere: processes that left at different steps would wait for each other."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum"))
-
-
-def _evaluate(dual: DualView, evaluate: Callable[[DualView, int], float], step: int) -> float:
-    with torch.no_grad():
-        return evaluate(dual, step)
+    return norm
 
 
 class _Meter:

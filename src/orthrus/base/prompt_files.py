@@ -1,0 +1,81 @@
+"""Prompts in JSONL files, as benchmarks and corpora read them: one JSON object a line."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orthrus.errors import UserInputError
+
+_KEYS = ("prompt", "messages", "turns")
+
+
+@dataclass(frozen=True, slots=True)
+class FilePrompt:
+    """`prompt`: text (one user turn) or chat messages. `domain` None: the line has none. `line`: from 1."""
+
+    prompt: str | list[dict[str, str]]
+    domain: str | None
+    line: int
+
+
+def read_prompt_file(path: Path) -> list[FilePrompt]:
+    """The prompts of a JSONL file: `prompt` (text), `messages` (role and content each) or `turns` (a list of
+    texts, of which only the first is asked) on each line, and optionally `domain`.
+
+    Raises UserInputError for a file that cannot be read or holds no prompts, and for a bad line, named.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        reason = getattr(e, "strerror", None) or "it is not UTF-8 text"
+        raise UserInputError(f"cannot read the prompts in {path} ({reason}); give a JSONL file.") from e
+    return list(parse_prompts(str(path), text))
+
+
+def parse_prompts(name: str, text: str) -> Iterator[FilePrompt]:
+    """As `read_prompt_file`, of text; `name` is for messages."""
+    found = False
+    # Not splitlines(): JSON strings may hold its other line separators as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            found = True
+            try:
+                yield _prompt(json.loads(line), number)
+            except json.JSONDecodeError as e:
+                raise UserInputError(f"{name}, line {number}: no valid JSON ({e.msg}).") from e
+            except UserInputError as e:
+                raise UserInputError(f"{name}, line {number}: {e}") from e
+    if not found:
+        raise UserInputError(f"{name} holds no prompts; write one JSON object per line, with a 'prompt'.")
+
+
+def _prompt(record: Any, line: int) -> FilePrompt:
+    if not isinstance(record, dict):
+        raise UserInputError("each line must be a JSON object with 'prompt', 'messages' or 'turns'.")
+    domain = record.get("domain")
+    if domain is not None and (not isinstance(domain, str) or not domain):
+        raise UserInputError("'domain' must be a text.")
+    given = [key for key in _KEYS if key in record]
+    if len(given) != 1:
+        raise UserInputError("give exactly one of 'prompt', 'messages' and 'turns'.")
+    value = record[given[0]]
+    if given[0] == "messages":
+        return FilePrompt(_messages(value), domain, line)
+    if given[0] == "turns":
+        value = value[0] if isinstance(value, list) and value else None
+    if not isinstance(value, str) or not value.strip():
+        raise UserInputError(f"'{given[0]}' must hold some text.")
+    return FilePrompt(value, domain, line)
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    sound = isinstance(value, list) and value and all(_is_message(message) for message in value)
+    if not sound:
+        raise UserInputError("'messages' must be a list of objects with the texts 'role' and 'content'.")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

@@ -1,0 +1,124 @@
+"""Prompt sources as `orthrus synth` takes them on the command line."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orthrus.errors import UserInputError
+
+if TYPE_CHECKING:
+    from orthrus.training.prompt_sources import PromptSource
+    from orthrus.training.synth import SynthConfig
+
+DEFAULT_SELF_PROMPTS = ("math=200", "code=200", "chat=200", "writing=200", "summary=200")
+_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?")
+
+
+def parse_sources(
+    prompts: list[str], datasets: list[str], self_prompts: list[str], suffixes: list[str]
+) -> "tuple[PromptSource, ...]":
+    """The sources that the options name; UserInputError for one that cannot be read as such."""
+    from dataclasses import replace
+
+    from orthrus.training.prompt_sources import PromptSource
+
+    if not prompts and not datasets and not self_prompts:
+        self_prompts = list(DEFAULT_SELF_PROMPTS)
+    sources = [_file_source(spec) for spec in prompts] + [_dataset_source(spec) for spec in datasets]
+    for spec in self_prompts:
+        domain, found, number = spec.partition("=")
+        if not found or not domain or not number.isdecimal() or int(number) < 1:
+            raise UserInputError(f"--self-prompts takes DOMAIN=COUNT, such as math=200, not '{spec}'.")
+        sources.append(PromptSource(domain=domain, count=int(number)))
+    for spec in suffixes:
+        domain, found, text = spec.partition("=")
+        if not found or domain not in {source.domain for source in sources}:
+            raise UserInputError(
+                "--suffix takes DOMAIN=TEXT with a domain that --prompts FILE:DOMAIN, --dataset NAME:DOMAIN "
+                f"or --self-prompts names, not '{spec}'."
+            )
+        text = text.replace("\\n", "\n")
+        sources = [replace(s, suffix=s.suffix + text) if s.domain == domain else s for s in sources]
+    return tuple(sources)
+
+
+def check_sources(config: "SynthConfig", folder: Path) -> None:
+    """Read all files and open all data sets before the model is loaded, so that a bad one costs nothing.
+
+    Data sets whose prompts `folder` holds already are not opened again.
+    """
+    from orthrus.training.corpus import source_path
+    from orthrus.training.dataset_prompts import open_dataset
+    from orthrus.training.prompt_sources import read_prompt_texts
+
+    for file in (*(s.file for s in config.sources if s.file), *config.held_out):
+        read_prompt_texts(Path(file))
+    for number, source in enumerate(config.sources):
+        if source.dataset is not None and not source_path(folder, number).is_file():
+            open_dataset(source.dataset, source.config, source.split)
+
+
+def _file_source(spec: str) -> "PromptSource":
+    from orthrus.training.prompt_sources import PromptSource
+
+    found = _longest(spec, lambda name: Path(name).expanduser().is_file())
+    if found is None:
+        raise UserInputError(
+            f"there is no prompt file '{spec}'; --prompts takes FILE, FILE:DOMAIN or FILE:DOMAIN:COUNT."
+        )
+    file, domain, number = found
+    return PromptSource(
+        file=str(Path(file).expanduser()), domain=domain or None, count=_count("--prompts", spec, number)
+    )
+
+
+def _dataset_source(spec: str) -> "PromptSource":
+    from orthrus.training.prompt_sources import PromptSource
+
+    found = _longest(spec, lambda name: _is_folder(_with_split(name)[0])) or _longest(
+        spec, lambda name: ":" not in name
+    )
+    rest, domain, number = found or (spec, "", "")
+    name, split = _with_split(rest)
+    hub_id = _HUB_ID.fullmatch(name)
+    if _is_folder(name):
+        name, config = str(Path(name).expanduser()), None
+    elif hub_id:
+        name, config = hub_id[1], hub_id[2]
+    else:
+        raise UserInputError(
+            f"there is no folder '{name}', and a data set of the hub reads OWNER/NAME[/CONFIG][@SPLIT], with "
+            ":DOMAIN or :DOMAIN:COUNT behind it."
+        )
+    return PromptSource(
+        dataset=name,
+        config=config,
+        split=split or "train",
+        domain=domain or None,
+        count=_count("--dataset", spec, number),
+    )
+
+
+def _with_split(name: str) -> tuple[str, str | None]:
+    found = None if _is_folder(name) else re.fullmatch(r"(.+)@([\w.+-]+)", name)
+    return (found[1], found[2]) if found else (name, None)
+
+
+def _is_folder(name: str) -> bool:
+    return bool(name) and Path(name).expanduser().is_dir()
+
+
+def _longest(spec: str, exists: Callable[[str], bool]) -> tuple[str, str, str] | None:
+    """(name, domain, count) of NAME[:DOMAIN[:COUNT]]: names may hold colons, so the longest wins."""
+    for parts in ([spec], spec.rsplit(":", 1), spec.rsplit(":", 2)):
+        if exists(parts[0]):
+            name, domain, number = [*parts, "", ""][:3]
+            return name, domain, number
+    return None
+
+
+def _count(option: str, spec: str, number: str) -> int | None:
+    if number and (not number.isdecimal() or int(number) < 1):
+        raise UserInputError(f"the count in {option} {spec} must be a positive number, not '{number}'.")
+    return int(number) if number else None

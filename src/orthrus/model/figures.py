@@ -1,0 +1,96 @@
+"""Measured figures of a view: read from a file into its provenance, and shown as a table on its card."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orthrus.errors import UserInputError
+
+# Known columns in their order, with the words that head them; others follow under their own names.
+_HEADS = {
+    "set": "prompt set",
+    "strategy": "strategy",
+    "num_prompts": "prompts",
+    "num_tokens": "new tokens",
+    "tokens_per_cycle": "tokens per cycle",
+    "tokens_per_cycle_pooled": "pooled",
+    "tokens_per_forward": "tokens per forward",
+    "acceptance_rate": "drafts accepted",
+    "speedup": "speed-up",
+}
+_FORMULAS = {
+    "tokens_per_cycle": "tokens per cycle: (new tokens - 1) / cycles, the base's own tokens included",
+    "tokens_per_forward": "tokens per forward: new tokens / all passes of both views, prefill included",
+    "acceptance_rate": "drafts accepted: accepted / judged drafts",
+    "speedup": "speed-up: against the stock base model on the same machine, dtype and prompts",
+}
+
+
+def read_figures(file: Path) -> list[dict[str, Any]]:
+    """Figures as the card shows them, one dictionary a row.
+
+    The file is a JSON list of such rows ({"set": "gsm8k", "tokens_per_cycle": 3.6, ...}), or what
+    `benchmarks/acceptance.py` writes. Raises UserInputError for anything else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserInputError(f"the figures in {file} cannot be read ({e}); give a JSON file.") from e
+    if isinstance(content, dict) and isinstance(content.get("results"), dict):
+        content = [
+            {"set": name, **row} if isinstance(row, dict) else row for name, row in content["results"].items()
+        ]
+    if not is_figures(content):
+        raise UserInputError(
+            f"{file} holds no figures: give a JSON list of objects such as "
+            '{"set": "gsm8k", "tokens_per_cycle": 3.6}, or a result of benchmarks/acceptance.py.'
+        )
+    rows: list[dict[str, Any]] = content
+    return rows
+
+
+def is_figures(content: object) -> bool:
+    """Whether this is a list of rows that a table can show, with at least one in it."""
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(isinstance(row, dict) and row for row in content)
+        and all(isinstance(v, str | int | float | None) for row in content for v in row.values())
+    )
+
+
+def figures_table(figures: list[dict[str, Any]]) -> str:
+    """Markdown: one row a measurement, and the formulas of the columns that need one."""
+    keys = dict.fromkeys(key for row in figures for key in row)
+    columns = [key for key in _HEADS if key in keys] + [key for key in keys if key not in _HEADS]
+    heads = {key: _HEADS.get(key, key.replace("_", " ")) for key in columns}
+    lines = [[_cell(key, row.get(key)) for key in columns] for row in figures]
+    table = markdown_table([heads[key] for key in columns], lines)
+    formulas = "; ".join(words for key, words in _FORMULAS.items() if key in columns)
+    return f"{table}\n\n{formulas[0].upper()}{formulas[1:]}." if formulas else table
+
+
+def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
+    """Rows under heads; bars and line ends in a cell cannot break the table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
+
+
+def key_table(rows: Mapping[str, str]) -> str:
+    """A table of names and values without heads."""
+    return markdown_table(["", ""], [[key, value] for key, value in rows.items()])
+
+
+def _cell(key: str, value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if key == "acceptance_rate":
+        return f"{100 * value:.1f} %"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+
+
+def _escaped(cell: str) -> str:
+    return " ".join(cell.split()).replace("|", "\\|")

@@ -1,0 +1,131 @@
+"""How several processes train one view: each with all weights (DDP), or each with its shards (FSDP2)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from orthrus.training.blocks import BlockBatch
+from orthrus.training.forward import StepOutput, TrainingPass
+from orthrus.training.recipe import TrainConfig
+
+
+def this_process() -> PartialState:
+    """Which of how many processes this is, under `torchrun` or `accelerate launch` or alone."""
+    # Accelerate looks for others on the CPU only where it is told to.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu)
+
+
+class Processes:
+    """The processes of a run and the training pass that they share.
+
+    With `sharding: fsdp2` each holds one part of every weight, gradient and optimizer tensor, and gathers a
+    decoder layer when a pass needs it. One process alone has nobody to share with: both settings are one.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        this_process()
+        # Precision is set pass by pass: accelerate would fix it for all later runs of this process.
+        self._accelerator = Accelerator(mixed_precision="no")
+        self._bfloat16 = config.dtype == "bfloat16"
+        self.count: int = self._accelerator.num_processes
+        self.index: int = self._accelerator.process_index
+        self.is_main: bool = self._accelerator.is_main_process
+        self.sharded = config.sharding == "fsdp2" and self.count > 1
+        self._training: Any = None
+
+    def share(self, training: TrainingPass) -> None:
+        """Spread the pass over the processes. With shards its parameters are others from here on.
+
+        Our own wrapping, since accelerate's would keep the frozen base in float32.
+        """
+        if not self.sharded:
+            self._training = self._accelerator.prepare_model(training)
+            return
+        mesh = init_device_mesh(self._accelerator.device.type, (self.count,))
+        for layer in training.dual.base.get_decoder().layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        # What is left: embeddings, last norm and head, which the losses call again in the backward pass.
+        self._training = fully_shard(training, mesh=mesh, reshard_after_forward=False)
+
+    def gradients(self, batch: BlockBatch, *, counts: bool, last: bool) -> StepOutput:
+        """Add the gradients of a micro-batch's summed loss; the mean over processes is taken after the last.
+
+        `counts` is false for a pass that is made only because others make one: it adds nothing.
+        """
+        if self.sharded:
+            self._training.set_requires_gradient_sync(last)
+        waiting = nullcontext() if self.sharded or last else self._accelerator.no_sync(self._training)
+        device = self._accelerator.device
+        with waiting:
+            with torch.autocast(device.type, torch.bfloat16, enabled=self._bfloat16):
+                output: StepOutput = self._training(batch.to(device))
+            output = StepOutput(*(t.float() if counts else t.float() * 0 for t in output))
+            self._accelerator.backward(output.loss)
+        return StepOutput(*(t.detach() for t in output))
+
+    def total(self, output: StepOutput) -> StepOutput:
+        """The sums over all processes."""
+        return StepOutput(*(self._accelerator.reduce(t, "sum") for t in output))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set anywhere: whoever left at another step would leave the others waiting."""
+        if self.count == 1:
+            return flag
+        device = self._accelerator.device
+        return bool(self._accelerator.reduce(torch.tensor(int(flag), device=device), "sum"))
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, every process holds all weights as plain tensors, and a pass needs no other process."""
+        self.gather()
+        yield
+        # Not after an error: processes that fail one by one would wait for each other.
+        for module in self._shards():
+            if module is not self._training:
+                module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+    def gather(self) -> None:
+        """Make every process hold all weights; all of them must call this."""
+        for module in self._shards():
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+
+    def _shards(self) -> list[FSDPModule]:
+        if not self.sharded:
+            return []
+        return [module for module in self._training.modules() if isinstance(module, FSDPModule)]
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor in full; of one in shards, all processes must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], parameters: list[torch.nn.Parameter]
+) -> None:
+    """`optimizer.load_state_dict` of a state of plain tensors, cut as the parameters are."""
+    tensors = {
+        index: {key: _cut(value, parameters[index]) for key, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    optimizer.load_state_dict(state | {"state": tensors})
+
+
+def _cut(value: Any, parameter: torch.nn.Parameter) -> Any:
+    """Each process read the same file, so each takes its part without asking the others."""
+    if not isinstance(parameter, DTensor) or getattr(value, "shape", None) != parameter.shape:
+        return value
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )

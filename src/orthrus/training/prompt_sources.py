@@ -1,0 +1,62 @@
+"""Where a corpus gets its prompts: JSONL files, data sets, or the model itself."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from orthrus.base.loading import Base
+from orthrus.base.prompt_files import FilePrompt, read_prompt_file
+from orthrus.errors import UserInputError
+from orthrus.model.dual_view import DualView
+from orthrus.training.dataset_prompts import first_user_turn, open_dataset
+from orthrus.training.self_prompts import self_prompts
+
+NO_DOMAIN = "other"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSource:
+    """One source of prompts: a JSONL `file`, a `dataset` (hub id or folder, its `config` and `split`), or
+    without either the model itself. `count` None takes all; `suffix` is added to each prompt."""
+
+    file: str | None = None
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    domain: str | None = None
+    count: int | None = None
+    suffix: str = ""
+
+
+def gather_prompts(
+    source: PromptSource, base: Base, dual: DualView, *, seed: int, batch_size: int
+) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """((text, domain) of each prompt, facts for the manifest). Raises UserInputError as the readers do."""
+    if source.file is not None:
+        texts = read_prompt_texts(Path(source.file), source.domain)
+        Random(seed).shuffle(texts)
+        return texts[: source.count], {"file": source.file}
+    if source.dataset is not None:
+        found = open_dataset(source.dataset, source.config, source.split)
+        domain = source.domain or NO_DOMAIN
+        facts = {"dataset": source.dataset, "config": source.config, "split": source.split}
+        facts |= {"revision": found.revision, "column": found.column}
+        return [(text, domain) for text in found.texts(source.count, seed)], facts
+    counts = {source.domain or "chat": source.count or 0}
+    return list(self_prompts(base, dual, counts, seed=seed, batch_size=batch_size)), {"file": None}
+
+
+def read_prompt_texts(file: Path, domain: str | None = None) -> list[tuple[str, str]]:
+    """(text, domain) of each line of a JSONL file; of messages, the first user turn only.
+
+    Raises UserInputError naming file and line for anything else, and for a file without prompts.
+    """
+    return [(_user_text(file, p), domain or p.domain or NO_DOMAIN) for p in read_prompt_file(file)]
+
+
+def _user_text(file: Path, prompt: FilePrompt) -> str:
+    text = first_user_turn(prompt.prompt)
+    if text is None:
+        raise UserInputError(f"{file}, line {prompt.line}: no user turn; add one to 'messages'.")
+    return text
