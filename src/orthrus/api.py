@@ -1,6 +1,6 @@
 """The Python interface: load a model with its view, then generate, stream or chat."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +65,8 @@ class Orthrus:
         """Answer `prompt` (text, or chat messages) and return the whole result.
 
         Keywords as in `decode_config`: max_new_tokens, strategy, block_size, floor, temperature, top_k,
-        top_p, min_p, seed, stop, ignore_eos. With `raw` the text is continued as it stands, without chat
-        template.
+        top_p, min_p, repetition_penalty, logit_bias, seed, stop, ignore_eos. With `raw` the text is continued
+        as it stands, without chat template.
         """
         return self.stream(prompt, raw=raw, **decode).drain()
 
@@ -183,6 +183,8 @@ def decode_config(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    logit_bias: Mapping[int, float] | None = None,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
     ignore_eos: bool = False,
@@ -198,5 +200,13 @@ def decode_config(
         floor=floor,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         ignore_eos=ignore_eos,
-        sampling=SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
+        sampling=SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            logit_bias=logit_bias,
+            seed=seed,
+        ),
     )

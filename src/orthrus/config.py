@@ -1,5 +1,7 @@
 """Typed settings: one frozen dataclass per component; every value is checked where it is made."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -8,13 +10,18 @@ from orthrus.errors import UserInputError
 Strategy = Literal["ar", "chain", "tree", "fused", "fused_tree", "auto"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 LEAST_TEMPERATURE = 1e-5
+# Beyond these a logit divided by the least temperature overflows fp32.
+LARGEST_PENALTY = 1e3
+LARGEST_BIAS = 1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How a token is drawn from a row of logits; temperature 0 is greedy and ignores the filters.
 
-    The filters apply in the order temperature, top-k, top-p, min-p, as in transformers.
+    Applied in this order, as in transformers: logit bias and repetition penalty (for greedy decoding too),
+    temperature, top-k, top-p, min-p. `logit_bias` maps token ids to what is added to their logits: -100 all
+    but bans a token. `repetition_penalty` above 1 makes tokens of the prompt and the text so far less likely.
     """
 
     temperature: float = 0.0
@@ -22,13 +29,16 @@ class SamplingParams:
     top_p: float | None = None
     min_p: float | None = None
     seed: int | None = None
+    repetition_penalty: float = 1.0
+    # A dict has no hash; equal settings still have equal hashes without it.
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         _whole("top_k", self.top_k)
         _whole("seed", self.seed)
         for name in ("temperature", "top_p", "min_p"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            if value is not None and not _is_number(value):
                 raise UserInputError(f"{name} must be a number, not {value!r}.")
         if 0.0 < self.temperature < LEAST_TEMPERATURE:
             # Logits divided by less overflow fp32.
@@ -47,6 +57,14 @@ class SamplingParams:
             raise UserInputError(f"min_p must lie in [0, 1], not {self.min_p}.")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise UserInputError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed}.")
+        penalty = self.repetition_penalty
+        if not _is_number(penalty) or not 1.0 / LARGEST_PENALTY <= penalty <= LARGEST_PENALTY:
+            raise UserInputError(
+                f"repetition_penalty must be a number from {1.0 / LARGEST_PENALTY:g} to {LARGEST_PENALTY:g}, "
+                f"where 1 is off, not {penalty!r}."
+            )
+        # A copy of our own, so that nobody changes it behind our back.
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
 
     @property
     def greedy(self) -> bool:
@@ -96,3 +114,23 @@ class DecodeConfig:
 def _whole(name: str, value: int | None) -> None:
     if value is not None and type(value) is not int:
         raise UserInputError(f"{name} must be a whole number, not {value!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _checked_bias(bias: Mapping[int, float] | None) -> dict[int, float] | None:
+    if bias is None:
+        return None
+    if not isinstance(bias, Mapping):
+        raise UserInputError(f"logit_bias must map token ids to numbers, as in {{42: -100}}, not {bias!r}.")
+    for token_id, value in bias.items():
+        if type(token_id) is not int or token_id < 0:
+            raise UserInputError(f"a token id of logit_bias must be a whole number from 0, not {token_id!r}.")
+        if not _is_number(value) or math.isnan(value) or abs(value) > LARGEST_BIAS:
+            raise UserInputError(
+                f"logit_bias of token {token_id} must be a number from {-LARGEST_BIAS:g} to {LARGEST_BIAS:g} "
+                f"(-100 all but bans a token), not {value!r}."
+            )
+    return {token_id: float(value) for token_id, value in sorted(bias.items())} or None

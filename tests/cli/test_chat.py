@@ -46,6 +46,13 @@ def test_save_set_stats_and_bye(cli: Cli, model_folder: str, tmp_path: Path) -> 
     assert_refused(cli("chat", model_folder, *OPTIONS, stdin=f"/save {file}\n"), "exists already")
 
 
+def test_a_logit_bias_is_set_shown_and_taken_back(cli: Cli, model_folder: str) -> None:
+    lines = ["/set logit_bias 5=-100 7=1.5", "/set logit-bias none", "/set repetition_penalty 1.1"]
+    run = cli("chat", model_folder, *OPTIONS, stdin="\n".join(lines))
+    for words in ("logit_bias 5=-100 7=1.5\n", "logit_bias none\n", "repetition_penalty 1.1\n"):
+        assert words in run.err
+
+
 def test_help_and_settings_list_everything(cli: Cli, model_folder: str) -> None:
     run = cli("chat", model_folder, *OPTIONS, stdin="/help\n/set\n")
     for words in (
@@ -73,6 +80,8 @@ def test_help_and_settings_list_everything(cli: Cli, model_folder: str) -> None:
         ("/set block_size 1.5", "whole number"),
         ("/set color maybe", "on or off"),
         ("/set strategy tree", "ar, chain"),
+        ("/set repetition_penalty none", "must be a number"),
+        ("/set logit_bias 42", "as in 42=-100, not '42'"),
         ("/save", "name a file"),
     ],
 )

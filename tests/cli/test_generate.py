@@ -56,6 +56,14 @@ def test_json_is_one_object_with_everything(cli: Cli, model_folder: str) -> None
     assert result["stats"]["tokens_per_forward"] > 0
     assert result["model"]["block_size"] == 8
     assert result["decode"]["strategy"] == "chain"
+    assert result["decode"]["logit_bias"] is None
+
+
+def test_logit_rules_reach_the_settings(cli: Cli, model_folder: str) -> None:
+    options = ("--repetition-penalty", "1.2", "--logit-bias", "5=-100", "--logit-bias", "7=1.5")
+    decode = json.loads(cli("generate", model_folder, "hello", *FRESH, *options, "--json").out)["decode"]
+    assert decode["repetition_penalty"] == 1.2
+    assert decode["logit_bias"] == {"5": -100.0, "7": 1.5}
 
 
 @pytest.mark.parametrize("words", [("-",), ()])
@@ -183,6 +191,12 @@ def test_unquoted_prompt(cli: Cli) -> None:
         (("--strategy", "beam"), "'ar', 'chain'"),
         (("-t", "-1"), "temperature"),
         (("--top-p", "2"), "top_p"),
+        (("--repetition-penalty", "0"), "repetition_penalty"),
+        (("--logit-bias", "42"), "as in 42=-100, not '42'"),
+        (("--logit-bias", "x=1"), "as in 42=-100, not 'x=1'"),
+        (("--logit-bias", "-3=1"), "whole number from 0, not -3"),
+        (("--logit-bias", "3=inf"), "logit_bias of token 3"),
+        (("--logit-bias", "3=1", "--logit-bias", "3=2"), "token 3 has two"),
         (("-n", "0"), "max_new_tokens"),
         (("--stop", ""), "stop"),
         (("--dtype", "float8"), "float8"),

@@ -1,5 +1,8 @@
 """Settings are checked where they are made, in one sentence."""
 
+import json
+import pickle
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -20,6 +23,17 @@ from orthrus.errors import UserInputError
         ({"min_p": 1.5}, "min_p must lie in"),
         ({"seed": 1.5}, "seed must be a whole number"),
         ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a number from 0.001 to 1000"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty must be a number"),
+        ({"repetition_penalty": "1.2"}, "where 1 is off, not '1.2'"),
+        ({"repetition_penalty": None}, "repetition_penalty must be a number"),
+        ({"logit_bias": [(5, 1.0)]}, "logit_bias must map token ids to numbers"),
+        ({"logit_bias": {"5": 1.0}}, "a token id of logit_bias must be a whole number from 0, not '5'"),
+        ({"logit_bias": {-1: 1.0}}, "must be a whole number from 0, not -1"),
+        ({"logit_bias": {True: 1.0}}, "must be a whole number from 0, not True"),
+        ({"logit_bias": {5: float("-inf")}}, "logit_bias of token 5 must be a number from"),
+        ({"logit_bias": {5: float("nan")}}, "-100 all but bans a token"),
+        ({"logit_bias": {5: None}}, "logit_bias of token 5 must be a number"),
     ],
 )
 def test_wrong_sampling_settings(settings: dict[str, Any], message: str) -> None:
@@ -43,6 +57,21 @@ def test_wrong_sampling_settings(settings: dict[str, Any], message: str) -> None
 def test_wrong_decode_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserInputError, match=message):
         DecodeConfig(**settings)
+
+
+def test_a_logit_bias_is_copied_and_leaves_settings_comparable() -> None:
+    given = {7: 2, 5: -100.0}
+    params = SamplingParams(logit_bias=given)
+    given[9] = 1.0
+    assert params.logit_bias == {5: -100.0, 7: 2.0}
+    same = SamplingParams(logit_bias={5: -100, 7: 2.0})
+    assert params == same
+    assert hash(params) == hash(same)
+    assert params != SamplingParams(logit_bias={5: -100})
+    assert json.loads(json.dumps(asdict(params)))["logit_bias"] == {"5": -100.0, "7": 2.0}
+    assert replace(params, seed=3).logit_bias == params.logit_bias
+    assert pickle.loads(pickle.dumps(params)) == params
+    assert SamplingParams(logit_bias={}) == SamplingParams()
 
 
 def test_greedy_is_temperature_zero() -> None:

@@ -8,7 +8,7 @@ import typer
 
 from orthrus.cli import options
 from orthrus.cli.chat_commands import ChatState, Leave, run_slash_command
-from orthrus.cli.common import cancel_on_interrupt, check_decode, load_orthrus, say_error
+from orthrus.cli.common import cancel_on_interrupt, check_decode, load_orthrus, parse_logit_bias, say_error
 from orthrus.cli.render import DraftMarker, footer, note, print_stream
 from orthrus.errors import OrthrusError, UserInputError
 
@@ -30,6 +30,8 @@ def chat(
     top_k: options.TopK = None,
     top_p: options.TopP = None,
     min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    logit_bias: options.LogitBias = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
     system: options.System = None,
@@ -57,6 +59,8 @@ def chat(
         "top_k": top_k,
         "top_p": top_p,
         "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "logit_bias": parse_logit_bias(logit_bias or ()),
         "seed": seed,
         "stop": tuple(stop or ()),
         "ignore_eos": False,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthrus.cli.common import check_decode
+from orthrus.cli.common import check_decode, parse_logit_bias
 from orthrus.cli.render import note
 from orthrus.errors import UserInputError
 
@@ -115,6 +115,8 @@ def _ratio(part: int, whole: int) -> float:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, dict):
+        return " ".join(f"{token_id}={number:g}" for token_id, number in value.items())
     return "none" if value is None or value == () else str(value)
 
 
@@ -132,11 +134,13 @@ def _parse(name: str, value: str) -> Any:
         return value
     if name == "stop":
         return () if value in ("", "none") else (value,)
+    if name == "logit_bias":
+        return None if value in ("", "none") else parse_logit_bias(value.split())
     if name in ("floor", "ignore_eos"):
         return _switch(name, value)
-    if value == "none" and name not in ("max_new_tokens", "temperature"):
+    if value == "none" and name not in ("max_new_tokens", "temperature", "repetition_penalty"):
         return None
-    kind = float if name in ("temperature", "top_p", "min_p") else int
+    kind = float if name in ("temperature", "top_p", "min_p", "repetition_penalty") else int
     try:
         return kind(value)
     except ValueError as error:

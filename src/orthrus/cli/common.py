@@ -5,7 +5,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -131,6 +131,23 @@ def check_decode(decode: dict[str, Any]) -> None:
     from orthrus.api import decode_config
 
     decode_config(**decode)
+
+
+def parse_logit_bias(pairs: Iterable[str]) -> dict[int, float] | None:
+    """The texts ID=VALUE as a mapping, None when there are none; UserInputError names a wrong one."""
+    bias: dict[int, float] = {}
+    for pair in pairs:
+        token_id, _, value = pair.partition("=")
+        try:
+            key, number = int(token_id), float(value)
+        except ValueError as error:
+            raise UserInputError(
+                f"a logit bias is a token id and a number, as in 42=-100, not '{pair}'."
+            ) from error
+        if key in bias:
+            raise UserInputError(f"token {key} has two logit biases; give one.")
+        bias[key] = number
+    return bias or None
 
 
 def check_strategies(names: list[str] | None) -> tuple[Strategy, ...]:

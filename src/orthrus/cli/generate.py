@@ -6,7 +6,14 @@ from typing import Annotated, Any
 import typer
 
 from orthrus.cli import options
-from orthrus.cli.common import INTERRUPTED, cancel_on_interrupt, check_decode, load_orthrus, read_stdin
+from orthrus.cli.common import (
+    INTERRUPTED,
+    cancel_on_interrupt,
+    check_decode,
+    load_orthrus,
+    parse_logit_bias,
+    read_stdin,
+)
 from orthrus.cli.render import DraftMarker, footer, note, print_json, print_result, print_stream
 from orthrus.errors import UserInputError
 
@@ -29,6 +36,8 @@ def generate(
     top_k: options.TopK = None,
     top_p: options.TopP = None,
     min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    logit_bias: options.LogitBias = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
     ignore_eos: options.IgnoreEos = False,
@@ -63,6 +72,8 @@ def generate(
         "top_k": top_k,
         "top_p": top_p,
         "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "logit_bias": parse_logit_bias(logit_bias or ()),
         "seed": seed,
         "stop": tuple(stop or ()),
         "ignore_eos": ignore_eos,

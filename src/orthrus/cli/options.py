@@ -83,6 +83,21 @@ MinP = Annotated[
         help="Sample among tokens at least this likely, relative to the likeliest.", rich_help_panel=_DECODING
     ),
 ]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option(
+        help="Above 1: tokens of the prompt and the text so far become less likely. 1 is off.",
+        rich_help_panel=_DECODING,
+    ),
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ID=VALUE",
+        help="Add VALUE to the logit of token ID, as in 42=-100; may be repeated.",
+        rich_help_panel=_DECODING,
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=_DECODING)]
 Stop = Annotated[
     list[str] | None,

@@ -56,12 +56,34 @@ def greedy_tokens(logits_RV: Tensor) -> Tensor:
     return logits_RV.argmax(-1)
 
 
-def draw(probs_RV: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token per row by the exponential race; probs_RV float32 -> token_ids_R.
+def draw_with_noise(probs_RV: Tensor, noise_RV: Tensor) -> Tensor:
+    """One token per row by the exponential race; probs_RV, noise_RV float32 -> token_ids_R.
 
-    argmax(p / e) with e ~ Exp(1) has law p and needs no host synchronisation, unlike multinomial.
-    Rows need not be normalised.
+    argmax(p / e) with e ~ Exp(1) has law p, needs no host synchronisation, unlike multinomial, and never
+    gives a token of probability 0. Rows need not be normalised. With `noise.exponential_noise` the token is
+    a function of seed, position and law alone, whichever pass the law came from.
     """
-    race_RV = torch.empty_like(probs_RV).exponential_(generator=generator)
+    return (probs_RV / noise_RV).argmax(-1)
+
+
+def coupled_log_scores(probs_RV: Tensor, noise_RV: Tensor) -> Tensor:
+    """log p - log e, minus infinity where p is 0: what `draw_with_noise` maximises, to rank drafts by.
+
+    A row's best score is its draw, its best C are C draws without replacement. Scores of the diffusion view
+    under the noise of the AR view's coming draw couple the two: laws p and q at total variation distance TV
+    then agree with probability at least (1 - TV) / (1 + TV) (Gumbel coupling, arXiv 2408.07978), where
+    independent draws agree with probability sum(p q). The AR view's draw does not look at the draft, so its
+    law stays p.
+    """
+    return (probs_RV / noise_RV).log()
+
+
+def draw_from_generator(probs_RV: Tensor, generator: torch.Generator | None) -> Tensor:
+    """As `draw_with_noise`, with noise from a generator (None: torch's own): for many sequences at once."""
+    noise_RV = torch.empty_like(probs_RV).exponential_(generator=generator)
     # exponential_ may return 0 in fp32, and 0 / 0 would poison the argmax.
-    return (probs_RV / race_RV.clamp_min(torch.finfo(torch.float32).tiny)).argmax(-1)
+    return draw_with_noise(probs_RV, noise_RV.clamp_min_(torch.finfo(torch.float32).tiny))
+
+
+# The name that the engine's cycles still call.
+draw = draw_from_generator

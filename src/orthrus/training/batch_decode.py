@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from orthrus.config import SamplingParams
-from orthrus.decoding.sampling import draw, filtered_probs, greedy_tokens
+from orthrus.decoding.sampling import draw_from_generator, filtered_probs, greedy_tokens
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import ar_step, prefill
 from orthrus.model.slot_cache import SlotCache
@@ -97,5 +97,5 @@ def _choose(logits_BV: Tensor, rows: list[_Row | None], generator: torch.Generat
     if sampled:
         params = next(row.request.sampling for row in rows if row and not row.request.sampling.greedy)
         probs_RV = filtered_probs(logits_BV[sampled], params)
-        ids_B[sampled] = draw(probs_RV, generator)
+        ids_B[sampled] = draw_from_generator(probs_RV, generator)
     return [int(i) for i in ids_B.tolist()]
