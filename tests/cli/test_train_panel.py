@@ -22,6 +22,7 @@ LOG = TrainLog(
     grad_norm=0.5,
     tokens_per_second=1234.0,
     seconds_left=600.0,
+    flops_per_second=1.5e11,
 )
 
 
@@ -32,7 +33,7 @@ class Terminal(io.StringIO):
 
 def test_the_panel_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with TrainDisplay("a title") as display:
+    with TrainDisplay("a title", peak_flops=3e11) as display:
         display.start(3, 40)
         display.log(LOG)
         display.scoring()
@@ -41,7 +42,7 @@ def test_the_panel_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         screen = io.StringIO()
         Console(file=screen, width=100).print(display._panel())
     text = screen.getvalue()
-    for words in ("a title", "20 of 40", "about 10 min left", "1.5000", "75%", "2.12", "1,234"):
+    for words in ("a title", "20 of 40", "about 10 min left", "1.5000", "75%", "2.12", "1,234 (50% of"):
         assert words in text
     assert "2.25 at step 30, best 2.50 at step 20" in text
     assert "Traceback" not in sys.stderr.getvalue()  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ LOG = TrainLog(
     grad_norm=0.5,
     tokens_per_second=100.0,
     seconds_left=9.0,
+    flops_per_second=1.5e11,
 )
 
 

@@ -77,6 +77,7 @@ class _Run:
         from orthrus.training.flex_blocks import check_attention
         from orthrus.training.processes import this_process
         from orthrus.training.run_state import STATE_FILE
+        from orthrus.training.speed import matmul_peak
         from orthrus.training.start import check_samples, starting_view
 
         process = this_process()
@@ -94,6 +95,7 @@ class _Run:
         self.display = TrainDisplay(
             f"{base.name}, {sum(map(len, corpora.values())):,} dialogues, K = {config.block_size}",
             quiet=quiet,
+            peak_flops=None if quiet else matmul_peak(base.model.dtype, base.model.device),
         )
         self.stopped, self.num_steps = False, 0
         self.last_log: TrainLog | None = None

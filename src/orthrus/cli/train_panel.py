@@ -15,8 +15,8 @@ _BARS = " ▁▂▃▄▅▆▇█"
 class TrainDisplay:
     """A context manager that is told of logs and scores."""
 
-    def __init__(self, title: str, *, quiet: bool = False) -> None:
-        self._title, self._quiet = title, quiet
+    def __init__(self, title: str, *, quiet: bool = False, peak_flops: float | None = None) -> None:
+        self._title, self._quiet, self._peak_flops = title, quiet, peak_flops
         self._log: TrainLog | None = None
         self._scores: list[tuple[int, float]] = []
         self._state = "first step"
@@ -48,7 +48,7 @@ class TrainDisplay:
     def log(self, log: "TrainLog") -> None:
         self._log, self._state = log, "training"
         if self._live is None:
-            self._say(log_line(log))
+            self._say(log_line(log, self._peak_flops))
         self._refresh()
 
     def scoring(self) -> None:
@@ -94,7 +94,8 @@ class TrainDisplay:
             table.add_row("loss", f"{log.loss:.4f}")
             table.add_row("accuracy by position", positions(log))
             table.add_row("expected tokens per cycle", f"{log.expected_tokens:.2f}")
-            table.add_row("diffusion tokens/s", f"{log.tokens_per_second:,.0f}")
+            rate = f"{log.tokens_per_second:,.0f}{share_of_peak(log, self._peak_flops)}"
+            table.add_row("diffusion tokens/s", rate)
         if self._scores:
             step, last = self._scores[-1]
             best = max(self._scores, key=lambda s: s[1])
@@ -110,12 +111,19 @@ def positions(log: "TrainLog") -> str:
     return " ".join(f"{_BARS[round(a * 8)]}{a:.0%}" for a in log.accuracy_J)
 
 
-def log_line(log: "TrainLog") -> str:
+def share_of_peak(log: "TrainLog", peak_flops: float | None) -> str:
+    """What part of the machine's best matrix product the arithmetic of the steps amounts to, where known."""
+    if log.flops_per_second is None or not peak_flops:
+        return ""
+    return f" ({log.flops_per_second / peak_flops:.0%} of the machine's peak)"
+
+
+def log_line(log: "TrainLog", peak_flops: float | None = None) -> str:
     """The same figures as the panel's, in one line."""
     accuracy = " ".join(f"{a:.2f}" for a in log.accuracy_J)
     left = f", about {duration(log.seconds_left)} left" if log.step < log.num_steps else ""
     return (
         f"step {log.step}/{log.num_steps}: loss {log.loss:.4f}, expected tokens per cycle "
         f"{log.expected_tokens:.2f}, accuracy by position {accuracy}, "
-        f"{log.tokens_per_second:,.0f} diffusion tokens/s{left}"
+        f"{log.tokens_per_second:,.0f} diffusion tokens/s{share_of_peak(log, peak_flops)}{left}"
     )

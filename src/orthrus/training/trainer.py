@@ -1,7 +1,8 @@
 """The training loop; what several processes need of each other is in `processes`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,18 +13,22 @@ from torch import Tensor
 
 from orthrus.errors import DivergedError, UserInputError
 from orthrus.model.dual_view import DualView
+from orthrus.model.slot_cache import head_dim
 from orthrus.training.blocks import BlockLayout, draw_blocks
+from orthrus.training.flex_blocks import pick_attention
 from orthrus.training.forward import Objective, StepOutput, TrainingPass
 from orthrus.training.packing import PackedRow
 from orthrus.training.processes import Processes, load_optimizer, plain
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.run_state import RunState, load_state, save_state
+from orthrus.training.speed import FlopCounter
 
 
 @dataclass(frozen=True, slots=True)
 class TrainLog:
     """What one step reports. accuracy_J: share of draft rows that name the AR view's own token, by position;
-    expected_tokens: tokens per cycle if positions were accepted independently at those rates."""
+    expected_tokens: tokens per cycle if positions were accepted independently at those rates.
+    flops_per_second: operations of matrix products, counted in the first step; None where they are not."""
 
     step: int
     num_steps: int
@@ -34,6 +39,7 @@ class TrainLog:
     grad_norm: float
     tokens_per_second: float
     seconds_left: float
+    flops_per_second: float | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,12 +90,15 @@ def train(
     num_steps = config.steps or max(1, round(config.epochs * len(rows) / config.batch_rows))
     if processes.is_main:
         hooks.on_start(state.step, num_steps)
-    meter = _Meter(num_steps, state.step)
+    # Compiled kernels and gathered shards do not run under a counter.
+    dense = pick_attention(config.attention, dual.device, head_dim(dual.base.config)) == "dense"
+    meter = _Meter(num_steps, state.step, countable=dense and not processes.sharded)
     while state.step < num_steps:
         rate = learning_rate(config, state.step, num_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        output = _accumulate(processes, rows, config, state.step)
+        with meter.counting():
+            output = _accumulate(processes, rows, config, state.step)
         grad_norm = _apply(processes, parameters, optimizer, output, config.clip_norm)
         state.step += 1
         meter.add(output)
@@ -192,10 +201,22 @@ def _apply(
 class _Meter:
     """Sums since the last log, and the clock."""
 
-    def __init__(self, num_steps: int, step: int) -> None:
+    def __init__(self, num_steps: int, step: int, *, countable: bool) -> None:
         self.num_steps = num_steps
+        self._countable = countable
         self._sums: StepOutput | None = None
+        self._step_flops: int | None = None
         self.restart(step)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count the operations of the first step, this process's share; steps are alike."""
+        if not self._countable or self._step_flops is not None:
+            yield
+            return
+        with FlopCounter() as counter:
+            yield
+        self._step_flops = counter.total
 
     def restart(self, step: int) -> None:
         self._started, self._first_step, self._tokens = perf_counter(), step, 0.0
@@ -220,4 +241,5 @@ class _Meter:
             grad_norm=grad_norm,
             tokens_per_second=self._tokens / seconds if seconds else 0.0,
             seconds_left=per_step * (self.num_steps - step),
+            flops_per_second=self._step_flops / per_step if self._step_flops and per_step else None,
         )
