@@ -164,7 +164,7 @@ def test_a_window_hides_what_lies_far_back_and_nothing_of_the_block(name: str) -
     cache = filled(dual, [length])
     p = draft_block(torch.tensor([[5]]), [length], block_size, VOCAB - 1, floor=True)
     cache.begin(p)
-    masks = dual._masks(p, cache)
+    masks = dual.masks(p, cache)
     windowed_TS = (masks["sliding_attention"] if isinstance(masks, dict) else masks)[0, 0]
     for row, position in enumerate([length, *range(length, length + block_size)]):
         history = set(range(max(0, position - 11), length))
