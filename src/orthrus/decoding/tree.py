@@ -1,7 +1,7 @@
 """Draft trees: which guesses of a block are worth a row of the verify pass. Plain Python, on the host.
 
-Row 0 of a tree is the anchor, its root; node i is row i + 1. Parents are row numbers and come first, so a tree
-is three flat lists. A chain is a tree without branches.
+Row 0 of a tree is the anchor, its root; node i is row i + 1. Parents are row numbers and come first, so a
+tree is three flat lists. A chain is a tree without branches.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +11,8 @@ from itertools import accumulate, islice
 from math import inf
 
 PairScores = Callable[[int, int, int], float]
-"""(d, parent_rank, child_rank) -> log prob of candidate `child_rank` of position d, given candidate `parent_rank`
-of position d - 1. d counts as the rows of `Candidates` do, so it is never 0: the root is no candidate."""
+"""(d, parent_rank, child_rank) -> log prob of candidate `child_rank` of position d, given that candidate
+`parent_rank` of position d - 1 stands. d counts the rows of `Candidates`, from 1 on: before 0 is the root."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class DraftTree:
         return depths[1:]
 
     def paths(self) -> list[list[int]]:
-        """Per row, the root's included: the rows from the root's child down to it; the root's own is empty."""
+        """Per row, the root's included: the rows from the root's child down to it; none for the root."""
         paths: list[list[int]] = [[]]
         for row, parent in enumerate(self.parents, start=1):
             paths.append([*paths[parent], row])
@@ -79,9 +79,7 @@ def chain_tree(candidates: Candidates, num_nodes: int) -> DraftTree:
     return DraftTree(token_ids, list(range(num_nodes)), list(log_probs))
 
 
-def best_first_tree(
-    candidates: Candidates, budget: int, pair_scores: PairScores | None = None
-) -> DraftTree:
+def best_first_tree(candidates: Candidates, budget: int, pair_scores: PairScores | None = None) -> DraftTree:
     """The `budget` most probable prefixes, most probable first; fewer where there are no more.
 
     A prefix counts as the product of its candidates' probabilities, so the sum over nodes is the number of

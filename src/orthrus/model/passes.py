@@ -69,7 +69,9 @@ class Pass:
             )
             ends_BD = positions_BD[:, (block_D + 1) * self.block_size - 1]
             last_BT = torch.cat([last_BT[:, :num_ar], ends_BD], dim=1)
-        assert (self.visible_BTS.sum(2) == last_BT + 1).all(), "a row must see each position up to its own once"
+        assert (self.visible_BTS.sum(2) == last_BT + 1).all(), (
+            "a row must see each position up to its own once"
+        )
 
 
 def _causal(token_ids_BT: Tensor, lengths: list[int], first_logit_row: int = 0) -> Pass:
@@ -163,8 +165,8 @@ def fused(
 
     Block i is anchored at AR row block_rows[i] = j: it starts with that row's token, goes on with the clean
     tokens given[i] (at most K - 1) and is masks from there on. It reads the history, the AR rows on j's
-    path strictly before j, and itself: what `draft_block` would read if that path had been committed. It takes
-    the rows and slots from T + i * K on, and the positions from j's on. Only AR rows are projected.
+    path strictly before j, and itself: what `draft_block` would read if that path had been committed. With T
+    AR rows it takes the rows from T + i * K on, and the positions from j's on. Only AR rows are projected.
     """
     (length,), device, num_ar = lengths, token_ids_1T.device, token_ids_1T.shape[1]
     assert len(parents) == num_ar - 1, "one parent for each row but the anchor"
