@@ -5,6 +5,7 @@ keys and values into its own slot and reads exactly the slots that its row of `v
 never see a slot that a diffusion row wrote: that is why the output is lossless.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ class Pass:
     """token_ids_BT, position_ids_BT, slots_BT: int64; visible_BTS: bool, S the slots that are read.
 
     `logit_rows_R` (int64) names the rows that are projected to the vocabulary: nobody pays for the rest.
+    The diffusion rows are blocks of `block_size` rows each, one after the other (0 where there are none).
     """
 
     token_ids_BT: Tensor
@@ -27,6 +29,7 @@ class Pass:
     visible_BTS: Tensor
     num_ar_rows: int
     logit_rows_R: Tensor
+    block_size: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -39,21 +42,36 @@ class Pass:
     def check(self, lengths: list[int]) -> None:
         """Assert the invariants against the committed `lengths`; one host synchronisation per tensor.
 
-        Every row sees its own slot, AR rows see no diffusion slot of this pass and no older scratch,
-        and nobody writes into the history.
+        Every row sees its own slot, AR rows see no diffusion slot of this pass and no older scratch, a block
+        sees itself whole and no other block, and nobody writes into the history. Each row reads one slot for
+        every position up to its own (an AR row) or up to the end of its block: so no row reads two branches.
         """
-        num_rows, num_slots = self.visible_BTS.shape[1:]
+        num_rows, num_slots, num_ar = *self.visible_BTS.shape[1:], self.num_ar_rows
+        assert 0 <= num_ar <= num_rows
         lengths_B1 = torch.tensor(lengths, device=self.slots_BT.device)[:, None]
         assert (self.slots_BT >= lengths_B1).all(), "a row would overwrite committed history"
         assert self.visible_BTS.gather(2, self.slots_BT[..., None]).all(), "a row must see itself"
         allowed_BS = torch.arange(num_slots, device=lengths_B1.device) < lengths_B1
-        ar_BS = allowed_BS.scatter(1, self.slots_BT[:, : self.num_ar_rows], True)
+        ar_BS = allowed_BS.scatter(1, self.slots_BT[:, :num_ar], True)
         any_BS = ar_BS.scatter(1, self.slots_BT, True)
-        assert not (self.visible_BTS[:, : self.num_ar_rows] & ~ar_BS[:, None]).any(), (
+        assert not (self.visible_BTS[:, :num_ar] & ~ar_BS[:, None]).any(), (
             "an AR row sees a diffusion row or stale scratch"
         )
         assert not (self.visible_BTS & ~any_BS[:, None]).any(), "a row sees stale scratch"
-        assert 0 <= self.num_ar_rows <= num_rows
+        last_BT = self.position_ids_BT
+        if num_ar < num_rows:
+            slots_BD, positions_BD = self.slots_BT[:, num_ar:], self.position_ids_BT[:, num_ar:]
+            block_D = torch.arange(num_rows - num_ar, device=slots_BD.device) // self.block_size
+            index_BDD = slots_BD[:, None].expand(-1, num_rows - num_ar, -1)
+            seen_BDD = self.visible_BTS[:, num_ar:].gather(2, index_BDD)
+            assert (seen_BDD == (block_D[:, None] == block_D)).all(), (
+                "a block sees another block, or not the whole of itself"
+            )
+            ends_BD = positions_BD[:, (block_D + 1) * self.block_size - 1]
+            last_BT = torch.cat([last_BT[:, :num_ar], ends_BD], dim=1)
+        assert (self.visible_BTS.sum(2) == last_BT + 1).all(), (
+            "a row must see each position up to its own once"
+        )
 
 
 def _causal(token_ids_BT: Tensor, lengths: list[int], first_logit_row: int = 0) -> Pass:
@@ -120,4 +138,69 @@ def draft_block(
         visible_BTS=visible_BTS,
         num_ar_rows=num_ar,
         logit_rows_R=logit_rows_R,
+        block_size=block_size,
+    )
+
+
+def verify_tree(token_ids_1T: Tensor, parents: Sequence[int], lengths: list[int]) -> Pass:
+    """The anchor (row 0) and the nodes of a draft tree as AR rows, all projected.
+
+    parents: per node, the row of its parent, which comes before it. A node stands as many positions after the
+    anchor as it is deep, and reads the history, its own ancestors and itself; row r writes slot length + r.
+    Source: the tree attention of arXiv 2305.09781, section 4.
+    """
+    return fused(token_ids_1T, parents, lengths, block_rows=(), block_size=1, mask_token_id=MASK_EMBEDDING)
+
+
+def fused(
+    token_ids_1T: Tensor,
+    parents: Sequence[int],
+    lengths: list[int],
+    block_rows: Sequence[int],
+    block_size: int,
+    mask_token_id: int,
+    given: Sequence[Sequence[int]] = (),
+) -> Pass:
+    """The rows of `verify_tree`, then one diffusion block of K rows for each of `block_rows`.
+
+    Block i is anchored at AR row block_rows[i] = j: it starts with that row's token, goes on with the clean
+    tokens given[i] (at most K - 1) and is masks from there on. It reads the history, the AR rows on j's
+    path strictly before j, and itself: what `draft_block` would read if that path had been committed. With T
+    AR rows it takes the rows from T + i * K on, and the positions from j's on. Only AR rows are projected.
+    """
+    (length,), device, num_ar = lengths, token_ids_1T.device, token_ids_1T.shape[1]
+    assert len(parents) == num_ar - 1, "one parent for each row but the anchor"
+    assert not given or len(given) == len(block_rows), "given tokens are for all blocks or for none"
+    num_rows = num_ar + len(block_rows) * block_size
+    depths, clean = [0], []
+    # One byte for each row of the pass that a row reads: on the host, since the tree is known there.
+    reads = [bytearray(num_rows)]
+    reads[0][0] = 1
+    for row, parent in enumerate(parents, start=1):
+        assert 0 <= parent < row, "parents come first"
+        depths.append(depths[parent] + 1)
+        reads.append(bytearray(reads[parent]))
+        reads[row][row] = 1
+    offsets = depths.copy()
+    for block, anchor_row in enumerate(block_rows):
+        block_read = bytearray(reads[anchor_row])
+        block_read[anchor_row] = 0
+        own = slice(num_ar + block * block_size, num_ar + (block + 1) * block_size)
+        block_read[own] = b"\1" * block_size
+        reads += [block_read] * block_size
+        offsets += range(depths[anchor_row], depths[anchor_row] + block_size)
+        known = list(given[block]) if given else []
+        assert len(known) < block_size, "a block has no room for the given tokens"
+        clean += known + [mask_token_id] * (block_size - 1 - len(known))
+    tail_RR = torch.frombuffer(bytearray().join(reads), dtype=torch.bool).view(num_rows, num_rows).to(device)
+    anchors_M1 = token_ids_1T[0, list(block_rows)][:, None]
+    clean_MJ = torch.tensor(clean, dtype=torch.long, device=device).view(len(block_rows), block_size - 1)
+    return Pass(
+        token_ids_BT=torch.cat([token_ids_1T, torch.cat([anchors_M1, clean_MJ], dim=1).view(1, -1)], dim=1),
+        position_ids_BT=torch.tensor([offsets], device=device) + length,
+        slots_BT=torch.arange(length, length + num_rows, device=device)[None],
+        visible_BTS=torch.cat([tail_RR.new_ones(num_rows, length), tail_RR], dim=1)[None],
+        num_ar_rows=num_ar,
+        logit_rows_R=torch.arange(num_ar, device=device),
+        block_size=block_size if block_rows else 0,
     )

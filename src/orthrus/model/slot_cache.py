@@ -99,12 +99,15 @@ class SlotCache:
         """Gather an accepted tree path, scattered over scratch `slots`, into the history and commit it."""
         start = self.lengths[row]
         assert all(slot >= start for slot in slots), "an accepted path lies in scratch"
-        source_P = torch.tensor(slots, device=self.positions_BS.device)
-        target = slice(start, start + len(slots))
-        for store in (*self.keys, *self.values):
-            store[row, :, target] = store[row][:, source_P]
-        for ledger in (self.positions_BS, self.writers_BS):
-            ledger[row, target] = ledger[row, source_P]
+        # What lies in its place already need not move: a chain, and the first of a tree's branches.
+        kept = next((i for i, slot in enumerate(slots) if slot != start + i), len(slots))
+        if kept < len(slots):
+            source_P = torch.tensor(slots[kept:], device=self.positions_BS.device)
+            target = slice(start + kept, start + len(slots))
+            for store in (*self.keys, *self.values):
+                store[row, :, target] = store[row].index_select(1, source_P)
+            for ledger in (self.positions_BS, self.writers_BS):
+                ledger[row, target] = ledger[row, source_P]
         self.commit(len(slots), row)
 
     def row(self, row: int) -> "SlotCache":

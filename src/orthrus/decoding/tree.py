@@ -1,0 +1,142 @@
+"""Draft trees: which guesses of a block are worth a row of the verify pass. Plain Python, on the host.
+
+Row 0 of a tree is the anchor, its root; node i is row i + 1. Parents are row numbers and come first, so a
+tree is three flat lists. A chain is a tree without branches.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import accumulate, islice
+from math import inf
+
+PairScores = Callable[[int, int, int], float]
+"""(d, parent_rank, child_rank) -> log prob of candidate `child_rank` of position d, given that candidate
+`parent_rank` of position d - 1 stands. d counts the rows of `Candidates`, from 1 on: before 0 is the root."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What a block proposes: D positions after the root, C candidates each, best first.
+
+    log_probs_DC are normalised over the whole vocabulary, so a position's probabilities add up to at most 1.
+    """
+
+    token_ids_DC: list[list[int]]
+    log_probs_DC: list[list[float]]
+
+    def __len__(self) -> int:
+        return len(self.token_ids_DC)
+
+    def drop_first(self) -> "Candidates":
+        """The same without the first position, which has been decided meanwhile."""
+        return Candidates(self.token_ids_DC[1:], self.log_probs_DC[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """Per node: its token, the row of its parent, and the log prob of the whole path from the root to it."""
+
+    token_ids: list[int]
+    parents: list[int]
+    log_probs: list[float]
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.token_ids)
+
+    def depths(self) -> list[int]:
+        """Per node: a child of the root has depth 1."""
+        depths = [0]
+        for parent in self.parents:
+            depths.append(depths[parent] + 1)
+        return depths[1:]
+
+    def paths(self) -> list[list[int]]:
+        """Per row, the root's included: the rows from the root's child down to it; none for the root."""
+        paths: list[list[int]] = [[]]
+        for row, parent in enumerate(self.parents, start=1):
+            paths.append([*paths[parent], row])
+        return paths
+
+    def children(self) -> list[dict[int, int]]:
+        """Per row, the root's included: {token id: row of the child that carries it}."""
+        children: list[dict[int, int]] = [{} for _ in range(self.num_nodes + 1)]
+        for row, (token_id, parent) in enumerate(zip(self.token_ids, self.parents, strict=True), start=1):
+            children[parent][token_id] = row
+        return children
+
+
+EMPTY_TREE = DraftTree([], [], [])
+"""Nothing but the anchor: a verify pass of one row."""
+
+
+def chain_tree(candidates: Candidates, num_nodes: int) -> DraftTree:
+    """The first `num_nodes` best guesses in a row, fewer where the block proposes fewer."""
+    num_nodes = max(0, min(num_nodes, len(candidates)))
+    token_ids = [ids[0] for ids in candidates.token_ids_DC[:num_nodes]]
+    log_probs = accumulate(log_probs[0] for log_probs in candidates.log_probs_DC[:num_nodes])
+    return DraftTree(token_ids, list(range(num_nodes)), list(log_probs))
+
+
+def best_first_tree(candidates: Candidates, budget: int, pair_scores: PairScores | None = None) -> DraftTree:
+    """The `budget` most probable prefixes, most probable first; fewer where there are no more.
+
+    A prefix counts as the product of its candidates' probabilities, so the sum over nodes is the number of
+    drafts that one may expect to stand, and no other tree of this size has a larger one. With `pair_scores` a
+    candidate's probability depends on the one before it (see `PairScores`); the root's children have the
+    block's own. Equal scores go to the shallower node, then to the earlier parent, then to the better
+    candidate; candidates of probability 0 are left out. Source: best-first search as in arXiv 2604.12989.
+    """
+    ranked: dict[tuple[int, int], list[tuple[float, int]]] = {}
+
+    def options(depth: int, parent_rank: int) -> list[tuple[float, int]]:
+        """(cost, rank) of the candidates after a given one, cheapest first; cost = -log prob."""
+        key = (depth, -1 if pair_scores is None else parent_rank)
+        if key not in ranked:
+            costs: list[float]
+            if pair_scores is None or depth == 0:
+                costs = [-log_prob for log_prob in candidates.log_probs_DC[depth]]
+            else:
+                width = len(candidates.token_ids_DC[depth])
+                costs = [-pair_scores(depth, parent_rank, rank) for rank in range(width)]
+            ranked[key] = sorted((cost, rank) for rank, cost in enumerate(costs) if cost < inf)
+        return ranked[key]
+
+    token_ids: list[int] = []
+    parents: list[int] = []
+    costs, ranks = [0.0], [-1]
+    # (cost of the path, depth, parent's row, place among the parent's options): every node is reached once,
+    # from its better sibling or, as a first child, from its parent; both cost no more than it does.
+    heap: list[tuple[float, int, int, int]] = []
+
+    def push(depth: int, parent: int, place: int) -> None:
+        if depth < len(candidates):
+            for cost, _ in islice(options(depth, ranks[parent]), place, place + 1):
+                heappush(heap, (costs[parent] + cost, depth, parent, place))
+
+    push(0, 0, 0)
+    while heap and len(token_ids) < budget:
+        cost, depth, parent, place = heappop(heap)
+        rank = options(depth, ranks[parent])[place][1]
+        token_ids.append(candidates.token_ids_DC[depth][rank])
+        parents.append(parent)
+        costs.append(cost)
+        ranks.append(rank)
+        push(depth, parent, place + 1)
+        push(depth + 1, len(token_ids), 0)
+    return DraftTree(token_ids, parents, [-cost for cost in costs[1:]])
+
+
+def accepted_rows(tree: DraftTree, ar_ids: Sequence[int]) -> list[int]:
+    """The rows of the accepted nodes, from the root's child on: the path that the AR view would have taken.
+
+    ar_ids: per row, the root's included, the AR view's choice after it.
+    """
+    rows, last = [], 0
+    # Parents come first, so one look at each node is enough.
+    for row, (token_id, parent) in enumerate(zip(tree.token_ids, tree.parents, strict=True), start=1):
+        if parent == last and token_id == ar_ids[last]:
+            rows.append(row)
+            last = row
+    return rows

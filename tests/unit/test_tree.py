@@ -1,0 +1,210 @@
+"""Draft trees against brute force: all prefixes, listed and sorted."""
+
+from itertools import pairwise, product
+from math import exp, inf, log, prod
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orthrus.decoding.tree import (
+    EMPTY_TREE,
+    Candidates,
+    DraftTree,
+    PairScores,
+    accepted_rows,
+    best_first_tree,
+    chain_tree,
+)
+
+many = settings(max_examples=150, deadline=None, derandomize=True)
+# Sums of these are exact in floating point, so equal scores are common and really equal.
+LOG_PROBS = st.sampled_from([0.0, -0.5, -1.0, -1.5, -2.0, -4.0])
+
+
+@st.composite
+def candidates(draw: Any, max_depth: int = 4, max_width: int = 4) -> Candidates:
+    depth, width = draw(st.integers(0, max_depth)), draw(st.integers(1, max_width))
+    rows = st.lists(LOG_PROBS, min_size=width, max_size=width).map(lambda row: sorted(row, reverse=True))
+    log_probs_DC = draw(st.lists(rows, min_size=depth, max_size=depth))
+    token_ids_DC = [draw(st.permutations(range(10 * d, 10 * d + width))) for d in range(depth)]
+    return Candidates(token_ids_DC, log_probs_DC)
+
+
+@st.composite
+def candidates_and_pairs(draw: Any) -> tuple[Candidates, PairScores]:
+    """Tables in no order: the best child differs from parent to parent."""
+    c = draw(candidates())
+    width = len(c.token_ids_DC[0]) if c else 0
+    table = {key: draw(LOG_PROBS) for key in product(range(1, len(c)), range(width), range(width))}
+    return c, lambda d, parent, child: table[d, parent, child]
+
+
+def brute_force(c: Candidates, budget: int, pair_scores: PairScores | None = None) -> list[Any]:
+    """The best prefixes as (token path, log prob): every rank tuple, sorted by the documented order."""
+    width = len(c.token_ids_DC[0]) if c else 0
+
+    def step(ranks: tuple[int, ...]) -> float:
+        d = len(ranks) - 1
+        if d and pair_scores:
+            return pair_scores(d, ranks[-2], ranks[-1])
+        return c.log_probs_DC[d][ranks[-1]]
+
+    def score(ranks: tuple[int, ...]) -> float:
+        return sum(step(ranks[: i + 1]) for i in range(len(ranks)))
+
+    def order(ranks: tuple[int, ...]) -> Any:
+        return (-score(ranks), len(ranks), order(ranks[:-1]), -step(ranks), ranks[-1]) if ranks else ()
+
+    prefixes = [r for d in range(1, len(c) + 1) for r in product(range(width), repeat=d)]
+    best = sorted(prefixes, key=order)[: max(0, budget)]
+    return [(tuple(c.token_ids_DC[d][r] for d, r in enumerate(ranks)), score(ranks)) for ranks in best]
+
+
+def token_paths(tree: DraftTree) -> list[tuple[int, ...]]:
+    return [tuple(tree.token_ids[row - 1] for row in path) for path in tree.paths()[1:]]
+
+
+def is_a_tree(tree: DraftTree) -> None:
+    """Parents first, prefix-closed, no duplicates; and the accessors agree with each other."""
+    paths = token_paths(tree)
+    assert len(tree.token_ids) == len(tree.parents) == len(tree.log_probs) == tree.num_nodes
+    assert all(0 <= parent < row for row, parent in enumerate(tree.parents, start=1))
+    assert len(set(paths)) == len(paths)
+    assert {path[:-1] for path in paths} <= {(), *paths}
+    assert tree.depths() == [len(path) for path in paths]
+    flat = {(parent, t): row for parent, kids in enumerate(tree.children()) for t, row in kids.items()}
+    assert flat == {(p, t): i + 1 for i, (p, t) in enumerate(zip(tree.parents, tree.token_ids, strict=True))}
+
+
+@many
+@given(c=candidates(), budget=st.integers(-1, 400))
+def test_the_best_tree_is_the_most_probable_prefixes(c: Candidates, budget: int) -> None:
+    """Also where the budget is larger than the number of prefixes, and where many scores are equal."""
+    tree = best_first_tree(c, budget)
+    is_a_tree(tree)
+    assert list(zip(token_paths(tree), tree.log_probs, strict=True)) == brute_force(c, budget)
+
+
+@many
+@given(c_and_pairs=candidates_and_pairs(), budget=st.integers(0, 400))
+def test_pair_scores_rank_the_children_of_each_parent(c_and_pairs: Any, budget: int) -> None:
+    c, pair_scores = c_and_pairs
+    tree = best_first_tree(c, budget, pair_scores)
+    is_a_tree(tree)
+    expected = brute_force(c, budget, pair_scores)
+    assert list(zip(token_paths(tree), tree.log_probs, strict=True)) == expected
+
+
+@many
+@given(c=candidates(), budget=st.integers(0, 30))
+def test_pair_scores_that_ignore_the_parent_change_nothing(c: Candidates, budget: int) -> None:
+    assert best_first_tree(c, budget, lambda d, _, child: c.log_probs_DC[d][child]) == best_first_tree(
+        c, budget
+    )
+
+
+@many
+@given(c=candidates(), budget=st.integers(0, 60), extra=st.integers(0, 20))
+def test_a_smaller_budget_gives_the_start_of_the_larger_tree(c: Candidates, budget: int, extra: int) -> None:
+    small, large = best_first_tree(c, budget), best_first_tree(c, budget + extra)
+    n = small.num_nodes
+    assert (large.token_ids[:n], large.parents[:n]) == (small.token_ids, small.parents)
+
+
+@many
+@given(c=candidates(max_depth=3, max_width=3), budget=st.integers(1, 12), data=st.data())
+def test_no_other_tree_of_the_size_has_a_larger_sum_of_probabilities(
+    c: Candidates, budget: int, data: Any
+) -> None:
+    """Another tree: grown from the root, one prefix at a time, as chance has it."""
+    width = len(c.token_ids_DC[0]) if c else 0
+    grown: list[tuple[int, ...]] = []
+    for _ in range(budget):
+        edge = [(*p, r) for p in [(), *grown] if len(p) < len(c) for r in range(width)]
+        edge = [p for p in edge if p not in grown]
+        if edge:
+            grown.append(data.draw(st.sampled_from(edge)))
+    other = sum(prod(exp(c.log_probs_DC[d][r]) for d, r in enumerate(p)) for p in grown)
+    assert sum(map(exp, best_first_tree(c, budget).log_probs)) >= other - 1e-9
+
+
+def test_pair_scores_are_asked_only_about_parents_that_the_tree_reached() -> None:
+    c = Candidates([[d * 10 + r for r in range(4)] for d in range(5)], [[log(0.6), -2.0, -3.0, -9.0]] * 5)
+    asked: set[tuple[int, int]] = set()
+
+    def pair_scores(d: int, parent: int, child: int) -> float:
+        asked.add((d, parent))
+        return c.log_probs_DC[d][child]
+
+    tree = best_first_tree(c, 4, pair_scores)
+    reached = {(depth, path[-1] % 10) for path in token_paths(tree) if (depth := len(path)) < len(c)}
+    assert asked <= reached
+
+
+def test_candidates_of_probability_zero_take_no_row() -> None:
+    c = Candidates([[1, 2, 3], [4, 5, 6]], [[0.0, -inf, -inf], [-0.7, -0.7, -inf]])
+    assert token_paths(best_first_tree(c, 10)) == [(1,), (1, 4), (1, 5)]
+    nothing_after_2 = best_first_tree(
+        Candidates([[1, 2], [3, 4]], [[-0.7, -0.7]] * 2), 10, lambda d, parent, child: (-0.1, -inf)[parent]
+    )
+    assert set(token_paths(nothing_after_2)) == {(1,), (2,), (1, 3), (1, 4)}
+
+
+@given(c=candidates(), num_nodes=st.integers(-1, 6))
+@many
+def test_a_chain_is_the_first_candidates_in_a_row(c: Candidates, num_nodes: int) -> None:
+    tree = chain_tree(c, num_nodes)
+    is_a_tree(tree)
+    kept = max(0, min(num_nodes, len(c)))
+    assert tree.parents == list(range(kept))
+    assert tree.token_ids == [ids[0] for ids in c.token_ids_DC[:kept]]
+    assert tree.log_probs == [sum(row[0] for row in c.log_probs_DC[: i + 1]) for i in range(kept)]
+
+
+def test_dropping_the_first_position_leaves_the_others() -> None:
+    c = Candidates([[1, 2], [3, 4]], [[-1.0, -2.0], [-0.5, -3.0]])
+    assert c.drop_first() == Candidates([[3, 4]], [[-0.5, -3.0]])
+    assert len(c.drop_first().drop_first()) == 0
+    assert len(c) == 2
+
+
+def walk(tree: DraftTree, ar_ids: list[int]) -> list[int]:
+    """By the children map, one step after another."""
+    rows, children = [0], tree.children()
+    while (row := children[rows[-1]].get(ar_ids[rows[-1]])) is not None:
+        rows.append(row)
+    return rows[1:]
+
+
+@many
+@given(data=st.data(), budget=st.integers(0, 12))
+def test_the_accepted_rows_are_the_walk_that_the_ar_view_takes(data: Any, budget: int) -> None:
+    """Two tokens to choose from at each position, so that paths of every length are common."""
+    c = data.draw(candidates(max_width=2))
+    tree = best_first_tree(c, budget)
+    tokens = st.sampled_from([t for ids in c.token_ids_DC for t in ids] or [0])
+    ar_ids = [
+        data.draw(st.sampled_from(sorted(kids)) | tokens if kids else tokens) for kids in tree.children()
+    ]
+    rows = accepted_rows(tree, ar_ids)
+    assert rows == walk(tree, ar_ids)
+    assert all(tree.parents[row - 1] == before for before, row in pairwise([0, *rows]))
+
+
+def test_accepted_rows_skip_branches_that_the_ar_view_did_not_take() -> None:
+    #      0 -> 1 (token 7) -> 3 (token 8)      and 0 -> 2 (token 5) -> 4 (token 8) -> 5 (token 9)
+    tree = DraftTree([7, 5, 8, 8, 9], [0, 0, 1, 2, 4], [0.0] * 5)
+    assert accepted_rows(tree, [5, 8, 8, 0, 9, 0]) == [2, 4, 5]
+    assert accepted_rows(tree, [5, 8, 8, 0, 6, 0]) == [2, 4]
+    assert accepted_rows(tree, [7, 9, 8, 0, 9, 0]) == [1]
+    assert accepted_rows(tree, [6, 8, 8, 0, 9, 0]) == []
+
+
+@pytest.mark.parametrize("tree", [EMPTY_TREE, best_first_tree(Candidates([], []), 5)])
+def test_an_empty_tree_is_the_anchor_alone(tree: DraftTree) -> None:
+    is_a_tree(tree)
+    assert tree.num_nodes == 0
+    assert tree.paths() == [[]]
+    assert accepted_rows(tree, [3]) == []
