@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import accumulate, islice
-from math import inf
+from math import exp, inf
 
 PairScores = Callable[[int, int, int], float]
 """(d, parent_rank, child_rank) -> log prob of candidate `child_rank` of position d, given that candidate
@@ -28,9 +28,13 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.token_ids_DC)
 
-    def drop_first(self) -> "Candidates":
-        """The same without the first position, which has been decided meanwhile."""
-        return Candidates(self.token_ids_DC[1:], self.log_probs_DC[1:])
+    def first(self, num_positions: int) -> "Candidates":
+        """No more than the first positions."""
+        return Candidates(self.token_ids_DC[:num_positions], self.log_probs_DC[:num_positions])
+
+    def after(self, num_positions: int) -> "Candidates":
+        """The same without the first positions, which have been decided meanwhile."""
+        return Candidates(self.token_ids_DC[num_positions:], self.log_probs_DC[num_positions:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,21 @@ class DraftTree:
         for row, parent in enumerate(self.parents, start=1):
             paths.append([*paths[parent], row])
         return paths
+
+    def paths_of_tokens(self) -> list[list[int]]:
+        """`paths`, as token ids."""
+        return [[self.token_ids[row - 1] for row in path] for path in self.paths()]
+
+    def end_probs(self) -> list[float]:
+        """Per row, the root's included: the chance that the accepted path ends there, as the draft sees it.
+
+        That of reaching the row, less that of reaching any of its children.
+        """
+        reach = [1.0, *(exp(log_prob) for log_prob in self.log_probs)]
+        ends = reach.copy()
+        for row, parent in enumerate(self.parents, start=1):
+            ends[parent] -= reach[row]
+        return [max(0.0, end) for end in ends]
 
     def children(self) -> list[dict[int, int]]:
         """Per row, the root's included: {token id: row of the child that carries it}."""

@@ -1,9 +1,9 @@
 """A cycle: what commits tokens once. A plan says how it drafts; the passes do the rest."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from orthrus.config import DecodeConfig
-from orthrus.decoding.tree import EMPTY_TREE, DraftTree, best_first_tree, chain_tree, end_probs
+from orthrus.decoding.tree import EMPTY_TREE, DraftTree, best_first_tree, chain_tree
 from orthrus.engine.passes import Block, commit_pass, draft_pass
 from orthrus.engine.state import DecodeState, Step
 from orthrus.types import CycleKind
@@ -71,7 +71,7 @@ def draft_tree(state: DecodeState, plan: Plan, max_depth: int) -> DraftTree:
 
 def choose_blocks(tree: DraftTree, num_blocks: int) -> list[Block]:
     """Blocks at the rows where the accepted path is most likely to end, by the draft's own reckoning."""
-    ends = end_probs(tree)
+    ends = tree.end_probs()
     rows = sorted(range(len(ends)), key=lambda row: -ends[row])[:num_blocks]
     return [Block(row) for row in sorted(rows)]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from orthrus.config import SamplingParams
 from orthrus.decoding.noise import exponential_noise
 from orthrus.decoding.processors import LogitRules
-from orthrus.decoding.sampling import coupled_log_scores, draw, filtered_probs, greedy_tokens
+from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise, filtered_probs, greedy_tokens
 from orthrus.decoding.tree import Candidates
 from orthrus.model.dual_view import DualView
 from orthrus.model.slot_cache import SlotCache
@@ -53,7 +53,7 @@ class DecodeState:
         if self.sampling.greedy:
             return greedy_tokens(logits_RV).tolist()  # type: ignore[no-any-return]
         probs_RV = filtered_probs(logits_RV, self.sampling)
-        return draw(probs_RV, self._noise_at(positions)).tolist()  # type: ignore[no-any-return]
+        return draw_with_noise(probs_RV, self._noise_at(positions)).tolist()  # type: ignore[no-any-return]
 
     def propose(self, logits_DV: Tensor, first_position: int) -> Candidates:
         """The best candidates of each draft row, the first of which decides `first_position`.
