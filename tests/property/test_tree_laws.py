@@ -151,9 +151,9 @@ def test_ar_rows_never_see_the_blocks(name: str, case: Case, data: Any) -> None:
 
 @FAMILIES
 @laws
-@given(case=cases(), data=st.data())
+@given(case=cases())
 @torch.inference_mode()
-def test_a_block_never_sees_another(name: str, case: Case, data: Any) -> None:
+def test_a_block_never_sees_another(name: str, case: Case) -> None:
     """Each block alone with the tree gives what it gives in company."""
     num_ar, size = case.tree.num_nodes + 1, case.block_size
     together_RV = run(name, case, case.fused())[num_ar:]

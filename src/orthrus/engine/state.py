@@ -53,7 +53,7 @@ class DecodeState:
         if self.sampling.greedy:
             return greedy_tokens(logits_RV).tolist()  # type: ignore[no-any-return]
         probs_RV = filtered_probs(logits_RV, self.sampling)
-        return draw_with_noise(probs_RV, self._noise_at(positions)).tolist()  # type: ignore[no-any-return]
+        return draw_with_noise(probs_RV, self._noise_at(positions, probs_RV.shape[-1])).tolist()  # type: ignore[no-any-return]
 
     def propose(self, logits_DV: Tensor, first_position: int) -> Candidates:
         """The best candidates of each draft row, the first of which decides `first_position`.
@@ -67,7 +67,7 @@ class DecodeState:
         else:
             probs_DV = filtered_probs(logits_DV, self.sampling)
             positions = range(first_position, first_position + len(probs_DV))
-            scores_DV = coupled_log_scores(probs_DV, self._noise_at(positions))
+            scores_DV = coupled_log_scores(probs_DV, self._noise_at(positions, probs_DV.shape[-1]))
         top = scores_DV.topk(min(self.num_candidates, scores_DV.shape[-1]), dim=-1)
         log_probs_DC = top.values - scores_DV.logsumexp(-1, keepdim=True)
         # Ids are exact in float64, so one copy brings both to the host.
@@ -80,9 +80,8 @@ class DecodeState:
         self.rules.see(token_ids)
         self.anchor_id = token_ids[-1]
 
-    def _noise_at(self, positions: Sequence[int]) -> Tensor:
+    def _noise_at(self, positions: Sequence[int], vocab_size: int) -> Tensor:
         """noise_RV; drafting and verifying ask for the same positions, so they are kept until passed."""
-        vocab_size = self.rules.vocab_size
         new = [p for p in dict.fromkeys(positions) if p not in self._noise]
         if new:
             self._noise = {p: row for p, row in self._noise.items() if p >= self.length}
