@@ -86,4 +86,3 @@ def draw_from_generator(probs_RV: Tensor, generator: torch.Generator | None) -> 
 
 
 # The name that the engine's cycles still call.
-

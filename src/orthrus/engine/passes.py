@@ -41,9 +41,7 @@ def prefill_pass(state: DecodeState, token_ids: list[int], *, last: bool) -> Com
 
 
 @torch.inference_mode()
-def commit_pass(
-    state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequence[Block] = ()
-) -> Committed:
+def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequence[Block] = ()) -> Committed:
     """The anchor and a tree of drafts as AR rows, and diffusion blocks beside them: one pass.
 
     Commits the longest path that the AR view would have written, and its own token after it. Where a block

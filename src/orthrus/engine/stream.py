@@ -6,10 +6,10 @@ from time import perf_counter
 import torch
 
 from orthrus.config import DecodeConfig
+from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.stats import summarise
 from orthrus.decoding.stopping import StopRules, StopStrings
-from orthrus.decoding.processors import LogitRules
-from orthrus.engine.cycles import Plan, decode_cycle, fixed_plan
+from orthrus.engine.cycles import decode_cycle, fixed_plan
 from orthrus.engine.detokenize import Decoder, Detokenizer
 from orthrus.engine.passes import prefill_pass
 from orthrus.engine.state import DecodeState, Step
