@@ -49,6 +49,10 @@ class DraftTree:
     def num_nodes(self) -> int:
         return len(self.token_ids)
 
+    def first(self, num_nodes: int) -> "DraftTree":
+        """The first nodes alone; of a best-first tree, the best tree of that size."""
+        return DraftTree(self.token_ids[:num_nodes], self.parents[:num_nodes], self.log_probs[:num_nodes])
+
     def depths(self) -> list[int]:
         """Per node: a child of the root has depth 1."""
         depths = [0]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from orthrus.config import DecodeConfig
+from orthrus.decoding.policy import Policy
 from orthrus.decoding.tree import EMPTY_TREE, DraftTree, best_first_tree, chain_tree
 from orthrus.engine.passes import Block, commit_pass, draft_pass
 from orthrus.engine.state import DecodeState, Step
@@ -58,6 +59,27 @@ def decode_cycle(state: DecodeState, plan: Plan, room: int) -> Step:
     if not tree.num_nodes:
         step = step._replace(kind="ar" if not step.num_passes else step.kind)
     return _after(step, state, tree, choose_blocks(tree, plan.num_blocks))
+
+
+def auto_cycle(state: DecodeState, policy: Policy, room: int) -> Step:
+    """As `decode_cycle`, with whatever the policy finds worth its time."""
+    step = Step("ar", [], [], 0, 0, 0)
+    if state.drafts is None and _may_draft(state, room) and policy.wants_draft():
+        step = _after(step._replace(kind="tree"), state, EMPTY_TREE, [Block(0)])
+        if step.token_ids[-1] in state.eos_token_ids:
+            return step
+    tree = draft_tree(state, Plan("tree", policy.max_nodes, True), room - len(step.token_ids) - 1)
+    tree = tree.first(policy.num_nodes(tree.log_probs))
+    if not tree.num_nodes:
+        # The draft pass has decided a token already; without a draft worth verifying, that is all.
+        return step if step.num_passes else _after(step, state, EMPTY_TREE, [])
+    ends = tree.end_probs()
+    blocks = choose_blocks(tree, policy.num_blocks(tree.num_nodes, ends))
+    num_before = len(step.token_ids)
+    step = _after(step._replace(kind="fused_tree" if blocks else "tree"), state, tree, blocks)
+    num_accepted = len(step.token_ids) - num_before - 1
+    policy.observe(tree.log_probs, num_accepted, [ends[b.row] for b in blocks], state.drafts is not None)
+    return step
 
 
 def draft_tree(state: DecodeState, plan: Plan, max_depth: int) -> DraftTree:

@@ -6,10 +6,12 @@ from time import perf_counter
 import torch
 
 from orthrus.config import DecodeConfig
+from orthrus.decoding.policy import Policy
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.stats import summarise
 from orthrus.decoding.stopping import StopRules, StopStrings
-from orthrus.engine.cycles import decode_cycle, fixed_plan
+from orthrus.engine.costs import pass_costs
+from orthrus.engine.cycles import auto_cycle, decode_cycle, fixed_plan
 from orthrus.engine.detokenize import Decoder, Detokenizer
 from orthrus.engine.passes import prefill_pass
 from orthrus.engine.state import DecodeState, Step
@@ -136,9 +138,22 @@ class TokenStream(Iterator[Cycle]):
             if self._cancelled and not last:
                 break
         yield step
-        plan = fixed_plan(self._config, self._block_size)
+        policy = self._policy()
+        plan = None if policy is not None else fixed_plan(self._config, self._block_size)
         while True:
-            yield decode_cycle(state, plan, self._rules.max_new_tokens - len(self._token_ids))
+            room = self._rules.max_new_tokens - len(self._token_ids)
+            if plan is None:
+                assert policy is not None
+                yield auto_cycle(state, policy, room)
+            else:
+                yield decode_cycle(state, plan, room)
+
+    def _policy(self) -> Policy | None:
+        """What decides for `auto`; None for the fixed strategies."""
+        config = self._config
+        if config.strategy != "auto":
+            return None
+        return Policy(pass_costs(self._dual), self._block_size, config.node_budget, config.block_budget)
 
     def _new_state(self) -> DecodeState:
         dual, config = self._dual, self._config
@@ -160,7 +175,10 @@ class TokenStream(Iterator[Cycle]):
 
     def _head_room(self) -> int:
         """Slots beyond the text that the largest pass of the strategy scribbles on."""
-        plan = fixed_plan(self._config, self._block_size)
+        config = self._config
+        if config.strategy == "auto":
+            return config.node_budget + max(1, config.block_budget) * self._block_size
+        plan = fixed_plan(config, self._block_size)
         if not plan.num_nodes:
             return 0
         return max(self._block_size, plan.num_nodes + plan.num_blocks * self._block_size)
