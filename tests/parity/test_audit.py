@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from orthrus.decoding.verify import Verdict
 from rich.console import Console
 from tests.tiny import FAMILY_CONFIGS
 from tests.tiny_orthrus import tiny_orthrus
@@ -15,7 +16,6 @@ from orthrus.api import Orthrus
 from orthrus.audit import AuditOptions, AuditReport, run_audit
 from orthrus.audit.explain import judge
 from orthrus.audit.replay import AS_DECODED, ONE_ROW, replay_ours, stock_logits
-from orthrus.decoding.verify import Verdict
 from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView

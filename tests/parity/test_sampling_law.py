@@ -11,6 +11,7 @@ from functools import cache
 
 import pytest
 import torch
+from orthrus.decoding.verify import Verdict, verify_rejection
 from scipy import stats
 from scipy.optimize import brentq
 from tests.tiny import disturb_view
@@ -29,7 +30,6 @@ from orthrus.base.families import find_family
 from orthrus.config import DecodeConfig, SamplingParams
 from orthrus.decoding.reference import reference_law
 from orthrus.decoding.sampling import draw, filtered_probs
-from orthrus.decoding.verify import Verdict, verify_rejection
 from orthrus.engine import cycles
 from orthrus.engine.state import DecodeState
 from orthrus.engine.stream import TokenStream

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from orthrus.decoding.verify import verify_greedy
 from tests.tiny import tiny_dual, tiny_prompt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from orthrus.config import DecodeConfig, SamplingParams
 from orthrus.decoding.stopping import StopStrings
-from orthrus.decoding.verify import verify_greedy
 from orthrus.engine.detokenize import Detokenizer
 from orthrus.engine.stream import TokenStream
 from orthrus.model.passes import Pass, ar_step, draft_block, prefill, verify_chain

@@ -71,8 +71,11 @@ def auto_cycle(state: DecodeState, policy: Policy, room: int) -> Step:
     tree = draft_tree(state, Plan("tree", policy.max_nodes, True), room - len(step.token_ids) - 1)
     tree = tree.first(policy.num_nodes(tree.log_probs))
     if not tree.num_nodes:
-        # The draft pass has decided a token already; without a draft worth verifying, that is all.
-        return step if step.num_passes else _after(step, state, EMPTY_TREE, [])
+        if step.num_passes:
+            # The draft pass has decided a token already; without a draft worth verifying, that is all.
+            policy.observe([], 0, [], kept=False)
+            return step
+        return _after(step, state, EMPTY_TREE, [])
     ends = tree.end_probs()
     blocks = choose_blocks(tree, policy.num_blocks(tree.num_nodes, ends))
     num_before = len(step.token_ids)

@@ -1,0 +1,70 @@
+"""`auto` on machines of every kind: it drafts, branches, fuses or does not, and the text never changes."""
+
+import pytest
+from tests.tiny_orthrus import tiny_orthrus
+from tests.unit.test_policy import FLAT, MIDDLE, STEEP
+
+from orthrus.config import DecodeConfig, SamplingParams
+from orthrus.decoding.policy import CostTable
+from orthrus.engine import costs
+from orthrus.types import GenerationResult
+
+PROMPT = [5, 9, 23, 4, 17, 8]
+SAMPLING = {
+    "greedy": SamplingParams(),
+    "sampled": SamplingParams(temperature=0.9, seed=11),
+    "filtered": SamplingParams(temperature=1.1, top_k=20, top_p=0.9, min_p=0.02, seed=5),
+    "penalised": SamplingParams(temperature=0.8, repetition_penalty=1.3, seed=2),
+}
+
+
+def decode(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, sampling: SamplingParams, table: CostTable, disturb: float
+) -> GenerationResult:
+    orthrus = tiny_orthrus(disturb=disturb)
+    monkeypatch.setattr(costs, "measure_costs", lambda *_: table)
+    config = DecodeConfig(max_new_tokens=60, strategy=strategy, ignore_eos=True, sampling=sampling)  # type: ignore[arg-type]
+    return orthrus.stream_ids(PROMPT, config).drain()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORTHRUS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
+@pytest.mark.parametrize("table", [FLAT, MIDDLE, STEEP], ids=["flat", "middle", "steep"])
+@pytest.mark.parametrize("disturb", [0.0, 0.4], ids=["good", "poor"])
+def test_the_text_is_that_of_plain_decoding(
+    monkeypatch: pytest.MonkeyPatch, sampling: SamplingParams, table: CostTable, disturb: float
+) -> None:
+    plain = decode(monkeypatch, "ar", sampling, table, disturb)
+    auto = decode(monkeypatch, "auto", sampling, table, disturb)
+    assert auto.token_ids == plain.token_ids
+    kinds = {cycle.kind for cycle in auto.cycles}
+    if table is STEEP:
+        assert auto.stats.num_passes <= 1.05 * plain.stats.num_passes
+        assert auto.stats.rows_per_pass < 2
+    if table is FLAT and disturb == 0.0 and sampling.repetition_penalty == 1.0:
+        assert "fused_tree" in kinds
+        # An untrained view guesses some tokens of a random model, which is enough to gain.
+        assert auto.stats.tokens_per_forward > 1.3
+        assert auto.stats.num_accepted > 10
+
+
+def test_costs_are_measured_once_and_kept_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    real = costs.measure_costs
+    monkeypatch.setattr(costs, "measure_costs", lambda *a: measured.append(1) or real(*a))
+    first = costs.pass_costs(tiny_orthrus().dual)
+    again = costs.pass_costs(tiny_orthrus().dual)
+    assert len(measured) == 1
+    assert again == first
+    assert first.rows == costs.ROWS
+    assert list(first.body_ms) == sorted(first.body_ms)
+    assert all(ms > 0 for ms in first.body_ms + first.head_ms)
+    # A table that cannot be read is measured anew.
+    (file,) = (costs.cache_dir() / "costs").iterdir()
+    file.write_text("{")
+    costs.pass_costs(tiny_orthrus().dual)
+    assert len(measured) == 2

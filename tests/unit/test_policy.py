@@ -1,0 +1,98 @@
+"""The policy's decisions on machines made up for the purpose, against brute force and common sense."""
+
+from math import exp, log
+
+import pytest
+
+from orthrus.decoding.policy import MAX_PATIENCE, PATIENCE, CostTable, Policy
+
+ROWS = (1, 8, 16, 32, 64)
+FLAT = CostTable(ROWS, (10.0, 10.1, 10.2, 10.4, 10.8), (0.1, 0.1, 0.1, 0.1, 0.1))
+"""A GPU: rows cost next to nothing."""
+STEEP = CostTable(ROWS, (10.0, 80.0, 160.0, 320.0, 640.0), (0.1, 0.8, 1.6, 3.2, 6.4))
+"""A machine that computes every row one after the other: drafts can never win."""
+MIDDLE = CostTable(ROWS, (10.0, 12.0, 15.0, 20.0, 32.0), (1.0, 1.5, 2.0, 3.0, 5.0))
+TABLES = {"flat": FLAT, "middle": MIDDLE, "steep": STEEP}
+
+
+def policy(costs: CostTable, max_nodes: int = 24, max_blocks: int = 3) -> Policy:
+    return Policy(costs, block_size=8, max_nodes=max_nodes, max_blocks=max_blocks)
+
+
+def test_costs_interpolate_and_extrapolate() -> None:
+    costs = CostTable((1, 3, 5), (10.0, 14.0, 24.0), (1.0, 1.0, 2.0))
+    assert costs(1) == pytest.approx(11.0)
+    assert costs(2) == pytest.approx(13.0)
+    assert costs(4) == pytest.approx(19.0 + 1.5)
+    assert costs(7) == pytest.approx(34.0 + 3.0)
+    # Block rows cost their body, and a head only where they are projected.
+    assert costs(1, 2) == pytest.approx(14.0 + 1.0)
+    assert costs(1, 2, 4) == pytest.approx(14.0 + 2.0)
+
+
+def test_where_rows_are_free_everything_is_drafted() -> None:
+    decider = policy(FLAT)
+    assert decider.wants_draft()
+    log_probs = [log(0.9 * 0.8**i) for i in range(24)]
+    assert decider.num_nodes(log_probs) == 24
+    assert decider.num_blocks(24, [0.4, 0.3, 0.2, 0.1]) == 3
+
+
+def test_where_rows_are_dear_decoding_is_plain_but_for_a_chance_now_and_then() -> None:
+    decider = policy(STEEP)
+    chances = [i for i in range(2000) if decider.wants_draft() and _waste(decider)]
+    assert chances[0] == PATIENCE
+    gaps = [b - a for a, b in zip(chances, chances[1:], strict=False)]
+    assert gaps == sorted(gaps)
+    assert gaps[-1] == MAX_PATIENCE + 1
+    assert len(chances) / 2000 < 0.01
+    assert decider.num_nodes([log(0.5)] * 24) == 0
+
+
+def _waste(decider: Policy) -> bool:
+    decider.observe([log(0.5)], 0, [], kept=False)
+    return True
+
+
+@pytest.mark.parametrize("costs", TABLES.values(), ids=TABLES)
+def test_nodes_maximise_tokens_less_the_worth_of_their_time(costs: CostTable) -> None:
+    decider = policy(costs)
+    for accepted in (0, 1, 4, 2, 6, 0, 0, 3):
+        log_probs = [log(0.7) + log(0.6) * (i // 3) for i in range(24)]
+        values = [
+            sum(decider._trust.value * exp(p) for p in log_probs[:n]) - decider.rate() * costs(1 + n)
+            for n in range(25)
+        ]
+        assert decider.num_nodes(log_probs) == max(range(25), key=values.__getitem__)
+        decider.observe(log_probs[:6], accepted, [0.3], kept=accepted > 1)
+
+
+def test_drafts_that_fall_end_drafting_and_drafts_that_stand_bring_it_back() -> None:
+    decider = policy(MIDDLE)
+    assert decider.wants_draft()
+    for _ in range(40):
+        decider.observe([log(0.6), log(0.4)], 0, [], kept=False)
+    assert not decider.wants_draft()
+    assert decider.draft_rate() < decider.plain_rate
+    for _ in range(10):
+        decider.observe([log(0.6), log(0.4)], 5, [], kept=False)
+    assert decider.wants_draft()
+
+
+def test_a_view_that_overrates_itself_is_trusted_less() -> None:
+    modest, boastful = policy(MIDDLE), policy(MIDDLE)
+    for _ in range(20):
+        # Both see one draft of two stand; one had promised as much, the other twice that.
+        modest.observe([log(0.6), log(0.4)], 1, [], kept=False)
+        boastful.observe([log(0.99), log(0.98)], 1, [], kept=False)
+    log_probs = [log(0.8 * 0.75**i) for i in range(24)]
+    assert boastful.num_nodes(log_probs) < modest.num_nodes(log_probs)
+
+
+def test_blocks_that_are_never_met_are_left_out() -> None:
+    decider = policy(FLAT)
+    ends = [0.5, 0.3, 0.1]
+    assert decider.num_blocks(4, ends) == 3
+    for _ in range(30):
+        decider.observe([log(0.8)], 3, ends, kept=False)
+    assert decider.num_blocks(4, ends) == 0
