@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from orthrus.audit.explain import MARGIN, NUM_CANDIDATES, Verdict
+from orthrus.base.markdown import markdown_table
 
 LEGEND = {
     "identical": "prompts whose greedy tokens all equal those of the stock model's own generate",
@@ -121,9 +122,9 @@ class AuditReport:
         return Group(*parts, escape(self.summary))
 
     def to_markdown(self) -> str:
-        lines = [f"**{self.summary}**", "", *_markdown(_COUNTS, [_counts(s) for s in self.strategies])]
+        lines = [f"**{self.summary}**", "", markdown_table(_COUNTS, [_counts(s) for s in self.strategies])]
         if self.mismatches:
-            lines += ["", *_markdown(_DIFFERENCES, [_difference(m) for m in self.mismatches])]
+            lines += ["", markdown_table(_DIFFERENCES, [_difference(m) for m in self.mismatches])]
         lines += ["", *(f"- `{name}`: {formula}" for name, formula in LEGEND.items())]
         lines += [f"- damaged cache: {what}" for what in self.damages]
         return "\n".join(lines) + "\n"
@@ -186,8 +187,3 @@ def _table(header: list[str], body: list[list[str]]) -> Table:
     for line in body:
         table.add_row(*map(escape, line))
     return table
-
-
-def _markdown(header: list[str], body: list[list[str]]) -> list[str]:
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in body]
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *cells)]

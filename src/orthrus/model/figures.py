@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orthrus.base.markdown import markdown_table
 from orthrus.errors import UserInputError
 
 # Known columns in their order, with the words that head them; others follow under their own names.
@@ -71,12 +72,6 @@ def figures_table(figures: list[dict[str, Any]]) -> str:
     return f"{table}\n\n{formulas[0].upper()}{formulas[1:]}." if formulas else table
 
 
-def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
-    """Rows under heads; bars and line ends in a cell cannot break the table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
-
-
 def key_table(rows: Mapping[str, str]) -> str:
     """A table of names and values without heads."""
     return markdown_table(["", ""], [[key, value] for key, value in rows.items()])
@@ -90,7 +85,3 @@ def _cell(key: str, value: object) -> str:
     if key == "acceptance_rate":
         return f"{100 * value:.1f} %"
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
-
-
-def _escaped(cell: str) -> str:
-    return " ".join(cell.split()).replace("|", "\\|")
