@@ -9,6 +9,7 @@ from orthrus.cli import options
 from orthrus.cli.common import check_decode, check_strategies, load_orthrus
 from orthrus.cli.progress import ProgressDisplay
 from orthrus.cli.report import show_report
+from orthrus.config import STRATEGIES, DecodeConfig
 from orthrus.errors import UserInputError
 
 
@@ -23,10 +24,24 @@ def bench(
     prompts: options.Prompts = None,
     domain: options.Domain = None,
     limit: options.Limit = None,
-    strategy: options.Strategies = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"One of {', '.join(STRATEGIES)}; may be repeated. Left out: {DecodeConfig().strategy}.",
+            metavar="NAME",
+        ),
+    ] = None,
+    strategies: Annotated[bool, typer.Option("--strategies", help="All strategies, side by side.")] = False,
     max_new_tokens: options.MaxNewTokens = 128,
     block_size: options.BlockSize = None,
-    temperature: options.Temperature = 0.0,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--temperature",
+            "-t",
+            help="0 is greedy; higher samples. May be repeated, for a table each. Left out: 0.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the first repeat, when sampling.")] = 0,
     repeats: Annotated[int, typer.Option(help="Timed runs of each prompt.", min=1)] = 3,
     warmup: Annotated[int, typer.Option(help="Runs before the timed ones.", min=0)] = 1,
@@ -37,7 +52,10 @@ def bench(
     json: options.FormatJson = False,
     output: options.OutputFile = None,
 ) -> None:
-    """Measure time, passes and acceptance against the stock model."""
+    """Measure time, passes and acceptance against the stock model.
+
+    The stock model's own generate and our plain decoding always run beside the strategies, taking turns.
+    """
     if compare is not None:
         from orthrus.bench import compare_reports
 
@@ -45,15 +63,19 @@ def bench(
             raise UserInputError("a comparison has no csv form; choose table, md or json.")
         show_report(compare_reports(*compare), "json" if json else format_, output)
         return
-    check_decode(
-        {
-            "max_new_tokens": max_new_tokens,
-            "block_size": block_size,
-            "temperature": temperature,
-            "seed": seed,
-        }
-    )
-    chosen_strategies = check_strategies(strategy)
+    if strategies and strategy:
+        raise UserInputError("--strategies means all of them; give it or --strategy, not both.")
+    chosen_strategies = check_strategies(None if strategies else strategy or [DecodeConfig().strategy])
+    temperatures = tuple(dict.fromkeys(temperature or [0.0]))
+    for value in temperatures:
+        check_decode(
+            {
+                "max_new_tokens": max_new_tokens,
+                "block_size": block_size,
+                "temperature": value,
+                "seed": seed,
+            }
+        )
     from orthrus.bench import BenchOptions, load_prompts, run_bench
 
     chosen = load_prompts(prompts, tuple(domain or ()), limit)
@@ -63,7 +85,7 @@ def bench(
         strategies=chosen_strategies,
         max_new_tokens=max_new_tokens,
         block_size=block_size,
-        temperature=temperature,
+        temperatures=temperatures,
         seed=seed,
         repeats=repeats,
         warmup=warmup,
