@@ -17,13 +17,17 @@ _HEADS = {
     "tokens_per_cycle": "tokens per cycle",
     "tokens_per_cycle_pooled": "pooled",
     "tokens_per_forward": "tokens per forward",
+    "rows_per_pass": "rows per pass",
     "acceptance_rate": "drafts accepted",
+    "num_equal_to_ar": "equal to plain decoding",
     "speedup": "speed-up",
 }
 _FORMULAS = {
     "tokens_per_cycle": "tokens per cycle: (new tokens - 1) / cycles, the base's own tokens included",
     "tokens_per_forward": "tokens per forward: new tokens / all passes of both views, prefill included",
+    "rows_per_pass": "rows per pass: rows of both views / passes, both without the prefill",
     "acceptance_rate": "drafts accepted: accepted / judged drafts",
+    "num_equal_to_ar": "equal to plain decoding: prompts with the same tokens",
     "speedup": "speed-up: against the stock base model on the same machine, dtype and prompts",
 }
 
@@ -40,7 +44,9 @@ def read_figures(file: Path) -> list[dict[str, Any]]:
         raise UserInputError(f"the figures in {file} cannot be read ({e}); give a JSON file.") from e
     if isinstance(content, dict) and isinstance(content.get("results"), dict):
         content = [
-            {"set": name, **row} if isinstance(row, dict) else row for name, row in content["results"].items()
+            {"set": name, "strategy": strategy, **row} if isinstance(row, dict) else row
+            for strategy, by_set in content["results"].items()
+            for name, row in (by_set.items() if isinstance(by_set, dict) else [("", None)])
         ]
     if not is_figures(content):
         raise UserInputError(
