@@ -39,6 +39,7 @@ def bench(
         typer.Option(
             "--temperature",
             "-t",
+            metavar="NUMBER",
             help="0 is greedy; higher samples. May be repeated, for a table each. Left out: 0.",
         ),
     ] = None,
