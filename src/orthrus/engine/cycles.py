@@ -39,7 +39,7 @@ def fixed_plan(config: DecodeConfig, block_size: int) -> Plan:
 
 
 def decode_cycle(state: DecodeState, plan: Plan, room: int) -> Step:
-    """Draft where no draft is at hand, verify, keep the longest correct path and a token of the AR view's own.
+    """Draft where no draft is at hand, verify, keep the longest correct path and one token more.
 
     `room` is the number of tokens that may still be committed: no draft beyond it is verified. With
     `state.floor` the draft pass decides a token too, so every pass commits at least one.
