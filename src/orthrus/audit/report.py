@@ -14,15 +14,17 @@ from orthrus.audit.explain import MARGIN, NUM_CANDIDATES, Verdict
 from orthrus.base.markdown import markdown_table
 
 LEGEND = {
-    "identical": "prompts whose greedy tokens all equal those of the stock model's own generate",
+    "identical": "prompts whose tokens all equal those of the stock model's own generate, which draws a "
+    "sampled text with the same noise",
+    "score": "a logit; for a sampled text logit / temperature - log(noise of the draw): the best is chosen",
     "near_ties": f"prompts whose first difference has a gap of at most {MARGIN:g} x noise, because each of "
-    "both logits may move by the noise",
+    "both scores may move by the noise",
     "broken": "prompts whose first difference rounding cannot explain; any one fails the audit",
-    "gap": "logit of the stock model's token - logit of ours, computed as generate does, one row at a time",
-    "noise": f"largest change of a logit, among the top {NUM_CANDIDATES} candidates, when the stock model "
-    "computes the same position in passes of other shapes: our rows, blocks, all at once",
-    "drift": "the same between the stock model's one-row logits and ours; for information",
-    "residue": "the same between ours and the stock model's when it is given our very rows; 0 where they "
+    "gap": "score of the stock model's token - score of ours, computed as generate does, one row at a time",
+    "noise": f"largest change of a score, among the top {NUM_CANDIDATES} candidates, when the stock model "
+    "computes the same position in passes of other shapes: as many rows as ours, blocks, all at once",
+    "drift": "the same between the stock model's one-row scores and ours; for information",
+    "residue": "the same between ours and the stock model's in passes of as many rows as ours; 0 where they "
     "agree to the bit; for information",
     "acceptance_rate": "accepted drafts / proposed drafts: a broken drafter gives right text, only slowly",
     "tokens_per_forward": "sum of tokens / sum of passes, prefill, draft and verify",
@@ -32,7 +34,7 @@ LEGEND = {
 @dataclass(frozen=True, slots=True)
 class Mismatch:
     """The first difference between two outputs. `position` counts new tokens from 0; gap, noise,
-    drift and residue are logits; a token is None where that output has ended. `LEGEND` defines the numbers.
+    drift and residue are scores; a token is None where that output has ended. `LEGEND` defines the numbers.
     """
 
     strategy: str
@@ -138,7 +140,7 @@ class AuditReport:
         return out.getvalue()
 
 
-_ONLY_DIFFERENCES = ("gap", "noise", "drift", "residue")
+_ONLY_DIFFERENCES = ("score", "gap", "noise", "drift", "residue")
 _COUNTS = [
     "strategy",
     "prompts",
