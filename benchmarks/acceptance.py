@@ -22,7 +22,7 @@ from orthrus.base.provenance import provenance
 from orthrus.bench.prompts import BenchPrompt, load_prompts
 from orthrus.bench.runner import prompts_digest
 from orthrus.cli.common import check_strategies
-from orthrus.config import STRATEGIES, DecodeConfig, SamplingParams, Strategy
+from orthrus.config import DecodeConfig, SamplingParams, Strategy
 from orthrus.types import GenerationResult
 
 FORMULAS = {
@@ -35,8 +35,6 @@ FORMULAS = {
     "num_equal_to_ar": "prompts whose tokens equal those of ar (sampled: with the same seed)",
     "runs": "a value per prompt, in the order of the file; output: a digest of the new tokens",
 }
-# What auto does depends on the clock.
-CLOCKLESS = tuple(s for s in STRATEGIES if s != "auto")
 DEFAULTS = DecodeConfig()
 
 
@@ -71,7 +69,7 @@ def main(
         "block_budget": block_budget,
         "floor": floor,
     }
-    chosen = check_strategies(strategy) if strategy else CLOCKLESS
+    chosen = check_strategies(strategy)
     sets = {file.stem: load_prompts(file)[:limit] for file in files}
     if len(sets) < len(files):
         raise typer.BadParameter("two files have the same name; results go by the names")

@@ -2,8 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
-from orthrus.config import DecodeConfig
+import pytest
+
+from orthrus import bench
+from orthrus.bench.runner import BenchOptions
+from orthrus.config import STRATEGIES, DecodeConfig
+from orthrus.errors import UserInputError
 
 from .conftest import Cli, assert_refused
 
@@ -35,6 +41,20 @@ def test_temperatures_and_strategies_in_one_report(cli: Cli, model_folder: str, 
 def test_without_a_choice_it_measures_the_default(cli: Cli, model_folder: str) -> None:
     run = cli("bench", model_folder, *SHORT, "--domain", "math", "--limit", "1", "--json")
     assert json.loads(run.out)["options"]["strategies"] == [DecodeConfig().strategy]
+
+
+def test_all_means_all(cli: Cli, model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[BenchOptions] = []
+
+    def seen(orthrus: Any, options: BenchOptions, on_progress: Any) -> Any:
+        asked.append(options)
+        raise UserInputError("seen")
+
+    monkeypatch.setattr(bench, "run_bench", seen)
+    budgets = ("--node-budget", "5", "--block-budget", "2")
+    assert_refused(cli("bench", model_folder, *SHORT, "--strategies", *budgets), "seen")
+    assert asked[0].strategies == STRATEGIES
+    assert (asked[0].node_budget, asked[0].block_budget) == (5, 2)
 
 
 def test_all_and_some_exclude_each_other(cli: Cli, model_folder: str) -> None:

@@ -73,11 +73,11 @@ def test_it_goes_on_where_it_stopped(
     def watched(orthrus: Any, title: str, *rest: Any) -> Any:
         measured.append(title)
         if len(measured) == 2:
-            raise OSError
+            raise OSError("stopped")
         return measure(orthrus, title, *rest)
 
     monkeypatch.setattr(script, "measure", watched)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="stopped"):
         run(files, output, ["chain"])
     first = json.loads(output.read_text())
     report = run(files, output, ["chain"])

@@ -15,7 +15,7 @@ from orthrus.api import Orthrus
 from orthrus.base.markdown import markdown_table
 from orthrus.base.provenance import provenance
 from orthrus.bench.metrics import Spread
-from orthrus.config import STRATEGIES, DecodeConfig, SamplingParams, Strategy
+from orthrus.config import FIXED_STRATEGIES, DecodeConfig, SamplingParams, Strategy
 from orthrus.decoding.processors import LogitRules
 from orthrus.engine.cycles import decode_cycle, fixed_plan
 from orthrus.engine.passes import Block, commit_pass, prefill_pass
@@ -31,7 +31,7 @@ ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 CYCLE_TARGET, TTFT_TARGET = 1.10, 1.02
 
 # What auto costs is the business of its policy, and ar is what the others are measured against.
-DRAFTING: tuple[Strategy, ...] = tuple(s for s in STRATEGIES if s not in ("ar", "auto"))
+DRAFTING: tuple[Strategy, ...] = tuple(s for s in FIXED_STRATEGIES if s != "ar")
 
 LEGEND = {
     "cycle_over_passes": "time of a whole cycle / its passes alone, ready-made, each with the rows that the "
@@ -39,7 +39,7 @@ LEGEND = {
     "side in each repeat; median (min..max) over repeats",
     "extra_kv_bytes": "bytes of keys and values of a request's cache - an ar request's; expected: 2 x layers "
     "x kv heads x head size x bytes per number x slots; slots: K for chain, max(K, node budget) for tree, K "
-    "+ block budget x K for fused, node budget + block budget x K for fused_tree",
+    "- 1 + block budget x K for fused, node budget + block budget x K for fused_tree",
     "ttft_over_ar": "time to first token / that of ar, side by side in each repeat; median (min..max) over "
     "repeats",
     "pass_cost": "time of a pass of n AR rows, all projected / of one row; medians of interleaved repeats",
@@ -219,7 +219,7 @@ def _head_room(config: DecodeConfig, block_size: int) -> int:
     return {
         "chain": block_size,
         "tree": max(block_size, config.node_budget),
-        "fused": block_size + blocks,
+        "fused": block_size - 1 + blocks,
         "fused_tree": config.node_budget + blocks,
     }[config.strategy]
 

@@ -12,6 +12,8 @@ from orthrus.cli.report import show_report
 from orthrus.config import STRATEGIES, DecodeConfig
 from orthrus.errors import UserInputError
 
+DEFAULTS = DecodeConfig()
+
 
 def bench(
     model: options.Model = "default",
@@ -27,13 +29,15 @@ def bench(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"One of {', '.join(STRATEGIES)}; may be repeated. Left out: {DecodeConfig().strategy}.",
+            help=f"One of {', '.join(STRATEGIES)}; may be repeated. Left out: {DEFAULTS.strategy}.",
             metavar="NAME",
         ),
     ] = None,
     strategies: Annotated[bool, typer.Option("--strategies", help="All strategies, side by side.")] = False,
     max_new_tokens: options.MaxNewTokens = 128,
     block_size: options.BlockSize = None,
+    node_budget: options.NodeBudget = DEFAULTS.node_budget,
+    block_budget: options.BlockBudget = DEFAULTS.block_budget,
     temperature: Annotated[
         list[float] | None,
         typer.Option(
@@ -66,13 +70,15 @@ def bench(
         return
     if strategies and strategy:
         raise UserInputError("--strategies means all of them; give it or --strategy, not both.")
-    chosen_strategies = check_strategies(None if strategies else strategy or [DecodeConfig().strategy])
+    chosen_strategies = STRATEGIES if strategies else check_strategies(strategy or [DEFAULTS.strategy])
     temperatures = tuple(dict.fromkeys(temperature or [0.0]))
     for value in temperatures:
         check_decode(
             {
                 "max_new_tokens": max_new_tokens,
                 "block_size": block_size,
+                "node_budget": node_budget,
+                "block_budget": block_budget,
                 "temperature": value,
                 "seed": seed,
             }
@@ -86,6 +92,8 @@ def bench(
         strategies=chosen_strategies,
         max_new_tokens=max_new_tokens,
         block_size=block_size,
+        node_budget=node_budget,
+        block_budget=block_budget,
         temperatures=temperatures,
         seed=seed,
         repeats=repeats,
