@@ -8,6 +8,7 @@ import numpy as np
 import typer
 from study_arms import ARMS, BASE, Arm
 
+from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
 
 BEGIN, END = "<!-- begin: benchmarks/study.py render -->", "<!-- end -->"
@@ -43,13 +44,17 @@ def study_tables(report: dict[str, Any]) -> str:
                 for steps in arms[arm.name]["scores_by_denoising_steps"]
             ]
         if len(rows) > 1:
-            lines += [f"### {question}", "", *_HEADER, *rows, ""]
+            lines += [f"### {question}", "", markdown_table(_HEADER, rows, "lrrrrr"), ""]
     return "\n".join(lines)
 
 
 _HEADER = (
-    "| arm | tokens per cycle | against base | tokens per forward | targets | trained parameters |",
-    "| --- | ---: | ---: | ---: | ---: | ---: |",
+    "arm",
+    "tokens per cycle",
+    "against base",
+    "tokens per forward",
+    "targets",
+    "trained parameters",
 )
 
 
@@ -61,15 +66,19 @@ def _label(arm: Arm, steps: str) -> str:
     )
 
 
-def _row(arm: dict[str, Any], steps: str, label: str, base_prompts: list[dict[str, Any]]) -> str:
+def _row(arm: dict[str, Any], steps: str, label: str, base_prompts: list[dict[str, Any]]) -> list[str]:
     prompts = arm["scores_by_denoising_steps"][steps]
     tokens = sum(p["tokens"] for p in prompts)
     forward = tokens / sum(p["passes"] for p in prompts)
     difference = "" if prompts is base_prompts else _difference(prompts, base_prompts)
-    return (
-        f"| {label} | {_tokens_per_cycle(prompts):.2f} | {difference} | {forward:.2f} | {arm['targets']:,} | "
-        f"{arm['view_parameters'] / 1e6:.1f} M |"
-    )
+    return [
+        label,
+        f"{_tokens_per_cycle(prompts):.2f}",
+        difference,
+        f"{forward:.2f}",
+        f"{arm['targets']:,}",
+        f"{arm['view_parameters'] / 1e6:.1f} M",
+    ]
 
 
 def _tokens_per_cycle(prompts: list[dict[str, Any]]) -> float:

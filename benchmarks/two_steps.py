@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from orthrus.model.dual_view import DualView
@@ -13,7 +12,7 @@ from orthrus.model.slot_cache import SlotCache
 
 class TwoSteps:
     """A DualView whose draft passes run twice: the surer half of the first guesses fills the block's masks,
-    and the second pass decides the others. Greedy, one stream. Everything else is the view's own.
+    and the second pass decides the others. Greedy, one stream, strategy `chain`. All else is the view's own.
     """
 
     def __init__(self, dual: DualView) -> None:
@@ -24,20 +23,25 @@ class TwoSteps:
 
     def run(self, p: Pass, cache: SlotCache) -> Tensor:
         """Logits of the pass; of a draft pass, those of the step that decided each row."""
-        first_1RV = self._dual.run(p, cache)
-        # Rows whose guess has a mask row to go to: block row j guesses the token of row j + 1.
-        drafts = p.logit_rows_R[(p.logit_rows_R >= p.num_ar_rows) & (p.logit_rows_R + 1 < p.num_rows)]
-        if p.num_ar_rows == p.num_rows or not len(drafts):
-            return first_1RV
-        rows = {int(row): i for i, row in enumerate(p.logit_rows_R)}
-        at_R = torch.tensor([rows[int(row)] for row in drafts])
-        sure_R = first_1RV[0, at_R].float().softmax(-1).amax(-1)
-        keep = sure_R.topk((len(drafts) + 1) // 2).indices
+        return self._dual.head(self.hidden(p, cache)[:, p.logit_rows_R])
+
+    def hidden(self, p: Pass, cache: SlotCache) -> Tensor:
+        """Hidden states of the pass; of a draft pass, those of the step that decided each row."""
+        first_1TC = self._dual.hidden(p, cache)
+        if not p.block_size:
+            return first_1TC
+        assert p.num_rows - p.num_ar_rows == p.block_size, "one block: no fused strategy"
+        # Block row j guesses the token of row j + 1; the AR row, where there is one, decides the first of
+        # them, which stays a mask in both steps.
+        first = p.num_ar_rows + (1 if p.num_ar_rows else 0)
+        guesses = slice(first, p.num_rows - 1)
+        logits_DV = self._dual.head(first_1TC[0, guesses])
+        sure_D = logits_DV.float().softmax(-1).amax(-1)
+        keep = sure_D.topk((len(sure_D) + 1) // 2).indices
         token_ids_BT = p.token_ids_BT.clone()
-        token_ids_BT[0, drafts[keep] + 1] = first_1RV[0, at_R[keep]].argmax(-1)
-        second_1RV = self._dual.run(replace(p, token_ids_BT=token_ids_BT), cache).clone()
-        # With a floor the first mask is filled by the AR row's token only in the next pass; both steps see
-        # the same AR row, so its logits stand.
-        fixed = [i for row, i in rows.items() if row < p.num_ar_rows] + at_R[keep].tolist()
-        second_1RV[0, fixed] = first_1RV[0, fixed]
-        return second_1RV
+        token_ids_BT[0, first + 1 + keep] = logits_DV[keep].argmax(-1)
+        second_1TC = self._dual.hidden(replace(p, token_ids_BT=token_ids_BT), cache).clone()
+        # The AR rows are the same in both steps.
+        fixed = [*range(p.num_ar_rows), *(first + keep).tolist()]
+        second_1TC[0, fixed] = first_1TC[0, fixed]
+        return second_1TC

@@ -64,9 +64,9 @@ class Orthrus:
     def generate(self, prompt: Prompt, *, raw: bool = False, **decode: Any) -> GenerationResult:
         """Answer `prompt` (text, or chat messages) and return the whole result.
 
-        Keywords as in `decode_config`: max_new_tokens, strategy, block_size, floor, temperature, top_k,
-        top_p, min_p, repetition_penalty, logit_bias, seed, stop, ignore_eos. With `raw` the text is continued
-        as it stands, without chat template.
+        Keywords as in `decode_config`: max_new_tokens, strategy, block_size, node_budget, block_budget,
+        floor, temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, seed, stop, ignore_eos. With
+        `raw` the text is continued as it stands, without chat template.
         """
         return self.stream(prompt, raw=raw, **decode).drain()
 
@@ -178,6 +178,8 @@ def decode_config(
     max_new_tokens: int = 256,
     strategy: Strategy = "chain",
     block_size: int | None = None,
+    node_budget: int = 24,
+    block_budget: int = 3,
     floor: bool = True,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -191,12 +193,15 @@ def decode_config(
 ) -> DecodeConfig:
     """The flat keywords of `generate` as a checked DecodeConfig.
 
+    strategy: ar, chain, tree, fused, fused_tree. The same seed gives the same text under each of them.
     Raises UserInputError for a value out of range; temperature 0 is greedy decoding.
     """
     return DecodeConfig(
         max_new_tokens=max_new_tokens,
         strategy=strategy,
         block_size=block_size,
+        node_budget=node_budget,
+        block_budget=block_budget,
         floor=floor,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         ignore_eos=ignore_eos,

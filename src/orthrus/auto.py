@@ -142,10 +142,11 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor | OrthrusGenerateOutput:
         """As transformers' `generate` (input_ids_BT to sequences), decoded in parallel and lossless.
 
-        Takes input_ids, attention_mask, generation_config and its fields, streamer, stopping_criteria,
-        tokenizer (for stop_strings), return_dict_in_generate, and ours: strategy, block_size, floor. Options
-        that it cannot honour (beams, penalties, logits processors) raise UserInputError. Rows of a batch run
-        one by one.
+        Takes input_ids, attention_mask, generation_config and its fields (repetition_penalty and
+        sequence_bias of single tokens among them), streamer, stopping_criteria, tokenizer (for stop_strings),
+        return_dict_in_generate, and ours: strategy, block_size, node_budget, block_budget, floor. Options
+        that it cannot honour (beams, logits processors) raise UserInputError. Rows of a batch run one by one,
+        each as if alone: a penalty does not count the padding of a row, which transformers' own does.
         """
         return generate(self.dual, inputs, self.generation_config, generation_config, kwargs)
 

@@ -9,6 +9,8 @@ from orthrus.errors import UserInputError
 
 Strategy = Literal["ar", "chain", "tree", "fused", "fused_tree", "auto"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+FIXED_STRATEGIES: tuple[Strategy, ...] = tuple(s for s in STRATEGIES if s != "auto")
+"""Those that decode every cycle alike."""
 LEAST_TEMPERATURE = 1e-5
 # Beyond these a logit divided by the least temperature overflows fp32.
 LARGEST_PENALTY = 1e3
@@ -75,9 +77,11 @@ class SamplingParams:
 class DecodeConfig:
     """One request: how much to generate, with which strategy, and when to stop.
 
-    `block_size` None means the size that the view was trained with. `floor` lets the draft pass of
-    `chain` carry the anchor as an AR row too, so that every pass commits at least one token;
-    False gives the cycle of the paper (arXiv 2605.12825, section 3).
+    `block_size` None means the size that the view was trained with. `floor` lets a draft pass carry the
+    anchor as an AR row too, so that every pass commits at least one token; False gives the cycle of the
+    paper (arXiv 2605.12825, section 3). `node_budget`: the most drafts that a pass of `tree` or `fused_tree`
+    verifies. `block_budget`: the most blocks that a pass of `fused` or `fused_tree` drafts beside them. No
+    setting but `sampling` can change the text.
     """
 
     max_new_tokens: int = 256
@@ -92,12 +96,13 @@ class DecodeConfig:
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "block_size", "prefill_chunk"):
+        for name in ("max_new_tokens", "block_size", "node_budget", "block_budget", "prefill_chunk"):
             _whole(name, getattr(self, name))
         if any(not isinstance(text, str) for text in self.stop):
             raise UserInputError("stop strings must be text.")
-        if self.max_new_tokens < 1:
-            raise UserInputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
+        for name in ("max_new_tokens", "node_budget", "block_budget", "prefill_chunk"):
+            if getattr(self, name) is None or getattr(self, name) < 1:
+                raise UserInputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.strategy not in STRATEGIES:
             raise UserInputError(f"strategy must be one of {', '.join(STRATEGIES)}, not {self.strategy!r}.")
         if self.block_size is not None and self.block_size < 2:
@@ -105,8 +110,6 @@ class DecodeConfig:
                 f"block_size must be at least 2 (an anchor and one mask), not {self.block_size}; "
                 "for plain decoding choose strategy='ar'."
             )
-        if self.prefill_chunk < 1:
-            raise UserInputError(f"prefill_chunk must be at least 1, not {self.prefill_chunk}.")
         if any(not text for text in self.stop):
             raise UserInputError("a stop string must not be empty.")
 

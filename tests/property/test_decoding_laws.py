@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from orthrus.decoding.verify import verify_greedy
 from tests.tiny import tiny_dual, tiny_prompt
+from tests.ways import DRAFTING
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from orthrus.config import DecodeConfig, SamplingParams
+from orthrus.config import DecodeConfig, SamplingParams, Strategy
 from orthrus.decoding.stopping import StopStrings
 from orthrus.engine.detokenize import Detokenizer
 from orthrus.engine.stream import TokenStream
@@ -84,23 +85,6 @@ def test_ar_rows_never_see_diffusion_rows(
     for p in passes:
         p.check(lengths)
         ar_rows_stay_clean(p, lengths)
-
-
-def accept_loop(drafts: list[int], ar_ids: list[int]) -> tuple[int, int]:
-    for i, (draft, ar) in enumerate(zip(drafts, ar_ids, strict=False)):
-        if draft != ar:
-            return i, ar
-    return len(drafts), ar_ids[-1]
-
-
-@few
-@given(data=st.data(), num_drafts=st.integers(1, 8))
-def test_greedy_verdicts_are_the_obvious_loop(data: Any, num_drafts: int) -> None:
-    ids = st.integers(0, 2)
-    drafts = data.draw(st.lists(ids, min_size=num_drafts, max_size=num_drafts))
-    ar_ids = data.draw(st.lists(ids, min_size=num_drafts + 1, max_size=num_drafts + 1))
-    verdict = verify_greedy(torch.tensor(drafts), torch.tensor(ar_ids))
-    assert (int(verdict.num_accepted), int(verdict.next_token)) == accept_loop(drafts, ar_ids)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -178,13 +162,14 @@ def test_characters_of_several_tokens_come_with_their_last_one() -> None:
     max_new_tokens=st.integers(1, 20),
     block_size=st.integers(2, 8),
     temperature=st.sampled_from([0.0, 1.0]),
+    strategy=st.sampled_from([strategy for strategy, floor in DRAFTING if floor]),
 )
 def test_with_floor_every_pass_commits_at_least_one_token(
-    seed: int, twin_seed: int, max_new_tokens: int, block_size: int, temperature: float
+    seed: int, twin_seed: int, max_new_tokens: int, block_size: int, temperature: float, strategy: Strategy
 ) -> None:
     """Even with twins that are noise, and then with far more passes that failed than drafts that held."""
     dual = noise_view(twin_seed)
-    config = DecodeConfig(max_new_tokens=max_new_tokens, block_size=block_size)
+    config = DecodeConfig(max_new_tokens=max_new_tokens, block_size=block_size, strategy=strategy)
     if temperature:
         config = sampled(config, temperature, seed)
     result = TokenStream(

@@ -1,12 +1,14 @@
 """The runner on a tiny model: all arms, interleaved, same tokens."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from tests.tiny_orthrus import tiny_orthrus
 
-from orthrus.bench import BenchOptions, BenchPrompt, run_bench
+from orthrus.bench import BenchOptions, BenchPrompt, run_bench, runner
+from orthrus.bench.runner import prompts_digest
 from orthrus.engine.probe import stock_generate
 from orthrus.errors import UserInputError
 from orthrus.model.twin import twins
@@ -30,7 +32,7 @@ def test_all_arms_with_the_stock_models_tokens() -> None:
     stock, ar, chain = report.overall
     assert [row.arm for row in report.overall] == ["stock", "ar", "chain"]
     for row in report.overall:
-        assert row.equal_to_stock == (3, 3)
+        assert row.equal_to_plain == (3, 3)
         assert row.tokens == stock.tokens
         assert row.ttft_ms.low > 0
         assert row.tpot_ms.low > 0
@@ -44,6 +46,50 @@ def test_all_arms_with_the_stock_models_tokens() -> None:
     json.dumps(report.to_dict())
 
 
+def test_every_strategy_writes_what_plain_decoding_writes() -> None:
+    strategies = ("chain", "tree", "fused", "fused_tree")
+    report = run_bench(
+        tiny_orthrus(),
+        BenchOptions(
+            prompts=PROMPTS, strategies=strategies, temperatures=(0.0, 1.0), max_new_tokens=16, repeats=2
+        ),
+    )
+
+    rows = {(row.temperature, row.arm): row for row in report.overall}
+    assert [arm for _, arm in rows] == ["stock", "ar", *strategies] * 2
+    for (temperature, arm), row in rows.items():
+        # Sampled stock text is drawn by another generator.
+        assert row.equal_to_plain == (None if (temperature, arm) == (1.0, "stock") else (3, 3))
+        assert row.rows_per_pass > 1.0 or arm in ("stock", "ar")
+    assert all(rows[t, "fused"].passes < rows[t, "chain"].passes < rows[t, "ar"].passes for t in (0.0, 1.0))
+    # The text of another seed: repeats are no copies of each other.
+    assert len({run.num_accepted for run in report.runs if run.temperature and run.arm == "chain"}) > 1
+
+
+def test_a_text_that_differs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = runner._decode
+
+    def wrong(orthrus: Any, options: Any, job: Any) -> Any:
+        run, token_ids = decode(orthrus, options, job)
+        broken = job.arm == "chain" and job.repeat == 1 and job.prompt_index == 0
+        return run, (*token_ids[:-1], 0) if broken else token_ids
+
+    monkeypatch.setattr(runner, "_decode", wrong)
+    options = BenchOptions(
+        prompts=PROMPTS[:2], temperatures=(0.0, 1.0), max_new_tokens=6, repeats=2, warmup=0
+    )
+    rows = run_bench(tiny_orthrus(), options).overall
+    assert [row.equal_to_plain for row in rows] == [(2, 2), (2, 2), (1, 2), None, (2, 2), (1, 2)]
+
+
+def test_the_digest_names_the_prompts() -> None:
+    report = run_bench(tiny_orthrus(), BenchOptions(prompts=PROMPTS, max_new_tokens=2, repeats=1, warmup=0))
+    digest = prompts_digest(PROMPTS)
+    assert report.options["prompts_digest"] == digest
+    changed = [PROMPTS[::-1], PROMPTS[:2], [*PROMPTS[:2], BenchPrompt("third", "math")]]
+    assert len({digest, *map(prompts_digest, changed)}) == 4
+
+
 def test_arms_take_turns() -> None:
     report = run_bench(
         tiny_orthrus(), BenchOptions(prompts=PROMPTS[:1], max_new_tokens=4, repeats=3, warmup=0)
@@ -53,13 +99,12 @@ def test_arms_take_turns() -> None:
     assert order == ["stock", "ar", "chain", "ar", "chain", "stock", "chain", "stock", "ar"]
 
 
-def test_sampling_repeats_itself_and_compares_nothing() -> None:
-    options = BenchOptions(prompts=PROMPTS[:1], max_new_tokens=12, temperature=0.8, seed=None, repeats=2)
+def test_sampling_repeats_itself() -> None:
+    options = BenchOptions(prompts=PROMPTS[:1], max_new_tokens=12, temperatures=(0.8,), seed=None, repeats=2)
     first, second = (run_bench(tiny_orthrus(), options) for _ in range(2))
 
     assert [r.num_tokens for r in first.runs] == [r.num_tokens for r in second.runs]
     assert [r.num_accepted for r in first.runs] == [r.num_accepted for r in second.runs]
-    assert all(row.equal_to_stock is None for row in first.rows)
 
 
 def test_stock_runs_ignore_the_checkpoints_filters_and_the_callers_randomness() -> None:
@@ -83,10 +128,12 @@ def test_stock_runs_ignore_the_checkpoints_filters_and_the_callers_randomness() 
     ("changes", "said"),
     [
         ({"prompts": []}, "at least one prompt"),
-        ({"strategies": ("tree",)}, "strategy must be one of"),
+        ({"strategies": ("forest",)}, "strategy must be one of"),
         ({"repeats": 0}, "repeats"),
         ({"warmup": -1}, "warmup"),
-        ({"temperature": -1.0}, "temperature"),
+        ({"temperatures": (0.0, -1.0)}, "temperature must"),
+        ({"temperatures": ()}, "at least one temperature"),
+        ({"temperatures": (0.0, 0.0)}, "twice"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
     ],
 )

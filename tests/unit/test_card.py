@@ -147,13 +147,16 @@ def test_free_form_provenance_breaks_nothing(provenance: dict[str, Any]) -> None
 def test_figures_come_from_a_list_or_from_a_benchmark_result(tmp_path: Path) -> None:
     rows = read_figures(RESULTS)
     assert [row["set"] for row in rows] == ["gsm8k", "humaneval", "mt_bench"]
-    assert "| gsm8k | 24 | 3,072 | 3.65 |" in figures_table(rows)
+    assert "| gsm8k | chain | 24 | 3,072 | 3.65 |" in figures_table(rows)
     file = tmp_path / "figures.json"
     file.write_text(json.dumps(PROVENANCE["figures"]))
     assert read_figures(file) == PROVENANCE["figures"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "[1]", '[{"a": [1]}]', '{"results": {"a": 1}}', "[{}]"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", "[1]", '[{"a": [1]}]', '{"results": {"a": 1}}', '{"results": {"a": {"b": 1}}}', "[{}]"],
+)
 def test_what_holds_no_figures_is_refused(content: str, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     file.write_text(content)

@@ -1,7 +1,10 @@
 """Ends of a text inside a block: end-of-sequence ids, stop strings, and the exact token limit."""
 
+from typing import Any
+
 import pytest
 from tests.tiny import tiny_dual, tiny_prompt
+from tests.ways import EVERY_DRAFTING_WAY, EVERY_WAY, WAYS
 
 from orthrus.config import DecodeConfig, Strategy
 from orthrus.decoding.stopping import StopRules, StopStrings
@@ -13,8 +16,6 @@ PROMPT = tiny_prompt(9)
 # Twins that equal the base: blocks are accepted in part, so ends fall on drafts, heads and corrections.
 DUAL = tiny_dual("llama", disturb=0.1)
 BLOCK_SIZE = DUAL.config.block_size
-CHAINS = [("chain", True), ("chain", False)]
-EVERY = pytest.mark.parametrize(("strategy", "floor"), [("ar", True), *CHAINS])
 
 
 class Letters:
@@ -53,7 +54,7 @@ def test_the_text_of_this_file_has_drafts_that_hit() -> None:
     assert 0 < result.stats.num_accepted < result.stats.num_drafted
 
 
-@EVERY
+@EVERY_WAY
 @pytest.mark.parametrize("token_id", sorted(set(FREE)))
 def test_eos_ends_the_text_wherever_in_a_block_it_falls(
     token_id: int, strategy: Strategy, floor: bool
@@ -63,21 +64,44 @@ def test_eos_ends_the_text_wherever_in_a_block_it_falls(
     assert result.finish_reason == result.cycles[-1].finish_reason == "stop"
 
 
-@EVERY
+@EVERY_WAY
 def test_several_eos_ids_end_at_whichever_comes_first(strategy: Strategy, floor: bool) -> None:
     late, *others = sorted(set(FREE), key=first_at, reverse=True)
     eos = frozenset({late, others[len(others) // 2]})
     assert decode(strategy, floor, eos=eos).token_ids == FREE[: min(map(first_at, eos)) + 1]
 
 
-def test_an_accepted_draft_can_be_the_eos() -> None:
-    drafts = {t for c in decode().cycles for t, d in zip(c.token_ids, c.is_draft, strict=True) if d}
+@EVERY_DRAFTING_WAY
+def test_an_accepted_draft_can_be_the_eos(strategy: Strategy, floor: bool) -> None:
+    cycles = decode(strategy, floor).cycles
+    drafts = {t for c in cycles for t, d in zip(c.token_ids, c.is_draft, strict=True) if d}
     assert drafts
-    ends = [decode(eos=frozenset({t})).cycles[-1] for t in drafts]
+    ends = [decode(strategy, floor, eos=frozenset({t})).cycles[-1] for t in drafts]
     assert any(cycle.is_draft[-1] for cycle in ends)
 
 
-@EVERY
+@pytest.mark.parametrize("strategy", [s for s, floor in WAYS if floor and s != "ar"])
+def test_an_end_that_the_draft_pass_decides_costs_no_verify_pass(strategy: Strategy) -> None:
+    """A prompt whose second new token comes up there for the first time: the head of the first cycle."""
+    prompt = next(p for n in range(50) if len({*plain(p := tiny_prompt(9, seed=n))[:2]}) == 2)
+    head = plain(prompt)[1]
+    config = DecodeConfig(max_new_tokens=40, strategy=strategy)
+    options: dict[str, Any] = {"context_length": 256}
+    result = TokenStream(DUAL, prompt, config, eos_token_ids=frozenset({head}), **options).drain()
+    assert result.token_ids == plain(prompt)[:2]
+    last = result.cycles[-1]
+    assert (last.token_ids, last.num_passes, last.num_drafted) == ((head,), 1, 0)
+    # The limit ends a text there without a draft pass at all; what is no end goes on to be verified.
+    free = TokenStream(DUAL, prompt, config, eos_token_ids=frozenset(), **options).drain()
+    assert (free.cycles[1].num_passes, free.cycles[1].token_ids[0]) == (2, head)
+
+
+def plain(prompt: list[int]) -> tuple[int, ...]:
+    config = DecodeConfig(max_new_tokens=40, strategy="ar")
+    return TokenStream(DUAL, prompt, config, eos_token_ids=frozenset(), context_length=256).drain().token_ids
+
+
+@EVERY_WAY
 def test_eos_is_ignored_on_request(strategy: Strategy, floor: bool) -> None:
     result = decode(strategy, floor, eos=frozenset(FREE), ignore_eos=True)
     assert result.token_ids == FREE
@@ -94,7 +118,7 @@ def test_id_0_is_an_end_of_sequence_like_any_other() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", range(1, 2 * BLOCK_SIZE + 2))
-@EVERY
+@EVERY_WAY
 def test_the_token_limit_is_exact(num_tokens: int, strategy: Strategy, floor: bool) -> None:
     result = decode(strategy, floor, max_new_tokens=num_tokens)
     assert result.token_ids == FREE[:num_tokens]
@@ -103,11 +127,13 @@ def test_the_token_limit_is_exact(num_tokens: int, strategy: Strategy, floor: bo
     # Nothing is drafted beyond the limit: such a draft could only be thrown away.
     room = num_tokens
     for cycle in result.cycles:
-        assert cycle.num_drafted <= max(0, room - 1 - int(floor))
+        if strategy in ("chain", "fused"):
+            head = int(floor and cycle.num_passes == 2)
+            assert cycle.num_drafted <= max(0, room - 1 - head)
         room -= len(cycle.token_ids)
 
 
-@EVERY
+@EVERY_WAY
 @pytest.mark.parametrize("length", [1, 2, 3, 7])
 @pytest.mark.parametrize("start", [0, 3, 11, 20])
 def test_stop_strings_end_across_tokens_and_blocks(
@@ -124,7 +150,7 @@ def test_stop_strings_end_across_tokens_and_blocks(
     assert stop not in Letters().decode(list(FREE[: kept - 1]))
 
 
-@pytest.mark.parametrize(("strategy", "floor"), CHAINS)
+@EVERY_DRAFTING_WAY
 def test_text_that_may_become_a_stop_string_is_held_back(strategy: Strategy, floor: bool) -> None:
     stop = TEXT[10:17] + "!"
     result = decode(strategy, floor, stop=(stop,), tokenizer=Letters())
@@ -140,7 +166,7 @@ def test_text_that_may_become_a_stop_string_is_held_back(strategy: Strategy, flo
     assert held > 0
 
 
-@EVERY
+@EVERY_WAY
 def test_text_held_back_at_the_end_is_shown_after_all(strategy: Strategy, floor: bool) -> None:
     stop = TEXT[-3:] + "!"
     assert decode(strategy, floor, stop=(stop,), tokenizer=Letters()).text == TEXT
@@ -175,14 +201,17 @@ def test_an_empty_stop_string_is_refused() -> None:
         DecodeConfig(stop=("",))
 
 
-def test_should_stop_sees_every_token_and_may_end_the_text_inside_a_block() -> None:
+@EVERY_WAY
+def test_should_stop_sees_every_token_and_may_end_the_text_inside_a_block(
+    strategy: Strategy, floor: bool
+) -> None:
     seen: list[int] = []
 
     def after_seven(token_ids: list[int]) -> bool:
         seen.append(len(token_ids))
         return len(token_ids) == 7
 
-    config = DecodeConfig(max_new_tokens=40)
+    config = DecodeConfig(max_new_tokens=40, strategy=strategy, floor=floor)
     stream = TokenStream(
         DUAL, PROMPT, config, eos_token_ids=frozenset(), context_length=256, should_stop=after_seven
     )

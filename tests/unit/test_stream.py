@@ -7,20 +7,22 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny import VOCAB, tiny_dual, tiny_prompt
+from tests.ways import EVERY_DRAFTING_WAY, EVERY_WAY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
-from orthrus.engine import cycles
+from orthrus.decoding.tree import DraftTree
+from orthrus.engine import passes
 from orthrus.engine.probe import watch_caches, watch_passes
+from orthrus.engine.state import DecodeState
 from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass
-from orthrus.types import Cycle
+from orthrus.model.slot_cache import SlotCache
 
 PROMPT = tiny_prompt(9)
 DUAL = tiny_dual("llama", disturb=0.1)
-EVERY = pytest.mark.parametrize(("strategy", "floor"), [("ar", True), ("chain", True), ("chain", False)])
 
 
 def stream(
@@ -47,7 +49,7 @@ class Letters:
         return "".join(chr(ord("A") + i) for i in token_ids)
 
 
-@EVERY
+@EVERY_WAY
 def test_the_records_sum_to_the_result(strategy: Strategy, floor: bool) -> None:
     running = stream(strategy, floor, tokenizer=Letters())
     records = list(running)
@@ -67,46 +69,65 @@ def test_the_records_sum_to_the_result(strategy: Strategy, floor: bool) -> None:
     assert sum(n * count for n, count in enumerate(stats.accepted_histogram)) == stats.num_accepted
     assert stats.ttft_ms == records[0].elapsed_ms > 0
     assert stats.decode_ms == pytest.approx(sum(c.elapsed_ms for c in records[1:]))
-    assert (stats.num_accepted > 0) == (strategy == "chain")
+    assert (stats.num_accepted > 0) == (strategy != "ar")
+    assert stats.num_rows == sum(c.num_rows for c in records[1:])
+    assert stats.rows_per_pass == stats.num_rows / (stats.num_passes - 1) >= 1
 
 
-@EVERY
-def test_one_record_per_cycle_and_num_passes_is_what_ran(strategy: Strategy, floor: bool) -> None:
-    kinds: list[str] = []
+@EVERY_WAY
+def test_one_record_per_cycle_and_it_counts_what_ran(strategy: Strategy, floor: bool) -> None:
+    ran: list[Pass] = []
 
-    def note(p: Pass, *_: Any) -> None:
-        kinds.append("ar" if p.num_ar_rows == p.num_rows else "draft")
-
-    with watch_passes(DUAL, note):
+    with watch_passes(DUAL, lambda p, *_: ran.append(p)):
         for cycle in stream(strategy, floor, prefill_chunk=4):
-            assert cycle.num_passes == len(kinds)
-            assert kinds == {"prefill": ["ar"] * 3, "ar": ["ar"], "chain": ["draft", "ar"]}[cycle.kind]
-            kinds.clear()
+            assert cycle.num_passes == len(ran)
+            assert cycle.num_rows == sum(p.num_rows for p in ran)
+            *first, last = [(p.num_ar_rows, (p.num_rows - p.num_ar_rows) // 8) for p in ran]
+            if cycle.kind == "prefill":
+                assert [*first, last] == [(4, 0), (4, 0), (1, 0)]
+            elif cycle.kind == "ar":
+                assert (first, last) == ([], (1, 0))
+            else:
+                # The draft pass has its one block, and an AR row by its side with floor.
+                assert first in ([], [(int(floor), 1)])
+                assert last[0] == 1 + cycle.num_drafted
+                assert (last[1] > 0) == strategy.startswith("fused") or cycle.finish_reason
+            ran.clear()
 
 
-def check_chain_record(cycle: Cycle, floor: bool, whole: bool) -> None:
-    """[the head] drafts that stood, and the AR view's own token, in this order."""
-    head = int(floor)
-    assert cycle.num_accepted == sum(cycle.is_draft) <= cycle.num_drafted
-    expected = [False] * head + [True] * cycle.num_accepted + [False]
-    assert list(cycle.is_draft) == (expected if whole else expected[: len(cycle.token_ids)])
+def test_a_chain_cycle_has_two_passes_and_a_fused_one_only_where_no_block_was_at_hand() -> None:
+    def num_passes(**options: Any) -> list[int]:
+        return [c.num_passes for c in stream(**options).drain().cycles if c.num_drafted]
+
+    assert set(num_passes(strategy="chain")) == {2}
+    for strategy in ("fused", "fused_tree"):
+        # A block at every row: after the first draft there is always another at hand.
+        first, *others = num_passes(strategy=strategy, block_budget=100)
+        assert (first, set(others)) == (2, {1})
+        assert {*num_passes(strategy=strategy, block_budget=1)} == {1, 2}
 
 
-@pytest.mark.parametrize("floor", [True, False])
-def test_is_draft_marks_the_tokens_that_the_diffusion_view_proposed(floor: bool) -> None:
-    records = stream("chain", floor).drain().cycles
+@EVERY_DRAFTING_WAY
+def test_is_draft_marks_the_tokens_that_the_diffusion_view_proposed(strategy: Strategy, floor: bool) -> None:
+    """A record holds [what the draft pass decided,] drafts that stood, and a token of the AR view's own."""
+    records = stream(strategy, floor).drain().cycles
     assert records[0].kind == "prefill"
     assert records[0].is_draft == (False,)
     assert (records[0].num_drafted, records[0].num_passes) == (0, 1)
     for cycle in records[1:]:
         assert len(cycle.is_draft) == len(cycle.token_ids)
-        if cycle.kind == "chain":
-            check_chain_record(cycle, floor, whole=cycle.finish_reason is None)
-        else:
+        if cycle.kind == "ar":
             assert (cycle.is_draft, cycle.num_drafted, cycle.num_passes) == ((False,), 0, 1)
+            continue
+        assert cycle.kind == strategy
+        assert cycle.num_accepted == sum(cycle.is_draft) <= cycle.num_drafted
+        head = floor and cycle.num_passes == 2
+        expected = [False] * head + [True] * cycle.num_accepted + [False]
+        cut = len(expected) if cycle.finish_reason is None else len(cycle.token_ids)
+        assert list(cycle.is_draft) == expected[:cut]
 
 
-@EVERY
+@EVERY_WAY
 def test_the_cache_holds_ar_history_only(strategy: Strategy, floor: bool) -> None:
     with watch_caches(DUAL) as caches:
         for _ in stream(strategy, floor):
@@ -116,7 +137,7 @@ def test_the_cache_holds_ar_history_only(strategy: Strategy, floor: bool) -> Non
     assert cache.lengths[0] >= len(PROMPT) + len(FREE) - 1
 
 
-@EVERY
+@EVERY_WAY
 def test_cancelling_between_cycles(strategy: Strategy, floor: bool) -> None:
     running = stream(strategy, floor, tokenizer=Letters())
     first, second = next(running), next(running)
@@ -161,16 +182,16 @@ def test_a_closed_stream_yields_nothing_more() -> None:
     assert list(running) == []
 
 
-@EVERY
-@pytest.mark.parametrize("room", [1, 2, 3, 5, 9, 14])
+@EVERY_WAY
+@pytest.mark.parametrize("room", range(1, 11))
 def test_no_position_reaches_the_end_of_the_context(room: int, strategy: Strategy, floor: bool) -> None:
-    """The block is shortened, and every token that fits is still made."""
-    context_length, highest, rows = len(PROMPT) + room, 0, []
+    """The block is shortened, and every token that fits is still made, in the slots that were made."""
+    context_length, highest = len(PROMPT) + room, 0
 
-    def note(p: Pass, *_: Any) -> None:
+    def note(p: Pass, cache: SlotCache, _: torch.Tensor) -> None:
         nonlocal highest
         highest = max(highest, int(p.position_ids_BT.max()))
-        rows.append(p.num_rows)
+        assert p.num_slots <= cache.num_slots
 
     with watch_passes(DUAL, note):
         result = stream(strategy, floor, context_length=context_length).drain()
@@ -238,17 +259,31 @@ def host_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@EVERY
-def test_one_host_copy_per_cycle(
+@EVERY_WAY
+def test_a_pass_copies_to_the_host_what_was_chosen_and_what_was_proposed(
     strategy: Strategy, floor: bool, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[str] = []
+    for name in ("choose", "propose"):
+        method = getattr(DecodeState, name)
+
+        def noted(self: DecodeState, *args: Any, _name: str = name, _method: Any = method) -> Any:
+            asked.append(_name)
+            return _method(self, *args)
+
+        monkeypatch.setattr(DecodeState, name, noted)
     sampling = SamplingParams(temperature=temperature, top_p=0.9, top_k=40, min_p=0.01, seed=0)
     running = stream(strategy, floor, sampling=sampling, max_new_tokens=24)
     with host_copies(monkeypatch) as copies:
         records = list(running)
         made = copies.copy()
-    assert made == ["tolist"] * len(records)
+    assert made == ["tolist"] * len(asked)
     assert copies == made, "an operation reads a value of a tensor behind our back"
+    # Each pass with AR rows asks once for a choice, and at most one of its blocks is ever looked at.
+    num_passes = sum(c.num_passes for c in records)
+    assert asked.count("choose") <= num_passes
+    assert asked.count("propose") <= num_passes
+    assert (asked.count("propose") > 0) == (strategy != "ar")
 
 
 def test_the_counter_of_host_copies_sees_hidden_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,11 +306,51 @@ def test_prefill_projects_only_its_last_row() -> None:
     assert rows == [0, 0, 1]
 
 
-def test_the_slots_of_a_request_are_prompt_answer_and_one_block() -> None:
-    with watch_caches(DUAL) as caches:
-        stream().drain()
-        stream("ar").drain()
-    assert [c.num_slots for c in caches] == [len(PROMPT) + 40 + 8, len(PROMPT) + 40]
+@pytest.mark.parametrize(
+    ("options", "head_room"),
+    [
+        ({"strategy": "ar"}, 0),
+        ({"strategy": "chain"}, 8),
+        ({"strategy": "tree", "node_budget": 5}, 8),
+        ({"strategy": "tree", "node_budget": 30}, 30),
+        ({"strategy": "fused"}, 7 + 3 * 8),
+        ({"strategy": "fused", "block_budget": 1000}, 7 + 8 * 8),
+        ({"strategy": "fused_tree", "node_budget": 1, "block_budget": 1000}, 1 + 2 * 8),
+    ],
+)
+def test_the_slots_of_a_request_are_text_and_the_largest_pass(options: Any, head_room: int) -> None:
+    highest = 0
+
+    def note(p: Pass, *_: Any) -> None:
+        nonlocal highest
+        highest = max(highest, p.num_slots)
+
+    with watch_caches(DUAL) as caches, watch_passes(DUAL, note):
+        assert stream(**options).drain().token_ids == FREE
+    assert caches[0].num_slots == len(PROMPT) + 40 + head_room >= highest
+
+
+@EVERY_WAY
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_size": 2},
+        {"block_size": 3, "prefill_chunk": 1},
+        {"node_budget": 1, "block_budget": 1},
+        {"node_budget": 3, "block_budget": 50},
+        {"node_budget": 60, "block_budget": 2},
+    ],
+    ids=str,
+)
+def test_no_budget_changes_the_text(options: Any, strategy: Strategy, floor: bool) -> None:
+    running = stream(strategy, floor, **options)
+    result = running.drain()
+    assert result.token_ids == FREE
+    # K = 2 leaves one guess: with floor the AR row decides it, so there is nothing to draft.
+    drafts = strategy != "ar" and not (floor and options.get("block_size") == 2)
+    assert (result.stats.num_drafted > 0) == drafts
+    if "node_budget" in options and strategy in ("tree", "fused_tree"):
+        assert max(c.num_drafted for c in result.cycles) == options["node_budget"]
 
 
 def test_mask_rows_of_a_view_without_mask_token_use_its_own_embedding() -> None:
@@ -291,15 +366,15 @@ def test_mask_rows_of_a_view_without_mask_token_use_its_own_embedding() -> None:
     assert other.stats.num_accepted != plain.stats.num_accepted
 
 
-def test_a_verifier_that_accepts_everything_changes_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("strategy", ["chain", "tree", "fused", "fused_tree"])
+def test_accepting_everything_changes_the_text(strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the parity tests rely on: were verification broken, they would see it."""
-    real = cycles.verify_greedy
 
-    def accept_all(draft_ids_K: torch.Tensor, ar_ids_R: torch.Tensor) -> Any:
-        return real(draft_ids_K, torch.cat([draft_ids_K, ar_ids_R[-1:]]))
+    def last_path(tree: DraftTree, ar_ids: Any) -> list[int]:
+        return tree.paths()[-1]
 
-    monkeypatch.setattr(cycles, "verify_greedy", accept_all)
-    result = stream().drain()
+    monkeypatch.setattr(passes, "accepted_rows", last_path)
+    result = stream(strategy).drain()
     assert result.token_ids != FREE
     assert max(result.token_ids) < VOCAB
 

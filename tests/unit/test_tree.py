@@ -163,11 +163,46 @@ def test_a_chain_is_the_first_candidates_in_a_row(c: Candidates, num_nodes: int)
     assert tree.log_probs == [sum(row[0] for row in c.log_probs_DC[: i + 1]) for i in range(kept)]
 
 
-def test_dropping_the_first_position_leaves_the_others() -> None:
+def test_a_draft_splits_into_its_first_positions_and_those_after() -> None:
     c = Candidates([[1, 2], [3, 4]], [[-1.0, -2.0], [-0.5, -3.0]])
-    assert c.drop_first() == Candidates([[3, 4]], [[-0.5, -3.0]])
-    assert len(c.drop_first().drop_first()) == 0
-    assert len(c) == 2
+    assert c.first(1) == Candidates([[1, 2]], [[-1.0, -2.0]])
+    assert c.after(1) == Candidates([[3, 4]], [[-0.5, -3.0]])
+    assert c.first(2) == c.first(9) == c.after(0) == c
+    assert [len(part) for part in (c, c.first(0), c.after(2), c.after(9))] == [2, 0, 0, 0]
+
+
+@many
+@given(c=candidates(), budget=st.integers(0, 20))
+def test_a_rows_tokens_are_its_nodes_from_the_root_on(c: Candidates, budget: int) -> None:
+    tree = best_first_tree(c, budget)
+    assert [tuple(path) for path in tree.paths_of_tokens()] == [(), *token_paths(tree)]
+
+
+@many
+@given(c=candidates(max_depth=3, max_width=3), budget=st.integers(0, 12))
+def test_the_end_of_the_path_has_the_law_of_the_draft(c: Candidates, budget: int) -> None:
+    """Against enumeration: the AR view draws each position by the draft's own law, and walks the tree."""
+    shares = [[exp(x) for x in row] for row in c.log_probs_DC]
+    c = Candidates(c.token_ids_DC, [[log(p / (sum(row) + 0.1)) for p in row] for row in shares])
+    tree = best_first_tree(c, budget)
+    ends = [0.0] * (tree.num_nodes + 1)
+    children = tree.children()
+    for ranks in product(*[range(len(row) + 1) for row in c.log_probs_DC]):
+        mass, row = 1.0, 0
+        walking = True
+        for d, rank in enumerate(ranks):
+            known = rank < len(c.log_probs_DC[d])
+            mass *= exp(c.log_probs_DC[d][rank]) if known else 1.0 - sum(map(exp, c.log_probs_DC[d]))
+            walking = walking and known and c.token_ids_DC[d][rank] in children[row]
+            row = children[row][c.token_ids_DC[d][rank]] if walking else row
+        ends[row] += mass
+    assert tree.end_probs() == pytest.approx(ends, abs=1e-9)
+
+
+def test_end_probs_are_never_negative() -> None:
+    # Rounding may leave the children with a little more than their parent has.
+    assert DraftTree([1, 2], [0, 0], [log(0.7), log(0.3) + 1e-9]).end_probs()[0] == 0.0
+    assert EMPTY_TREE.end_probs() == [1.0]
 
 
 def walk(tree: DraftTree, ar_ids: list[int]) -> list[int]:

@@ -1,6 +1,6 @@
-"""Prove: greedy output token for token against the stock model, and every difference explained."""
+"""Prove: output token for token against the stock model, and every difference explained."""
 
-from orthrus.audit.greedy import AuditOptions, run_audit
+from orthrus.audit.compare import AuditOptions, run_audit
 from orthrus.audit.report import AuditReport
 
 __all__ = ["AuditOptions", "AuditReport", "run_audit"]

@@ -1,4 +1,4 @@
-"""Why two greedy outputs differ: a near-tie that rounding decides, or a broken rule.
+"""Why two outputs differ: a near-tie that rounding decides, or a broken rule.
 
 A pass over a block and a pass over one row sum up in different orders, so their logits differ by some
 noise; where the best two tokens are closer than that, either may come out. The noise is measured with the
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from orthrus.api import Orthrus
 from orthrus.audit.replay import AS_DECODED, ONE_ROW, replay_ours, stock_logits
-from orthrus.config import DecodeConfig
+from orthrus.config import DecodeConfig, SamplingParams
+from orthrus.decoding.noise import exponential_noise
 
 Verdict = Literal["near-tie", "broken rule"]
 NUM_CANDIDATES = 32
@@ -24,11 +25,11 @@ the gap is at most twice the noise, so the rule never fails what the stock model
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """All in logits, over the top candidates; None where the outputs only differ in length.
+    """All in scores (see `scores`), over the top candidates; None where the outputs only differ in length.
 
-    gap: the stock model's token over ours, in the one-row shape. noise: the largest change of a logit between
-    the stock model's shapes. For information, drift: from its one-row shape to our logits; residue: from its
-    "as decoded" shape to our logits, 0 where the stock model, given our rows, agrees with us to the bit.
+    gap: the stock model's token over ours, in the one-row shape. noise: the largest change of a score between
+    the stock model's shapes. For information, drift: from its one-row shape to our scores; residue: from its
+    "as decoded" shape to ours, 0 where the stock model, given as many rows, agrees with us to the bit.
     """
 
     verdict: Verdict
@@ -52,27 +53,40 @@ def explain(
     if position >= min(len(stock_ids), len(our_ids)):
         ended = "ours" if len(our_ids) < len(stock_ids) else "the stock model's"
         return Judgement("broken rule", f"equal so far, but {ended} ended here and the other went on")
-    ours = replay_ours(orthrus, prompt_ids, config, position)
+    ours = replay_ours(orthrus, prompt_ids, config, our_ids, position)
     block_size = config.block_size or orthrus.dual.config.block_size
     shapes = stock_logits(orthrus, prompt_ids, list(our_ids[:position]), ours.chunks, block_size)
-    if ours.token != our_ids[position]:
+    place = len(prompt_ids) + position
+    shapes = {name: scores(logits_V, config.sampling, place) for name, logits_V in shapes.items()}
+    if ours.token != our_ids[position] or ours.logits_V is None:
         return _unrepeatable(judge(shapes, None, stock_ids[position], our_ids[position]))
-    return judge(shapes, ours.logits_V, stock_ids[position], our_ids[position])
+    our_scores_V = scores(ours.logits_V, config.sampling, place)
+    return judge(shapes, our_scores_V, stock_ids[position], our_ids[position])
+
+
+def scores(logits_V: Tensor, sampling: SamplingParams, position: int) -> Tensor:
+    """What the chosen token has the most of, scores_V float32: the logits, or for a sampled text
+    logits / temperature - log(noise), where position is the token's place in the whole sequence."""
+    if sampling.greedy:
+        return logits_V
+    assert sampling.seed is not None, "without a seed nothing can be decoded again"
+    noise_1V = exponential_noise(sampling.seed, [position], logits_V.shape[-1], logits_V.device)
+    return logits_V / sampling.temperature - noise_1V[0].log()
 
 
 def judge(
-    shapes: dict[str, Tensor], our_logits_V: Tensor | None, stock_token: int, our_token: int
+    shapes: dict[str, Tensor], our_scores_V: Tensor | None, stock_token: int, our_token: int
 ) -> Judgement:
-    """The rule itself. shapes: float32 logits_V of the stock model, the first two of `replay` among them.
+    """The rule itself. shapes: scores_V of the stock model, the first two of `replay` among them.
 
-    Broken: our token is not the best by the AR view's own logits, or the gap is above MARGIN x noise.
+    Broken: our token is not the best by the AR view's own scores, or the gap is above MARGIN x noise.
     """
     reference_V = shapes[ONE_ROW]
     top_N = reference_V.topk(min(NUM_CANDIDATES, reference_V.numel())).indices
     candidates_N = torch.cat([top_N, top_N.new_tensor([stock_token, our_token])])
     changes = {
-        name: _largest_change(logits_V, reference_V, candidates_N)
-        for name, logits_V in shapes.items()
+        name: _largest_change(scores_V, reference_V, candidates_N)
+        for name, scores_V in shapes.items()
         if name != ONE_ROW
     }
     noise = max(changes.values(), default=0.0)
@@ -81,19 +95,19 @@ def judge(
     relation = "within" if verdict == "near-tie" else "above"
     reason = f"the gap is {relation} {MARGIN:g} x the noise between shapes"
     drift = residue = None
-    if our_logits_V is not None:
-        drift = _largest_change(our_logits_V, reference_V, candidates_N)
-        residue = _largest_change(our_logits_V, shapes[AS_DECODED], candidates_N)
-        if our_logits_V[our_token] < our_logits_V.max():
+    if our_scores_V is not None:
+        drift = _largest_change(our_scores_V, reference_V, candidates_N)
+        residue = _largest_change(our_scores_V, shapes[AS_DECODED], candidates_N)
+        if our_scores_V[our_token] < our_scores_V.max():
             verdict = "broken rule"
             reason = (
-                f"our own logits are highest for token {int(our_logits_V.argmax())}, which was not committed"
+                f"our own scores are highest for token {int(our_scores_V.argmax())}, which was not committed"
             )
     return Judgement(verdict, reason, gap, noise, drift, residue, tuple(changes.items()))
 
 
-def _largest_change(logits_V: Tensor, reference_V: Tensor, candidates_N: Tensor) -> float:
-    return float((logits_V - reference_V)[candidates_N].abs().max())
+def _largest_change(scores_V: Tensor, reference_V: Tensor, candidates_N: Tensor) -> float:
+    return float((scores_V - reference_V)[candidates_N].abs().max())
 
 
 def _unrepeatable(found: Judgement) -> Judgement:

@@ -1,6 +1,6 @@
 """Compute the logits of one position again: as we decoded it, and with the stock model in several shapes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,28 +22,31 @@ class OurReplay:
     """`logits_V`: the AR view's float32 logits that decided the position, None if no pass computed them.
 
     `token` is what was committed this time. `chunks` are the passes with AR rows: (tokens already committed,
-    row token ids).
+    rows).
     """
 
     logits_V: Tensor | None = None
     token: int | None = None
-    chunks: list[tuple[int, list[int]]] = field(default_factory=list)
+    chunks: list[tuple[int, int]] = field(default_factory=list)
 
 
-def replay_ours(orthrus: Orthrus, prompt_ids: list[int], config: DecodeConfig, position: int) -> OurReplay:
-    """Decode again up to new token number `position` (from 0), and keep what its decision was made of."""
+def replay_ours(
+    orthrus: Orthrus, prompt_ids: list[int], config: DecodeConfig, our_ids: Sequence[int], position: int
+) -> OurReplay:
+    """Decode `our_ids` again up to token number `position` (from 0), and keep what that was decided by."""
     replay = OurReplay()
-    # The row of a token predicts the token after it.
-    row_position = len(prompt_ids) + position - 1
+    text = [*prompt_ids, *our_ids[:position]]
 
-    def on_pass(p: Pass, cache: SlotCache, logits_BRV: Tensor) -> None:
+    def on_pass(p: Pass, cache: SlotCache, hidden_BTC: Tensor) -> None:
         if p.num_ar_rows == 0:
             return
-        replay.chunks.append((cache.lengths[0], p.token_ids_BT[0].clamp_min(0).tolist()))
-        positions = p.position_ids_BT[0].tolist()
-        for index, row in enumerate(p.logit_rows_R.tolist()):
-            if row < p.num_ar_rows and positions[row] == row_position:
-                replay.logits_V = logits_BRV[0, index].float().clone()
+        start = cache.lengths[0]
+        replay.chunks.append((start, p.num_rows))
+        row = _row_that_read(text[start:], p, start)
+        if row is not None and row in (rows := p.logit_rows_R.tolist()):
+            # Projected with the rows that the engine projects it with: alone it might round otherwise.
+            logits_RV = orthrus.dual.head(hidden_BTC[0, p.logit_rows_R])
+            replay.logits_V = logits_RV[rows.index(row)].float().clone()
 
     token_ids: list[int] = []
     with watch_passes(orthrus.dual, on_pass):
@@ -55,28 +58,39 @@ def replay_ours(orthrus: Orthrus, prompt_ids: list[int], config: DecodeConfig, p
     return replay
 
 
+def _row_that_read(tail: list[int], p: Pass, start: int) -> int | None:
+    """The AR row whose path in this pass is `tail`, the end of the text: siblings of a tree read another."""
+    ids, slots = p.token_ids_BT[0].tolist(), p.slots_BT[0].tolist()
+    id_at = dict(zip(slots, ids, strict=True))
+    for row in range(p.num_ar_rows):
+        read = p.visible_BTS[0, row, start:].nonzero()[:, 0].tolist()
+        if [id_at[start + slot] for slot in read] == tail:
+            return row
+    return None
+
+
 def stock_logits(
     orthrus: Orthrus,
     prompt_ids: list[int],
     new_ids: list[int],
-    chunks: list[tuple[int, list[int]]],
+    chunks: list[tuple[int, int]],
     block_size: int,
 ) -> dict[str, Tensor]:
     """float32 logits_V of the token after `prompt_ids + new_ids`, by the stock model alone, by shape.
 
-    "one row" is how `generate` works: the prompt at once, then row by row. "as decoded" feeds `chunks`, the
-    very rows of our passes, with a mask as ours have one: attention picks another kernel for it. The other
-    shapes show what rounding does when the first two happen to agree.
+    "one row" is how `generate` works: the prompt at once, then row by row. "as decoded" feeds as many rows
+    at a time as our passes had, the text first and something causal behind it, with a mask as ours have one:
+    attention picks another kernel for it. The other shapes show what rounding does when these two agree.
     """
     ids = prompt_ids + new_ids
     num_prompt = len(prompt_ids)
     shapes = {
         ONE_ROW: _cuts(ids, num_prompt, 1),
-        AS_DECODED: iter(chunks),
+        AS_DECODED: ((start, _filled(ids[start : start + size], size)) for start, size in chunks),
         f"blocks of {block_size}": _cuts(ids, num_prompt, block_size),
         AT_ONCE: iter([(0, ids)]),
     }
-    masks = _CausalMasks(orthrus.dual, max(start + len(rows) for start, rows in chunks))
+    masks = _CausalMasks(orthrus.dual, max(start + size for start, size in chunks))
     with orthrus.stock() as model:
         return {
             name: _last_logits(model, len(ids), chunk, masks if name == AS_DECODED else None)
@@ -94,6 +108,10 @@ class _CausalMasks:
 
     def __call__(self, ids_1T: Tensor, start: int) -> Tensor | dict[str, Tensor]:
         return self._dual.masks(verify_chain(ids_1T, [start]), self._cache)
+
+
+def _filled(ids: list[int], size: int) -> list[int]:
+    return ids + ids[-1:] * (size - len(ids))
 
 
 def _cuts(ids: list[int], num_prompt: int, size: int) -> Iterator[tuple[int, list[int]]]:

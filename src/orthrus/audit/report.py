@@ -11,17 +11,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from orthrus.audit.explain import MARGIN, NUM_CANDIDATES, Verdict
+from orthrus.base.markdown import markdown_table
 
 LEGEND = {
-    "identical": "prompts whose greedy tokens all equal those of the stock model's own generate",
+    "identical": "prompts whose tokens all equal those of the stock model's own generate, which draws a "
+    "sampled text with the same noise",
+    "score": "a logit; for a sampled text logit / temperature - log(noise of the draw): the best is chosen",
     "near_ties": f"prompts whose first difference has a gap of at most {MARGIN:g} x noise, because each of "
-    "both logits may move by the noise",
+    "both scores may move by the noise",
     "broken": "prompts whose first difference rounding cannot explain; any one fails the audit",
-    "gap": "logit of the stock model's token - logit of ours, computed as generate does, one row at a time",
-    "noise": f"largest change of a logit, among the top {NUM_CANDIDATES} candidates, when the stock model "
-    "computes the same position in passes of other shapes: our rows, blocks, all at once",
-    "drift": "the same between the stock model's one-row logits and ours; for information",
-    "residue": "the same between ours and the stock model's when it is given our very rows; 0 where they "
+    "gap": "score of the stock model's token - score of ours, computed as generate does, one row at a time",
+    "noise": f"largest change of a score, among the top {NUM_CANDIDATES} candidates, when the stock model "
+    "computes the same position in passes of other shapes: as many rows as ours, blocks, all at once",
+    "drift": "the same between the stock model's one-row scores and ours; for information",
+    "residue": "the same between ours and the stock model's in passes of as many rows as ours; 0 where they "
     "agree to the bit; for information",
     "acceptance_rate": "accepted drafts / proposed drafts: a broken drafter gives right text, only slowly",
     "tokens_per_forward": "sum of tokens / sum of passes, prefill, draft and verify",
@@ -31,7 +34,7 @@ LEGEND = {
 @dataclass(frozen=True, slots=True)
 class Mismatch:
     """The first difference between two outputs. `position` counts new tokens from 0; gap, noise,
-    drift and residue are logits; a token is None where that output has ended. `LEGEND` defines the numbers.
+    drift and residue are scores; a token is None where that output has ended. `LEGEND` defines the numbers.
     """
 
     strategy: str
@@ -121,9 +124,9 @@ class AuditReport:
         return Group(*parts, escape(self.summary))
 
     def to_markdown(self) -> str:
-        lines = [f"**{self.summary}**", "", *_markdown(_COUNTS, [_counts(s) for s in self.strategies])]
+        lines = [f"**{self.summary}**", "", markdown_table(_COUNTS, [_counts(s) for s in self.strategies])]
         if self.mismatches:
-            lines += ["", *_markdown(_DIFFERENCES, [_difference(m) for m in self.mismatches])]
+            lines += ["", markdown_table(_DIFFERENCES, [_difference(m) for m in self.mismatches])]
         lines += ["", *(f"- `{name}`: {formula}" for name, formula in LEGEND.items())]
         lines += [f"- damaged cache: {what}" for what in self.damages]
         return "\n".join(lines) + "\n"
@@ -137,7 +140,7 @@ class AuditReport:
         return out.getvalue()
 
 
-_ONLY_DIFFERENCES = ("gap", "noise", "drift", "residue")
+_ONLY_DIFFERENCES = ("score", "gap", "noise", "drift", "residue")
 _COUNTS = [
     "strategy",
     "prompts",
@@ -186,8 +189,3 @@ def _table(header: list[str], body: list[list[str]]) -> Table:
     for line in body:
         table.add_row(*map(escape, line))
     return table
-
-
-def _markdown(header: list[str], body: list[list[str]]) -> list[str]:
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in body]
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *cells)]

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from orthrus.base.markdown import markdown_table
+from orthrus.bench.layout import law
 from orthrus.bench.metrics import Row, Spread
 from orthrus.bench.report import BenchReport, read_report
 
@@ -18,19 +20,33 @@ METRICS = (
     "ttft_ms",
     "tokens_per_cycle_mean",
     "tokens_per_forward_mean",
+    "rows_per_pass",
     "acceptance_rate",
 )
 _SAME = {
     "model": ("model", "base_fingerprint", "dtype", "device", "attention"),
-    "options": ("max_new_tokens", "temperature", "num_prompts", "seed"),
+    "options": (
+        "max_new_tokens",
+        "temperatures",
+        "block_size",
+        "node_budget",
+        "block_budget",
+        "num_prompts",
+        "prompts_digest",
+        "seed",
+    ),
     "provenance": ("cpu", "accelerator", "threads"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One metric of one arm and domain. `ratio` = b / a; `clear` when the two spreads do not overlap."""
+    """One metric of one arm and domain at one temperature.
 
+    `ratio` = b / a; `clear` when the two spreads do not overlap.
+    """
+
+    temperature: float
     domain: str
     arm: str
     metric: str
@@ -52,8 +68,8 @@ class Comparison:
 
     def to_table(self) -> RenderableType:
         table = Table(title="b against a (* where the spreads do not overlap)", title_justify="left")
-        for name in _HEADER:
-            table.add_column(name, justify="left" if name in ("domain", "arm", "metric") else "right")
+        for name, letter in zip(_HEADER, _ALIGN, strict=True):
+            table.add_column(name, justify="left" if letter == "l" else "right")
         for change in self.changes:
             table.add_row(*_cells(change))
         return Group(table, *(f"differs: {line}" for line in self.differences))
@@ -62,21 +78,20 @@ class Comparison:
         return self.to_table()
 
     def to_markdown(self) -> str:
-        lines = [_HEADER, ["---"] * len(_HEADER), *map(_cells, self.changes)]
-        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return "\n".join([text, "", *(f"- differs: {line}" for line in self.differences)]).rstrip() + "\n"
+        table = markdown_table(_HEADER, map(_cells, self.changes), _ALIGN)
+        return "\n".join([table, "", *(f"- differs: {line}" for line in self.differences)]).rstrip() + "\n"
 
 
 def compare_reports(
     a: BenchReport | Mapping[str, Any] | Path, b: BenchReport | Mapping[str, Any] | Path
 ) -> Comparison:
-    """Compare what both hold, arm by arm and domain by domain: reports, their `to_dict`, or JSON files of it.
+    """Compare what both hold, by temperature, domain and arm: reports, their `to_dict`, or JSON files of it.
 
     Raises UserInputError for what is no report.
     """
     a, b = _report(a), _report(b)
-    rows_b = {(row.domain, row.arm): row for row in b.rows}
-    pairs = [(row, rows_b[row.domain, row.arm]) for row in a.rows if (row.domain, row.arm) in rows_b]
+    rows_b = {_key(row): row for row in b.rows}
+    pairs = [(row, rows_b[_key(row)]) for row in a.rows if _key(row) in rows_b]
     changes = tuple(_change(*pair, metric) for pair in pairs for metric in METRICS)
     return Comparison(changes, tuple(_differences(a, b)))
 
@@ -87,13 +102,17 @@ def _report(given: BenchReport | Mapping[str, Any] | Path) -> BenchReport:
     return given if isinstance(given, BenchReport) else BenchReport.from_dict(given)
 
 
+def _key(row: Row) -> tuple[float, str, str]:
+    return row.temperature, row.domain, row.arm
+
+
 def _change(a: Row, b: Row, metric: str) -> Change:
     values = getattr(a, metric), getattr(b, metric)
     clear = None
     if isinstance(values[0], Spread):
         clear = values[0].high < values[1].low or values[1].high < values[0].low
     x, y = (v.median if isinstance(v, Spread) else v for v in values)
-    return Change(a.domain, a.arm, metric, x, y, y / x if x else None, clear)
+    return Change(*_key(a), metric, x, y, y / x if x else None, clear)
 
 
 def _differences(a: BenchReport, b: BenchReport) -> list[str]:
@@ -106,9 +125,11 @@ def _differences(a: BenchReport, b: BenchReport) -> list[str]:
     return found
 
 
-_HEADER = ["domain", "arm", "metric", "a", "b", "b / a"]
+_HEADER = ["law", "domain", "arm", "metric", "a", "b", "b / a"]
+_ALIGN = "llllrrr"
 
 
 def _cells(change: Change) -> list[str]:
     ratio = "–" if change.ratio is None else f"{change.ratio:.3f}{'*' if change.clear else ''}"
-    return [change.domain, change.arm, change.metric, f"{change.a:.3f}", f"{change.b:.3f}", ratio]
+    where = [law(change.temperature), change.domain, change.arm, change.metric]
+    return [*where, f"{change.a:.3f}", f"{change.b:.3f}", ratio]

@@ -1,29 +1,28 @@
-"""The report of a benchmark: complete as JSON, readable as a table, Markdown or CSV."""
+"""The report of a benchmark: complete as JSON, readable as tables, Markdown or CSV."""
 
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.table import Table
+from rich.console import RenderableType
 
-from orthrus.bench.metrics import ALL, LEGEND, Row, Run, Spread, rows
+from orthrus.bench.layout import law, markdown, terminal
+from orthrus.bench.metrics import ALL, LEGEND, Row, Run, Summary, rows, summaries
 from orthrus.errors import UserInputError
 
 KIND = "orthrus-bench"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Single runs, and what they were made with. `rows` are the numbers, `LEGEND` their formulas."""
+    """Single runs, and what they were made with. `rows` and `summaries` are the numbers, `LEGEND` their
+    formulas."""
 
     runs: tuple[Run, ...]
     model: dict[str, Any]
@@ -34,13 +33,17 @@ class BenchReport:
     def rows(self) -> tuple[Row, ...]:
         return tuple(rows(self.runs))
 
+    @cached_property
+    def summaries(self) -> tuple[Summary, ...]:
+        return tuple(summaries(self.runs))
+
     @property
     def overall(self) -> tuple[Row, ...]:
-        """One row per arm, over all domains."""
+        """One row per temperature and arm, over all domains."""
         return tuple(row for row in self.rows if row.domain == ALL)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready and complete: rows, single runs, formulas, model, options and provenance."""
+        """JSON-ready and complete: rows, summaries, single runs, formulas, model, options and provenance."""
         return {
             "kind": KIND,
             "format_version": FORMAT_VERSION,
@@ -49,6 +52,7 @@ class BenchReport:
             "provenance": self.provenance,
             "legend": LEGEND,
             "rows": [row.to_dict() for row in self.rows],
+            "summaries": [summary.to_dict() for summary in self.summaries],
             "runs": [asdict(run) for run in self.runs],
         }
 
@@ -73,49 +77,16 @@ class BenchReport:
             raise UserInputError(f"the benchmark report is damaged ({e}); make it again.") from e
 
     def to_table(self) -> RenderableType:
-        """For a terminal: metrics by arm with their formulas, then the domains side by side."""
-        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD)
-        table.add_column("metric", min_width=max(map(len, _METRICS)))
-        for row in self.overall:
-            table.add_column(row.arm, justify="right")
-        for name, show in _METRICS.items():
-            table.add_row(name, *(show(row) for row in self.overall))
-        legend = [f"[dim]{name}: {escape(LEGEND[name])}[/dim]" for name in _METRICS]
-        if len(self.rows) == len(self.overall):
-            return Group(table, *legend)
-        # Names break at their underscores, so that the columns fit a terminal of 80.
-        domains = Table(
-            title="By domain", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-        )
-        for name in ("domain", "arm", *_BRIEF):
-            left = name in ("domain", "arm")
-            domains.add_column(name.replace("_", "\n"), justify="left" if left else "right")
-        for row in self.rows:
-            if row.domain != ALL:
-                domains.add_row(row.domain, row.arm, *(_METRICS[name](row) for name in _BRIEF))
-        return Group(table, *legend, domains)
+        """For a terminal of 80 columns: domains x arms, the summary and times, for each temperature."""
+        return terminal(self.title, self.rows, self.summaries)
 
     def to_markdown(self) -> str:
-        """GitHub tables: all arms over all domains with the formulas, then the domains."""
-        lines = [f"**{self.title}**", "", f"`{self.provenance.get('command', '')}`", ""]
-        lines += _markdown(
-            ["metric", *(row.arm for row in self.overall), "formula"],
-            [
-                [f"`{name}`", *(show(row) for row in self.overall), LEGEND[name]]
-                for name, show in _METRICS.items()
-            ],
-        )
-        if len(self.rows) > len(self.overall):
-            body = [
-                [row.domain, row.arm, *(_METRICS[name](row) for name in _BRIEF)]
-                for row in self.rows
-                if row.domain != ALL
-            ]
-            lines += ["", *_markdown(["domain", "arm", *(f"`{name}`" for name in _BRIEF)], body)]
-        return "\n".join(lines) + "\n"
+        """GitHub tables: domains x arms, the summary, and all numbers over all prompts by formula."""
+        head = f"**{self.title}**\n\n`{self.provenance.get('command', '')}`\n\n"
+        return head + markdown(self.rows, self.summaries)
 
     def to_csv(self) -> str:
-        """One line per arm and domain, spreads as three columns."""
+        """One line per temperature, domain and arm, spreads as three columns."""
         out = io.StringIO()
         lines = [_flat(row) for row in self.rows]
         writer = csv.DictWriter(out, fieldnames=list(lines[0]) if lines else [], lineterminator="\n")
@@ -127,10 +98,10 @@ class BenchReport:
     def title(self) -> str:
         """Model, view and settings in one line."""
         m, o = self.model, self.options
-        law = "greedy" if not o["temperature"] else f"temperature {o['temperature']:g}"
+        laws = " and ".join(map(law, o["temperatures"]))
         block = o["block_size"] or m["block_size"]
         return (
-            f"{m['model']}, {m['dtype']} on {m['device']}, {m['view']} view, block {block}, {law}, "
+            f"{m['model']}, {m['dtype']} on {m['device']}, {m['view']} view, block {block}, {laws}, "
             f"prompts: {o['num_prompts']}, repeats: {o['repeats']}, tokens: at most {o['max_new_tokens']}"
         )
 
@@ -149,49 +120,6 @@ def read_report(path: Path) -> BenchReport:
         return BenchReport.from_dict(raw)
     except UserInputError as e:
         raise UserInputError(f"{path}: {e}") from e
-
-
-def _spread(spread: Spread, digits: int) -> str:
-    return f"{spread.median:.{digits}f} ({spread.low:.{digits}f}..{spread.high:.{digits}f})"
-
-
-def _equality(row: Row) -> str:
-    return "–" if row.equal_to_stock is None else "{} of {}".format(*row.equal_to_stock)
-
-
-def _drafts(row: Row) -> str:
-    return f"{row.acceptance_rate:.1%}" if row.accepted_histogram else "–"
-
-
-_METRICS: dict[str, Callable[[Row], str]] = {
-    "speedup_vs_stock": lambda row: _spread(row.speedup_vs_stock, 2),
-    "speedup_vs_ar": lambda row: _spread(row.speedup_vs_ar, 2),
-    "tokens_per_second": lambda row: _spread(row.tokens_per_second, 1),
-    "tokens_per_cycle_mean": lambda row: f"{row.tokens_per_cycle_mean:.2f}",
-    "tokens_per_cycle_pooled": lambda row: f"{row.tokens_per_cycle_pooled:.2f}",
-    "tokens_per_forward_mean": lambda row: f"{row.tokens_per_forward_mean:.2f}",
-    "tokens_per_forward_pooled": lambda row: f"{row.tokens_per_forward_pooled:.2f}",
-    "acceptance_rate": _drafts,
-    "accepted_histogram": lambda row: " ".join(map(str, row.accepted_histogram)) or "–",
-    "ttft_ms": lambda row: _spread(row.ttft_ms, 0),
-    "tpot_ms": lambda row: _spread(row.tpot_ms, 1),
-    "equal_to_stock": _equality,
-    "tokens": lambda row: str(row.tokens),
-    "passes": lambda row: str(row.passes),
-    "cycles": lambda row: str(row.cycles),
-}
-_BRIEF = (
-    "speedup_vs_stock",
-    "tokens_per_second",
-    "tokens_per_cycle_mean",
-    "tokens_per_forward_mean",
-    "acceptance_rate",
-    "equal_to_stock",
-)
-
-
-def _markdown(header: list[str], body: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body)]
 
 
 def _flat(row: Row) -> dict[str, Any]:

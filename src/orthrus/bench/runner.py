@@ -1,20 +1,24 @@
 """Run every arm on every prompt, interleaved, so that a drift of the machine hits all arms alike."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
-from orthrus.api import Orthrus, decode_config
+from orthrus.api import Orthrus
 from orthrus.base.provenance import provenance
-from orthrus.bench.metrics import STOCK, Run, run_of_stats, run_of_stock
+from orthrus.bench.layout import law
+from orthrus.bench.metrics import PLAIN, STOCK, Run, run_of_stats, run_of_stock
 from orthrus.bench.prompts import BenchPrompt
 from orthrus.bench.report import BenchReport
-from orthrus.config import STRATEGIES, Strategy
+from orthrus.config import DecodeConfig, SamplingParams, Strategy
 from orthrus.engine.probe import stock_generate
 from orthrus.engine.stream import check_block_size, check_prompt
 from orthrus.errors import UserInputError
 
 WARMUP_TOKENS = 16
+_DEFAULTS = DecodeConfig()
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (what is running, runs done, runs in all)."""
@@ -24,16 +28,17 @@ OnProgress = Callable[[str, int, int], None]
 class BenchOptions:
     """What to measure. `strategies` come on top of the arms "stock" and "ar", which always run.
 
-    `warmup` rounds of all arms, 16 tokens each on the first prompt, come first and are not
-    counted.
-    With a temperature above 0, repeat n samples with seed + n (None counts as 0).
+    `warmup` rounds of all arms, 16 tokens each on the first prompt, come first and are not counted.
+    Every temperature gives numbers of its own; above 0, repeat n samples with seed + n (None counts as 0).
     """
 
     prompts: Sequence[BenchPrompt]
     strategies: tuple[Strategy, ...] = ("chain",)
+    temperatures: tuple[float, ...] = (0.0,)
     max_new_tokens: int = 128
     block_size: int | None = None
-    temperature: float = 0.0
+    node_budget: int = _DEFAULTS.node_budget
+    block_budget: int = _DEFAULTS.block_budget
     seed: int | None = 0
     repeats: int = 3
     warmup: int = 1
@@ -41,24 +46,36 @@ class BenchOptions:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise UserInputError("there is nothing to measure; give at least one prompt.")
-        for strategy in self.strategies:
-            if strategy not in STRATEGIES:
-                raise UserInputError(f"strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}.")
+        if not self.temperatures:
+            raise UserInputError("there is nothing to measure; give at least one temperature.")
+        for name in ("strategies", "temperatures"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise UserInputError(f"the {name} hold one twice; give each once.")
         if self.repeats < 1:
             raise UserInputError(f"repeats must be at least 1, not {self.repeats}.")
         if self.warmup < 0:
             raise UserInputError(f"warmup must be 0 or more, not {self.warmup}.")
         # Checks the remaining values, in the words of a request.
-        decode_config(
-            max_new_tokens=self.max_new_tokens,
-            block_size=self.block_size,
-            temperature=self.temperature,
-            seed=self.seed,
-        )
+        for strategy in self.strategies:
+            for temperature in self.temperatures:
+                self.config(strategy, temperature, self.seed, self.max_new_tokens)
 
     @property
     def arms(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((STOCK, "ar", *self.strategies)))
+        return tuple(dict.fromkeys((STOCK, PLAIN, *self.strategies)))
+
+    def config(
+        self, strategy: Strategy, temperature: float, seed: int | None, max_new_tokens: int
+    ) -> DecodeConfig:
+        """The request of one run of ours."""
+        return DecodeConfig(
+            max_new_tokens=max_new_tokens,
+            strategy=strategy,
+            block_size=self.block_size,
+            node_budget=self.node_budget,
+            block_budget=self.block_budget,
+            sampling=SamplingParams(temperature=temperature, seed=seed),
+        )
 
 
 def run_bench(orthrus: Orthrus, options: BenchOptions, on_progress: OnProgress | None = None) -> BenchReport:
@@ -72,27 +89,37 @@ def run_bench(orthrus: Orthrus, options: BenchOptions, on_progress: OnProgress |
     check_block_size(orthrus.dual, options.block_size)
     jobs = _jobs(options, prompts)
     runs: list[Run] = []
-    stock_ids: dict[int, tuple[int, ...]] = {}
+    outputs: dict[tuple[float, int, int, str], tuple[int, ...]] = {}
     for done, job in enumerate(jobs):
         if on_progress is not None:
             on_progress(job.title, done, len(jobs))
         run, token_ids = _decode(orthrus, options, job)
-        if job.warmup:
-            continue
-        if options.temperature == 0.0:
-            # The first job of each prompt is the stock model's.
-            run = replace(run, equal_to_stock=stock_ids.setdefault(job.prompt_index, token_ids) == token_ids)
-        runs.append(run)
+        if not job.warmup:
+            runs.append(run)
+            outputs[job.temperature, job.prompt_index, job.repeat, job.arm] = token_ids
     if on_progress is not None:
         on_progress("done", len(jobs), len(jobs))
     model = orthrus.describe()
     settings = {k: getattr(options, k) for k in options.__slots__ if k != "prompts"}
+    # Lists, as they come back from JSON.
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
     return BenchReport(
-        runs=tuple(runs),
+        runs=tuple(replace(run, equal_to_plain=_equal_to_plain(run, outputs)) for run in runs),
         model=model,
-        options=settings | {"arms": options.arms, "num_prompts": len(prompts)},
+        options=settings
+        | {
+            "arms": list(options.arms),
+            "num_prompts": len(prompts),
+            "prompts_digest": prompts_digest(options.prompts),
+        },
         provenance=provenance(device=model["device"], dtype=model["dtype"], seed=options.seed),
     )
+
+
+def prompts_digest(prompts: Sequence[BenchPrompt]) -> str:
+    """A short name for exactly these prompts, in this order: "blake2b:" and 32 hex digits."""
+    text = json.dumps([[p.domain, p.prompt] for p in prompts], sort_keys=True)
+    return f"blake2b:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
 
 
 class _Job(NamedTuple):
@@ -101,6 +128,7 @@ class _Job(NamedTuple):
     prompt_index: int
     domain: str
     repeat: int
+    temperature: float
     max_new_tokens: int
     warmup: bool
 
@@ -108,19 +136,26 @@ class _Job(NamedTuple):
     def title(self) -> str:
         if self.warmup:
             return f"warm-up: {self.arm}"
-        return f"{self.domain}, prompt {self.prompt_index + 1}, repeat {self.repeat + 1}: {self.arm}"
+        where = f"{self.domain}, prompt {self.prompt_index + 1}, repeat {self.repeat + 1}"
+        return f"{where}, {law(self.temperature)}: {self.arm}"
 
 
 def _jobs(options: BenchOptions, prompts: list[list[int]]) -> list[_Job]:
     arms = options.arms
     short = min(WARMUP_TOKENS, options.max_new_tokens)
-    jobs = [_Job(arm, prompts[0], 0, "", 0, short, True) for _ in range(options.warmup) for arm in arms]
+    jobs = [
+        _Job(arm, prompts[0], 0, "", 0, temperature, short, True)
+        for _ in range(options.warmup)
+        for temperature in options.temperatures
+        for arm in arms
+    ]
     for index, (prompt, ids) in enumerate(zip(options.prompts, prompts, strict=True)):
         for repeat in range(options.repeats):
-            # Each arm has its turn at going first; the stock model in the first round, to be compared with.
-            shift = repeat % len(arms)
+            # Each arm has its turn at going first.
+            shift = (index * options.repeats + repeat) % len(arms)
             jobs += [
-                _Job(arm, ids, index, prompt.domain, repeat, options.max_new_tokens, False)
+                _Job(arm, ids, index, prompt.domain, repeat, temperature, options.max_new_tokens, False)
+                for temperature in options.temperatures
                 for arm in arms[shift:] + arms[:shift]
             ]
     return jobs
@@ -129,6 +164,7 @@ def _jobs(options: BenchOptions, prompts: list[list[int]]) -> list[_Job]:
 def _decode(orthrus: Orthrus, options: BenchOptions, job: _Job) -> tuple[Run, tuple[int, ...]]:
     """One run, and its tokens."""
     seed, num_prompt_tokens = (options.seed or 0) + job.repeat, len(job.prompt_ids)
+    about = job.prompt_index, job.domain, job.repeat, job.temperature
     if job.arm == STOCK:
         with orthrus.stock() as model:
             stock = stock_generate(
@@ -136,17 +172,22 @@ def _decode(orthrus: Orthrus, options: BenchOptions, job: _Job) -> tuple[Run, tu
                 job.prompt_ids,
                 max_new_tokens=min(job.max_new_tokens, orthrus.base.context_length - num_prompt_tokens),
                 eos_token_ids=orthrus.base.eos_token_ids,
-                temperature=options.temperature,
+                temperature=job.temperature,
                 seed=seed,
             )
-        run = run_of_stock(job.prompt_index, job.domain, job.repeat, num_prompt_tokens, stock)
-        return run, stock.token_ids
-    config = decode_config(
-        max_new_tokens=job.max_new_tokens,
-        strategy=cast(Strategy, job.arm),
-        block_size=options.block_size,
-        temperature=options.temperature,
-        seed=seed,
-    )
+        return run_of_stock(*about, num_prompt_tokens, stock), stock.token_ids
+    config = options.config(cast(Strategy, job.arm), job.temperature, seed, job.max_new_tokens)
     ours = orthrus.stream_ids(job.prompt_ids, config).drain()
-    return run_of_stats(job.arm, job.prompt_index, job.domain, job.repeat, ours.stats), ours.token_ids
+    return run_of_stats(job.arm, *about, ours.stats), ours.token_ids
+
+
+def _equal_to_plain(run: Run, outputs: dict[tuple[float, int, int, str], tuple[int, ...]]) -> bool | None:
+    """Greedy text against the stock model's first; sampled text against that of ar with the same seed."""
+    key = run.temperature, run.prompt_index
+    if run.temperature == 0.0:
+        plain = outputs[*key, 0, STOCK]
+    elif run.arm == STOCK:
+        return None
+    else:
+        plain = outputs[*key, run.repeat, PLAIN]
+    return outputs[*key, run.repeat, run.arm] == plain

@@ -1,5 +1,7 @@
 """`orthrus audit`: is every token the stock model's own?"""
 
+from typing import Any
+
 import typer
 
 from orthrus.cli import options
@@ -16,7 +18,11 @@ def audit(
     strategy: options.Strategies = None,
     max_new_tokens: options.MaxNewTokens = 128,
     block_size: options.BlockSize = None,
+    node_budget: options.NodeBudget = 24,
+    block_budget: options.BlockBudget = 3,
     floor: options.Floor = True,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
     view: options.View = "default",
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -24,24 +30,28 @@ def audit(
     json: options.FormatJson = False,
     output: options.OutputFile = None,
 ) -> None:
-    """Compare greedy output with the stock model's, token by token, and explain each difference.
+    """Compare output with the stock model's, token by token, and explain each difference.
 
-    Exit status 1 means that the audit failed.
+    With a temperature, sampled texts are compared: the stock model draws with the same noise. Exit status 1
+    means that the audit failed.
     """
-    check_decode({"max_new_tokens": max_new_tokens, "block_size": block_size})
+    decode: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "block_size": block_size,
+        "node_budget": node_budget,
+        "block_budget": block_budget,
+        "floor": floor,
+        "temperature": temperature,
+        "seed": 0 if seed is None else seed,
+    }
+    check_decode(decode)
     chosen_strategies = check_strategies(strategy)
     from orthrus.audit import AuditOptions, run_audit
     from orthrus.bench import load_prompts
 
     chosen = load_prompts(prompts, tuple(domain or ()), limit)
     orthrus = load_orthrus(model, view=view, dtype=dtype, device=device)
-    settings = AuditOptions(
-        prompts=chosen,
-        strategies=chosen_strategies,
-        max_new_tokens=max_new_tokens,
-        block_size=block_size,
-        floor=floor,
-    )
+    settings = AuditOptions(prompts=chosen, strategies=chosen_strategies, **decode)
     with ProgressDisplay(count=True) as on_progress:
         report = run_audit(orthrus, settings, on_progress)
     show_report(report, "json" if json else format_, output)

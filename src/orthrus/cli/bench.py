@@ -9,7 +9,10 @@ from orthrus.cli import options
 from orthrus.cli.common import check_decode, check_strategies, load_orthrus
 from orthrus.cli.progress import ProgressDisplay
 from orthrus.cli.report import show_report
+from orthrus.config import STRATEGIES, DecodeConfig
 from orthrus.errors import UserInputError
+
+DEFAULTS = DecodeConfig()
 
 
 def bench(
@@ -23,10 +26,27 @@ def bench(
     prompts: options.Prompts = None,
     domain: options.Domain = None,
     limit: options.Limit = None,
-    strategy: options.Strategies = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"One of {', '.join(STRATEGIES)}; may be repeated. Left out: {DEFAULTS.strategy}.",
+            metavar="NAME",
+        ),
+    ] = None,
+    strategies: Annotated[bool, typer.Option("--strategies", help="All strategies, side by side.")] = False,
     max_new_tokens: options.MaxNewTokens = 128,
     block_size: options.BlockSize = None,
-    temperature: options.Temperature = 0.0,
+    node_budget: options.NodeBudget = DEFAULTS.node_budget,
+    block_budget: options.BlockBudget = DEFAULTS.block_budget,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--temperature",
+            "-t",
+            metavar="NUMBER",
+            help="0 is greedy; higher samples. May be repeated, for a table each. Left out: 0.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the first repeat, when sampling.")] = 0,
     repeats: Annotated[int, typer.Option(help="Timed runs of each prompt.", min=1)] = 3,
     warmup: Annotated[int, typer.Option(help="Runs before the timed ones.", min=0)] = 1,
@@ -37,7 +57,10 @@ def bench(
     json: options.FormatJson = False,
     output: options.OutputFile = None,
 ) -> None:
-    """Measure time, passes and acceptance against the stock model."""
+    """Measure time, passes and acceptance against the stock model.
+
+    The stock model's own generate and our plain decoding always run beside the strategies, taking turns.
+    """
     if compare is not None:
         from orthrus.bench import compare_reports
 
@@ -45,15 +68,21 @@ def bench(
             raise UserInputError("a comparison has no csv form; choose table, md or json.")
         show_report(compare_reports(*compare), "json" if json else format_, output)
         return
-    check_decode(
-        {
-            "max_new_tokens": max_new_tokens,
-            "block_size": block_size,
-            "temperature": temperature,
-            "seed": seed,
-        }
-    )
-    chosen_strategies = check_strategies(strategy)
+    if strategies and strategy:
+        raise UserInputError("--strategies means all of them; give it or --strategy, not both.")
+    chosen_strategies = STRATEGIES if strategies else check_strategies(strategy or [DEFAULTS.strategy])
+    temperatures = tuple(dict.fromkeys(temperature or [0.0]))
+    for value in temperatures:
+        check_decode(
+            {
+                "max_new_tokens": max_new_tokens,
+                "block_size": block_size,
+                "node_budget": node_budget,
+                "block_budget": block_budget,
+                "temperature": value,
+                "seed": seed,
+            }
+        )
     from orthrus.bench import BenchOptions, load_prompts, run_bench
 
     chosen = load_prompts(prompts, tuple(domain or ()), limit)
@@ -63,7 +92,9 @@ def bench(
         strategies=chosen_strategies,
         max_new_tokens=max_new_tokens,
         block_size=block_size,
-        temperature=temperature,
+        node_budget=node_budget,
+        block_budget=block_budget,
+        temperatures=temperatures,
         seed=seed,
         repeats=repeats,
         warmup=warmup,

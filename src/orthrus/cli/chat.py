@@ -25,6 +25,8 @@ def chat(
     max_new_tokens: options.MaxNewTokens = 512,
     strategy: options.DecodeStrategy = "chain",
     block_size: options.BlockSize = None,
+    node_budget: options.NodeBudget = 24,
+    block_budget: options.BlockBudget = 3,
     floor: options.Floor = True,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = None,
@@ -54,6 +56,8 @@ def chat(
         "max_new_tokens": max_new_tokens,
         "strategy": strategy,
         "block_size": block_size,
+        "node_budget": node_budget,
+        "block_budget": block_budget,
         "floor": floor,
         "temperature": temperature,
         "top_k": top_k,
@@ -178,7 +182,7 @@ def _compare(state: ChatState, asked: list[dict[str, str]], answer: "GenerationR
         return
     ours_s, plain_s = (_seconds(r) for r in (answer, plain))
     same = "the same tokens" if plain.token_ids == answer.token_ids else "DIFFERENT tokens"
-    if state.decode["temperature"] > 0 and plain.token_ids != answer.token_ids:
+    if state.decode["temperature"] > 0 and state.decode["seed"] is None:
         same = "another sample"
     note(
         f"plain decoding: {plain_s:.2f} s for {plain.stats.num_tokens} tokens in {plain.stats.num_passes} "

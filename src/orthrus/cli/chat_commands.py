@@ -138,7 +138,7 @@ def _parse(name: str, value: str) -> Any:
         return None if value in ("", "none") else parse_logit_bias(value.split())
     if name in ("floor", "ignore_eos"):
         return _switch(name, value)
-    if value == "none" and name not in ("max_new_tokens", "temperature", "repetition_penalty"):
+    if value == "none" and name in ("block_size", "top_k", "top_p", "min_p", "seed"):
         return None
     kind = float if name in ("temperature", "top_p", "min_p", "repetition_penalty") else int
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import typer
 
 from orthrus.cli.progress import ProgressDisplay
-from orthrus.config import STRATEGIES, Strategy
+from orthrus.config import FIXED_STRATEGIES, STRATEGIES, Strategy
 from orthrus.errors import OrthrusError, OrthrusWarning, UserInputError
 
 if TYPE_CHECKING:
@@ -151,11 +151,11 @@ def parse_logit_bias(pairs: Iterable[str]) -> dict[int, float] | None:
 
 
 def check_strategies(names: list[str] | None) -> tuple[Strategy, ...]:
-    """The strategies asked for, each once, or all; UserInputError for an unknown one."""
+    """The strategies asked for, each once, or all that do not adapt; UserInputError for an unknown one."""
     for name in names or ():
         if name not in STRATEGIES:
             raise UserInputError(f"there is no strategy '{name}'; choose among {', '.join(STRATEGIES)}.")
-    return tuple(s for s in STRATEGIES if not names or s in names)
+    return tuple(s for s in STRATEGIES if s in names) if names else FIXED_STRATEGIES
 
 
 def read_stdin() -> str:

@@ -45,7 +45,10 @@ MaxNewTokens = Annotated[
 DecodeStrategy = Annotated[
     Strategy,
     typer.Option(
-        "--strategy", help="chain drafts and verifies; ar is plain decoding.", rich_help_panel=_DECODING
+        "--strategy",
+        help="ar is plain decoding; chain drafts and verifies a row of tokens, tree a tree of them; fused "
+        "and fused_tree do both in one pass. All give the same text.",
+        rich_help_panel=_DECODING,
     ),
 ]
 BlockSize = Annotated[
@@ -57,10 +60,21 @@ BlockSize = Annotated[
         rich_help_panel=_DECODING,
     ),
 ]
+NodeBudget = Annotated[
+    int,
+    typer.Option(help="The most drafts that tree and fused_tree verify at once.", rich_help_panel=_DECODING),
+]
+BlockBudget = Annotated[
+    int,
+    typer.Option(
+        help="The most blocks that fused and fused_tree draft beside a verification.",
+        rich_help_panel=_DECODING,
+    ),
+]
 Floor = Annotated[
     bool,
     typer.Option(
-        help="Let the draft pass decide a token too, so that every pass commits one.",
+        help="Let a draft pass decide a token too, so that every pass commits one.",
         rich_help_panel=_DECODING,
     ),
 ]
@@ -98,7 +112,13 @@ LogitBias = Annotated[
         rich_help_panel=_DECODING,
     ),
 ]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=_DECODING)]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Makes sampling repeatable: one text for one seed, whatever the strategy.",
+        rich_help_panel=_DECODING,
+    ),
+]
 Stop = Annotated[
     list[str] | None,
     typer.Option(metavar="TEXT", help="Stop before this text; may be repeated.", rich_help_panel=_DECODING),
@@ -134,7 +154,9 @@ Limit = Annotated[int | None, typer.Option(help="At most this many prompts of a 
 Strategies = Annotated[
     list[str] | None,
     typer.Option(
-        "--strategy", help=f"One of {', '.join(STRATEGIES)}; may be repeated. Left out: all.", metavar="NAME"
+        "--strategy",
+        help=f"One of {', '.join(STRATEGIES)}; may be repeated. Left out: all but auto.",
+        metavar="NAME",
     ),
 ]
 Format = Literal["table", "md", "json", "csv"]

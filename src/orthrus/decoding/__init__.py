@@ -1,1 +1,1 @@
-"""Pure decoding rules: tensors and an explicit generator in, small values out; no model inside."""
+"""Pure decoding rules: tensors and numbers in, small values out; no model inside."""

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from orthrus.config import SamplingParams
-from orthrus.decoding.sampling import filtered_probs
+from orthrus.decoding.noise import exponential_noise
+from orthrus.decoding.processors import LogitRules
+from orthrus.decoding.sampling import draw_with_noise, filtered_probs, greedy_tokens
 
 
 def reference_decode(
@@ -16,26 +18,35 @@ def reference_decode(
     params: SamplingParams | None = None,
     eos_token_ids: frozenset[int] = frozenset(),
 ) -> list[int]:
-    """Decode with `logits_of(token_ids_T) -> logits_TV`, no cache and no drafts; returns the new ids."""
+    """Decode with `logits_of(token_ids_T) -> logits_TV`, no cache and no drafts; returns the new ids.
+
+    Every strategy gives these ids, sampled ones too: a token is drawn with the noise of the seed (None: 0)
+    and of its own place, the prompt's first token being at 0.
+    """
     params = params or SamplingParams()
-    generator = torch.Generator().manual_seed(params.seed or 0)
     token_ids = list(prompt_ids)
     while len(token_ids) < len(prompt_ids) + max_new_tokens and not eos_token_ids & {
         *token_ids[len(prompt_ids) :]
     }:
-        logits_V = logits_of(torch.tensor(token_ids))[-1]
+        logits_1V = logits_of(torch.tensor(token_ids))[-1:]
+        rules = LogitRules(params, logits_1V.shape[-1], logits_1V.device)
+        logits_1V = rules(logits_1V, [token_ids])
         if params.greedy:
-            token_ids.append(int(logits_V.argmax()))
-        else:
-            probs_V = filtered_probs(logits_V[None], params)[0]
-            token_ids.append(int(torch.multinomial(probs_V, 1, generator=generator)))
+            token_ids.append(int(greedy_tokens(logits_1V)))
+            continue
+        probs_1V = filtered_probs(logits_1V, params)
+        noise_1V = exponential_noise(params.seed or 0, [len(token_ids)], probs_1V.shape[-1], probs_1V.device)
+        token_ids.append(int(draw_with_noise(probs_1V, noise_1V)))
     return token_ids[len(prompt_ids) :]
 
 
 def reference_law(
     logits_of: Callable[[Tensor], Tensor], prompt_ids: list[int], depth: int, params: SamplingParams
 ) -> dict[tuple[int, ...], float]:
-    """The exact law of the next `depth` tokens, by enumeration: {token ids: probability}."""
+    """The exact law of the next `depth` tokens, by enumeration: {token ids: probability}.
+
+    Filters only: no logit bias, no repetition penalty.
+    """
     law: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(depth):
         longer: dict[tuple[int, ...], float] = {}

@@ -9,8 +9,7 @@ from orthrus.config import SamplingParams
 def filtered_probs(logits_RV: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities after temperature, top-k, top-p and min-p, in that order (as in transformers).
 
-    Shapes: logits_RV any float dtype -> probs_RV float32, rows summing to 1. Both views must pass
-    through this one function, or the accept ratio compares different laws. Greedy has no
+    Shapes: logits_RV any float dtype -> probs_RV float32, rows summing to 1. Greedy has no
     probabilities: call `greedy_tokens` instead.
     """
     assert not params.greedy, "greedy decoding never meets a probability"
@@ -83,6 +82,3 @@ def draw_from_generator(probs_RV: Tensor, generator: torch.Generator | None) -> 
     noise_RV = torch.empty_like(probs_RV).exponential_(generator=generator)
     # exponential_ may return 0 in fp32, and 0 / 0 would poison the argmax.
     return draw_with_noise(probs_RV, noise_RV.clamp_min_(torch.finfo(torch.float32).tiny))
-
-
-# The name that the engine's cycles still call.

@@ -31,16 +31,14 @@ def fixed_plan(config: DecodeConfig, block_size: int) -> Plan:
     if kind == "ar":
         return PLAIN
     branching = kind in ("tree", "fused_tree")
-    return Plan(
-        kind,
-        config.node_budget if branching else block_size,
-        branching,
-        config.block_budget if kind in ("fused", "fused_tree") else 0,
-    )
+    num_nodes = config.node_budget if branching else block_size - 1
+    num_blocks = config.block_budget if kind in ("fused", "fused_tree") else 0
+    # A row carries one block: more of them would only take slots of the cache.
+    return Plan(kind, num_nodes, branching, min(num_blocks, num_nodes + 1))
 
 
 def decode_cycle(state: DecodeState, plan: Plan, room: int) -> Step:
-    """Draft where no draft is at hand, verify, keep the longest correct path and a token of the AR view's own.
+    """Draft where no draft is at hand, verify, keep the longest correct path and one token more.
 
     `room` is the number of tokens that may still be committed: no draft beyond it is verified. With
     `state.floor` the draft pass decides a token too, so every pass commits at least one.
@@ -55,10 +53,11 @@ def decode_cycle(state: DecodeState, plan: Plan, room: int) -> Step:
                 return step
         else:
             step = step._replace(num_passes=1, num_rows=draft_pass(state))
-    tree = draft_tree(state, plan, room - len(step.token_ids) - 1)
+    room -= len(step.token_ids)
+    tree = draft_tree(state, plan, room - 1)
     if not tree.num_nodes:
         step = step._replace(kind="ar" if not step.num_passes else step.kind)
-    return _after(step, state, tree, choose_blocks(tree, plan.num_blocks))
+    return _after(step, state, tree, choose_blocks(tree, plan.num_blocks, room - 3))
 
 
 def auto_cycle(state: DecodeState, policy: Policy, room: int) -> Step:
@@ -94,10 +93,14 @@ def draft_tree(state: DecodeState, plan: Plan, max_depth: int) -> DraftTree:
     return best_first_tree(drafts, plan.num_nodes) if plan.branching else chain_tree(drafts, plan.num_nodes)
 
 
-def choose_blocks(tree: DraftTree, num_blocks: int) -> list[Block]:
-    """Blocks at the rows where the accepted path is most likely to end, by the draft's own reckoning."""
+def choose_blocks(tree: DraftTree, num_blocks: int, max_depth: int) -> list[Block]:
+    """Blocks at the rows where the accepted path is most likely to end, by the draft's own reckoning.
+
+    Rows deeper than `max_depth` get none: a path that ends there leaves no room for another draft.
+    """
     ends = tree.end_probs()
-    rows = sorted(range(len(ends)), key=lambda row: -ends[row])[:num_blocks]
+    rows = [row for row, depth in enumerate([0, *tree.depths()]) if depth <= max_depth]
+    rows = sorted(rows, key=lambda row: -ends[row])[:num_blocks]
     return [Block(row) for row in sorted(rows)]
 
 

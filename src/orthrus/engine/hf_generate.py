@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    MaxTimeCriteria,
+    SequenceBiasLogitsProcessor,
+    StoppingCriteriaList,
+)
 from transformers.utils.generic import ModelOutput
 
 from orthrus.base.families import context_length
@@ -18,17 +23,16 @@ from orthrus.model.dual_view import DualView
 from orthrus.types import DecodeStats
 
 _DEFAULT_NEW_TOKENS = 20
+_OURS = ("strategy", "block_size", "node_budget", "block_budget", "floor")
 # Options that would change the law of the tokens or what is returned, with the values that leave them off.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
-    "repetition_penalty": (None, 1.0),
     "encoder_repetition_penalty": (None, 1.0),
     "no_repeat_ngram_size": (None, 0),
     "encoder_no_repeat_ngram_size": (None, 0),
     "token_healing": (None, False),
     "use_mtp": (None, False),
     "bad_words_ids": (None,),
-    "sequence_bias": (None,),
     "suppress_tokens": (None,),
     "begin_suppress_tokens": (None,),
     "forced_bos_token_id": (None,),
@@ -79,9 +83,7 @@ def generate(
     streamer = kwargs.pop("streamer", None)
     criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
     tokenizer = kwargs.pop("tokenizer", None)
-    ours: dict[str, Any] = {
-        name: kwargs.pop(name) for name in ("strategy", "block_size", "floor") if name in kwargs
-    }
+    ours: dict[str, Any] = {name: kwargs.pop(name) for name in _OURS if name in kwargs}
     if kwargs.pop("logits_processor", None):
         raise UserInputError("logits_processor is not supported yet; leave it out or use the stock model.")
     for harmless in ("use_cache", "synced_gpus", "cache_implementation"):
@@ -206,7 +208,10 @@ def _decode_config(settings: GenerationConfig, input_length: int, ours: dict[str
                 f"max_length {settings.max_length} leaves no room behind the input of {input_length} tokens; "
                 "raise it or use max_new_tokens."
             )
-    sampling = SamplingParams()
+    rules: dict[str, Any] = {"logit_bias": _logit_bias(settings.sequence_bias)}
+    if settings.repetition_penalty is not None:
+        rules["repetition_penalty"] = settings.repetition_penalty
+    sampling = SamplingParams(**rules)
     if settings.do_sample:
         sampling = SamplingParams(
             temperature=1.0 if settings.temperature is None else settings.temperature,
@@ -215,6 +220,7 @@ def _decode_config(settings: GenerationConfig, input_length: int, ours: dict[str
             min_p=settings.min_p,
             # transformers samples from torch's global state, so manual_seed must reach us.
             seed=int(torch.randint(2**62, ())),
+            **rules,
         )
     stop = settings.stop_strings or ()
     return DecodeConfig(
@@ -223,6 +229,22 @@ def _decode_config(settings: GenerationConfig, input_length: int, ours: dict[str
         sampling=sampling,
         **ours,
     )
+
+
+def _logit_bias(sequence_bias: Any) -> dict[int, float] | None:
+    """transformers' `sequence_bias`, {(id,): bias} or [[[id], bias]], by token id; sequences of one only."""
+    if sequence_bias is None:
+        return None
+    try:
+        # Its own check; what it makes of either form is a dict.
+        given = SequenceBiasLogitsProcessor(sequence_bias).sequence_bias
+    except (ValueError, TypeError, IndexError) as e:
+        raise UserInputError(f"sequence_bias is malformed: {' '.join(str(e).split())}") from e
+    if longer := next((ids for ids in given if len(ids) > 1), None):
+        raise UserInputError(
+            f"sequence_bias of {longer} is not supported by Orthrus yet: give sequences of one token only."
+        )
+    return {int(token_id): bias for (token_id,), bias in given.items()}
 
 
 def _padded(

@@ -11,8 +11,8 @@ from orthrus.model.passes import draft_block, fused, prefill, verify_tree
 
 
 class Block(NamedTuple):
-    """A diffusion block to be drafted beside the verification: anchored at a row (0: the anchor, i: node i - 1),
-    with tokens given as its next ones, if any."""
+    """A diffusion block to be drafted beside the verification: anchored at a row (0: the anchor, i: node
+    i - 1), with tokens given as its next ones, if any."""
 
     row: int
     given: tuple[int, ...] = ()

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass
@@ -32,10 +39,12 @@ def stock_generate(
     eos_token_ids: frozenset[int],
     temperature: float = 0.0,
     seed: int = 0,
+    processor: LogitsProcessor | None = None,
 ) -> StockRun:
     """Decode with the model's own `generate`, its default cache, and no sampling filter but the temperature.
 
-    Give it the model of `Orthrus.stock()`: with twins inside it would not be the stock model.
+    processor: changes each token's scores before `generate` chooses. Give it the model of `Orthrus.stock()`:
+    with twins inside it would not be the stock model.
     """
     ids_1T = torch.tensor([prompt_ids], device=model.device)
     clock = _FirstToken(ids_1T.device)
@@ -46,7 +55,10 @@ def stock_generate(
         # Typed loosely: what `generate` returns depends on its settings.
         generate: Any = model.generate
         new_ids = generate(
-            ids_1T, attention_mask=torch.ones_like(ids_1T), stopping_criteria=StoppingCriteriaList([clock])
+            ids_1T,
+            attention_mask=torch.ones_like(ids_1T),
+            stopping_criteria=StoppingCriteriaList([clock]),
+            logits_processor=LogitsProcessorList([] if processor is None else [processor]),
         )[0, len(prompt_ids) :].tolist()
         end = perf_counter()
     return StockRun(tuple(new_ids), (clock.at - start) * 1e3, (end - clock.at) * 1e3)
@@ -68,15 +80,18 @@ def watch_caches(dual: DualView) -> Iterator[list[SlotCache]]:
 
 @contextmanager
 def watch_passes(dual: DualView, on_pass: Callable[[Pass, SlotCache, Tensor], None]) -> Iterator[None]:
-    """Call `on_pass(pass, cache, logits_BRV)` after every pass that runs while the context lasts."""
-    run = dual.run
+    """Call `on_pass(pass, cache, hidden_BTC)` after every pass that runs while the context lasts.
+
+    hidden_BTC: all rows' states before the head. The cache does not count the pass's tokens yet.
+    """
+    hidden = dual.hidden
 
     def watched(p: Pass, cache: SlotCache) -> Tensor:
-        logits_BRV = run(p, cache)
-        on_pass(p, cache, logits_BRV)
-        return logits_BRV
+        hidden_BTC = hidden(p, cache)
+        on_pass(p, cache, hidden_BTC)
+        return hidden_BTC
 
-    with _shadowed(dual, "run", watched):
+    with _shadowed(dual, "hidden", watched):
         yield
 
 
@@ -124,7 +139,7 @@ def _config(max_new_tokens: int, eos_token_ids: frozenset[int], temperature: flo
 
 @contextmanager
 def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """`generate` fills gaps from the checkpoint's settings (penalties, filters), which we do not apply."""
+    """`generate` fills gaps from the checkpoint's settings (penalties, filters): none for either side."""
     before, model.generation_config = model.generation_config, config
     try:
         yield

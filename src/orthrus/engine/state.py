@@ -51,9 +51,9 @@ class DecodeState:
         """
         logits_RV = self.rules(logits_RV, paths)
         if self.sampling.greedy:
-            return greedy_tokens(logits_RV).tolist()  # type: ignore[no-any-return]
+            return greedy_tokens(logits_RV).tolist()
         probs_RV = filtered_probs(logits_RV, self.sampling)
-        return draw_with_noise(probs_RV, self._noise_at(positions, probs_RV.shape[-1])).tolist()  # type: ignore[no-any-return]
+        return draw_with_noise(probs_RV, self._noise_at(positions, probs_RV.shape[-1])).tolist()
 
     def propose(self, logits_DV: Tensor, first_position: int) -> Candidates:
         """The best candidates of each draft row, the first of which decides `first_position`.

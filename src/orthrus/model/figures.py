@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orthrus.base.markdown import markdown_table
 from orthrus.errors import UserInputError
 
 # Known columns in their order, with the words that head them; others follow under their own names.
@@ -16,13 +17,17 @@ _HEADS = {
     "tokens_per_cycle": "tokens per cycle",
     "tokens_per_cycle_pooled": "pooled",
     "tokens_per_forward": "tokens per forward",
+    "rows_per_pass": "rows per pass",
     "acceptance_rate": "drafts accepted",
+    "num_equal_to_ar": "equal to plain decoding",
     "speedup": "speed-up",
 }
 _FORMULAS = {
     "tokens_per_cycle": "tokens per cycle: (new tokens - 1) / cycles, the base's own tokens included",
     "tokens_per_forward": "tokens per forward: new tokens / all passes of both views, prefill included",
+    "rows_per_pass": "rows per pass: rows of both views / passes, both without the prefill",
     "acceptance_rate": "drafts accepted: accepted / judged drafts",
+    "num_equal_to_ar": "equal to plain decoding: prompts with the same tokens",
     "speedup": "speed-up: against the stock base model on the same machine, dtype and prompts",
 }
 
@@ -39,7 +44,9 @@ def read_figures(file: Path) -> list[dict[str, Any]]:
         raise UserInputError(f"the figures in {file} cannot be read ({e}); give a JSON file.") from e
     if isinstance(content, dict) and isinstance(content.get("results"), dict):
         content = [
-            {"set": name, **row} if isinstance(row, dict) else row for name, row in content["results"].items()
+            {"set": name, "strategy": strategy, **row} if isinstance(row, dict) else row
+            for strategy, by_set in content["results"].items()
+            for name, row in (by_set.items() if isinstance(by_set, dict) else [("", None)])
         ]
     if not is_figures(content):
         raise UserInputError(
@@ -71,12 +78,6 @@ def figures_table(figures: list[dict[str, Any]]) -> str:
     return f"{table}\n\n{formulas[0].upper()}{formulas[1:]}." if formulas else table
 
 
-def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
-    """Rows under heads; bars and line ends in a cell cannot break the table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
-
-
 def key_table(rows: Mapping[str, str]) -> str:
     """A table of names and values without heads."""
     return markdown_table(["", ""], [[key, value] for key, value in rows.items()])
@@ -90,7 +91,3 @@ def _cell(key: str, value: object) -> str:
     if key == "acceptance_rate":
         return f"{100 * value:.1f} %"
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
-
-
-def _escaped(cell: str) -> str:
-    return " ".join(cell.split()).replace("|", "\\|")

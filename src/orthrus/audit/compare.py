@@ -1,15 +1,20 @@
-"""Every prompt decoded by the stock model's own `generate` and by each strategy, greedy, token for token."""
+"""Every prompt decoded by the stock model's own `generate` and by each strategy, token for token."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol
 
+from torch import Tensor
+from transformers import LogitsProcessor
+
 from orthrus.api import Orthrus, Prompt
 from orthrus.audit.explain import explain
 from orthrus.audit.report import AuditReport, Mismatch, StrategyResult
 from orthrus.base.provenance import provenance
-from orthrus.config import STRATEGIES, DecodeConfig, Strategy
+from orthrus.config import FIXED_STRATEGIES, DecodeConfig, SamplingParams, Strategy
+from orthrus.decoding.noise import exponential_noise
+from orthrus.decoding.sampling import filtered_probs
 from orthrus.engine.probe import stock_generate, watch_caches
 from orthrus.engine.stream import check_block_size, check_prompt
 from orthrus.errors import UserInputError
@@ -28,13 +33,21 @@ class AuditPrompt(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditOptions:
-    """What to compare with the stock model; fields as in DecodeConfig."""
+    """What to compare with the stock model; fields as in DecodeConfig and SamplingParams.
+
+    With a temperature above 0 the stock model draws too, with the very noise that ours draws with: then even
+    sampled texts must be equal, token for token.
+    """
 
     prompts: Sequence[AuditPrompt]
-    strategies: tuple[Strategy, ...] = STRATEGIES
+    strategies: tuple[Strategy, ...] = FIXED_STRATEGIES
     max_new_tokens: int = 128
     block_size: int | None = None
+    node_budget: int = 24
+    block_budget: int = 3
     floor: bool = True
+    temperature: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompts or not self.strategies:
@@ -47,7 +60,10 @@ class AuditOptions:
             max_new_tokens=self.max_new_tokens,
             strategy=strategy,
             block_size=self.block_size,
+            node_budget=self.node_budget,
+            block_budget=self.block_budget,
             floor=self.floor,
+            sampling=SamplingParams(temperature=self.temperature, seed=self.seed),
         )
 
 
@@ -68,6 +84,7 @@ def run_audit(orthrus: Orthrus, options: AuditOptions, on_progress: OnProgress |
     damages: list[str] = []
     total = len(prompts) * (1 + len(strategies))
     report = on_progress or (lambda *_: None)
+    processor = NoisyChoice(options.temperature, options.seed) if options.temperature else None
     for index, prompt_ids in enumerate(prompts):
         done = index * (1 + len(strategies))
         report(f"prompt {index + 1}: stock", done, total)
@@ -77,6 +94,7 @@ def run_audit(orthrus: Orthrus, options: AuditOptions, on_progress: OnProgress |
                 prompt_ids,
                 max_new_tokens=min(options.max_new_tokens, base.context_length - len(prompt_ids)),
                 eos_token_ids=base.eos_token_ids,
+                processor=processor,
             ).token_ids
         for number, strategy in enumerate(strategies, start=1):
             report(f"prompt {index + 1}: {strategy}", done + number, total)
@@ -98,10 +116,29 @@ def run_audit(orthrus: Orthrus, options: AuditOptions, on_progress: OnProgress |
             "strategies": strategies,
             "max_new_tokens": options.max_new_tokens,
             "block_size": options.block_size,
+            "node_budget": options.node_budget,
+            "block_budget": options.block_budget,
             "floor": options.floor,
+            "temperature": options.temperature,
         },
-        provenance=provenance(device=about["device"], dtype=about["dtype"], seed=None),
+        provenance=provenance(
+            device=about["device"], dtype=about["dtype"], seed=options.seed if options.temperature else None
+        ),
     )
+
+
+class NoisyChoice(LogitsProcessor):
+    """Makes the stock model's greedy `generate` draw: each token is argmax(p / e), e the noise of the seed
+    and of the token's place in the whole sequence."""
+
+    def __init__(self, temperature: float, seed: int) -> None:
+        self._params = SamplingParams(temperature=temperature)
+        self._seed = seed
+
+    def __call__(self, input_ids_BT: Tensor, logits_BV: Tensor) -> Tensor:
+        vocab_size, position = logits_BV.shape[-1], input_ids_BT.shape[1]
+        noise_1V = exponential_noise(self._seed, [position], vocab_size, logits_BV.device)
+        return filtered_probs(logits_BV, self._params) / noise_1V
 
 
 def _decode(

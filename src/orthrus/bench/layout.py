@@ -1,0 +1,143 @@
+"""How the numbers of a benchmark are laid out: one table of domains x arms, a summary, and the details."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from orthrus.base.markdown import markdown_table
+from orthrus.bench.metrics import ALL, LEGEND, Row, Spread, Summary
+
+
+def law(temperature: float) -> str:
+    """How a temperature is called."""
+    return f"temperature {temperature:g}" if temperature else "greedy"
+
+
+def terminal(title: str, rows: Sequence[Row], summaries: Sequence[Summary]) -> RenderableType:
+    """Rich tables that fit 80 columns, then the formulas of what they show."""
+    parts: list[RenderableType] = [escape(title)]
+    for temperature, mine, lines in _parts(rows, summaries):
+        table = _table(law(temperature), ("arm", *_MAIN))
+        for domain in _domains(mine):
+            # A line of its own: as a column it would not fit.
+            table.add_section()
+            table.add_row(f"[bold]{escape(domain)}[/bold]")
+            for row in (r for r in mine if r.domain == domain):
+                table.add_row(f" {row.arm}", *(_METRICS[name](row) for name in _MAIN))
+        summary = _table(f"{law(temperature)}, over domains", ("arm", *_SUMMARY))
+        for line in lines:
+            summary.add_row(line.arm, *(show(line) for show in _SUMMARY.values()))
+        times = _table(f"{law(temperature)}, times over all prompts", ("arm", *_TIMES))
+        for row in (r for r in mine if r.domain == ALL):
+            times.add_row(row.arm, *(_METRICS[name](row) for name in _TIMES))
+        parts += [table, summary, times]
+    legend = [f"[dim]{name}: {escape(LEGEND[name])}[/dim]" for name in (*_MAIN, *_SUMMARY, *_TIMES)]
+    return Group(*parts, *legend)
+
+
+def markdown(rows: Sequence[Row], summaries: Sequence[Summary]) -> str:
+    """The same for GitHub, and every number over all domains beside its formula."""
+    sections = []
+    for temperature, mine, lines in _parts(rows, summaries):
+        overall = [row for row in mine if row.domain == ALL]
+        body = [
+            [row.domain, row.arm, *(_METRICS[name](row) for name in _MAIN)]
+            for domain in _domains(mine)
+            for row in mine
+            if row.domain == domain
+        ]
+        details = [[f"`{name}`", *map(show, overall), LEGEND[name]] for name, show in _METRICS.items()]
+        sections += [
+            f"### {law(temperature).capitalize()}",
+            markdown_table(["domain", "arm", *map(_code, _MAIN)], body, "ll" + "r" * len(_MAIN)),
+            "Over domains:",
+            markdown_table(
+                ["arm", *map(_code, _SUMMARY)],
+                [[line.arm, *(show(line) for show in _SUMMARY.values())] for line in lines],
+                "lrrl",
+            ),
+            "\n".join(f"- `{name}`: {LEGEND[name]}" for name in _SUMMARY),
+            "Over all prompts:",
+            markdown_table(
+                ["metric", *(row.arm for row in overall), "formula"], details, "l" + "r" * len(overall)
+            ),
+        ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _parts(
+    rows: Sequence[Row], summaries: Sequence[Summary]
+) -> Iterator[tuple[float, list[Row], list[Summary]]]:
+    """(temperature, its rows, its summaries)."""
+    for temperature in dict.fromkeys(row.temperature for row in rows):
+        yield (
+            temperature,
+            [row for row in rows if row.temperature == temperature],
+            [line for line in summaries if line.temperature == temperature],
+        )
+
+
+def _domains(rows: Sequence[Row]) -> list[str]:
+    """The whole set comes last, as a sum would."""
+    return sorted(dict.fromkeys(row.domain for row in rows), key=lambda domain: domain == ALL)
+
+
+def _table(title: str, names: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for name in names:
+        # Names break at their underscores.
+        table.add_column(name.replace("_", "\n"), justify="left" if name == "arm" else "right", no_wrap=True)
+    return table
+
+
+def _code(name: str) -> str:
+    return f"`{name}`"
+
+
+def _spread(spread: Spread, digits: int) -> str:
+    return f"{spread.median:.{digits}f} ({spread.low:.{digits}f}..{spread.high:.{digits}f})"
+
+
+def _equality(row: Row) -> str:
+    return "–" if row.equal_to_plain is None else "{}/{}".format(*row.equal_to_plain)
+
+
+def _drafts(row: Row) -> str:
+    return f"{row.acceptance_rate:.1%}" if row.accepted_histogram else "–"
+
+
+_METRICS: dict[str, Callable[[Row], str]] = {
+    "tokens_per_cycle_mean": lambda row: f"{row.tokens_per_cycle_mean:.2f}",
+    "tokens_per_cycle_pooled": lambda row: f"{row.tokens_per_cycle_pooled:.2f}",
+    "tokens_per_forward_mean": lambda row: f"{row.tokens_per_forward_mean:.2f}",
+    "tokens_per_forward_pooled": lambda row: f"{row.tokens_per_forward_pooled:.2f}",
+    "rows_per_pass": lambda row: f"{row.rows_per_pass:.1f}",
+    "speedup_vs_stock": lambda row: _spread(row.speedup_vs_stock, 2),
+    "speedup_vs_ar": lambda row: _spread(row.speedup_vs_ar, 2),
+    "equal_to_plain": _equality,
+    "tokens_per_second": lambda row: _spread(row.tokens_per_second, 1),
+    "ttft_ms": lambda row: _spread(row.ttft_ms, 0),
+    "tpot_ms": lambda row: _spread(row.tpot_ms, 1),
+    "acceptance_rate": _drafts,
+    "accepted_histogram": lambda row: " ".join(map(str, row.accepted_histogram)) or "–",
+    "tokens": lambda row: str(row.tokens),
+    "passes": lambda row: str(row.passes),
+    "cycles": lambda row: str(row.cycles),
+}
+_SUMMARY: dict[str, Callable[[Summary], str]] = {
+    "speedup_vs_stock_geomean": lambda line: _spread(line.speedup_vs_stock_geomean, 2),
+    "speedup_vs_ar_geomean": lambda line: _spread(line.speedup_vs_ar_geomean, 2),
+    "worst_domain": lambda line: "{} {:.2f}".format(*line.worst_domain),
+}
+_MAIN = (
+    "tokens_per_cycle_mean",
+    "tokens_per_forward_mean",
+    "rows_per_pass",
+    "speedup_vs_stock",
+    "speedup_vs_ar",
+    "equal_to_plain",
+)
+_TIMES = ("tokens_per_second", "ttft_ms", "tpot_ms", "acceptance_rate")
