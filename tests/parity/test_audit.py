@@ -2,7 +2,9 @@
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +12,17 @@ from orthrus.decoding.verify import Verdict
 from rich.console import Console
 from tests.tiny import FAMILY_CONFIGS
 from tests.tiny_orthrus import tiny_orthrus
+from tests.ways import DRAFTING
 from torch import Tensor
 
 from orthrus.api import Orthrus
 from orthrus.audit import AuditOptions, AuditReport, run_audit
-from orthrus.audit.explain import judge
+from orthrus.audit.explain import judge, scores
 from orthrus.audit.replay import AS_DECODED, ONE_ROW, replay_ours, stock_logits
+from orthrus.config import FIXED_STRATEGIES, SamplingParams, Strategy
+from orthrus.decoding.noise import exponential_noise
+from orthrus.decoding.tree import DraftTree
+from orthrus.engine.state import DecodeState
 from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
@@ -32,20 +39,39 @@ PROMPTS = [Ask("a tiny prompt"), Ask("x"), Ask("something longer, with more to r
 
 
 def audit(orthrus: Orthrus, **options: object) -> AuditReport:
-    return run_audit(orthrus, AuditOptions(prompts=PROMPTS, max_new_tokens=40, **options))  # type: ignore[arg-type]
+    return run_audit(orthrus, AuditOptions(prompts=PROMPTS, **{"max_new_tokens": 40, **options}))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("floor", [True, False])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 2}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
-def test_every_family_passes(name: str, floor: bool) -> None:
-    report = audit(tiny_orthrus(name), floor=floor)
+def test_every_family_passes(name: str, options: dict[str, object]) -> None:
+    report = audit(tiny_orthrus(name), max_new_tokens=20, **options)
 
     assert report.passed
     assert report.mismatches == ()
-    ar, chain = report.strategies
-    assert (ar.strategy, ar.num_identical, ar.acceptance_rate) == ("ar", 3, None)
-    assert (chain.strategy, chain.num_identical, chain.num_prompts) == ("chain", 3, 3)
-    assert chain.acceptance_rate is not None
+    assert [s.strategy for s in report.strategies] == list(FIXED_STRATEGIES)
+    for result in report.strategies:
+        assert (result.num_identical, result.num_prompts) == (3, 3)
+        assert (result.acceptance_rate is None) == (result.strategy == "ar")
+
+
+def test_the_papers_cycle_passes_too() -> None:
+    report = audit(tiny_orthrus(), floor=False, strategies=("chain", "fused_tree"))
+
+    assert report.passed
+    assert [s.num_identical for s in report.strategies] == [3, 3]
+
+
+def test_a_sampled_text_is_no_greedy_one() -> None:
+    """The stock model really draws: another seed, another text, and each is our own."""
+    orthrus = tiny_orthrus()
+    texts = {
+        orthrus.generate(PROMPTS[2].prompt, max_new_tokens=40, temperature=temperature, seed=seed).token_ids
+        for temperature, seed in ((0.0, 1), (1.0, 1), (1.0, 2))
+    }
+    assert len(texts) == 3
+    for seed in (1, 2):
+        assert audit(orthrus, temperature=1.0, seed=seed, strategies=("tree",)).passed
 
 
 def test_the_report_counts_acceptance_as_the_streams_do() -> None:
@@ -61,34 +87,56 @@ def test_the_report_counts_acceptance_as_the_streams_do() -> None:
     assert chain.tokens_per_forward == sum(s.num_tokens for s in stats) / sum(s.num_passes for s in stats) > 1
 
 
-def test_a_verifier_that_accepts_everything_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def accept_all(draft_ids_K: Tensor, ar_ids_R: Tensor) -> Verdict:
-        return Verdict(torch.tensor(len(draft_ids_K)), ar_ids_R[-1])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_accepting_everything_fails(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def last_path(tree: DraftTree, ar_ids: Sequence[int]) -> list[int]:
+        return tree.paths()[-1]
 
-    monkeypatch.setattr("orthrus.engine.cycles.verify_greedy", accept_all)
-    report = audit(tiny_orthrus())
+    monkeypatch.setattr("orthrus.engine.passes.accepted_rows", last_path)
+    report = audit(tiny_orthrus(), temperature=temperature)
 
     assert not report.passed
-    ar, chain = report.strategies
+    ar, *others = report.strategies
     assert ar.num_identical == 3
-    assert chain.num_broken == 3
+    assert [s.num_broken for s in others] == [3] * len(others)
     assert all(m.verdict == "broken rule" for m in report.mismatches)
-    assert "was not committed" in report.mismatches[0].reason
+    assert all("was not committed" in m.reason for m in report.mismatches)
     assert "FAILED" in report.summary
 
 
-def test_a_corrupt_cache_does_not_excuse_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every token is our own logits' best, and still wrong: only the stock model's noise can tell."""
-    run = DualView.run
+@pytest.mark.parametrize("strategy", ["chain", "fused_tree"])
+def test_noise_that_is_not_the_seeds_fails_a_sampled_audit(
+    strategy: Strategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draws of the right law, but others than plain decoding's once a draft was judged."""
+    choose = DecodeState.choose
+
+    def shifted(self: DecodeState, logits_RV: Tensor, positions: Sequence[int], paths: Any) -> list[int]:
+        return choose(self, logits_RV, [p + 1000 * (len(paths) > 1) for p in positions], paths)
+
+    monkeypatch.setattr(DecodeState, "choose", shifted)
+    assert audit(tiny_orthrus(), strategies=(strategy,)).passed
+    report = audit(tiny_orthrus(), strategies=(strategy,), temperature=1.0)
+    assert report.strategies[0].num_broken > 0
+    assert not report.passed
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("strategy", ["chain", "fused_tree"])
+def test_a_corrupt_cache_does_not_excuse_itself(
+    strategy: Strategy, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every token is our own scores' best, and still wrong: only the stock model's noise can tell."""
+    hidden = DualView.hidden
 
     def corrupted(self: DualView, p: Pass, cache: SlotCache) -> Tensor:
-        logits = run(self, p, cache)
+        hidden_BTC = hidden(self, p, cache)
         if cache.lengths[0] > 20:
             cache.values[0][:, :, 5] = 0.0
-        return logits
+        return hidden_BTC
 
-    monkeypatch.setattr(DualView, "run", corrupted)
-    report = audit(tiny_orthrus(), strategies=("chain",))
+    monkeypatch.setattr(DualView, "hidden", corrupted)
+    report = audit(tiny_orthrus(), strategies=(strategy,), temperature=temperature)
 
     assert not report.passed
     assert any("above" in m.reason for m in report.mismatches)
@@ -98,14 +146,14 @@ def test_a_corrupt_cache_does_not_excuse_itself(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_slot_of_the_wrong_writer_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = DualView.run
+    hidden = DualView.hidden
 
     def corrupted(self: DualView, p: Pass, cache: SlotCache) -> Tensor:
-        logits = run(self, p, cache)
+        hidden_BTC = hidden(self, p, cache)
         cache.writers_BS[0, 0] = 2
-        return logits
+        return hidden_BTC
 
-    monkeypatch.setattr(DualView, "run", corrupted)
+    monkeypatch.setattr(DualView, "hidden", corrupted)
     report = audit(tiny_orthrus(), strategies=("ar",))
 
     assert not report.passed
@@ -137,15 +185,15 @@ def test_a_constructed_near_tie_is_a_near_tie(monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad():
         head_VC = orthrus.dual.base.get_output_embeddings().weight
         head_VC[twin] = head_VC[favourite]
-    run = DualView.run
+    head = DualView.head
 
-    def nudged(self: DualView, p: Pass, cache: SlotCache) -> Tensor:
-        logits = run(self, p, cache)
+    def nudged(self: DualView, hidden: Tensor) -> Tensor:
+        logits = head(self, hidden)
         logits[..., twin] += 1e-6
         return logits
 
-    monkeypatch.setattr(DualView, "run", nudged)
-    report = audit(orthrus, strategies=("ar", "chain"))
+    monkeypatch.setattr(DualView, "head", nudged)
+    report = audit(orthrus, strategies=("ar", "chain", "fused_tree"))
 
     assert first.passed
     assert report.passed
@@ -160,8 +208,9 @@ def test_a_constructed_near_tie_is_a_near_tie(monkeypatch: pytest.MonkeyPatch) -
         assert mismatch.residue < 1e-4
 
 
-def test_bfloat16_passes() -> None:
-    report = audit(tiny_orthrus(dtype=torch.bfloat16))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bfloat16_passes(temperature: float) -> None:
+    report = audit(tiny_orthrus(dtype=torch.bfloat16), temperature=temperature)
 
     assert report.passed
     assert report.model["dtype"] == "bfloat16"
@@ -182,20 +231,33 @@ def test_the_rule_itself() -> None:
     assert judge({ONE_ROW: stock, AS_DECODED: stock}, None, 0, 1).verdict == "broken rule"
 
 
-def test_replays_compute_what_generate_computes() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("strategy", "floor"), DRAFTING)
+def test_replays_compute_what_generate_computes(strategy: Strategy, floor: bool, temperature: float) -> None:
     orthrus = tiny_orthrus("gemma2")
-    config = AuditOptions(prompts=PROMPTS, max_new_tokens=30).decode_config("chain")
+    options = AuditOptions(prompts=PROMPTS, max_new_tokens=30, floor=floor, temperature=temperature, seed=3)
+    config = options.decode_config(strategy)
     prompt_ids = orthrus.base.encode_prompt("replay this prompt")
-    result = orthrus.stream_ids(prompt_ids, config).drain()
+    ids = orthrus.stream_ids(prompt_ids, config).drain().token_ids
 
     for position in (0, 1, 7, 20):
-        ours = replay_ours(orthrus, prompt_ids, config, position)
-        shapes = stock_logits(orthrus, prompt_ids, list(result.token_ids[:position]), ours.chunks, 8)
-        assert ours.token == result.token_ids[position]
+        ours = replay_ours(orthrus, prompt_ids, config, ids, position)
+        shapes = stock_logits(orthrus, prompt_ids, list(ids[:position]), ours.chunks, 8)
+        assert ours.token == ids[position]
         assert ours.logits_V is not None
         for logits_V in (ours.logits_V, *shapes.values()):
-            assert int(logits_V.argmax()) == result.token_ids[position]
             torch.testing.assert_close(logits_V, shapes[ONE_ROW], atol=1e-4, rtol=1e-4)
+            place = len(prompt_ids) + position
+            assert int(scores(logits_V, config.sampling, place).argmax()) == ids[position]
+
+
+def test_the_score_of_a_sampled_token_is_what_the_draw_maximises() -> None:
+    logits_V = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    sampling = SamplingParams(temperature=0.7, seed=9)
+    noise_V = exponential_noise(9, [41], 50, "cpu")[0]
+    expected_V = ((logits_V / 0.7).exp() / noise_V).log()
+    torch.testing.assert_close(scores(logits_V, sampling, 41), expected_V)
+    assert scores(logits_V, SamplingParams(), 41) is logits_V
 
 
 def test_the_report_in_every_form() -> None:
@@ -212,16 +274,16 @@ def test_the_report_in_every_form() -> None:
     assert {"identical", "near_ties", "broken", "gap", "noise"} <= raw["legend"].keys()
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(report.to_table())
-    assert "PASSED: 2 of 2" in console.export_text()
+    assert "PASSED: 5 of 5" in console.export_text()
     assert "| chain | 1 | 1 |" in report.to_markdown()
     assert report.to_csv().startswith("strategy,")
-    assert [done for _, done, _ in seen] == [0, 1, 2, 3]
-    assert all(total == 3 for *_, total in seen)
+    assert [done for _, done, _ in seen] == list(range(7))
+    assert all(total == 6 for *_, total in seen)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"prompts": []}, {"prompts": PROMPTS, "strategies": ()}, {"prompts": PROMPTS, "strategies": ("tree",)}],
+    [{"prompts": []}, {"prompts": PROMPTS, "strategies": ()}, {"prompts": PROMPTS, "strategies": ("magic",)}],
 )
 def test_wrong_options_are_told(options: dict[str, object]) -> None:
     with pytest.raises(UserInputError):

@@ -34,6 +34,14 @@ CHAINS = {
         max_new_tokens=NUM_NEW, block_size=5, floor=False, prefill_chunk=1
     ),
 }
+OTHERS = {
+    "tree": DecodeConfig(max_new_tokens=NUM_NEW, strategy="tree"),
+    "tree, no floor, 5 nodes": DecodeConfig(
+        max_new_tokens=NUM_NEW, strategy="tree", floor=False, node_budget=5
+    ),
+    "fused": DecodeConfig(max_new_tokens=NUM_NEW, strategy="fused", block_budget=8),
+    "fused_tree, chunks of 7": DecodeConfig(max_new_tokens=NUM_NEW, strategy="fused_tree", prefill_chunk=7),
+}
 
 
 @cache
@@ -84,8 +92,10 @@ def test_ar_is_the_stock_model(name: str, chunk: int) -> None:
 
 
 @EVERY_FAMILY
-@pytest.mark.parametrize("config", CHAINS.values(), ids=CHAINS)
-def test_chain_is_the_stock_model_and_drafts_hit_and_miss(name: str, config: DecodeConfig) -> None:
+@pytest.mark.parametrize("config", (CHAINS | OTHERS).values(), ids=CHAINS | OTHERS)
+def test_drafting_gives_the_stock_models_text_and_drafts_hit_and_miss(
+    name: str, config: DecodeConfig
+) -> None:
     results = [decode(dual_of(name), prompt, config) for prompt in PROMPTS]
     assert [r.token_ids for r in results] == stock_texts(name)
     num_drafted = sum(r.stats.num_drafted for r in results)
@@ -100,8 +110,7 @@ def test_chain_is_the_stock_model_and_drafts_hit_and_miss(name: str, config: Dec
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "all"])
 def test_views_of_every_kind_are_lossless_and_draft(name: str, variant: str) -> None:
     dual = tiny_dual(name, disturb=0.15, **variant_of(name, variant))
-    for floor in (True, False):
-        config = DecodeConfig(max_new_tokens=NUM_NEW, floor=floor)
+    for config in (CHAINS["floor"], CHAINS["no floor"], OTHERS["fused_tree, chunks of 7"]):
         results = [decode(dual, prompt, config) for prompt in PROMPTS]
         assert [r.token_ids for r in results] == stock_texts(name)
         assert 0 < sum(r.stats.num_accepted for r in results) < sum(r.stats.num_drafted for r in results)
@@ -170,9 +179,10 @@ def test_eager_and_sdpa_agree(name: str) -> None:
     for implementation in ("eager", "sdpa") if name != "gemma2" else ("eager",):
         dual.base.set_attn_implementation(implementation)
         assert dual.base.config._attn_implementation == implementation
-        results = [decode(dual, prompt, CHAINS["floor"]) for prompt in PROMPTS]
-        assert [r.token_ids for r in results] == stock_texts(name)
-        assert 0 < sum(r.stats.num_accepted for r in results) < sum(r.stats.num_drafted for r in results)
+        for config in (CHAINS["floor"], OTHERS["fused_tree, chunks of 7"]):
+            results = [decode(dual, prompt, config) for prompt in PROMPTS]
+            assert [r.token_ids for r in results] == stock_texts(name)
+            assert 0 < sum(r.stats.num_accepted for r in results) < sum(r.stats.num_drafted for r in results)
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
@@ -187,10 +197,11 @@ def test_flex_attention_un_compiled_agrees(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", plain)
     dual = tiny_dual(name, disturb=0.15)
     dual.base.set_attn_implementation("flex_attention")
-    config = DecodeConfig(max_new_tokens=9)
-    result = decode(dual, PROMPTS[1], config)
-    assert result.token_ids == stock_texts(name)[1][:9]
-    assert result.stats.num_accepted > 0
+    for strategy in ("chain", "fused_tree"):
+        config = DecodeConfig(max_new_tokens=9, strategy=strategy, node_budget=6)
+        result = decode(dual, PROMPTS[1], config)
+        assert result.token_ids == stock_texts(name)[1][:9]
+        assert result.stats.num_accepted > 0
 
 
 def test_flex_attention_is_refused_on_a_cpu_where_its_compiled_form_crashes() -> None:

@@ -216,12 +216,15 @@ def accept_every_draft(tree: DraftTree, ar_ids: Sequence[int]) -> list[int]:
 def prefer_drafts(
     choose: Callable[..., list[int]], running: DecodeState, logits_RV: Tensor, places: Any, paths: Any
 ) -> list[int]:
-    """Takes a draft that the AR view finds likely as it is, and draws only where there is none."""
+    """Draws until a draft is matched, eight times at most: each draw has the right law, the text has not."""
+    drafts = {(*path,) for path in paths}
     chosen = choose(running, logits_RV, places, paths)
-    for row, (path, likely_V) in enumerate(zip(paths, logits_RV.softmax(-1) > 0.15, strict=True)):
-        for token_id in likely_V.nonzero()[:, 0].tolist():
-            if [*path, token_id] in list(paths):
-                chosen[row] = token_id
+    for again in range(1, 8):
+        other = choose(
+            replace(running, seed=running.seed + 10**6 * again, _noise={}), logits_RV, places, paths
+        )
+        found = [(*path, token_id) in drafts for path, token_id in zip(paths, chosen, strict=True)]
+        chosen = [one if ok else two for ok, one, two in zip(found, chosen, other, strict=True)]
     return chosen
 
 
@@ -232,18 +235,34 @@ def one_noise_for_all_rows(
     return choose(running, logits_RV, [places[0]] * len(places), paths)
 
 
+def propose_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts that know nothing of the coming draw: coupled ones nearly have the right law themselves."""
+    propose = DecodeState.propose
+
+    def likeliest(self: DecodeState, logits_DV: Tensor, first_position: int) -> Any:
+        return propose(replace(self, sampling=SamplingParams()), logits_DV, first_position)
+
+    monkeypatch.setattr(DecodeState, "propose", likeliest)
+
+
 @pytest.mark.parametrize("strategy", ["chain", "fused_tree"])
 @pytest.mark.parametrize("biased", [accept_every_draft, prefer_drafts, one_noise_for_all_rows])
 def test_a_biased_rule_fails_the_same_test(
     biased: Callable[..., Any], strategy: Strategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    params = SETTINGS["temperature"]
     if biased is accept_every_draft:
         monkeypatch.setattr(passes, "accepted_rows", biased)
     else:
         choose = DecodeState.choose
         monkeypatch.setattr(DecodeState, "choose", lambda *args: biased(choose, *args))
-    draws, _ = sample(SETTINGS["temperature"], strategy, True)
-    assert chi_square(draws, law(SETTINGS["temperature"]))[0] < SIGNIFICANCE
+    num_draws = FEW_DRAWS
+    if biased is prefer_drafts:
+        # The likeliest drafts of this disturbed view are seldom drawn, so it takes more texts to tell.
+        propose_the_likeliest(monkeypatch)
+        num_draws = NUM_DRAWS
+    draws, _ = sample(params, strategy, True, num_draws)
+    assert chi_square(draws, law(params))[0] < SIGNIFICANCE
 
 
 def test_drawing_from_the_unfiltered_law_fails_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,21 +274,17 @@ def test_drawing_from_the_unfiltered_law_fails_it_too(monkeypatch: pytest.Monkey
     assert chi_square(draws, law(SETTINGS["top-k"]))[0] < SIGNIFICANCE
 
 
-def test_drafts_without_the_noise_of_the_choice_are_accepted_less_often(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("strategy", ["chain", "fused_tree"])
+def test_drafts_without_the_noise_of_the_choice_change_no_text_and_are_accepted_less(
+    strategy: Strategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The coupling of arXiv 2408.07978, which changes nothing but the speed."""
+    """The coupling of arXiv 2408.07978 is about speed alone."""
     params = SETTINGS["temperature"]
-    coupled, acceptance = sample(params, "chain", True)
-    other = DecodeState.propose
-
-    def uncoupled(self: DecodeState, logits_DV: Tensor, first_position: int) -> Any:
-        return other(replace(self, seed=self.seed + 10**6, _noise={}), logits_DV, first_position)
-
-    monkeypatch.setattr(DecodeState, "propose", uncoupled)
-    draws, independent = sample(params, "chain", True)
-    assert draws == coupled
-    assert independent < acceptance - 0.05
+    _, coupled = sample(params, strategy, True)
+    propose_the_likeliest(monkeypatch)
+    draws, uncoupled = sample(params, strategy, True)
+    assert draws == plain_draws(params)[:FEW_DRAWS]
+    assert 0 < uncoupled < coupled
 
 
 def warpers(params: SamplingParams) -> Iterator[object]:

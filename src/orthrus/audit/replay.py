@@ -84,6 +84,8 @@ def stock_logits(
     """
     ids = prompt_ids + new_ids
     num_prompt = len(prompt_ids)
+    # A cycle may go on behind the token in question.
+    chunks = [(start, size) for start, size in chunks if start < len(ids)]
     shapes = {
         ONE_ROW: _cuts(ids, num_prompt, 1),
         AS_DECODED: ((start, _filled(ids[start : start + size], size)) for start, size in chunks),

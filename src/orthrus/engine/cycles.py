@@ -67,7 +67,8 @@ def auto_cycle(state: DecodeState, policy: Policy, room: int) -> Step:
         step = _after(step._replace(kind="tree"), state, EMPTY_TREE, [Block(0)])
         if step.token_ids[-1] in state.eos_token_ids:
             return step
-    tree = draft_tree(state, Plan("tree", policy.max_nodes, True), room - len(step.token_ids) - 1)
+    room -= len(step.token_ids)
+    tree = draft_tree(state, Plan("tree", policy.max_nodes, branching=True), room - 1)
     tree = tree.first(policy.num_nodes(tree.log_probs))
     if not tree.num_nodes:
         if step.num_passes:
@@ -76,7 +77,7 @@ def auto_cycle(state: DecodeState, policy: Policy, room: int) -> Step:
             return step
         return _after(step, state, EMPTY_TREE, [])
     ends = tree.end_probs()
-    blocks = choose_blocks(tree, policy.num_blocks(tree.num_nodes, ends))
+    blocks = choose_blocks(tree, policy.num_blocks(tree.num_nodes, ends), room - 3)
     num_before = len(step.token_ids)
     step = _after(step._replace(kind="fused_tree" if blocks else "tree"), state, tree, blocks)
     num_accepted = len(step.token_ids) - num_before - 1
