@@ -157,7 +157,7 @@ def test_a_run_with_a_layout_resumes_bit_for_bit(tmp_path):
         ("first_target: 7", "the last target of blocks of 8, not 7"),
         ("clean_share: 1.5", "clean_share must lie between 0 and 1, not 1.5"),
         ("reveal: 1", "reveal must lie between 0 and below 1"),
-        ("reveal: .nan", "reveal must lie between 0 and below 1"),
+        ("reveal: .nan", "reveal must be a number"),
         ("twins: q_proj", "twins must list different modules"),
         ("twins: [q_proj, q_proj]", "twins must list different modules"),
         ("rank: 0", "rank must be a positive number, not 0"),

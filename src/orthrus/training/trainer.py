@@ -236,7 +236,8 @@ class _Meter:
             num_steps=self.num_steps,
             loss=float(sums.loss / sums.weight.clamp_min(1e-12)),
             accuracy_J=tuple(accuracy_J.tolist()),
-            expected_tokens=1.0 + float(accuracy_J.cumprod(0).sum()),
+            # A position without targets, such as one that the AR row decides, stands for certain.
+            expected_tokens=1.0 + float(accuracy_J.where(sums.counts_J > 0, 1.0).cumprod(0).sum()),
             learning_rate=rate,
             grad_norm=grad_norm,
             tokens_per_second=self._tokens / seconds if seconds else 0.0,
