@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from orthrus.decoding.verify import Verdict
 from rich.console import Console
 from tests.tiny import FAMILY_CONFIGS
 from tests.tiny_orthrus import tiny_orthrus

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from orthrus.decoding.verify import verify_greedy
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.ways import DRAFTING
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
