@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from orthrus.base.loading import Base
 from orthrus.base.storage import Progress
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
+from orthrus.decoding.policy import CostTable
+from orthrus.engine.costs import OnMeasure, pass_costs
 from orthrus.engine.stream import TokenStream
 from orthrus.model.dual_view import DualView
 from orthrus.model.loading import load_dual
@@ -89,6 +91,13 @@ class Orthrus:
     def chat(self, system: str | None = None, **decode: Any) -> "Conversation":
         """A conversation that remembers its turns; keywords are the defaults of each turn."""
         return Conversation(self, system, decode)
+
+    def time_passes(self, on_measure: OnMeasure | None = None) -> CostTable:
+        """What passes cost on this machine, which `auto` decides by: timed once (some seconds), then kept.
+
+        Called by the first `auto` request where it has not been before.
+        """
+        return pass_costs(self.dual, on_measure)
 
     def warm_up(self) -> None:
         """Run a few tokens, so that the first request does not pay for lazy initialisation."""
@@ -193,7 +202,8 @@ def decode_config(
 ) -> DecodeConfig:
     """The flat keywords of `generate` as a checked DecodeConfig.
 
-    strategy: ar, chain, tree, fused, fused_tree. The same seed gives the same text under each of them.
+    strategy: ar, chain, tree, fused, fused_tree, or auto, which picks by the cost of passes on this machine
+    and by how drafts fare. The same seed gives the same text under each of them.
     Raises UserInputError for a value out of range; temperature 0 is greedy decoding.
     """
     return DecodeConfig(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from orthrus.cli import options
-from orthrus.cli.common import check_decode, check_strategies, load_orthrus
+from orthrus.cli.common import check_decode, check_strategies, load_orthrus, time_passes
 from orthrus.cli.progress import ProgressDisplay
 from orthrus.cli.report import show_report
 from orthrus.config import STRATEGIES, DecodeConfig
@@ -87,6 +87,7 @@ def bench(
 
     chosen = load_prompts(prompts, tuple(domain or ()), limit)
     orthrus = load_orthrus(model, view=view, dtype=dtype, device=device)
+    time_passes(orthrus, chosen_strategies)
     settings = BenchOptions(
         prompts=chosen,
         strategies=chosen_strategies,

@@ -8,7 +8,14 @@ import typer
 
 from orthrus.cli import options
 from orthrus.cli.chat_commands import ChatState, Leave, run_slash_command
-from orthrus.cli.common import cancel_on_interrupt, check_decode, load_orthrus, parse_logit_bias, say_error
+from orthrus.cli.common import (
+    cancel_on_interrupt,
+    check_decode,
+    load_orthrus,
+    parse_logit_bias,
+    say_error,
+    time_passes,
+)
 from orthrus.cli.render import DraftMarker, footer, note, print_stream
 from orthrus.errors import OrthrusError, UserInputError
 
@@ -84,6 +91,7 @@ def chat(
             f"{orthrus.base.name} has no chat template; choose an instruction-tuned model, "
             "or use `orthrus generate`."
         )
+    time_passes(orthrus, [strategy], quiet=quiet)
     state = ChatState(orthrus, orthrus.chat(system), decode=decode, color=color, compare=compare, quiet=quiet)
     if not quiet:
         _header(orthrus)

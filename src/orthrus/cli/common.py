@@ -126,6 +126,15 @@ def load_orthrus(model: str, *, quiet: bool = False, **options: Any) -> "Orthrus
     return orthrus
 
 
+def time_passes(orthrus: "Orthrus", strategies: Iterable[str], *, quiet: bool = False) -> None:
+    """Make sure that the costs which `auto` decides by are known, and say so while they are measured."""
+    if "auto" not in strategies:
+        return
+    with ProgressDisplay(quiet=quiet, count=True) as on_progress:
+        stage = "timing passes, once on this machine"
+        orthrus.time_passes(lambda done, total: on_progress(stage, done, total))
+
+
 def check_decode(decode: dict[str, Any]) -> None:
     """Refuse wrong decoding options before the model is loaded; UserInputError as in `decode_config`."""
     from orthrus.api import decode_config

@@ -13,6 +13,7 @@ from orthrus.cli.common import (
     load_orthrus,
     parse_logit_bias,
     read_stdin,
+    time_passes,
 )
 from orthrus.cli.render import DraftMarker, footer, note, print_json, print_result, print_stream
 from orthrus.errors import UserInputError
@@ -92,6 +93,7 @@ def generate(
         revision=revision,
         attn_implementation=attn,
     )
+    time_passes(orthrus, [strategy], quiet=quiet)
     tokens = orthrus.stream(text if system is None else _messages(system, text), raw=raw, **decode)
     marker = DraftMarker(orthrus.base.tokenizer) if color and not json else None
     if marker is not None and not quiet:

@@ -47,7 +47,7 @@ DecodeStrategy = Annotated[
     typer.Option(
         "--strategy",
         help="ar is plain decoding; chain drafts and verifies a row of tokens, tree a tree of them; fused "
-        "and fused_tree do both in one pass. All give the same text.",
+        "and fused_tree do both in one pass; auto picks what is fastest here. All give the same text.",
         rich_help_panel=_DECODING,
     ),
 ]
