@@ -1,5 +1,6 @@
 """OrthrusForCausalLM.generate gives what the stock model's `generate` gives, argument for argument."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
 from orthrus.auto import OrthrusForCausalLM
+from orthrus.config import FIXED_STRATEGIES
 from orthrus.engine.hf_generate import OrthrusGenerateOutput
 from orthrus.errors import UserInputError
 
@@ -63,7 +65,18 @@ def test_one_prompt_and_drafts_that_hit(model: OrthrusForCausalLM) -> None:
     assert 0 < stats.num_accepted < stats.num_drafted
 
 
-@pytest.mark.parametrize("ours", [{"strategy": "ar"}, {"block_size": 3}, {"floor": False}])
+@pytest.mark.parametrize(
+    "ours",
+    [
+        {"strategy": "ar"},
+        {"block_size": 3},
+        {"floor": False},
+        {"strategy": "tree", "node_budget": 5},
+        {"strategy": "fused", "block_budget": 1},
+        {"strategy": "fused_tree"},
+    ],
+    ids=str,
+)
 def test_our_own_options_change_no_token(model: OrthrusForCausalLM, ours: dict[str, Any]) -> None:
     out = model.generate(IDS_1T, max_new_tokens=30, eos_token_id=None, return_dict_in_generate=True, **ours)
     assert torch.equal(out.sequences, stock(model, IDS_1T, max_new_tokens=30, eos_token_id=None))
@@ -263,7 +276,7 @@ def test_copies_of_one_greedy_text_are_refused(model: OrthrusForCausalLM) -> Non
 
 
 UNSUPPORTED = {
-    "num_beams": 2, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "bad_words_ids": [[3]],
+    "num_beams": 2, "sequence_bias": [[[3, 4], 1.0]], "no_repeat_ngram_size": 2, "bad_words_ids": [[3]],
     "min_new_tokens": 3, "min_length": 3, "suppress_tokens": [3], "typical_p": 0.9, "guidance_scale": 1.5,
     "output_scores": True, "output_logits": True, "epsilon_cutoff": 0.1, "penalty_alpha": 0.5,
     "prompt_lookup_num_tokens": 2, "encoder_no_repeat_ngram_size": 2, "token_healing": True,
@@ -276,11 +289,51 @@ def test_what_cannot_be_honoured_is_refused_by_name(model: OrthrusForCausalLM, n
         model.generate(IDS_1T, **{name: value})
 
 
-def test_a_penalty_in_the_models_own_config_is_refused_with_the_way_out(model: OrthrusForCausalLM) -> None:
-    model.generation_config.repetition_penalty = 1.1
-    with pytest.raises(UserInputError, match=r"pass repetition_penalty=1\.0"):
-        model.generate(IDS_1T)
-    assert model.generate(IDS_1T, repetition_penalty=1.0, max_new_tokens=3).shape[1] <= 12
+RULES: dict[str, Any] = {
+    "penalty": {"repetition_penalty": 1.4},
+    "bias": {"sequence_bias": [[[7], -100.0], [[11], 2.5]]},
+    "bias by tuples": {"sequence_bias": {(7,): -100.0, (11,): 2.5}},
+    "both": {"repetition_penalty": 0.8, "sequence_bias": {(5,): 3.0}},
+}
+
+
+@pytest.mark.parametrize("strategy", FIXED_STRATEGIES)
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_penalties_and_biases_are_stocks_own(model: OrthrusForCausalLM, rules: Any, strategy: str) -> None:
+    options = {"max_new_tokens": 24, "eos_token_id": None}
+    out = model.generate(IDS_1T, strategy=strategy, **options, **rules)
+    assert torch.equal(out, stock(model, IDS_1T, **options, **rules))
+    assert not torch.equal(out, model.generate(IDS_1T, **options))
+
+
+def test_a_penalty_in_the_models_own_config_is_honoured(model: OrthrusForCausalLM) -> None:
+    options = {"max_new_tokens": 24, "eos_token_id": None}
+    free = model.generate(IDS_1T, **options)
+    model.generation_config.repetition_penalty = 1.4
+    out = model.generate(IDS_1T, **options)
+    assert torch.equal(out, stock(model, IDS_1T, **options))
+    assert not torch.equal(out, free)
+    assert torch.equal(model.generate(IDS_1T, repetition_penalty=1.0, **options), free)
+
+
+def test_a_penalty_works_when_sampling_too(model: OrthrusForCausalLM) -> None:
+    """Banned tokens never come, and the same torch seed gives one text under every strategy."""
+    texts = []
+    for strategy in FIXED_STRATEGIES:
+        torch.manual_seed(3)
+        out = model.generate(
+            IDS_1T,
+            max_new_tokens=24,
+            eos_token_id=None,
+            do_sample=True,
+            temperature=2.0,
+            strategy=strategy,
+            repetition_penalty=1.3,
+            sequence_bias={(i,): -100.0 for i in range(0, VOCAB, 2)},
+        )
+        texts.append(out[0, 9:].tolist())
+    assert texts == [texts[0]] * len(FIXED_STRATEGIES)
+    assert all(i % 2 for i in texts[0])
 
 
 @pytest.mark.parametrize(
@@ -295,7 +348,13 @@ def test_a_penalty_in_the_models_own_config_is_refused_with_the_way_out(model: O
         ({"inputs": IDS_1T, "attention_mask": torch.ones(1, 4)}, "attention_mask has shape"),
         ({"inputs": IDS_1T, "attention_mask": torch.zeros(1, 9)}, "prompt is empty"),
         ({"inputs": IDS_1T, "block_size": 1}, "at least 2"),
-        ({"inputs": IDS_1T, "strategy": "tree"}, "strategy must be one of"),
+        ({"inputs": IDS_1T, "strategy": "beam"}, "strategy must be one of"),
+        ({"inputs": IDS_1T, "node_budget": 0}, "node_budget must be at least 1"),
+        ({"inputs": IDS_1T, "block_budget": 0}, "block_budget must be at least 1"),
+        ({"inputs": IDS_1T, "repetition_penalty": -1.0}, "repetition_penalty"),
+        ({"inputs": IDS_1T, "sequence_bias": {5: 1.0}}, "sequence_bias is malformed"),
+        ({"inputs": IDS_1T, "sequence_bias": [[[5], -math.inf]]}, "logit_bias of token 5 must be"),
+        ({"inputs": IDS_1T, "sequence_bias": [[[VOCAB], 1.0]]}, f"ids end at {VOCAB - 1}"),
         ({"inputs": IDS_1T, "stop_strings": ["x"]}, "need a tokenizer"),
     ],
 )
