@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from orthrus.api import Orthrus
 from orthrus.cli import demo as demo_module
+from orthrus.config import FIXED_STRATEGIES
 
 from .conftest import Cli, assert_refused, write_model
 
@@ -140,7 +141,7 @@ def test_env_reports_what_a_bug_report_needs(
 
 def test_bench_options_are_checked_before_anything_loads(cli: Cli, model_folder: str, tmp_path: Path) -> None:
     for command in ("bench", "audit"):
-        assert_refused(cli(command, model_folder, "--strategy", "tree"), "tree", "chain")
+        assert_refused(cli(command, model_folder, "--strategy", "beam"), "beam", "chain")
         assert_refused(cli(command, model_folder, "--max-new-tokens", "0"), "max_new_tokens")
         assert_refused(cli(command, model_folder, "--format", "xml"), "xml")
         assert_refused(
@@ -174,7 +175,14 @@ def test_audit_verdict_is_the_exit_status(
 
     run = cli("audit", model_folder, *SHORT)
     assert run.code == 0
-    assert run.out.strip()
+    assert all(strategy in run.out for strategy in FIXED_STRATEGIES)
+    budgets = ("--node-budget", "4", "--block-budget", "1", "--strategy", "fused_tree")
+    sampled = cli("audit", model_folder, *SHORT, *budgets, "-t", "1", "--seed", "3", "--json")
+    assert sampled.code == 0
+    saved = json.loads(sampled.out)
+    assert saved["provenance"]["seed"] == 3
+    assert (saved["options"]["temperature"], saved["options"]["node_budget"]) == (1.0, 4)
+    assert [s["num_identical"] for s in saved["strategies"]] == [1]
     honest = audit.run_audit
 
     class Failed:

@@ -13,6 +13,7 @@ from orthrus.api import Orthrus
 from orthrus.base.loading import load_base
 from orthrus.cli import common
 from orthrus.cli.render import DraftMarker
+from orthrus.config import FIXED_STRATEGIES
 from orthrus.model.checkpoint import fresh_view, save_view
 from orthrus.types import Cycle
 
@@ -35,7 +36,18 @@ def test_text_on_stdout_statistics_on_stderr(cli: Cli, model_folder: str) -> Non
     assert "acceptance rate" in run.err
 
 
-@pytest.mark.parametrize("options", [("--no-stream",), ("--strategy", "ar"), ("--no-floor",), ("-k", "3")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--no-stream",),
+        ("--strategy", "ar"),
+        ("--no-floor",),
+        ("-k", "3"),
+        ("--strategy", "tree", "--node-budget", "5"),
+        ("--strategy", "fused", "--block-budget", "2"),
+        ("--strategy", "fused_tree"),
+    ],
+)
 def test_greedy_text_is_the_same_whatever_the_options(
     cli: Cli, model_folder: str, options: tuple[str, ...]
 ) -> None:
@@ -57,6 +69,24 @@ def test_json_is_one_object_with_everything(cli: Cli, model_folder: str) -> None
     assert result["model"]["block_size"] == 8
     assert result["decode"]["strategy"] == "chain"
     assert result["decode"]["logit_bias"] is None
+
+
+def test_budgets_reach_the_settings(cli: Cli, model_folder: str) -> None:
+    options = ("--strategy", "fused_tree", "--node-budget", "5", "--block-budget", "2")
+    result = json.loads(cli("generate", model_folder, "hello", *FRESH, *options, "--json").out)
+    assert (result["decode"]["node_budget"], result["decode"]["block_budget"]) == (5, 2)
+    # No pass has more rows than the anchor, 5 nodes and 2 blocks of 8.
+    assert 1 < result["stats"]["rows_per_pass"] <= 1 + 5 + 2 * 8
+
+
+def test_one_seed_is_one_text_whatever_the_strategy(cli: Cli, model_folder: str) -> None:
+    options = ("-t", "1.5", "--seed", "4", "--quiet")
+    texts = {
+        cli("generate", model_folder, "hello", *FRESH, *options, "--strategy", s).out
+        for s in FIXED_STRATEGIES
+    }
+    assert len(texts) == 1
+    assert texts != {cli("generate", model_folder, "hello", *FRESH, "--quiet").out}
 
 
 def test_logit_rules_reach_the_settings(cli: Cli, model_folder: str) -> None:
@@ -134,7 +164,7 @@ def test_marks_follow_characters_that_span_tokens() -> None:
 
 
 def _cycle(text: str, ids: list[int], is_draft: list[bool]) -> Cycle:
-    return Cycle(0, "chain", text, tuple(ids), tuple(is_draft), 0, 0, 2, 0.0)
+    return Cycle(0, "chain", text, tuple(ids), tuple(is_draft), 0, 0, 2, 9, 0.0)
 
 
 def test_warning_is_one_line_and_comes_once(cli: Cli, model_folder: str) -> None:
@@ -189,6 +219,8 @@ def test_unquoted_prompt(cli: Cli) -> None:
     ("options", "word"),
     [
         (("--strategy", "beam"), "'ar', 'chain'"),
+        (("--node-budget", "0"), "node_budget must be at least 1"),
+        (("--block-budget", "0"), "block_budget must be at least 1"),
         (("-t", "-1"), "temperature"),
         (("--top-p", "2"), "top_p"),
         (("--repetition-penalty", "0"), "repetition_penalty"),

@@ -46,6 +46,14 @@ def test_readme_python_runs(tiny_load, capsys):
     assert capsys.readouterr().out.strip()
 
 
+def test_the_strategies_page_keeps_its_promise(tiny_load):
+    """Its code asserts that all strategies give one text."""
+    (code,) = code_blocks(ROOT / "docs/strategies.md", "python")
+    names: dict[str, object] = {}
+    exec(compile(code, "strategies.md", "exec"), names)
+    assert all(names["texts"].values())
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.stem)
 def test_examples_run(example, tiny_load, capsys):
     exec(compile(example.read_text(encoding="utf-8"), str(example), "exec"), {"__name__": "__main__"})

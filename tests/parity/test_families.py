@@ -36,8 +36,8 @@ CHAINS = {
 }
 OTHERS = {
     "tree": DecodeConfig(max_new_tokens=NUM_NEW, strategy="tree"),
-    "tree, no floor, 5 nodes": DecodeConfig(
-        max_new_tokens=NUM_NEW, strategy="tree", floor=False, node_budget=5
+    "tree, no floor, 12 nodes": DecodeConfig(
+        max_new_tokens=NUM_NEW, strategy="tree", floor=False, node_budget=12
     ),
     "fused": DecodeConfig(max_new_tokens=NUM_NEW, strategy="fused", block_budget=8),
     "fused_tree, chunks of 7": DecodeConfig(max_new_tokens=NUM_NEW, strategy="fused_tree", prefill_chunk=7),
