@@ -1,5 +1,6 @@
 """The policy's decisions on machines made up for the purpose, against brute force and common sense."""
 
+from itertools import pairwise
 from math import exp, log
 
 import pytest
@@ -42,7 +43,7 @@ def test_where_rows_are_dear_decoding_is_plain_but_for_a_chance_now_and_then() -
     decider = policy(STEEP)
     chances = [i for i in range(2000) if decider.wants_draft() and _waste(decider)]
     assert chances[0] == PATIENCE
-    gaps = [b - a for a, b in zip(chances, chances[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(chances)]
     assert gaps == sorted(gaps)
     assert gaps[-1] == MAX_PATIENCE + 1
     assert len(chances) / 2000 < 0.01
