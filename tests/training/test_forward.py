@@ -38,7 +38,7 @@ def assert_training_equals_decoding(dual):
     batch = draw_blocks(_rows(), [0, 1], 6, LAYOUT)
     with torch.no_grad():
         context, _ = training.teacher(batch)
-        logits_BNKV = training.head(training.blocks(batch, context))
+        logits_BNKV = training.dual.head(training.blocks(batch, context))
     for b, anchors in enumerate(batch.anchor_BN.tolist()):
         for n, anchor in enumerate(anchors):
             start = int((batch.document_BT[b] == batch.document_BT[b, anchor]).nonzero()[0])
@@ -65,7 +65,7 @@ def test_teacher_rows_equal_the_stock_forward_on_each_document():
                 with dual.stock() as stock:
                     expected = stock(batch.token_ids_BT[b][inside][None]).logits[0]
                 torch.testing.assert_close(
-                    training.head(hidden_BTC[b][inside]), expected, atol=2e-4, rtol=2e-4
+                    training.dual.head(hidden_BTC[b][inside]), expected, atol=2e-4, rtol=2e-4
                 )
 
 
