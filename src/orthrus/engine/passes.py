@@ -66,7 +66,7 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
     path = accepted_rows(tree, own_ids)
     last = path[-1] if path else 0
     token_ids = [*(tree.token_ids[row - 1] for row in path), own_ids[last]]
-    _keep(state, [0, *path])
+    state.cache.compact([length + row for row in (0, *path)])
     state.commit(token_ids)
     state.drafts = _tail(state.drafts, token_ids)
     for index, block in enumerate(blocks):
@@ -86,14 +86,6 @@ def draft_pass(state: DecodeState) -> int:
     p = draft_block(anchor_11, state.cache.lengths, size, state.dual.mask_token_id, floor=False)
     state.drafts = state.propose(state.dual.run(p, state.cache)[0], state.length + 1)
     return p.num_rows
-
-
-def _keep(state: DecodeState, rows: list[int]) -> None:
-    """Make the accepted rows' slots history, in order."""
-    if rows == list(range(len(rows))):
-        state.cache.commit(len(rows))
-    else:
-        state.cache.compact([state.length + row for row in rows])
 
 
 def _tail(drafts: Candidates | None, token_ids: list[int]) -> Candidates | None:
