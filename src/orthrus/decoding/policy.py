@@ -51,8 +51,8 @@ class _Average:
 
     value: float
 
-    def add(self, observed: float, memory: float = MEMORY) -> None:
-        self.value = memory * self.value + (1 - memory) * observed
+    def add(self, observed: float) -> None:
+        self.value = MEMORY * self.value + (1 - MEMORY) * observed
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import cpu_model, installed_version
 from orthrus.base.storage import cache_dir
 from orthrus.decoding.policy import CostTable
+from orthrus.engine.probe import synchronize
 from orthrus.errors import StorageError
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import verify_chain
@@ -82,8 +83,7 @@ def _ascending(values: dict[int, float]) -> tuple[float, ...]:
 
 
 def _now(dual: DualView) -> float:
-    if dual.device.type == "cuda":
-        torch.cuda.synchronize(dual.device)
+    synchronize(dual.device)
     return perf_counter()
 
 

@@ -11,11 +11,10 @@ from orthrus.model.passes import draft_block, fused, prefill, verify_tree
 
 
 class Block(NamedTuple):
-    """A diffusion block to be drafted beside the verification: anchored at a row (0: the anchor, i: node
-    i - 1), with tokens given as its next ones, if any."""
+    """A diffusion block to be drafted beside the verification, anchored at a row (0: the anchor, i: node
+    i - 1)."""
 
     row: int
-    given: tuple[int, ...] = ()
 
 
 class Committed(NamedTuple):
@@ -50,16 +49,16 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
     """
     length, num_ar = state.length, 1 + tree.num_nodes
     ids_1T = torch.tensor([[state.anchor_id, *tree.token_ids]], device=state.dual.device)
-    size = min(state.block_size, state.context_length - length - max(tree.depths(), default=0))
+    depths = [0, *tree.depths()]
+    size = min(state.block_size, state.context_length - length - max(depths))
     blocks = blocks if size > 2 else ()
     if blocks:
-        rows, given = [b.row for b in blocks], [b.given for b in blocks]
-        p = fused(ids_1T, tree.parents, state.cache.lengths, rows, size, state.dual.mask_token_id, given)
+        rows = [block.row for block in blocks]
+        p = fused(ids_1T, tree.parents, state.cache.lengths, rows, size, state.dual.mask_token_id)
     else:
         p = verify_tree(ids_1T, tree.parents, state.cache.lengths)
     hidden_TC = state.dual.hidden(p, state.cache)[0]
 
-    depths = [0, *tree.depths()]
     own_ids = state.choose(
         state.dual.head(hidden_TC[:num_ar]), [length + d + 1 for d in depths], tree.paths_of_tokens()
     )
@@ -70,7 +69,7 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
     state.commit(token_ids)
     state.drafts = _tail(state.drafts, token_ids)
     for index, block in enumerate(blocks):
-        if block.row == last and block.given in ((), (own_ids[last],)):
+        if block.row == last:
             first = num_ar + index * size + 1
             logits_DV = state.dual.head(hidden_TC[first : first + size - 2])
             state.drafts = state.propose(logits_DV, state.length + 1)

@@ -11,7 +11,7 @@ from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.stats import summarise
 from orthrus.decoding.stopping import StopRules, StopStrings
 from orthrus.engine.costs import pass_costs
-from orthrus.engine.cycles import auto_cycle, decode_cycle, fixed_plan
+from orthrus.engine.cycles import PLAIN, auto_cycle, decode_cycle, fixed_plan
 from orthrus.engine.detokenize import Decoder, Detokenizer
 from orthrus.engine.passes import prefill_pass
 from orthrus.engine.state import DecodeState, Step
@@ -139,14 +139,10 @@ class TokenStream(Iterator[Cycle]):
                 break
         yield step
         policy = self._policy()
-        plan = None if policy is not None else fixed_plan(self._config, self._block_size)
+        plan = PLAIN if policy is not None else fixed_plan(self._config, self._block_size)
         while True:
             room = self._rules.max_new_tokens - len(self._token_ids)
-            if plan is None:
-                assert policy is not None
-                yield auto_cycle(state, policy, room)
-            else:
-                yield decode_cycle(state, plan, room)
+            yield decode_cycle(state, plan, room) if policy is None else auto_cycle(state, policy, room)
 
     def _policy(self) -> Policy | None:
         """What decides for `auto`; None for the fixed strategies."""
