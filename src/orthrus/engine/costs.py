@@ -99,6 +99,7 @@ def _key(dual: DualView) -> dict[str, object]:
         "view": [dual.config.layers, dual.config.twins, dual.config.rank],
         "dtype": str(dual.dtype),
         "attention": config._attn_implementation,
+        "runner": [dual.runner, dual.precision, dual.draft_precision],
     }
 
 
