@@ -125,8 +125,9 @@ class CompiledRunner:
 
         def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
             assert self._pass is not None and self._cache is not None
-            # Only what is computed with; the cache is handed over layer by layer.
-            given = {k: v for k, v in kwargs.items() if isinstance(v, Tensor | tuple)}
+            # Only what is computed with, laid out as when it was compiled: nothing checks that.
+            given = {k: _contiguous(v) for k, v in kwargs.items() if isinstance(v, Tensor | tuple)}
+            hidden_states = hidden_states.contiguous()
             keys, values = self._cache.keys[index], self._cache.values[index]
             arguments = (hidden_states, given, self._pass.slots_BT[0], keys, values, self._marker)
             key = first, "ar" if self._marker is None else "mixed"
@@ -137,6 +138,10 @@ class CompiledRunner:
             return self._code[key](tensors, *arguments)
 
         return forward
+
+
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else tuple(map(_contiguous, value))
 
 
 def _problem(dual: DualView) -> str | None:

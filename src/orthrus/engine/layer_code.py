@@ -65,11 +65,8 @@ def named_tensors(layer: nn.Module) -> dict[str, Tensor]:
 
 def kind(layer: nn.Module) -> tuple[Any, ...]:
     """Layers of equal kind differ in the values of their tensors only."""
-    modules = tuple((name, type(module)) for name, module in layer.named_modules())
-    shapes = tuple((name, t.shape, t.dtype) for name, t in named_tensors(layer).items())
-    attention = getattr(layer, "self_attn", None)
-    own = tuple(getattr(attention, name, None) for name in ("sliding_window", "layer_type", "is_sliding"))
-    return modules, shapes, own, getattr(layer, "attention_type", None)
+    modules = tuple((name, type(module), _settings(module)) for name, module in layer.named_modules())
+    return modules, tuple((name, t.shape, t.dtype) for name, t in named_tensors(layer).items())
 
 
 def layer_code(layer: nn.Module, name: str, **options: Any) -> LayerCode:
@@ -169,6 +166,14 @@ def _template(layer: nn.Module) -> tuple[nn.Module, RowSplit]:
         if config is not None and config._attn_implementation == "sdpa":
             config._attn_implementation = _GROUPED
     return template, split
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """What a module's code may branch on: windows, layer types, whether positions are rotated."""
+    plain = (bool, int, float, str, type(None))
+    found = {name: value for name, value in vars(module).items() if isinstance(value, plain)}
+    found.pop("layer_idx", None)
+    return tuple(sorted(found.items()))
 
 
 def _tensors(values: Any) -> list[Tensor]:

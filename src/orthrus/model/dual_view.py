@@ -144,7 +144,7 @@ class DualView(nn.Module):
     def _mask(self, visible_BTS: Tensor) -> Tensor:
         """(B, 1, T, S): bool for sdpa, additive for eager and flex attention."""
         if self.base.config._attn_implementation == "sdpa":
-            return visible_BTS[:, None]
+            return visible_BTS[:, None].contiguous()
         return additive_mask(visible_BTS, self.dtype)[:, None]
 
     @contextmanager

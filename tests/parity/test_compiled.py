@@ -1,0 +1,170 @@
+"""Compiled passes against the stock forward, over all kinds of passes, without compiling anew."""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tests.tiny import VOCAB, tiny_dual
+from tests.tiny_orthrus import tiny_orthrus
+from tests.ways import EVERY_WAY
+from torch import Tensor
+
+from orthrus.api import Orthrus, decode_config
+from orthrus.base.families import decoder_layers
+from orthrus.config import Strategy
+from orthrus.engine.compiled import use_runner
+from orthrus.engine.layer_code import kind
+from orthrus.engine.probe import stock_generate
+from orthrus.errors import OrthrusWarning, UserInputError
+from orthrus.model.dual_view import DualView
+from orthrus.model.passes import Pass, draft_block, fused, prefill, verify_tree
+from orthrus.model.quantise import quantise, quantise_drafts
+
+MASK = VOCAB - 1
+# Shared keys; windows in every other layer; fused projections.
+FAMILIES = ["llama", "gemma3", "phi3"]
+
+
+@pytest.fixture(autouse=True)
+def never_compile_anew() -> Iterator[None]:
+    yield
+    torch.compiler.set_stance("default")
+
+
+def compiled(dual: DualView) -> DualView:
+    use_runner(dual, "compiled")
+    assert dual.runner == "compiled"
+    torch.compiler.set_stance("fail_on_recompile")
+    return dual
+
+
+def random_passes(seed: int, num: int) -> Iterator[tuple[Tensor, Pass]]:
+    """A history, and a pass that follows it."""
+    generator = random.Random(seed)
+    torch.manual_seed(seed)
+    for i in range(num):
+        length, num_ar = generator.randint(1, 60), generator.randint(1, 12)
+        history_1T, ids_1T = torch.randint(3, MASK, (1, length)), torch.randint(3, MASK, (1, num_ar))
+        parents = [generator.randint(max(0, row - 2), row) for row in range(num_ar - 1)]
+        size = generator.choice([2, 4, 8])
+        rows = [generator.randrange(num_ar) for _ in range(generator.randint(1, 3))]
+        yield (
+            history_1T,
+            (
+                verify_tree(ids_1T, parents, [length]),
+                fused(ids_1T, parents, [length], rows, size, MASK),
+                draft_block(ids_1T[:, :1], [length], size, MASK, floor=False),
+                prefill(ids_1T, [length]),
+            )[i % 4],
+        )
+
+
+@torch.inference_mode()
+def states(dual: DualView, history_1T: Tensor, p: Pass) -> list[Tensor]:
+    """What a pass computes: hidden states, logits, and the cache it leaves."""
+    cache = dual.new_cache(128)
+    dual.run(prefill(history_1T, [0]), cache)
+    cache.commit(history_1T.shape[1])
+    hidden_BTC = dual.hidden(p, cache)
+    return [hidden_BTC, dual.head(hidden_BTC), *cache.keys, *cache.values]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_compiled_passes_are_the_stock_ones(name: str) -> None:
+    slow, fast = tiny_dual(name, disturb=0.3), compiled(tiny_dual(name, disturb=0.3))
+    for history_1T, p in random_passes(seed=1, num=24):
+        for stock, ours in zip(states(slow, history_1T, p), states(fast, history_1T, p), strict=True):
+            torch.testing.assert_close(ours, stock, atol=5e-5, rtol=5e-5)
+
+
+@pytest.fixture(scope="module")
+def fast_orthrus() -> Orthrus:
+    orthrus = tiny_orthrus(disturb=0.3)
+    use_runner(orthrus.dual, "compiled")
+    return orthrus
+
+
+@EVERY_WAY
+def test_text_is_the_stock_models(fast_orthrus: Orthrus, strategy: Strategy, floor: bool) -> None:
+    prompt = [5, 9, 14, 23, 7, 31]
+    torch.compiler.set_stance("fail_on_recompile")
+    config = decode_config(strategy=strategy, floor=floor, max_new_tokens=60, ignore_eos=True)
+    result = fast_orthrus.stream_ids(prompt, config).drain()
+    torch.compiler.set_stance("default")
+    with fast_orthrus.stock() as model:
+        stock = stock_generate(model, prompt, max_new_tokens=60, eos_token_ids=frozenset())
+    assert result.token_ids == stock.token_ids
+    if strategy != "ar":
+        assert result.stats.num_accepted > 5
+
+
+def test_layers_that_compute_otherwise_are_of_another_kind() -> None:
+    # By windows, by whether positions are rotated, by what has a twin.
+    for name, variant in (("gemma3", {}), ("smollm3", {}), ("llama", {"layers": (1,)})):
+        first, second = decoder_layers(tiny_dual(name, **variant).base)
+        assert kind(first) != kind(second)
+    first, second = decoder_layers(tiny_dual("llama").base)
+    assert kind(first) == kind(second)
+
+
+def test_two_models_do_not_share_code() -> None:
+    first, second = (tiny_dual("llama", seed=seed, disturb=0.3) for seed in (3, 4))
+    for dual in (first, second):
+        use_runner(dual, "compiled")
+    slow = tiny_dual("llama", seed=3, disturb=0.3)
+    for history_1T, p in random_passes(seed=2, num=4):
+        other = states(second, history_1T, p)[1]
+        ours, stock = (states(dual, history_1T, p)[1] for dual in (first, slow))
+        torch.testing.assert_close(ours, stock, atol=5e-5, rtol=5e-5)
+        assert (other - ours).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("part", [quantise, quantise_drafts])
+def test_compiled_int8(part: object) -> None:
+    slow, fast = (tiny_dual("llama", disturb=0.3) for _ in range(2))
+    for dual in (slow, fast):
+        part(dual)  # type: ignore[operator]
+    compiled(fast)
+    for history_1T, p in random_passes(seed=5, num=12):
+        for stock, ours in zip(states(slow, history_1T, p), states(fast, history_1T, p), strict=True):
+            # A value on the edge may be rounded to the next whole number.
+            assert (ours - stock).abs().max() < 0.1 * stock.abs().max()
+            assert (ours - stock).abs().mean() < 0.01 * stock.abs().mean()
+
+
+def test_other_batches_run_through_the_stock_layers() -> None:
+    slow, fast = tiny_dual("llama", disturb=0.3), compiled(tiny_dual("llama", disturb=0.3))
+    ids_BT = torch.randint(3, MASK, (2, 7))
+    outs = []
+    with torch.inference_mode():
+        for dual in (slow, fast):
+            outs.append(dual.run(prefill(ids_BT, [0, 0]), dual.new_cache(32, batch_size=2)))
+    assert torch.equal(*outs)
+
+
+def test_wrong_runner_is_one_sentence() -> None:
+    with pytest.raises(UserInputError, match="runner must be one of auto, eager, compiled, not 'fast'"):
+        use_runner(tiny_dual(), "fast")
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    dual = tiny_dual()
+    use_runner(dual, "auto")
+    assert dual.runner == "eager"
+    with pytest.raises(UserInputError, match=r"needs a C\+\+ compiler"):
+        use_runner(dual, "compiled")
+
+
+def test_auto_goes_on_when_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no such thing\nand more")
+
+    monkeypatch.setattr("orthrus.engine.compiled.layer_code", broken)
+    dual = tiny_dual()
+    with pytest.warns(OrthrusWarning, match="no such thing"):
+        use_runner(dual, "auto")
+    assert dual.runner == "eager"
+    with torch.inference_mode():
+        dual.run(prefill(torch.tensor([[3, 4]]), [0]), dual.new_cache(8))

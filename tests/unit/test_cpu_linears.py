@@ -1,0 +1,119 @@
+"""Packed and int8 linears against the plain one and against arithmetic written out."""
+
+import pytest
+import torch
+from tests.tiny import tiny_dual
+from torch import Tensor, nn
+
+from orthrus.errors import UserInputError
+from orthrus.model.cpu_linears import Int8Linear, PackedLinear, check_int8, packable
+from orthrus.model.dual_view import DualView
+from orthrus.model.passes import verify_chain
+from orthrus.model.quantise import quantise, quantise_drafts
+from orthrus.model.twin import Twin
+
+
+def linear(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(48, 40, bias=bias, dtype=dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_packed_is_the_linear(bias: bool, dtype: torch.dtype) -> None:
+    plain = linear(bias, dtype)
+    packed = PackedLinear(plain)
+    for num_rows in (0, 1, 2, 7, 33):
+        x = torch.randn(1, num_rows, 48, dtype=dtype)
+        torch.testing.assert_close(packed(x), plain(x))
+
+
+@torch.inference_mode()
+def by_hand(plain: nn.Linear, x: Tensor) -> Tensor:
+    scales = plain.weight.abs().amax(1) / 127
+    weight = (plain.weight / scales[:, None]).round().double()
+    rows = []
+    for row in x.double():
+        scale = row.abs().max() / 127
+        rows.append((row / scale).round() @ weight.T * scale * scales)
+    return torch.stack(rows).float() + (0 if plain.bias is None else plain.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_int8_is_its_arithmetic(bias: bool) -> None:
+    plain = linear(bias)
+    int8 = Int8Linear(plain)
+    for num_rows in (1, 2, 9):
+        x = torch.randn(num_rows, 48)
+        torch.testing.assert_close(int8(x), by_hand(plain, x), atol=1e-5, rtol=1e-5)
+    assert int8(torch.randn(1, 0, 48)).shape == (1, 0, 40)
+    assert torch.equal(int8(torch.zeros(2, 48)), int8(torch.zeros(1, 48)).expand(2, -1))
+
+
+@torch.inference_mode()
+def test_int8_rows_do_not_know_each_other() -> None:
+    """With one scale for all rows the large ones would swallow the small ones."""
+    int8 = Int8Linear(linear())
+    x = torch.randn(17, 48) * torch.logspace(-3, 3, 17)[:, None]
+    together = int8(x)
+    for i in range(17):
+        assert torch.equal(int8(x[i : i + 1])[0], together[i])
+        assert torch.equal(int8(x[: i + 1])[i], together[i])
+
+
+@torch.inference_mode()
+def test_int8_keeps_the_dtype_of_its_input() -> None:
+    assert Int8Linear(linear(dtype=torch.bfloat16))(torch.randn(3, 48).bfloat16()).dtype == torch.bfloat16
+
+
+def logits_alone_and_together(dual: DualView) -> tuple[Tensor, Tensor]:
+    ids_1T = torch.randint(3, 60, (1, 12))
+    with torch.inference_mode():
+        together = dual.run(verify_chain(ids_1T, [0]), dual.new_cache(16))[0]
+        cache, alone = dual.new_cache(16), []
+        for i in range(12):
+            alone.append(dual.run(verify_chain(ids_1T[:, i : i + 1], [i]), cache)[0])
+            cache.commit(1)
+    return torch.cat(alone), together
+
+
+def test_each_rows_logits_hang_on_no_other_row() -> None:
+    dual = tiny_dual("llama", disturb=0.3)
+    plain, _ = logits_alone_and_together(dual)
+    quantise(dual)
+    alone, together = logits_alone_and_together(dual)
+    # Quantising moves logits far more than the shape of a pass does.
+    assert (alone - together).abs().mean() < 0.1 * (alone - plain).abs().mean()
+
+
+def test_quantise_leaves_no_plain_linear_behind() -> None:
+    dual = tiny_dual("qwen3", disturb=0.3)
+    quantise(dual)
+    assert dual.precision == "int8"
+    assert not any(type(module) is nn.Linear for module in dual.base.modules())
+
+
+def test_quantised_drafts_leave_the_ar_rows_alone() -> None:
+    ids_1T = torch.randint(3, 60, (1, 9))
+    dual = tiny_dual("llama", disturb=0.3)
+    with torch.inference_mode():
+        before = dual.run(verify_chain(ids_1T, [0]), dual.new_cache(16))
+        quantise_drafts(dual)
+        after = dual.run(verify_chain(ids_1T, [0]), dual.new_cache(16))
+    assert torch.equal(before, after)
+    assert all(isinstance(m.diffusion, Int8Linear) for m in dual.base.modules() if isinstance(m, Twin))
+    with dual.stock() as model:
+        assert not any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+def test_where_int8_does_not_run() -> None:
+    with pytest.raises(UserInputError, match="'int8' runs on CPUs only, not on cuda: use 'bfloat16'"):
+        check_int8(torch.device("cuda"))
+
+
+def test_packable_is_what_was_tried() -> None:
+    assert packable(linear())
+    assert not packable(linear(dtype=torch.float16))
+    assert not packable(Int8Linear(linear()))
