@@ -2,7 +2,8 @@
 
 Shape suffixes: O output rows, I inputs, G groups of `GROUP` inputs, S = GROUP. Each group has one bfloat16
 scale and codes from -7 to 7, two to a byte. Vectors (norms, biases, the mask embedding) stay float32, and
-so does whatever has no AR tensor of its shape (the factors of low-rank twins).
+so does whatever has no AR tensor of its shape (the factors of low-rank twins). A repair head is kept in
+bfloat16.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from orthrus.errors import CorruptFileError
+from orthrus.model.names import REPAIR_PREFIX
 
 GROUP = 64
 CODES, SCALES = ".codes", ".scales"
@@ -30,6 +32,9 @@ def encode_tensors(tensors: Mapping[str, Tensor], twins: Mapping[str, Tensor]) -
     """
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
+        if name.startswith(REPAIR_PREFIX):
+            stored[name] = tensor.bfloat16()
+            continue
         if tensor.ndim != 2 or name not in twins:
             stored[name] = tensor.float()
             continue
