@@ -45,6 +45,18 @@ def card(
     return view_card(dual, encoding, folder)
 
 
+def test_a_repair_head_trained_later_leaves_the_twins_their_own_story() -> None:
+    recipe = to_plain(TrainConfig(train="repair", init_view="elsewhere", seed=77))
+    text = card(provenance={"recipe": recipe, "twins": PROVENANCE, "step": 160})
+    first, _, second = text.partition("## Training of the twins")
+    assert "| what was trained | repair |" in first
+    assert "| seed | 77 |" in first
+    assert "| dialogues | 1,234 |" in second
+    assert "| steps done | 2,400 |" in second
+    assert "what was trained" not in second
+    assert "## Training of the twins" not in card()
+
+
 def test_the_header_is_what_the_hub_reads() -> None:
     data = ModelCard(card()).data.to_dict()
     assert data["license"] == "apache-2.0"
