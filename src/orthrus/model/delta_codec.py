@@ -22,6 +22,8 @@ _LIMIT = 7
 _PEAKS = (1.0, 2.0, 3.0, 4.0, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5, 8.0, 8.5, 9.0, 10.0)
 # A peak must save this share of a group's energy to win, so that rounding noise cannot choose between equals.
 _LEAST_GAIN = 5e-5
+# Except where what was near becomes exact: a group that was packed before finds the codes that it had.
+_EXACT, _NEAR = 1e-2, 1e-7
 
 
 def encode_tensors(tensors: Mapping[str, Tensor], twins: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,6 +86,7 @@ def quantise(delta_OI: Tensor) -> tuple[Tensor, Tensor]:
         scale_OG = scale_OG.bfloat16()
         error_OG = (delta_OGS - codes_OGS * scale_OG.float()[..., None]).square().sum(-1)
         better_OG = error_OG + _LEAST_GAIN * energy_OG < best_error_OG
+        better_OG |= (error_OG < _EXACT * best_error_OG) & (best_error_OG > _NEAR * energy_OG)
         best_error_OG = error_OG.where(better_OG, best_error_OG)
         best_scale_OG = scale_OG.where(better_OG, best_scale_OG)
         best_codes_OGS = codes_OGS.to(torch.int8).where(better_OG[..., None], best_codes_OGS)
