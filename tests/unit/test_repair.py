@@ -102,6 +102,29 @@ def test_a_proposal_is_that_of_a_loop_over_parents_and_children(name: str, param
     assert any(row != table[0] for table in fast.pairs_DPC[1:] for row in table), "parents make no difference"
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_head_without_rows_to_read_is_used_whole(name: str) -> None:
+    """Such as a quantised one; the same proposal."""
+    dual = tiny_dual(name, disturb=0.3, repair_rank=6)
+    hidden_DC = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+
+    class Opaque(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)  # type: ignore[no-any-return]
+
+    with torch.inference_mode():
+        expected = state_of(dual, SamplingParams()).propose(hidden_DC, 9)
+        dual.base.set_output_embeddings(Opaque(dual.base.get_output_embeddings()))
+        found = state_of(dual, SamplingParams()).propose(hidden_DC, 9)
+    assert found.token_ids_DC == expected.token_ids_DC
+    for ours, theirs in zip(found.pairs_DPC or [], expected.pairs_DPC or [], strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("params", SETTINGS.values(), ids=SETTINGS)
 def test_a_fresh_head_changes_no_draft(params: SamplingParams) -> None:
     plain, headed = tiny_dual(disturb=0.3), tiny_dual(disturb=0.3)

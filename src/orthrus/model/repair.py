@@ -52,12 +52,16 @@ def repaired(dual: "DualView", hidden: Tensor, parent_ids: Tensor) -> Tensor:
 def pair_changes(dual: "DualView", hidden_DC: Tensor, parent_ids_DP: Tensor, child_ids_DM: Tensor) -> Tensor:
     """What each parent adds to the logits of the children, changes_DPM float32; as if through `dual.head`.
 
-    Only the children's rows of the head are read, so a block costs D x P hidden states and no vocabulary.
+    Only the children's rows of the head are read, so a block costs D x P hidden states and no vocabulary;
+    unless the head is quantised and has no rows to read.
     """
-    change_DPC = _change(dual, hidden_DC[:, None], parent_ids_DP).float()
-    weight_VC: Tensor = dual.base.get_output_embeddings().weight
+    weight_VC: Tensor | None = getattr(dual.base.get_output_embeddings(), "weight", None)
+    if type(weight_VC) is not nn.Parameter or not weight_VC.is_floating_point():
+        moved_DPC = repaired(dual, hidden_DC[:, None], parent_ids_DP)
+        changes_DPV = dual.head(moved_DPC).float() - dual.head(hidden_DC).float()[:, None]
+        return changes_DPV.gather(-1, child_ids_DM[:, None].expand(-1, parent_ids_DP.shape[1], -1))
     rows_DMC = weight_VC[child_ids_DM].float()
-    changes_DPM = change_DPC @ rows_DMC.mT
+    changes_DPM = _change(dual, hidden_DC[:, None], parent_ids_DP).float() @ rows_DMC.mT
     cap: float | None = getattr(dual.base.config, "final_logit_softcapping", None)
     if cap is None:
         return changes_DPM
