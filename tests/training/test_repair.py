@@ -47,7 +47,7 @@ def accepted(dual, strategy):
 
 
 def test_a_head_that_knows_the_truth_raises_acceptance_and_leaves_the_twins_alone(tmp_path):
-    config = replace(REPAIR, steps=200, num_anchors=19, batch_rows=5, row_length=26)
+    config = replace(REPAIR, steps=100, num_anchors=19, batch_rows=5, row_length=26)
     dual = headed()
     before = {name: p.clone() for name, p in dual.view_parameters().items()}
     was = {strategy: accepted(dual, strategy) for strategy in ("chain", "tree", "fused_tree")}
