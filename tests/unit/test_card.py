@@ -158,8 +158,8 @@ def test_free_form_provenance_breaks_nothing(provenance: dict[str, Any]) -> None
 
 def test_figures_come_from_a_list_or_from_a_benchmark_result(tmp_path: Path) -> None:
     rows = read_figures(RESULTS)
-    assert [row["set"] for row in rows] == ["gsm8k"]
-    assert "| gsm8k | chain | 24 | 3,072 | 3.92 |" in figures_table(rows)
+    assert [(row["set"], row["strategy"]) for row in rows] == [("gsm8k", "chain"), ("gsm8k", "tree")]
+    assert "| gsm8k | chain | 24 | 3,072 | 4.20 |" in figures_table(rows)
     file = tmp_path / "figures.json"
     file.write_text(json.dumps(PROVENANCE["figures"]))
     assert read_figures(file) == PROVENANCE["figures"]
