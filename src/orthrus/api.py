@@ -1,5 +1,6 @@
 """The Python interface: load a model with its view, then generate, stream or chat."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from orthrus.base.loading import Base
 from orthrus.base.storage import Progress
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
 from orthrus.decoding.policy import CostTable
+from orthrus.engine.compiled import use_runner
 from orthrus.engine.costs import OnMeasure, pass_costs
 from orthrus.engine.stream import TokenStream
 from orthrus.model.dual_view import DualView
@@ -42,6 +44,8 @@ class Orthrus:
         dtype: str | None = None,
         device: str | None = None,
         *,
+        runner: str | None = None,
+        draft_dtype: str | None = None,
         revision: str | None = None,
         attn_implementation: str | None = None,
         on_progress: Progress | None = None,
@@ -49,7 +53,10 @@ class Orthrus:
         """Load `model` (hub id, folder, GGUF file, or "default") and a view for it.
 
         view: "default" (the checkpoint's own or the shipped one; a fresh one where there is none), "fresh"
-        (AR-initialised), a view folder, or a hub id. dtype: "float32", "bfloat16", "float16" or "auto".
+        (AR-initialised), a view folder, or a hub id. dtype: "float32", "bfloat16", "float16", "auto", or
+        "int8" on a CPU. draft_dtype: "int8" for the drafts alone, which leaves the text as it is. runner:
+        "eager", "compiled" (see `engine.compiled.use_runner`), or "auto", the default, which compiles where
+        that works; the environment's ORTHRUS_RUNNER stands for None.
         Raises the subclasses of OrthrusError, each a sentence with the cause and the next step.
         """
         base, dual = load_dual(
@@ -58,9 +65,11 @@ class Orthrus:
             revision=revision,
             dtype=dtype,
             device=device,
+            draft_dtype=draft_dtype,
             attn_implementation=attn_implementation,
             on_progress=on_progress,
         )
+        use_runner(dual, runner or os.environ.get("ORTHRUS_RUNNER") or "auto", on_progress)
         return cls(base, dual)
 
     def generate(self, prompt: Prompt, *, raw: bool = False, **decode: Any) -> GenerationResult:
@@ -117,7 +126,9 @@ class Orthrus:
             "model": self.base.name,
             "source": self.base.source.origin,
             "family": self.base.family.name,
-            "dtype": str(self.dual.dtype).removeprefix("torch."),
+            "dtype": self.dual.precision or str(self.dual.dtype).removeprefix("torch."),
+            "draft_dtype": self.dual.draft_precision,
+            "runner": self.dual.runner,
             "device": str(self.dual.device),
             "attention": self.dual.base.config._attn_implementation,
             "chat_template": bool(getattr(self.base.tokenizer, "chat_template", None)),

@@ -8,11 +8,19 @@ import pytest
 from orthrus.decoding.policy import MAX_PATIENCE, PATIENCE, CostTable, Policy
 
 ROWS = (1, 8, 16, 32, 64)
-FLAT = CostTable(ROWS, (10.0, 10.1, 10.2, 10.4, 10.8), (0.1, 0.1, 0.1, 0.1, 0.1))
+
+
+def table(body_ms: tuple[float, ...], head_ms: tuple[float, ...]) -> CostTable:
+    """Block rows cost what AR rows do."""
+    added = tuple(ms - body_ms[0] for ms in body_ms)
+    return CostTable(ROWS, body_ms, head_ms, head_ms, tuple(n - 1 for n in ROWS), added)
+
+
+FLAT = table((10.0, 10.1, 10.2, 10.4, 10.8), (0.1, 0.1, 0.1, 0.1, 0.1))
 """A GPU: rows cost next to nothing."""
-STEEP = CostTable(ROWS, (10.0, 80.0, 160.0, 320.0, 640.0), (0.1, 0.8, 1.6, 3.2, 6.4))
+STEEP = table((10.0, 80.0, 160.0, 320.0, 640.0), (0.1, 0.8, 1.6, 3.2, 6.4))
 """A machine that computes every row one after the other: drafts can never win."""
-MIDDLE = CostTable(ROWS, (10.0, 12.0, 15.0, 20.0, 32.0), (1.0, 1.5, 2.0, 3.0, 5.0))
+MIDDLE = table((10.0, 12.0, 15.0, 20.0, 32.0), (1.0, 1.5, 2.0, 3.0, 5.0))
 TABLES = {"flat": FLAT, "middle": MIDDLE, "steep": STEEP}
 
 
@@ -21,14 +29,15 @@ def policy(costs: CostTable, max_nodes: int = 24, max_blocks: int = 3) -> Policy
 
 
 def test_costs_interpolate_and_extrapolate() -> None:
-    costs = CostTable((1, 3, 5), (10.0, 14.0, 24.0), (1.0, 1.0, 2.0))
+    costs = CostTable((1, 3, 5), (10.0, 14.0, 24.0), (1.0, 1.0, 2.0), (0.5, 0.5, 1.0), (2, 4), (3.0, 7.0))
     assert costs(1) == pytest.approx(11.0)
     assert costs(2) == pytest.approx(13.0)
     assert costs(4) == pytest.approx(19.0 + 1.5)
     assert costs(7) == pytest.approx(34.0 + 3.0)
     # Block rows cost their body, and a head only where they are projected.
-    assert costs(1, 2) == pytest.approx(14.0 + 1.0)
-    assert costs(1, 2, 4) == pytest.approx(14.0 + 2.0)
+    assert costs(1, 2) == pytest.approx(10.0 + 1.0 + 3.0)
+    assert costs(1, 3, 4) == pytest.approx(10.0 + 1.0 + 5.0 + 0.75)
+    assert costs.head(5) == pytest.approx(1.0)
 
 
 def test_where_rows_are_free_everything_is_drafted() -> None:

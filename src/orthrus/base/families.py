@@ -121,7 +121,7 @@ def check_layers(model: "PreTrainedModel", family: Family) -> None:
     Raises:
         UnsupportedModelError: names the first layer that has not, and what it is instead.
     """
-    for index, layer in enumerate(_decoder_layers(model)):
+    for index, layer in enumerate(decoder_layers(model)):
         attention = getattr(layer, "self_attn", None)
         if attention is None or any(not hasattr(attention, name) for name in family.twin_names):
             raise _no_standard_attention(index, _layer_kind(layer), str(model.config.model_type))
@@ -129,7 +129,7 @@ def check_layers(model: "PreTrainedModel", family: Family) -> None:
 
 def attention_modules(model: "PreTrainedModel") -> "list[nn.Module]":
     """The `self_attn` module of every decoder layer, in layer order."""
-    return [layer.get_submodule("self_attn") for layer in _decoder_layers(model)]
+    return [layer.get_submodule("self_attn") for layer in decoder_layers(model)]
 
 
 def layer_windows(config: "PreTrainedConfig") -> list[int | None]:
@@ -173,7 +173,8 @@ def _rope_tables(config: Any) -> list[dict[str, Any]]:
     return nested or [parameters]
 
 
-def _decoder_layers(model: "PreTrainedModel") -> "Iterable[nn.Module]":
+def decoder_layers(model: "PreTrainedModel") -> "Iterable[nn.Module]":
+    """The decoder layers in their order."""
     layers: Iterable[nn.Module] = model.get_submodule("model.layers").children()
     return layers
 

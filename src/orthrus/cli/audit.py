@@ -25,6 +25,8 @@ def audit(
     seed: options.Seed = 0,
     view: options.View = "default",
     dtype: options.Dtype = None,
+    draft_dtype: options.DraftDtype = None,
+    runner: options.Runner = None,
     device: options.Device = None,
     format_: options.FormatOption = "table",
     json: options.FormatJson = False,
@@ -50,7 +52,9 @@ def audit(
     from orthrus.bench import load_prompts
 
     chosen = load_prompts(prompts, tuple(domain or ()), limit)
-    orthrus = load_orthrus(model, view=view, dtype=dtype, device=device)
+    orthrus = load_orthrus(
+        model, view=view, dtype=dtype, draft_dtype=draft_dtype, runner=runner, device=device
+    )
     settings = AuditOptions(prompts=chosen, strategies=chosen_strategies, **decode)
     with ProgressDisplay(count=True) as on_progress:
         report = run_audit(orthrus, settings, on_progress)

@@ -52,6 +52,8 @@ def bench(
     warmup: Annotated[int, typer.Option(help="Runs before the timed ones.", min=0)] = 1,
     view: options.View = "default",
     dtype: options.Dtype = None,
+    draft_dtype: options.DraftDtype = None,
+    runner: options.Runner = None,
     device: options.Device = None,
     format_: options.FormatOption = "table",
     json: options.FormatJson = False,
@@ -86,7 +88,9 @@ def bench(
     from orthrus.bench import BenchOptions, load_prompts, run_bench
 
     chosen = load_prompts(prompts, tuple(domain or ()), limit)
-    orthrus = load_orthrus(model, view=view, dtype=dtype, device=device)
+    orthrus = load_orthrus(
+        model, view=view, dtype=dtype, draft_dtype=draft_dtype, runner=runner, device=device
+    )
     time_passes(orthrus, chosen_strategies)
     settings = BenchOptions(
         prompts=chosen,

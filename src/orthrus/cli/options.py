@@ -22,7 +22,23 @@ View = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16, float16, or auto (as stored). Left out: float32 on a CPU, else auto.",
+        help="float32, bfloat16, float16, auto (as stored), or int8 (on a CPU). Left out: float32 on a CPU, "
+        "else auto.",
+        rich_help_panel=_MODEL,
+    ),
+]
+DraftDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="int8: only the drafts run in it, which leaves the text as it is (on a CPU).",
+        rich_help_panel=_MODEL,
+    ),
+]
+Runner = Annotated[
+    str | None,
+    typer.Option(
+        help="eager, compiled (for a CPU), or auto, which compiles where that works. Left out: "
+        "ORTHRUS_RUNNER, else auto.",
         rich_help_panel=_MODEL,
     ),
 ]

@@ -22,27 +22,30 @@ PATIENCE, MAX_PATIENCE = 24, 192
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
-    """Milliseconds of a pass by its rows: `body_ms` without the head, `head_ms` of projecting that many.
+    """Milliseconds of a pass by its rows: `body_ms` of AR rows, and `head_ms` of projecting as many.
 
-    `rows` ascends from 1; between its entries costs are interpolated, beyond the last one extrapolated.
+    What block rows add is told apart, since they read weights of their own: `block_ms`, by `block_rows`,
+    beside a few AR rows, and `draft_head_ms` of projecting them. Rows ascend; between the entries costs are
+    interpolated, beyond the last one extrapolated.
     """
 
     rows: tuple[int, ...]
     body_ms: tuple[float, ...]
     head_ms: tuple[float, ...]
+    draft_head_ms: tuple[float, ...]
+    block_rows: tuple[int, ...]
+    block_ms: tuple[float, ...]
 
     def __call__(self, num_ar: int, num_block: int = 0, num_projected: int = 0) -> float:
         """A pass of AR rows, all projected, and block rows, of which `num_projected` are."""
-        return self._at(self.body_ms, num_ar + num_block) + self.head(num_ar + num_projected)
+        cost = _at(self.rows, self.body_ms, num_ar) + _at(self.rows, self.head_ms, num_ar)
+        if num_block:
+            cost += _at(self.block_rows, self.block_ms, num_block)
+        return cost + (self.head(num_projected) if num_projected else 0.0)
 
     def head(self, num_rows: int) -> float:
-        """Projecting rows to the vocabulary."""
-        return self._at(self.head_ms, num_rows)
-
-    def _at(self, values: tuple[float, ...], num_rows: int) -> float:
-        i = min(max(bisect_left(self.rows, num_rows), 1), len(self.rows) - 1)
-        (x0, x1), (y0, y1) = self.rows[i - 1 : i + 1], values[i - 1 : i + 1]
-        return max(y0 + (y1 - y0) * (num_rows - x0) / (x1 - x0), 0.0)
+        """Projecting a draft's rows to the vocabulary."""
+        return _at(self.rows, self.draft_head_ms, num_rows)
 
 
 @dataclass(slots=True)
@@ -150,6 +153,12 @@ class Policy:
             verify_ms += self._kept[num_blocks].value * self.costs.head(self.block_size - 2)
         tokens = 1.0 + num_verified * (1.0 + self._accepted.value)
         return tokens / (self.draft_ms + num_verified * verify_ms)
+
+
+def _at(rows: tuple[int, ...], values: tuple[float, ...], num_rows: int) -> float:
+    i = min(max(bisect_left(rows, num_rows), 1), len(rows) - 1)
+    (x0, x1), (y0, y1) = rows[i - 1 : i + 1], values[i - 1 : i + 1]
+    return max(y0 + (y1 - y0) * (num_rows - x0) / (x1 - x0), 0.0)
 
 
 def _best(values: list[float]) -> int:

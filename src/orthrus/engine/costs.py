@@ -4,7 +4,9 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from itertools import accumulate
+from math import inf
 from pathlib import Path
 from time import perf_counter
 from weakref import WeakKeyDictionary
@@ -18,9 +20,11 @@ from orthrus.decoding.policy import CostTable
 from orthrus.engine.probe import synchronize
 from orthrus.errors import StorageError
 from orthrus.model.dual_view import DualView
-from orthrus.model.passes import verify_chain
+from orthrus.model.passes import fused, verify_chain
 
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+BLOCKS, BESIDE = (1, 2, 3, 4), 8
+"""Numbers of blocks that are timed, beside that many AR rows."""
 HISTORY = 128
 REPEATS = 5
 
@@ -49,37 +53,49 @@ def pass_costs(dual: DualView, on_measure: OnMeasure | None = None) -> CostTable
 
 @torch.inference_mode()
 def measure_costs(dual: DualView, on_measure: OnMeasure | None = None) -> CostTable:
-    """Time AR passes of each number of rows after 128 tokens of history; the least of several rounds."""
-    cache = dual.new_cache(HISTORY + max(ROWS))
+    """Time passes of several numbers of rows after 128 tokens of history; the least of several rounds.
+
+    Block rows are timed as what they add to a pass of a few AR rows.
+    """
+    size = dual.config.block_size
+    cache = dual.new_cache(HISTORY + max(ROWS) + max(BLOCKS) * size)
     ids_1T = torch.arange(HISTORY, device=dual.device)[None] % dual.base.config.vocab_size
     dual.run(verify_chain(ids_1T, [0]), cache)
     cache.commit(HISTORY)
-    passes = {n: verify_chain(ids_1T[:, :n], [HISTORY]) for n in ROWS}
-    body, head = dict.fromkeys(ROWS, float("inf")), dict.fromkeys(ROWS, float("inf"))
+    passes = {(n, 0): verify_chain(ids_1T[:, :n], [HISTORY]) for n in ROWS}
+    beside_1T, chain = ids_1T[:, :BESIDE], range(BESIDE - 1)
+    for m in BLOCKS:
+        passes[BESIDE, m] = fused(beside_1T, chain, [HISTORY], range(m), size, dual.mask_token_id)
+    body, head, draft_head = (dict.fromkeys(passes, inf) for _ in range(3))
     for done in range(REPEATS + 1):
         if on_measure is not None:
             on_measure(done, REPEATS + 1)
-        for n, p in passes.items():
-            started = _now(dual)
+        for key, p in passes.items():
+            clock = [_now(dual)]
             hidden_TC = dual.hidden(p, cache)[0]
-            middle = _now(dual)
-            dual.head(hidden_TC)
-            ended = _now(dual)
+            clock.append(_now(dual))
+            for drafts in (False, True):
+                dual.head(hidden_TC, drafts=drafts)
+                clock.append(_now(dual))
             # The first round warms up.
             if done:
-                body[n] = min(body[n], (middle - started) * 1e3)
-                head[n] = min(head[n], (ended - middle) * 1e3)
-    return CostTable(ROWS, _ascending(body), _ascending(head))
+                for table, start, end in zip((body, head, draft_head), clock, clock[1:], strict=False):
+                    table[key] = min(table[key], (end - start) * 1e3)
+    rows, blocks = [(n, 0) for n in ROWS], [(BESIDE, m) for m in BLOCKS]
+    alone = body[BESIDE, 0]
+    return CostTable(
+        rows=ROWS,
+        body_ms=_ascending([body[key] for key in rows]),
+        head_ms=_ascending([head[key] for key in rows]),
+        draft_head_ms=_ascending([draft_head[key] for key in rows]),
+        block_rows=tuple(m * size for m in BLOCKS),
+        block_ms=_ascending([max(0.0, body[key] - alone) for key in blocks]),
+    )
 
 
-def _ascending(values: dict[int, float]) -> tuple[float, ...]:
+def _ascending(values: list[float]) -> tuple[float, ...]:
     """More rows never cost less: what says so is noise."""
-    least = float("inf")
-    kept = []
-    for value in reversed(values.values()):
-        least = min(least, value)
-        kept.append(least)
-    return tuple(reversed(kept))
+    return tuple(accumulate(reversed(values), min))[::-1]
 
 
 def _now(dual: DualView) -> float:
@@ -99,6 +115,7 @@ def _key(dual: DualView) -> dict[str, object]:
         "view": [dual.config.layers, dual.config.twins, dual.config.rank],
         "dtype": str(dual.dtype),
         "attention": config._attn_implementation,
+        "runner": [dual.runner, dual.precision, dual.draft_precision],
     }
 
 
@@ -111,6 +128,6 @@ def _read(file: Path) -> CostTable | None:
     """A stored table; None where there is none that can be used."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        return CostTable(tuple(raw["rows"]), tuple(raw["body_ms"]), tuple(raw["head_ms"]))
+        return CostTable(**{field.name: tuple(raw[field.name]) for field in fields(CostTable)})
     except (OSError, ValueError, KeyError, TypeError):
         return None

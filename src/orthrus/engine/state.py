@@ -67,7 +67,7 @@ class DecodeState:
         if dual.repair is not None:
             anchor_1 = torch.tensor([self.anchor_id], device=hidden_DC.device)
             hidden_DC = torch.cat([repaired(dual, hidden_DC[:1], anchor_1), hidden_DC[1:]])
-        scores_DV = self._scores(dual.head(hidden_DC), first_position)
+        scores_DV = self._scores(dual.head(hidden_DC, drafts=True), first_position)
         top = scores_DV.topk(min(self.num_candidates, scores_DV.shape[-1]), dim=-1)
         all_D1 = scores_DV.logsumexp(-1, keepdim=True)
         num_rows, width = top.values.shape

@@ -1,7 +1,7 @@
 """The frozen base with its second view: runs passes through the stock transformers forward."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,9 @@ from orthrus.model.slot_cache import SlotCache
 from orthrus.model.twin import inject, stock, twins
 from orthrus.model.view_config import ViewConfig
 
+Accelerated = Callable[[Pass, SlotCache], AbstractContextManager[None]]
+"""Puts faster code in place of the stock decoder layers for one pass; see `DualView.accelerate`."""
+
 
 class DualView(nn.Module):
     """Twins injected into a stock model, and the one call that everything else is made of: `run`.
@@ -23,7 +26,14 @@ class DualView(nn.Module):
     base: the stock model, whose attention projections become twins. The mask embedding (C,) exists only
     for views without a mask token id. seed: of what starts random in low-rank twins. Raises CheckpointError
     when `config` names a mask token, layers or twins that this base does not have.
+
+    precision: "int8" where linears have been quantised after loading, else None; draft_precision: the same of
+    what block rows run through. runner: "eager" or "compiled", how passes run.
     """
+
+    precision: str | None = None
+    draft_precision: str | None = None
+    runner: str = "eager"
 
     def __init__(self, base: PreTrainedModel, family: Family, config: ViewConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -43,7 +53,10 @@ class DualView(nn.Module):
         self.repair: RepairHead | None = None
         if config.repair_rank is not None:
             self.add_repair(config.repair_rank, seed)
+        self.draft_head: nn.Module | None = None
         self._window = sliding_window(base.config)
+        self._accelerated: Accelerated | None = None
+        self._packed_head: nn.Module | None = None
 
     def add_repair(self, rank: int, seed: int = 0) -> None:
         """Give the view a repair head, which changes nothing before it is trained."""
@@ -82,7 +95,8 @@ class DualView(nn.Module):
         if p.visible_BTS.device.type == "cpu":
             p.check(cache.lengths)
         cache.begin(p)
-        with self.split.at(p.num_ar_rows):
+        fast = nullcontext() if self._accelerated is None else self._accelerated(p, cache)
+        with self.split.at(p.num_ar_rows), fast:
             out = self.base.get_decoder()(
                 inputs_embeds=self.embed(p.token_ids_BT),
                 attention_mask=self.masks(p, cache),
@@ -92,9 +106,23 @@ class DualView(nn.Module):
             )
         return out.last_hidden_state  # type: ignore[no-any-return]
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Final hidden states (..., C) to logits (..., V), as the stock model projects them."""
-        logits: Tensor = self.base.get_output_embeddings()(hidden)
+    def accelerate(self, runner: str, layers: Accelerated | None, head: nn.Module | None) -> None:
+        """From now on run passes inside the context `layers(pass, cache)`, and project with `head`.
+
+        Both must compute what the stock modules do, up to rounding. Whoever uses `base` directly gets the
+        stock modules as ever.
+        """
+        self.runner, self._accelerated, self._packed_head = runner, layers, head
+
+    def head(self, hidden: Tensor, *, drafts: bool = False) -> Tensor:
+        """Final hidden states (..., C) to logits (..., V), as the stock model projects them.
+
+        drafts: of block rows, which may have a head of lower precision.
+        """
+        head = self._packed_head or self.base.get_output_embeddings()
+        if drafts and self.draft_head is not None:
+            head = self.draft_head
+        logits: Tensor = head(hidden)
         cap = getattr(self.base.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -3,19 +3,23 @@
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from orthrus.base import hub
+from orthrus.base.devices import INT8, pick_device
 from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base, load_base
 from orthrus.base.resolve import Source, resolve
 from orthrus.base.storage import Progress
 from orthrus.errors import CheckpointError, OrthrusWarning, UserInputError
 from orthrus.model.checkpoint import CONFIG_FILE, fresh_view, load_view, read_json
+from orthrus.model.cpu_linears import check_int8
 from orthrus.model.dual_view import DualView
 from orthrus.model.merged import folder_kind, load_released
+from orthrus.model.quantise import quantise, quantise_drafts
 from orthrus.model.view_config import ViewConfig
 
 DEFAULT_VIEW = "default"
@@ -30,16 +34,45 @@ def load_dual(
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
+    draft_dtype: str | None = None,
     attn_implementation: str | None = None,
     on_progress: Progress | None = None,
 ) -> tuple[Base, DualView]:
     """Load `model` and put `view` on it.
+
+    dtype: as `load_base` takes it, or "int8" (on a CPU): loaded in float32, its linears quantised then.
+    draft_dtype: "int8" lets the block rows alone run in it, None like all other rows.
 
     model: "default", a hub id, a GGUF file, or a folder that holds a stock base, a view (its base is loaded
     too), a merged checkpoint, or one of the released Orthrus-Qwen3 layout. view: "default" is the
     checkpoint's own, else the one shipped for the base, else a fresh one with a warning; "fresh" an
     AR-initialised one.
     """
+    if draft_dtype not in (None, INT8):
+        raise UserInputError(f"draft_dtype must be 'int8' or left out, not {draft_dtype!r}.")
+    if INT8 in (dtype, draft_dtype):
+        check_int8(torch.device(pick_device(device)))
+    base, dual = _load(
+        model,
+        view,
+        revision=revision,
+        on_progress=on_progress,
+        dtype="float32" if dtype == INT8 else dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+    )
+    if INT8 in (dtype, draft_dtype) and on_progress is not None:
+        on_progress("quantising to int8", 0, None)
+    if dtype == INT8:
+        quantise(dual)
+    elif draft_dtype == INT8:
+        quantise_drafts(dual)
+    return base, dual
+
+
+def _load(
+    model: str, view: str, *, revision: str | None, on_progress: Progress | None, **options: Any
+) -> tuple[Base, DualView]:
     source = _fetched(model, revision, on_progress)
     folder = source.path if source.kind in ("hub", "folder") else None
     kind = "base" if folder is None else folder_kind(folder)
@@ -54,10 +87,8 @@ def load_dual(
     base = load_base(
         source,
         config=_nested_config(folder) if folder is not None and kind == "merged" else None,
-        dtype=dtype,
-        device=device,
-        attn_implementation=attn_implementation,
         on_progress=on_progress,
+        **options,
     )
     if view == FRESH_VIEW:
         return base, fresh_view(base)

@@ -55,7 +55,10 @@ def pair_changes(dual: "DualView", hidden_DC: Tensor, parent_ids_DP: Tensor, chi
     Only the children's rows of the head are read, so a block costs D x P hidden states and no vocabulary;
     unless the head is quantised and has no rows to read.
     """
-    weight_VC: Tensor | None = getattr(dual.base.get_output_embeddings(), "weight", None)
+    # A tied head's rows are the embeddings, whatever has been put in its own place.
+    tied = getattr(dual.base.config, "tie_word_embeddings", False)
+    source = dual.base.get_input_embeddings() if tied else dual.base.get_output_embeddings()
+    weight_VC: Tensor | None = getattr(source, "weight", None)
     if type(weight_VC) is not nn.Parameter or not weight_VC.is_floating_point():
         moved_DPC = repaired(dual, hidden_DC[:, None], parent_ids_DP)
         changes_DPV = dual.head(moved_DPC).float() - dual.head(hidden_DC).float()[:, None]

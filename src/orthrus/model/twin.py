@@ -58,7 +58,7 @@ class Twin(nn.Module):
     def _num_rows(self, x: Tensor) -> tuple[int, int]:
         """How many rows of an input are AR rows, and how many diffusion rows."""
         num_rows = x.shape[self.row_dim]
-        num_ar = num_rows if self.split.num_ar_rows is None else min(self.split.num_ar_rows, num_rows)
+        num_ar = num_rows if self.split.num_ar_rows is None else self.split.num_ar_rows
         return num_ar, num_rows - num_ar
 
 

@@ -1,0 +1,164 @@
+"""The compiled runner: decoder layers as code made for this CPU, over packed weights, kept on disk.
+
+The stock forward stays in charge; only the call of each decoder layer is answered by compiled code. All
+layers of a kind share it, so compiling takes seconds, and sizes are dynamic, so it happens once.
+"""
+
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orthrus.base.families import decoder_layers
+from orthrus.base.storage import Progress, cache_dir
+from orthrus.engine.layer_code import LayerCode, kind, layer_code, mark_sizes, named_tensors, packed
+from orthrus.errors import OrthrusWarning, UserInputError
+from orthrus.model.cpu_linears import PackedLinear, packable
+from orthrus.model.dual_view import DualView
+from orthrus.model.passes import Pass, fused, verify_chain
+from orthrus.model.slot_cache import SlotCache
+
+RUNNERS = ("auto", "eager", "compiled")
+_CODE_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+# Checks that packed weights cannot pass; and code that does not depend on the number of threads.
+_OPTIONS = {"size_asserts": False, "alignment_asserts": False, "cpp.dynamic_threads": True}
+_unique = count()
+
+
+def use_runner(dual: DualView, runner: str, on_progress: Progress | None = None) -> None:
+    """Let passes run through the runner of that name from now on.
+
+    "auto": compiled on a CPU that has a C++ compiler beside it, else eager. "compiled" packs the weights,
+    which takes as much memory again, and compiles (seconds the first time, kept in the cache folder).
+    Raises UserInputError for an unknown runner, or "compiled" where that cannot run.
+    """
+    if runner not in RUNNERS:
+        raise UserInputError(f"runner must be one of {', '.join(RUNNERS)}, not {runner!r}.")
+    problem = None if runner == "eager" else _problem(dual)
+    if runner == "eager" or (runner == "auto" and problem is not None):
+        return
+    if problem is not None:
+        raise UserInputError(f"the compiled runner {problem}; use runner='eager'.")
+    compiled = CompiledRunner(dual)
+    dual.accelerate("compiled", compiled, compiled.head)
+    try:
+        with _kept_in(cache_dir() / "compiled"):
+            _prepare(dual, on_progress)
+    except Exception as error:
+        dual.accelerate("eager", None, None)
+        if runner == "compiled":
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"compiling failed ({reason[:160]}): running eagerly.", OrthrusWarning, stacklevel=2)
+
+
+@torch.inference_mode()
+def _prepare(dual: DualView, on_progress: Progress | None) -> None:
+    """Compile, or load from the cache folder, all code that passes will need."""
+    # Sizes that are all different: the compiler takes equal ones for the same.
+    history, cache = 9, dual.new_cache(64)
+    cache.lengths = [history]
+    ids_15 = torch.arange(5)[None] % dual.base.config.vocab_size
+    size = dual.config.block_size
+    passes = [
+        verify_chain(ids_15, [history]),
+        fused(ids_15, [0, 1, 0, 3], [history], [2], size, dual.mask_token_id),
+    ]
+    for done, p in enumerate(passes):
+        if on_progress is not None:
+            on_progress("preparing compiled code (the first time: under a minute)", done, len(passes))
+        dual.hidden(p, cache)
+
+
+class CompiledRunner:
+    """Stands in for the decoder layers of a model during a pass; see `DualView.accelerate`.
+
+    Passes of one sequence only; others run through the stock layers. The weights are packed when it is made:
+    what changes them later is not seen.
+    """
+
+    def __init__(self, dual: DualView) -> None:
+        self._dual = dual
+        self._layers = list(decoder_layers(dual.base))
+        self._code: dict[tuple[int, str], LayerCode] = {}
+        fast = [packed(layer) for layer in self._layers]
+        self._tensors = [list(named_tensors(layer).values()) for layer in fast]
+        kinds: dict[Any, int] = {}
+        self._kinds = [kinds.setdefault(kind(layer), i) for i, layer in enumerate(fast)]
+        self._templates = {first: fast[first] for first in kinds.values()}
+        head = dual.base.get_output_embeddings()
+        self.head: nn.Module | None = PackedLinear(head) if packable(head) else None
+        # Built once, since setting up thirty closures a pass would show.
+        self._forwards = [self._forward(i) for i in range(len(self._layers))]
+        self._pass: Pass | None = None
+        self._cache: SlotCache | None = None
+        self._marker: Tensor | None = None
+
+    @contextmanager
+    def __call__(self, p: Pass, cache: SlotCache) -> Iterator[None]:
+        """Answer the calls of the decoder layers for this pass."""
+        # Compiled sizes are at least two, but for the number of rows.
+        if p.token_ids_BT.shape[0] != 1 or p.num_slots < 2:
+            yield
+            return
+        mixed = p.num_ar_rows < p.num_rows
+        self._pass, self._cache = p, cache
+        self._marker = torch.empty(p.num_ar_rows + 1, 0) if mixed else None
+        for layer, forward in zip(self._layers, self._forwards, strict=True):
+            layer.__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                del layer.__dict__["forward"]
+
+    def _forward(self, index: int) -> Callable[..., Tensor]:
+        tensors, first = self._tensors[index], self._kinds[index]
+
+        def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            assert self._pass is not None and self._cache is not None
+            # Only what is computed with; the cache is handed over layer by layer.
+            given = {k: v for k, v in kwargs.items() if isinstance(v, Tensor | tuple)}
+            keys, values = self._cache.keys[index], self._cache.values[index]
+            arguments = (hidden_states, given, self._pass.slots_BT[0], keys, values, self._marker)
+            key = first, "ar" if self._marker is None else "mixed"
+            if key not in self._code:
+                name = f"layer_{next(_unique)}_{key[1]}"
+                self._code[key] = layer_code(self._templates[first], name, **_OPTIONS)
+                mark_sizes(*arguments)
+            return self._code[key](tensors, *arguments)
+
+        return forward
+
+
+def _problem(dual: DualView) -> str | None:
+    """Why compiled code cannot run here; None where it can."""
+    if dual.device.type != "cpu":
+        return f"is made for CPUs, and the model is on {dual.device.type}"
+    if not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c):
+        return "needs a C++ compiler, and none is on the PATH: install g++ or clang++"
+    if sys.platform == "win32":
+        return "does not run on Windows"
+    return None
+
+
+@contextmanager
+def _kept_in(folder: Path) -> Iterator[None]:
+    """Let PyTorch keep what it compiles in this folder: its own choice does not outlive a restart."""
+    before = os.environ.get(_CODE_FOLDER)
+    os.environ[_CODE_FOLDER] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_CODE_FOLDER]
+        else:
+            os.environ[_CODE_FOLDER] = before

@@ -1,0 +1,181 @@
+"""One decoder layer as a function of its tensors, so that compiled code serves all layers of its kind."""
+
+import copy
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from orthrus.model.cpu_linears import PackedLinear, packable
+from orthrus.model.twin import RowSplit, Twin
+
+LayerCode = Callable[..., Tensor]
+"""(tensors, hidden_1TC, kwargs of the stock layer, slots_T, keys, values, marker) -> hidden_1TC. The marker
+(num_ar_rows + 1, 0) carries a number that compiled code takes as a size; None where all rows are AR."""
+
+_GROUPED = "orthrus_grouped"
+
+
+def _grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The stock sdpa attention, but heads that share keys are folded into rows, so that no key is copied.
+
+    Transformers' interface; shapes (B, H, T, D), keys and values (B, H_kv, S, D), mask (B, 1, T, S).
+    """
+    batch_size, num_heads, num_rows, size = query.shape
+    num_kv = key.shape[1]
+    group = num_heads // num_kv
+    rows = query.reshape(batch_size, num_kv, group * num_rows, size)
+    mask = attention_mask.expand(batch_size, group, num_rows, -1).reshape(batch_size, 1, group * num_rows, -1)
+    out = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(batch_size, num_heads, num_rows, size).transpose(1, 2), None
+
+
+AttentionInterface.register(_GROUPED, _grouped_attention)
+
+
+def packed(layer: nn.Module) -> nn.Module:
+    """The layer with its plain linears packed; all other tensors are shared with the original."""
+    shared = {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}
+    twin: nn.Module = copy.deepcopy(layer, shared)
+    for parent in twin.modules():
+        for name, child in parent.named_children():
+            if packable(child):
+                setattr(parent, name, PackedLinear(child))  # type: ignore[arg-type]
+    return twin
+
+
+def named_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by their paths; one that two modules share comes twice."""
+    found = dict(layer.named_parameters(remove_duplicate=False))
+    return found | dict(layer.named_buffers(remove_duplicate=False))
+
+
+def kind(layer: nn.Module) -> tuple[Any, ...]:
+    """Layers of equal kind differ in the values of their tensors only."""
+    modules = tuple((name, type(module)) for name, module in layer.named_modules())
+    shapes = tuple((name, t.shape, t.dtype) for name, t in named_tensors(layer).items())
+    attention = getattr(layer, "self_attn", None)
+    own = tuple(getattr(attention, name, None) for name in ("sliding_window", "layer_type", "is_sliding"))
+    return modules, shapes, own, getattr(layer, "attention_type", None)
+
+
+def layer_code(layer: nn.Module, name: str, **options: Any) -> LayerCode:
+    """Compile what a layer of this kind computes, over a preallocated cache; `name` is to be unique.
+
+    Rows, AR rows, slots read and slots stored are dynamic. There are no guards: the caller vouches that layer
+    kind, dtype and batch size 1 stay, so nothing is ever compiled anew. options: of torch.compile's inductor.
+    """
+    template, split = _template(layer)
+    names = list(named_tensors(template))
+
+    def run(
+        tensors: Sequence[Tensor],
+        hidden_1TC: Tensor,
+        kwargs: dict[str, Any],
+        slots_T: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        marker: Tensor | None,
+    ) -> Tensor:
+        num_rows = hidden_1TC.shape[1]
+        torch._check(keys.shape[2] == values.shape[2])
+        split.num_ar_rows = num_rows
+        if marker is not None:
+            split.num_ar_rows = marker.shape[0] - 1
+            torch._check(marker.shape[0] - 1 < num_rows)
+        store = _Store(keys, values, slots_T, kwargs["attention_mask"].shape[-1])
+        out: Tensor = torch.func.functional_call(
+            template,
+            dict(zip(names, tensors, strict=True)),
+            (hidden_1TC,),
+            {**kwargs, "past_key_values": store, "use_cache": True},
+        )
+        return out
+
+    # Compiled code is kept by code object: without one of its own, another layer's code would be taken.
+    code = run.__code__.replace(co_name=name)
+    own = types.FunctionType(code, run.__globals__, name, None, run.__closure__)
+    compiled: LayerCode = torch.compile(
+        own, fullgraph=True, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, **options}
+    )
+    return compiled
+
+
+def mark_sizes(
+    hidden_1TC: Tensor,
+    kwargs: dict[str, Any],
+    slots_T: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    marker: Tensor | None,
+) -> None:
+    """Tell the compiler which sizes of these arguments change from pass to pass."""
+    mark = torch._dynamo.maybe_mark_dynamic
+    num_rows = hidden_1TC.shape[1]
+    for tensor in (hidden_1TC, slots_T, *_tensors(kwargs.values())):
+        for dim, size in enumerate(tensor.shape):
+            if size == num_rows:
+                mark(tensor, dim)
+    mark(kwargs["attention_mask"], 3)
+    mark(keys, 2)
+    mark(values, 2)
+    if marker is not None:
+        mark(marker, 0)
+
+
+class _Store:
+    """The slot cache of one layer, as the stock attention talks to it."""
+
+    def __init__(self, keys: Tensor, values: Tensor, slots_T: Tensor, num_read: int) -> None:
+        self.keys, self.values, self.slots_T, self.num_read = keys, values, slots_T, num_read
+
+    def update(
+        self, keys_1HTD: Tensor, values_1HTD: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self.slots_T, keys_1HTD)
+        self.values.index_copy_(2, self.slots_T, values_1HTD)
+        return self.keys[:, :, : self.num_read], self.values[:, :, : self.num_read]
+
+
+def _template(layer: nn.Module) -> tuple[nn.Module, RowSplit]:
+    """The layer without its values, and the split that its twins share.
+
+    A template that held a layer's own tensors would be taken for that layer by the compiler.
+    """
+    hollow = {
+        id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for tensor in (*layer.parameters(), *layer.buffers())
+    }
+    for parameter in layer.parameters():
+        hollow[id(parameter)] = nn.Parameter(hollow[id(parameter)], requires_grad=False)
+    template: nn.Module = copy.deepcopy(layer, hollow)
+    splits = [module.split for module in template.modules() if isinstance(module, Twin)]
+    split = splits[0] if splits else RowSplit()
+    for module in template.modules():
+        config = getattr(module, "config", None)
+        if config is not None and config._attn_implementation == "sdpa":
+            config._attn_implementation = _GROUPED
+    return template, split
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple):
+            found += _tensors(value)
+    return found
