@@ -143,7 +143,7 @@ def tiny_dual(
 ) -> DualView:
     """A tiny model with a view; `disturb` adds noise to the twins (0 leaves them equal to the AR ones).
 
-    variant: layers, twins or rank, as in ViewConfig.
+    variant: layers, twins, rank or repair_rank, as in ViewConfig.
     """
     model = tiny_model(name, seed)
     config = ViewConfig(block_size=block_size, mask_token_id=mask_token_id, **variant)
@@ -156,8 +156,8 @@ def disturb_view(dual: DualView, amount: float, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in dual.view_parameters().items():
-            # The half of a low-rank part that starts at zero has no scale of its own.
-            scale = 0.5 if name.endswith(".up.weight") else parameter.std()
+            # What starts at zero has no scale of its own.
+            scale = 0.5 if name.endswith((".up.weight", "repair.out.weight")) else parameter.std()
             parameter.add_(torch.randn(parameter.shape, generator=generator) * amount * scale)
 
 

@@ -22,6 +22,7 @@ from orthrus.training.trainer import Hooks
 # Three rows for two processes: the second one has nothing left to do in the last pass.
 CASE = replace(CONFIG, batch_rows=3, steps=6, evaluate_every=4, log_every=1)
 HALF = replace(CASE, dtype="bfloat16", steps=2)
+HEAD = replace(CASE, train="repair", init_view="elsewhere", steps=4)
 BASE: Any = SimpleNamespace(eos_token_ids=frozenset(), context_length=256)
 PROMPTS = [tiny_prompt(5, seed) for seed in range(3)]
 
@@ -35,6 +36,8 @@ def train_and_score(
         # Without a mask embedding nothing that enters the first layer has a gradient.
         dual = tiny_dual("llama-tied", block_size=5)
         dual.base.bfloat16()
+    if config.train == "repair":
+        dual.add_repair(4)
     process = this_process()
     assert process.num_processes == (1 if alone else 2)
     scorer = Scorer(BASE, PROMPTS, Path(folder) / name, {}, process)
@@ -77,6 +80,7 @@ def in_two(folder: str) -> None:
     train_and_score(folder, "begun-two", replace(CASE, sharding="fsdp2"), stop_after=3)
     train_and_score(folder, "begun-one", replace(CASE, sharding="fsdp2"))
     diverge(folder)
+    train_and_score(folder, "head-two", replace(HEAD, sharding="fsdp2"))
     train_and_score(folder, "half-two", replace(HALF, sharding="fsdp2"))
 
 
@@ -88,6 +92,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_together(in_two, 2, folder / "store", str(folder))
     train_and_score(str(folder), "begun-two", CASE, alone=True)
     train_and_score(str(folder), "half-one", HALF, alone=True)
+    train_and_score(str(folder), "head-one", HEAD, alone=True)
     return folder
 
 
@@ -107,6 +112,14 @@ def test_the_saved_state_is_that_of_one_process(runs: Path, name: str) -> None:
     torch.testing.assert_close(other["optimizer"], one["optimizer"], atol=1e-6, rtol=1e-6)
     for view in (BEST, LAST):
         assert (runs / name / view / "view.safetensors").is_file()
+
+
+def test_a_repair_head_alone_trains_in_shards_too(runs: Path) -> None:
+    one, two = (state(runs / name) for name in ("head-one", "head-two"))
+    assert one["view"]["repair.out.weight"].any()
+    assert len(one["optimizer"]["state"]) == 4
+    torch.testing.assert_close(two["view"], one["view"], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(two["optimizer"], one["optimizer"], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["two-ddp", "two-fsdp2"])

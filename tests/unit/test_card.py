@@ -45,6 +45,18 @@ def card(
     return view_card(dual, encoding, folder)
 
 
+def test_a_repair_head_trained_later_leaves_the_twins_their_own_story() -> None:
+    recipe = to_plain(TrainConfig(train="repair", init_view="elsewhere", seed=77))
+    text = card(provenance={"recipe": recipe, "twins": PROVENANCE, "step": 160})
+    first, _, second = text.partition("## Training of the twins")
+    assert "| what was trained | repair |" in first
+    assert "| seed | 77 |" in first
+    assert "| dialogues | 1,234 |" in second
+    assert "| steps done | 2,400 |" in second
+    assert "what was trained" not in second
+    assert "## Training of the twins" not in card()
+
+
 def test_the_header_is_what_the_hub_reads() -> None:
     data = ModelCard(card()).data.to_dict()
     assert data["license"] == "apache-2.0"
@@ -146,8 +158,8 @@ def test_free_form_provenance_breaks_nothing(provenance: dict[str, Any]) -> None
 
 def test_figures_come_from_a_list_or_from_a_benchmark_result(tmp_path: Path) -> None:
     rows = read_figures(RESULTS)
-    assert [row["set"] for row in rows] == ["gsm8k"]
-    assert "| gsm8k | chain | 24 | 3,072 | 3.92 |" in figures_table(rows)
+    assert [(row["set"], row["strategy"]) for row in rows] == [("gsm8k", "chain"), ("gsm8k", "tree")]
+    assert "| gsm8k | chain | 24 | 3,072 | 4.20 |" in figures_table(rows)
     file = tmp_path / "figures.json"
     file.write_text(json.dumps(PROVENANCE["figures"]))
     assert read_figures(file) == PROVENANCE["figures"]

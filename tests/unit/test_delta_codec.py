@@ -63,6 +63,18 @@ def test_a_better_scale_than_the_largest_value_gives_is_found() -> None:
     assert error < 0.9 * (delta - (delta / plain).round() * plain).square().sum()
 
 
+@pytest.mark.parametrize(("scale", "code", "odd"), [(0.003082275390625, 5, -6), (0.003082275390625, 7, -6)])
+def test_a_group_that_was_packed_finds_its_codes_again(scale: float, code: int, odd: int) -> None:
+    """Codes close to one size, where a coarser scale fits nearly as well and is tried first."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2, (1, GROUP), generator=generator) * (2 * code) - code
+    codes[0, -1] = odd
+    base = torch.randn(1, GROUP, generator=generator)
+    found, scales = quantise((base + codes * scale) - base)
+    assert torch.equal(found.int(), codes.int())
+    assert scales.item() == scale
+
+
 def packed(folder: Path, name: str = "llama") -> tuple[Path, dict[str, torch.Tensor]]:
     """A packed view of a tiny model, and its exact weights."""
     dual = tiny_dual(name, disturb=0.1, mask_token_id=None)

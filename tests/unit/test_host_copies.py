@@ -53,10 +53,15 @@ def host_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         copies += ["hidden"] * mode.count
 
 
+@pytest.mark.parametrize("repair_rank", [None, 4], ids=["no head", "repair head"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @EVERY_WAY
 def test_a_pass_copies_to_the_host_what_was_chosen_and_what_was_proposed(
-    strategy: Strategy, floor: bool, temperature: float, monkeypatch: pytest.MonkeyPatch
+    strategy: Strategy,
+    floor: bool,
+    temperature: float,
+    repair_rank: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[str] = []
     for name in ("choose", "propose"):
@@ -70,7 +75,7 @@ def test_a_pass_copies_to_the_host_what_was_chosen_and_what_was_proposed(
     sampling = SamplingParams(temperature=temperature, top_p=0.9, top_k=40, min_p=0.01, seed=0)
     config = DecodeConfig(max_new_tokens=24, strategy=strategy, floor=floor, sampling=sampling)
     running = TokenStream(
-        tiny_dual("llama", disturb=0.1),
+        tiny_dual("llama", disturb=0.1, repair_rank=repair_rank),
         tiny_prompt(9),
         config,
         eos_token_ids=frozenset(),

@@ -1,5 +1,6 @@
 """Draft trees against brute force: all prefixes, listed and sorted."""
 
+from dataclasses import replace
 from itertools import pairwise, product
 from math import exp, inf, log, prod
 from typing import Any
@@ -12,7 +13,6 @@ from orthrus.decoding.tree import (
     EMPTY_TREE,
     Candidates,
     DraftTree,
-    PairScores,
     accepted_rows,
     best_first_tree,
     chain_tree,
@@ -33,22 +33,26 @@ def candidates(draw: Any, max_depth: int = 4, max_width: int = 4) -> Candidates:
 
 
 @st.composite
-def candidates_and_pairs(draw: Any) -> tuple[Candidates, PairScores]:
+def candidates_with_pairs(draw: Any) -> Candidates:
     """Tables in no order: the best child differs from parent to parent."""
     c = draw(candidates())
     width = len(c.token_ids_DC[0]) if c else 0
-    table = {key: draw(LOG_PROBS) for key in product(range(1, len(c)), range(width), range(width))}
-    return c, lambda d, parent, child: table[d, parent, child]
+    row = st.lists(LOG_PROBS, min_size=width, max_size=width)
+    table = st.lists(row, min_size=width, max_size=width)
+    return replace(c, pairs_DPC=[[], *(draw(table) for _ in range(1, len(c)))])
 
 
-def brute_force(c: Candidates, budget: int, pair_scores: PairScores | None = None) -> list[Any]:
+EITHER = st.one_of(candidates(), candidates_with_pairs())
+
+
+def brute_force(c: Candidates, budget: int) -> list[Any]:
     """The best prefixes as (token path, log prob): every rank tuple, sorted by the documented order."""
     width = len(c.token_ids_DC[0]) if c else 0
 
     def step(ranks: tuple[int, ...]) -> float:
         d = len(ranks) - 1
-        if d and pair_scores:
-            return pair_scores(d, ranks[-2], ranks[-1])
+        if d and c.pairs_DPC is not None:
+            return c.pairs_DPC[d][ranks[-2]][ranks[-1]]
         return c.log_probs_DC[d][ranks[-1]]
 
     def score(ranks: tuple[int, ...]) -> float:
@@ -79,7 +83,7 @@ def is_a_tree(tree: DraftTree) -> None:
 
 
 @many
-@given(c=candidates(), budget=st.integers(-1, 400))
+@given(c=EITHER, budget=st.integers(-1, 400))
 def test_the_best_tree_is_the_most_probable_prefixes(c: Candidates, budget: int) -> None:
     """Also where the budget is larger than the number of prefixes, and where many scores are equal."""
     tree = best_first_tree(c, budget)
@@ -88,21 +92,11 @@ def test_the_best_tree_is_the_most_probable_prefixes(c: Candidates, budget: int)
 
 
 @many
-@given(c_and_pairs=candidates_and_pairs(), budget=st.integers(0, 400))
-def test_pair_scores_rank_the_children_of_each_parent(c_and_pairs: Any, budget: int) -> None:
-    c, pair_scores = c_and_pairs
-    tree = best_first_tree(c, budget, pair_scores)
-    is_a_tree(tree)
-    expected = brute_force(c, budget, pair_scores)
-    assert list(zip(token_paths(tree), tree.log_probs, strict=True)) == expected
-
-
-@many
 @given(c=candidates(), budget=st.integers(0, 30))
-def test_pair_scores_that_ignore_the_parent_change_nothing(c: Candidates, budget: int) -> None:
-    assert best_first_tree(c, budget, lambda d, _, child: c.log_probs_DC[d][child]) == best_first_tree(
-        c, budget
-    )
+def test_pairs_that_ignore_the_parent_change_nothing(c: Candidates, budget: int) -> None:
+    blind = replace(c, pairs_DPC=[[row] * len(row) for row in c.log_probs_DC])
+    assert best_first_tree(blind, budget) == best_first_tree(c, budget)
+    assert chain_tree(blind, budget) == chain_tree(c, budget)
 
 
 @many
@@ -130,26 +124,12 @@ def test_no_other_tree_of_the_size_has_a_larger_sum_of_probabilities(
     assert sum(map(exp, best_first_tree(c, budget).log_probs)) >= other - 1e-9
 
 
-def test_pair_scores_are_asked_only_about_parents_that_the_tree_reached() -> None:
-    c = Candidates([[d * 10 + r for r in range(4)] for d in range(5)], [[log(0.6), -2.0, -3.0, -9.0]] * 5)
-    asked: set[tuple[int, int]] = set()
-
-    def pair_scores(d: int, parent: int, child: int) -> float:
-        asked.add((d, parent))
-        return c.log_probs_DC[d][child]
-
-    tree = best_first_tree(c, 4, pair_scores)
-    reached = {(depth, path[-1] % 10) for path in token_paths(tree) if (depth := len(path)) < len(c)}
-    assert asked <= reached
-
-
 def test_candidates_of_probability_zero_take_no_row() -> None:
     c = Candidates([[1, 2, 3], [4, 5, 6]], [[0.0, -inf, -inf], [-0.7, -0.7, -inf]])
     assert token_paths(best_first_tree(c, 10)) == [(1,), (1, 4), (1, 5)]
-    nothing_after_2 = best_first_tree(
-        Candidates([[1, 2], [3, 4]], [[-0.7, -0.7]] * 2), 10, lambda d, parent, child: (-0.1, -inf)[parent]
-    )
-    assert set(token_paths(nothing_after_2)) == {(1,), (2,), (1, 3), (1, 4)}
+    pairs = [[], [[-0.1, -0.1], [-inf, -inf]]]
+    nothing_after_2 = Candidates([[1, 2], [3, 4]], [[-0.7, -0.7]] * 2, pairs)
+    assert set(token_paths(best_first_tree(nothing_after_2, 10))) == {(1,), (2,), (1, 3), (1, 4)}
 
 
 @given(c=candidates(), num_nodes=st.integers(-1, 6))
@@ -163,12 +143,36 @@ def test_a_chain_is_the_first_candidates_in_a_row(c: Candidates, num_nodes: int)
     assert tree.log_probs == [sum(row[0] for row in c.log_probs_DC[: i + 1]) for i in range(kept)]
 
 
-def test_a_draft_splits_into_its_first_positions_and_those_after() -> None:
-    c = Candidates([[1, 2], [3, 4]], [[-1.0, -2.0], [-0.5, -3.0]])
+def test_what_is_left_of_a_draft_is_what_follows_the_tokens_that_it_foresaw() -> None:
+    c = Candidates([[1, 2], [3, 4], [5, 6]], [[-1.0, -2.0], [-0.5, -3.0], [-1.0, -1.5]])
     assert c.first(1) == Candidates([[1, 2]], [[-1.0, -2.0]])
-    assert c.after(1) == Candidates([[3, 4]], [[-0.5, -3.0]])
-    assert c.first(2) == c.first(9) == c.after(0) == c
-    assert [len(part) for part in (c, c.first(0), c.after(2), c.after(9))] == [2, 0, 0, 0]
+    assert c.after([1]) == Candidates([[3, 4], [5, 6]], [[-0.5, -3.0], [-1.0, -1.5]])
+    assert c.first(3) == c.first(9) == c.after([]) == c
+    assert [c.after(ids) for ids in ([2], [1, 4], [1, 3, 5], [1, 3, 5, 7])] == [None] * 4
+    # With pairs the walk is 1, 4, 6: after 4 the guess of the last row is another than after 3.
+    pairs = [[], [[-3.0, -0.1], [-0.1, -3.0]], [[-0.2, -2.0], [-2.5, -0.3]]]
+    c = replace(c, pairs_DPC=pairs)
+    assert chain_tree(c, 3).token_ids == [1, 4, 6]
+    assert c.after([1, 3]) is None
+    left = c.after([1, 4])
+    assert left == Candidates([[5, 6]], [[-2.5, -0.3]], [pairs[2]])
+    assert chain_tree(left, 3).token_ids == [6]
+    assert best_first_tree(left, 3).token_ids == [6, 5]
+    assert c.first(2).pairs_DPC == pairs[:2]
+
+
+@many
+@given(c=candidates_with_pairs(), num_nodes=st.integers(0, 6))
+def test_a_chain_with_pairs_goes_from_best_child_to_best_child(c: Candidates, num_nodes: int) -> None:
+    rank, total, expected = 0, 0.0, []
+    for d in range(min(num_nodes, len(c))):
+        row = c.log_probs_DC[0] if d == 0 else c.pairs_DPC[d][rank]  # type: ignore[index]
+        rank = row.index(max(row))
+        total += row[rank]
+        expected.append((c.token_ids_DC[d][rank], total))
+    tree = chain_tree(c, num_nodes)
+    is_a_tree(tree)
+    assert list(zip(tree.token_ids, tree.log_probs, strict=True)) == expected
 
 
 @many

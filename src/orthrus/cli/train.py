@@ -99,7 +99,7 @@ class _Run:
         )
         self.stopped, self.num_steps = False, 0
         self.last_log: TrainLog | None = None
-        self.origin = _origin(config, corpora, digest, str(process.device))
+        self.origin = _origin(config, corpora, digest, str(process.device)) | self.dual.config.provenance
         self.scorer: Scorer | None = None
         prompts = held_out_prompts(base, config.evaluate_prompts, config.block_size)
         if prompts:

@@ -4,37 +4,66 @@ Row 0 of a tree is the anchor, its root; node i is row i + 1. Parents are row nu
 tree is three flat lists. A chain is a tree without branches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import accumulate, islice
 from math import exp, inf
 
-PairScores = Callable[[int, int, int], float]
-"""(d, parent_rank, child_rank) -> log prob of candidate `child_rank` of position d, given that candidate
-`parent_rank` of position d - 1 stands. d counts the rows of `Candidates`, from 1 on: before 0 is the root."""
-
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What a block proposes: D positions after the root, C candidates each, best first.
+    """What a block proposes: D positions after the root, C candidates each.
 
     log_probs_DC are normalised over the whole vocabulary, so a position's probabilities add up to at most 1.
+    pairs_DPC, where a repair head has looked at neighbours: pairs_DPC[d][p][c] is the log prob of candidate c
+    of position d, given that candidate p of position d - 1 stands; entry 0 is never read, since what comes
+    before position 0 is known. It takes the place of log_probs_DC from position 1 on.
     """
 
     token_ids_DC: list[list[int]]
     log_probs_DC: list[list[float]]
+    pairs_DPC: list[list[list[float]]] | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids_DC)
 
+    def log_probs(self, position: int, parent_rank: int) -> list[float]:
+        """Log prob of each candidate of a position, given which candidate of the one before it stands."""
+        if position == 0 or self.pairs_DPC is None:
+            return self.log_probs_DC[position]
+        return self.pairs_DPC[position][parent_rank]
+
+    def walk(self) -> list[tuple[int, float]]:
+        """(rank, log prob) of the best guess of each position, given the guess before it."""
+        steps, rank = [], 0
+        for position in range(len(self)):
+            row = self.log_probs(position, rank)
+            rank = max(range(len(row)), key=row.__getitem__)
+            steps.append((rank, row[rank]))
+        return steps
+
     def first(self, num_positions: int) -> "Candidates":
         """No more than the first positions."""
-        return Candidates(self.token_ids_DC[:num_positions], self.log_probs_DC[:num_positions])
+        pairs_DPC = None if self.pairs_DPC is None else self.pairs_DPC[:num_positions]
+        return Candidates(self.token_ids_DC[:num_positions], self.log_probs_DC[:num_positions], pairs_DPC)
 
-    def after(self, num_positions: int) -> "Candidates":
-        """The same without the first positions, which have been decided meanwhile."""
-        return Candidates(self.token_ids_DC[num_positions:], self.log_probs_DC[num_positions:])
+    def after(self, token_ids: Sequence[int]) -> "Candidates | None":
+        """What is left once these tokens are decided; None unless the walk foresaw them all and goes on.
+
+        The first row that is left becomes conditional on the last of them.
+        """
+        num_positions, steps = len(token_ids), self.walk()
+        ranks = [rank for rank, _ in steps[:num_positions]]
+        foreseen = [row[rank] for row, rank in zip(self.token_ids_DC, ranks, strict=False)]
+        if len(self) <= num_positions or foreseen != list(token_ids):
+            return None
+        first_C = self.log_probs(num_positions, ranks[-1] if ranks else 0)
+        return Candidates(
+            self.token_ids_DC[num_positions:],
+            [first_C, *self.log_probs_DC[num_positions + 1 :]],
+            None if self.pairs_DPC is None else self.pairs_DPC[num_positions:],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,35 +124,29 @@ EMPTY_TREE = DraftTree([], [], [])
 
 
 def chain_tree(candidates: Candidates, num_nodes: int) -> DraftTree:
-    """The first `num_nodes` best guesses in a row, fewer where the block proposes fewer."""
-    num_nodes = max(0, min(num_nodes, len(candidates)))
-    token_ids = [ids[0] for ids in candidates.token_ids_DC[:num_nodes]]
-    log_probs = accumulate(log_probs[0] for log_probs in candidates.log_probs_DC[:num_nodes])
-    return DraftTree(token_ids, list(range(num_nodes)), list(log_probs))
+    """The walk's first `num_nodes` guesses in a row, fewer where the block proposes fewer."""
+    steps = candidates.walk()[: max(0, num_nodes)]
+    token_ids = [ids[rank] for ids, (rank, _) in zip(candidates.token_ids_DC, steps, strict=False)]
+    log_probs = accumulate(log_prob for _, log_prob in steps)
+    return DraftTree(token_ids, list(range(len(steps))), list(log_probs))
 
 
-def best_first_tree(candidates: Candidates, budget: int, pair_scores: PairScores | None = None) -> DraftTree:
+def best_first_tree(candidates: Candidates, budget: int) -> DraftTree:
     """The `budget` most probable prefixes, most probable first; fewer where there are no more.
 
-    A prefix counts as the product of its candidates' probabilities, so the sum over nodes is the number of
-    drafts that one may expect to stand, and no other tree of this size has a larger one. With `pair_scores` a
-    candidate's probability depends on the one before it (see `PairScores`); the root's children have the
-    block's own. Equal scores go to the shallower node, then to the earlier parent, then to the better
+    A prefix counts as the product of its candidates' probabilities, each given the one before it, so the sum
+    over nodes is the number of drafts that one may expect to stand, and no other tree of this size has a
+    larger one. Equal scores go to the shallower node, then to the earlier parent, then to the better
     candidate; candidates of probability 0 are left out. Source: best-first search as in arXiv 2604.12989.
     """
     ranked: dict[tuple[int, int], list[tuple[float, int]]] = {}
 
     def options(depth: int, parent_rank: int) -> list[tuple[float, int]]:
         """(cost, rank) of the candidates after a given one, cheapest first; cost = -log prob."""
-        key = (depth, -1 if pair_scores is None else parent_rank)
+        key = (depth, -1 if candidates.pairs_DPC is None else parent_rank)
         if key not in ranked:
-            costs: list[float]
-            if pair_scores is None or depth == 0:
-                costs = [-log_prob for log_prob in candidates.log_probs_DC[depth]]
-            else:
-                width = len(candidates.token_ids_DC[depth])
-                costs = [-pair_scores(depth, parent_rank, rank) for rank in range(width)]
-            ranked[key] = sorted((cost, rank) for rank, cost in enumerate(costs) if cost < inf)
+            row = candidates.log_probs(depth, parent_rank)
+            ranked[key] = sorted((-log_prob, rank) for rank, log_prob in enumerate(row) if log_prob > -inf)
         return ranked[key]
 
     token_ids: list[int] = []

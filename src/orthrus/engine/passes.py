@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from orthrus.decoding.tree import EMPTY_TREE, Candidates, DraftTree, accepted_rows
+from orthrus.decoding.tree import EMPTY_TREE, DraftTree, accepted_rows
 from orthrus.engine.state import DecodeState
 from orthrus.model.passes import draft_block, fused, prefill, verify_tree
 
@@ -67,12 +67,11 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
     token_ids = [*(tree.token_ids[row - 1] for row in path), own_ids[last]]
     state.cache.compact([length + row for row in (0, *path)])
     state.commit(token_ids)
-    state.drafts = _tail(state.drafts, token_ids)
+    state.drafts = None if state.drafts is None else state.drafts.after(token_ids)
     for index, block in enumerate(blocks):
         if block.row == last:
             first = num_ar + index * size + 1
-            logits_DV = state.dual.head(hidden_TC[first : first + size - 2])
-            state.drafts = state.propose(logits_DV, state.length + 1)
+            state.drafts = state.propose(hidden_TC[first : first + size - 2], state.length + 1)
             break
     return Committed(token_ids, len(path), p.num_rows)
 
@@ -83,13 +82,6 @@ def draft_pass(state: DecodeState) -> int:
     size = min(state.block_size, state.context_length - state.length)
     anchor_11 = torch.tensor([[state.anchor_id]], device=state.dual.device)
     p = draft_block(anchor_11, state.cache.lengths, size, state.dual.mask_token_id, floor=False)
-    state.drafts = state.propose(state.dual.run(p, state.cache)[0], state.length + 1)
+    hidden_TC = state.dual.hidden(p, state.cache)[0]
+    state.drafts = state.propose(hidden_TC[p.logit_rows_R], state.length + 1)
     return p.num_rows
-
-
-def _tail(drafts: Candidates | None, token_ids: list[int]) -> Candidates | None:
-    """What is left of a draft that foresaw all tokens committed since: its further positions."""
-    if drafts is None or len(drafts) <= len(token_ids):
-        return None
-    foreseen = all(row[0] == i for row, i in zip(drafts.token_ids_DC, token_ids, strict=False))
-    return drafts.after(len(token_ids)) if foreseen else None

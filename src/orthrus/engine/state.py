@@ -9,10 +9,12 @@ from torch import Tensor
 
 from orthrus.config import SamplingParams
 from orthrus.decoding.noise import exponential_noise
+from orthrus.decoding.pairs import pair_log_probs
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise, filtered_probs, greedy_tokens
 from orthrus.decoding.tree import Candidates
 from orthrus.model.dual_view import DualView
+from orthrus.model.repair import pair_changes, repaired
 from orthrus.model.slot_cache import SlotCache
 from orthrus.types import CycleKind
 
@@ -55,25 +57,49 @@ class DecodeState:
         probs_RV = filtered_probs(logits_RV, self.sampling)
         return draw_with_noise(probs_RV, self._noise_at(positions, probs_RV.shape[-1])).tolist()
 
-    def propose(self, logits_DV: Tensor, first_position: int) -> Candidates:
+    def propose(self, hidden_DC: Tensor, first_position: int) -> Candidates:
         """The best candidates of each draft row, the first of which decides `first_position`.
+
+        The rows come before the head, and the anchor before the first of them. A repair head lets it know the
+        anchor, and each further candidate the one before it: see `Candidates.pairs_DPC`.
+        """
+        dual = self.dual
+        if dual.repair is not None:
+            anchor_1 = torch.tensor([self.anchor_id], device=hidden_DC.device)
+            hidden_DC = torch.cat([repaired(dual, hidden_DC[:1], anchor_1), hidden_DC[1:]])
+        scores_DV = self._scores(dual.head(hidden_DC, drafts=True), first_position)
+        top = scores_DV.topk(min(self.num_candidates, scores_DV.shape[-1]), dim=-1)
+        all_D1 = scores_DV.logsumexp(-1, keepdim=True)
+        num_rows, width = top.values.shape
+        tables = [top.indices, top.values - all_D1]
+        if dual.repair is not None:
+            changes_DPM = pair_changes(dual, hidden_DC[1:], top.indices[:-1], top.indices[1:])
+            if not self.sampling.greedy:
+                changes_DPM = changes_DPM / self.sampling.temperature
+            tables.append(pair_log_probs(top.values[1:], all_D1[1:], changes_DPM))
+        # Ids are exact in float64, so one copy brings everything to the host.
+        flat = torch.cat([table.double().flatten() for table in tables]).tolist()
+        rows = [flat[i : i + width] for i in range(0, len(flat), width)]
+        pairs = rows[2 * num_rows :]
+        pairs_DPC = [[], *(pairs[i : i + width] for i in range(0, len(pairs), width))]
+        return Candidates(
+            [[int(i) for i in row] for row in rows[:num_rows]],
+            rows[num_rows : 2 * num_rows],
+            None if dual.repair is None else pairs_DPC,
+        )
+
+    def _scores(self, logits_DV: Tensor, first_position: int) -> Tensor:
+        """Unnormalised log probs, scores_DV float32, by which draft rows rank their guesses.
 
         Sampled drafts rank by the same noise that the AR view's own choice will meet: where both laws agree,
         so do the tokens (arXiv 2408.07978).
         """
         logits_DV = self.rules(logits_DV, [()] * len(logits_DV))
         if self.sampling.greedy:
-            scores_DV = logits_DV.float()
-        else:
-            probs_DV = filtered_probs(logits_DV, self.sampling)
-            positions = range(first_position, first_position + len(probs_DV))
-            scores_DV = coupled_log_scores(probs_DV, self._noise_at(positions, probs_DV.shape[-1]))
-        top = scores_DV.topk(min(self.num_candidates, scores_DV.shape[-1]), dim=-1)
-        log_probs_DC = top.values - scores_DV.logsumexp(-1, keepdim=True)
-        # Ids are exact in float64, so one copy brings both to the host.
-        both = torch.cat([top.indices.double(), log_probs_DC.double()], dim=-1).tolist()
-        width = top.indices.shape[-1]
-        return Candidates([[int(i) for i in row[:width]] for row in both], [row[width:] for row in both])
+            return logits_DV.float()
+        probs_DV = filtered_probs(logits_DV, self.sampling)
+        positions = range(first_position, first_position + len(probs_DV))
+        return coupled_log_scores(probs_DV, self._noise_at(positions, probs_DV.shape[-1]))
 
     def commit(self, token_ids: Sequence[int]) -> None:
         """Take note of tokens that are decided; the last one is the new anchor."""

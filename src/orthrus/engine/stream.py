@@ -167,6 +167,8 @@ class TokenStream(Iterator[Cycle]):
             floor=config.floor,
             context_length=self._context_length,
             eos_token_ids=self._rules.eos_token_ids,
+            # A repair head may raise what the block itself ranks low.
+            num_candidates=8 if dual.repair is None else 16,
         )
 
     def _head_room(self) -> int:

@@ -1,6 +1,7 @@
 """The README of a view or merged folder, made from the view's settings and provenance."""
 
 import json
+from dataclasses import replace
 from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
@@ -15,6 +16,7 @@ from orthrus.model.view_config import Encoding, ViewConfig
 Folder = Literal["view", "merged", "released"]
 # What shapes a view, in the order of the card; each is shown where the recipe has it.
 _SETTINGS = {
+    "train": "what was trained",
     "block_size": "block size K",
     "num_clean": "known tokens of a block",
     "first_target": "first target with weight",
@@ -33,7 +35,14 @@ _SETTINGS = {
     "seed": "seed",
 }
 # Values that mean "not used", not worth a line.
-_ORDINARY = {"num_clean": 1, "first_target": 0, "clean_share": 1.0, "reveal": 0.0, "weight_decay": 0.0}
+_ORDINARY = {
+    "train": "view",
+    "num_clean": 1,
+    "first_target": 0,
+    "clean_share": 1.0,
+    "reveal": 0.0,
+    "weight_decay": 0.0,
+}
 
 
 def view_card(dual: DualView, encoding: Encoding = "full", folder: Folder = "view") -> str:
@@ -56,6 +65,7 @@ def view_card(dual: DualView, encoding: Encoding = "full", folder: Folder = "vie
         _use(config, folder),
         _measured(config),
         _training(config),
+        _training(_of_twins(config), "Training of the twins"),
         _limits(config),
         _licence(config, folder),
     ]
@@ -97,6 +107,7 @@ def _at_a_glance(dual: DualView, encoding: Encoding) -> dict[str, str]:
         "mask": "a trained embedding" if config.mask_token_id is None else f"token id {config.mask_token_id}",
         "layers with twins": "all" if config.layers is None else ", ".join(map(str, config.layers)),
         "twins": _twins(dual),
+        "repair head": "none" if config.repair_rank is None else f"of rank {config.repair_rank}",
         "weights stored": _stored(config, encoding),
         "parameters added": f"{added:,} ({100 * added / total:.1f} % of base and view together)",
     }
@@ -157,12 +168,17 @@ def _measured(config: ViewConfig) -> str:
     return "\n\n".join(["## Measured", *parts]) if parts else ""
 
 
-def _training(config: ViewConfig) -> str:
+def _of_twins(config: ViewConfig) -> ViewConfig:
+    """The view as it was before its repair head was trained, with nothing to tell where it has none."""
+    return replace(config, provenance=_mapping(config, "twins"))
+
+
+def _training(config: ViewConfig, title: str = "Training") -> str:
     recipe, corpus = _mapping(config, "recipe"), _mapping(config, "corpus")
     if not config.trained or not (recipe or corpus):
         return ""
     parts = [
-        "## Training",
+        f"## {title}",
         "It learned to foresee what the base writes: the data are the base's own answers.",
     ]
     if corpus:

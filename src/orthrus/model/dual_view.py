@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from orthrus.base.families import Family, sliding_window
 from orthrus.errors import CheckpointError
 from orthrus.model.passes import MASK_EMBEDDING, Pass
+from orthrus.model.repair import RepairHead
 from orthrus.model.slot_cache import SlotCache
 from orthrus.model.twin import inject, stock, twins
 from orthrus.model.view_config import ViewConfig
@@ -48,10 +50,19 @@ class DualView(nn.Module):
         self.mask_embedding: nn.Parameter | None = None
         if config.mask_token_id is None:
             self.mask_embedding = nn.Parameter(_initial_mask_embedding(base))
+        self.repair: RepairHead | None = None
+        if config.repair_rank is not None:
+            self.add_repair(config.repair_rank, seed)
         self.draft_head: nn.Module | None = None
         self._window = sliding_window(base.config)
         self._accelerated: Accelerated | None = None
         self._packed_head: nn.Module | None = None
+
+    def add_repair(self, rank: int, seed: int = 0) -> None:
+        """Give the view a repair head, which changes nothing before it is trained."""
+        size = int(self.base.get_input_embeddings().weight.shape[1])  # type: ignore[index]
+        self.config = replace(self.config, repair_rank=rank)
+        self.repair = RepairHead(size, rank, seed).to(self.device, self.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -154,13 +165,17 @@ class DualView(nn.Module):
             yield self.base
 
     def view_parameters(self) -> dict[str, nn.Parameter]:
-        """What training may change: the diffusion sides of the twins and the mask embedding, by name."""
+        """What training may change: diffusion sides of the twins, mask embedding and repair head, by name."""
         found = {
             f"{path}.diffusion.{name}": parameter
             for path, twin in twins(self.base).items()
             for name, parameter in twin.diffusion.named_parameters()
         }
-        return found | ({} if self.mask_embedding is None else {"mask_embedding": self.mask_embedding})
+        if self.mask_embedding is not None:
+            found["mask_embedding"] = self.mask_embedding
+        if self.repair is not None:
+            found |= {f"repair.{name}": parameter for name, parameter in self.repair.named_parameters()}
+        return found
 
     def num_view_parameters(self) -> int:
         return sum(p.numel() for p in self.view_parameters().values())

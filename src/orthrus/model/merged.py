@@ -139,6 +139,8 @@ def _check_released(dual: DualView) -> None:
         problem = f"it wants twins of {', '.join(dual.family.twin_names)}"
     elif config.rank is not None:
         problem = "it has no place for low-rank twins"
+    elif config.repair_rank is not None:
+        problem = "it has no place for a repair head"
     if problem:
         raise CheckpointError(
             f"the released layout cannot hold this view: {problem}; write a merged folder instead."

@@ -13,6 +13,7 @@ TO_FILE: Mapping[str, str] = {f"{module}.diffusion": f"{module}_diff" for module
 FROM_FILE: Mapping[str, str] = {file: ours for ours, file in TO_FILE.items()}
 
 MASK_EMBEDDING_NAME = "mask_embedding"
+REPAIR_PREFIX = "repair."
 
 
 def to_file(name: str) -> str:
@@ -27,7 +28,7 @@ def from_file(name: str) -> str:
 
 def is_view_tensor(name: str) -> bool:
     """Whether a tensor of a checkpoint file belongs to the view; the rest is the base's."""
-    return name == MASK_EMBEDDING_NAME or from_file(name) != name
+    return name == MASK_EMBEDDING_NAME or name.startswith(REPAIR_PREFIX) or from_file(name) != name
 
 
 def _rename(name: str, table: Mapping[str, str]) -> str:

@@ -16,10 +16,10 @@ class ViewConfig:
     block_size: K that it was trained with (the largest that may be asked for). mask_token_id: id of a frozen
     embedding row used as mask, or None for a trained mask embedding. layers: indices with twins, None for
     all. twins: the modules of a layer that have one, None for all that the family names. rank: of low-rank
-    twins, None for full ones. base_name, base_fingerprint: the base it belongs to. trained: False for a view
-    that equals the AR one. encoding: how the folder stores the weights, as they are or as 4-bit differences
-    from the AR twins. provenance: how it was made (recipe, data, versions, commit; figures and license for
-    the card), free-form JSON.
+    twins, None for full ones. repair_rank: of the repair head, None for a view without. base_name,
+    base_fingerprint: the base it belongs to. trained: False for a view that equals the AR one. encoding: how
+    the folder stores the weights, as they are or as 4-bit differences from the AR twins. provenance: how it
+    was made (recipe, data, versions, commit; figures and license for the card), free-form JSON.
     """
 
     block_size: int
@@ -27,6 +27,7 @@ class ViewConfig:
     layers: tuple[int, ...] | None = None
     twins: tuple[str, ...] | None = None
     rank: int | None = None
+    repair_rank: int | None = None
     base_name: str = ""
     base_fingerprint: str = ""
     trained: bool = False
@@ -38,6 +39,10 @@ class ViewConfig:
             raise CheckpointError(f"a view needs a block size of at least 2, not {self.block_size}.")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise CheckpointError(f"the rank of a view's twins must be a positive number, not {self.rank!r}.")
+        if self.repair_rank is not None and (type(self.repair_rank) is not int or self.repair_rank < 1):
+            raise CheckpointError(
+                f"the rank of a repair head must be a positive number, not {self.repair_rank!r}."
+            )
         if self.twins is not None and not self.twins:
             raise CheckpointError("a view needs at least one twin; leave `twins` out for all.")
         if self.encoding not in get_args(Encoding):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from orthrus.base.families import layer_windows, sliding_window
 from orthrus.model.dual_view import DualView, additive_mask, in_window
+from orthrus.model.repair import repaired
 from orthrus.training import block_attention, flex_blocks
 from orthrus.training.block_attention import BlockContext
 from orthrus.training.blocks import BlockBatch, block_inputs, causal_mask, context_mask
@@ -63,10 +64,14 @@ class TrainingPass(nn.Module):
         )
         corpus_BNJ = batch.token_ids_BT.flatten()[(rows_BNJ + 1).clamp_max(batch.token_ids_BT.numel() - 1)]
         keep = batch.valid_BNJ
+        hidden_RC = hidden_BNJC[keep]
+        if self.dual.repair is not None:
+            # Row j's target comes after the text's own token at anchor + j.
+            hidden_RC = repaired(self.dual, hidden_RC, batch.token_ids_BT.flatten()[rows_BNJ[keep]])
         objective = self.objective
         losses = row_losses(
             objective.loss,
-            hidden_BNJC[keep],
+            hidden_RC,
             teacher_BTC.flatten(0, 1),
             rows_BNJ[keep],
             corpus_BNJ[keep],

@@ -25,7 +25,9 @@ class TrainConfig:
     in micro-batches of micro_rows. Optimiser: AdamW with cosine schedule; learning_rate, warmup, floor
     (shares of all steps and of the peak), weight_decay, clip_norm. steps: 0 means `epochs` passes over the
     corpus. View: layers and twins (None for all), rank (None for full twins), mask ("auto", "trained" or a
-    token id), init_view (a view folder to start from), license (that the view is given under, for its card).
+    token id), repair_rank (of a repair head; None for none, or what init_view has), init_view (a view folder
+    to start from), license (that the view is given under, for its card). train: the whole view, or only the
+    repair head of a frozen one.
     Every evaluate_every steps evaluate_prompts held-out prompts are really decoded (0: never). sharding: how
     several processes hold the model. trackers: where figures go (None: TensorBoard where it is installed).
     attention: how blocks attend; auto is flex on CUDA, dense elsewhere.
@@ -46,6 +48,8 @@ class TrainConfig:
     layers: tuple[int, ...] | None = None
     twins: tuple[str, ...] | None = None
     rank: int | None = None
+    repair_rank: int | None = None
+    train: Literal["view", "repair"] = "view"
     mask: int | str = "auto"
     license: str | None = None
     loss: LossKind = "kl"
@@ -77,6 +81,7 @@ class TrainConfig:
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("attention", self.attention, get_args(AttentionKind))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("train", self.train, ("view", "repair"))
         _one_of("sharding", self.sharding, ("ddp", "fsdp2"))
         if self.trackers is not None and not (
             isinstance(self.trackers, tuple) and set(map(str, self.trackers)) <= set(TRACKERS)
@@ -151,9 +156,13 @@ def _check_view(config: TrainConfig) -> None:
         raise UserInputError(
             f"twins must list different modules such as [q_proj, k_proj, v_proj], not {config.twins!r}."
         )
-    if config.rank is not None and (type(config.rank) is not int or config.rank < 1):
+    for name, without in (("rank", "for full twins"), ("repair_rank", "for no repair head")):
+        rank = getattr(config, name)
+        if rank is not None and (type(rank) is not int or rank < 1):
+            raise UserInputError(f"{name} must be a positive number, not {rank!r}; leave it out {without}.")
+    if config.train == "repair" and config.init_view is None:
         raise UserInputError(
-            f"rank must be a positive number, not {config.rank!r}; leave it out for full twins."
+            "train: repair needs init_view, the folder of the view whose drafts are to be repaired."
         )
     if config.mask not in ("auto", "trained") and (type(config.mask) is not int or config.mask < 0):
         raise UserInputError(f"mask must be auto, trained or a token id, not {config.mask!r}.")

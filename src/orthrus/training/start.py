@@ -13,16 +13,19 @@ from orthrus.model.twin import chosen_names
 from orthrus.training.corpus import Sample
 from orthrus.training.recipe import TrainConfig
 
+DEFAULT_REPAIR_RANK = 128
+
 
 def starting_view(base: Base, config: TrainConfig) -> DualView:
     """A fresh view of the recipe's kind and block size, or the one in `init_view`, in full precision.
 
-    The block size is the recipe's in either case: a view may go on with longer blocks than it knows. Raises
-    UserInputError when `init_view` has other layers, twins, rank or mask than the recipe asks for (a key that
-    is left out takes what it has), CheckpointError when it is missing or belongs to another base.
+    Either gets a repair head where the recipe wants one and there is none. The block size is the recipe's: a
+    view may go on with longer blocks than it knows. Raises UserInputError when `init_view` has other layers,
+    twins, ranks or mask than the recipe asks for (a key that is left out takes what it has), CheckpointError
+    when it is missing or belongs to another base.
     """
     if config.init_view is None:
-        return fresh_view(
+        dual = fresh_view(
             base,
             config.block_size,
             config.layers,
@@ -31,10 +34,20 @@ def starting_view(base: Base, config: TrainConfig) -> DualView:
             mask=config.mask,
             seed=config.seed,
         )
+        return _with_repair(dual, config)
     # Differences from the AR twins are small: half precision would blur what was learnt.
     dual = load_view(base, Path(config.init_view).expanduser(), dtype=torch.float32)
     _check_same_kind(dual, config)
-    dual.config = replace(dual.config, block_size=config.block_size, trained=False, provenance={})
+    # Twins that stay as they are were made by another run, which the view's provenance goes on to tell.
+    provenance = {"twins": dual.config.provenance} if config.train == "repair" else {}
+    dual.config = replace(dual.config, block_size=config.block_size, trained=False, provenance=provenance)
+    return _with_repair(dual, config)
+
+
+def _with_repair(dual: DualView, config: TrainConfig) -> DualView:
+    rank = config.repair_rank or (DEFAULT_REPAIR_RANK if config.train == "repair" else None)
+    if dual.repair is None and rank is not None:
+        dual.add_repair(rank, config.seed)
     return dual
 
 
@@ -46,12 +59,15 @@ def _check_same_kind(dual: DualView, config: TrainConfig) -> None:
         "layers": sorted(layers),
         "twins": chosen_names(dual.family, view.twins),
         "rank": view.rank,
+        "repair_rank": view.repair_rank,
         "mask": "trained" if view.mask_token_id is None else view.mask_token_id,
     }
     wants: dict[str, object] = {
         "layers": None if config.layers is None else sorted(config.layers),
         "twins": None if config.twins is None else chosen_names(dual.family, config.twins),
         "rank": config.rank,
+        # A view without a head is given one.
+        "repair_rank": None if view.repair_rank is None else config.repair_rank,
         "mask": None if config.mask == "auto" else config.mask,
     }
     for key, wanted in wants.items():
@@ -65,6 +81,8 @@ def _check_same_kind(dual: DualView, config: TrainConfig) -> None:
 def _words(key: str, value: object) -> str:
     if key == "twins" and isinstance(value, tuple):
         return f"twins of {', '.join(value)}"
+    if key == "repair_rank":
+        return f"a repair head of rank {value}"
     if key == "rank" and value is None:
         return "full-rank twins"
     return f"{key} {value}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from orthrus.errors import DivergedError, UserInputError
 from orthrus.model.dual_view import DualView
+from orthrus.model.names import REPAIR_PREFIX
 from orthrus.model.slot_cache import head_dim
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.flex_blocks import pick_attention
@@ -62,9 +63,10 @@ def train(
 ) -> RunState:
     """Train the diffusion view of `dual` in place, saving into `config.output`; continues a run found there.
 
-    Base weights stay frozen, the view is kept in float32 and used in `config.dtype`. Every random choice is a
-    function of (seed, epoch, row), so a resumed run repeats what an unbroken one would have done, bit for
-    bit. Raises UserInputError when the folder holds another run, DivergedError when the loss is not a number.
+    Base weights stay frozen, with `train: repair` all but the repair head. The view is kept in float32 and
+    used in `config.dtype`. Every random choice is a function of (seed, epoch, row), so a resumed run repeats
+    what an unbroken one would have done, bit for bit. Raises UserInputError when the folder holds another
+    run, DivergedError when the loss is not a number.
     """
     processes = Processes(config)
     if config.batch_rows < processes.count:
@@ -72,15 +74,16 @@ def train(
             f"batch_rows {config.batch_rows} is less than a row for each of {processes.count} processes; "
             "raise it."
         )
-    for parameter in dual.view_parameters().values():
+    for name, parameter in dual.view_parameters().items():
         parameter.data = parameter.data.float()
+        parameter.requires_grad_(config.train == "view" or name.startswith(REPAIR_PREFIX))
     folder = Path(config.output)
     state = load_state(folder, dual, config, corpus_digest) or RunState()
     objective = Objective(
         loss=config.loss, weights=config.weights, gamma=config.gamma, smoothing=config.smoothing
     )
     processes.share(TrainingPass(dual, objective, config.attention))
-    parameters = list(dual.view_parameters().values())
+    parameters = [parameter for parameter in dual.view_parameters().values() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )

@@ -1,0 +1,78 @@
+"""The repair head: a draft row's guess, once the token before it is known or supposed.
+
+A block guesses its positions independently of each other. The head moves a row's final hidden state by what
+the token before it says, so neighbours fit together, in the spirit of arXiv 2402.05109. Shapes: D draft rows,
+P parents of each, M children of each, C hidden size, r rank.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from orthrus.model.dual_view import DualView
+
+
+class RepairHead(nn.Module):
+    """h + out(silu(hidden(rms(h)) + parent(rms(e)))), with e the embedding of the token before.
+
+    `out` starts at zero, so a fresh head changes nothing; the rest is drawn from `seed`.
+    """
+
+    def __init__(self, hidden_size: int, rank: int, seed: int = 0) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(hidden_size, rank)
+        self.parent = nn.Linear(hidden_size, rank, bias=False)
+        self.out = nn.Linear(rank, hidden_size, bias=False)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in (self.hidden.weight, self.parent.weight):
+                weight.copy_(torch.randn(weight.shape, generator=generator) * hidden_size**-0.5)
+            self.hidden.bias.zero_()
+            self.out.weight.zero_()
+
+    def forward(self, hidden: Tensor, parent: Tensor) -> Tensor:
+        """What to add to final hidden states (..., C), given embeddings (..., C) of the tokens before them.
+
+        The two broadcast against each other. Both are normalised: families scale them differently.
+        """
+        dtype = self.hidden.weight.dtype
+        hidden, parent = (F.rms_norm(x.to(dtype), x.shape[-1:]) for x in (hidden, parent))
+        change: Tensor = self.out(F.silu(self.hidden(hidden) + self.parent(parent)))
+        return change
+
+
+def repaired(dual: "DualView", hidden: Tensor, parent_ids: Tensor) -> Tensor:
+    """Final hidden states (..., C), ready for the head, that know the tokens (...) before them."""
+    return hidden + _change(dual, hidden, parent_ids).to(hidden.dtype)
+
+
+def pair_changes(dual: "DualView", hidden_DC: Tensor, parent_ids_DP: Tensor, child_ids_DM: Tensor) -> Tensor:
+    """What each parent adds to the logits of the children, changes_DPM float32; as if through `dual.head`.
+
+    Only the children's rows of the head are read, so a block costs D x P hidden states and no vocabulary;
+    unless the head is quantised and has no rows to read.
+    """
+    # A tied head's rows are the embeddings, whatever has been put in its own place.
+    tied = getattr(dual.base.config, "tie_word_embeddings", False)
+    source = dual.base.get_input_embeddings() if tied else dual.base.get_output_embeddings()
+    weight_VC: Tensor | None = getattr(source, "weight", None)
+    if type(weight_VC) is not nn.Parameter or not weight_VC.is_floating_point():
+        moved_DPC = repaired(dual, hidden_DC[:, None], parent_ids_DP)
+        changes_DPV = dual.head(moved_DPC).float() - dual.head(hidden_DC).float()[:, None]
+        return changes_DPV.gather(-1, child_ids_DM[:, None].expand(-1, parent_ids_DP.shape[1], -1))
+    rows_DMC = weight_VC[child_ids_DM].float()
+    changes_DPM = _change(dual, hidden_DC[:, None], parent_ids_DP).float() @ rows_DMC.mT
+    cap: float | None = getattr(dual.base.config, "final_logit_softcapping", None)
+    if cap is None:
+        return changes_DPM
+    before_D1M = torch.einsum("dc,dmc->dm", hidden_DC.float(), rows_DMC)[:, None]
+    return cap * (torch.tanh((before_D1M + changes_DPM) / cap) - torch.tanh(before_D1M / cap))
+
+
+def _change(dual: "DualView", hidden: Tensor, parent_ids: Tensor) -> Tensor:
+    assert dual.repair is not None, "the view has no repair head"
+    change: Tensor = dual.repair(hidden, dual.base.get_input_embeddings()(parent_ids))
+    return change

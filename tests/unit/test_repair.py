@@ -1,0 +1,170 @@
+"""The repair head against loops over parents and children through the whole head."""
+
+import pytest
+import torch
+from tests.tiny import tiny_dual, tiny_prompt
+
+from orthrus.config import SamplingParams
+from orthrus.decoding.noise import exponential_noise
+from orthrus.decoding.pairs import pair_log_probs
+from orthrus.decoding.processors import LogitRules
+from orthrus.decoding.sampling import filtered_probs
+from orthrus.decoding.tree import Candidates
+from orthrus.engine.state import DecodeState
+from orthrus.errors import CheckpointError
+from orthrus.model.dual_view import DualView
+from orthrus.model.repair import RepairHead
+from orthrus.model.view_config import ViewConfig
+
+FAMILIES = ["llama", "llama-tied", "gemma2", "gemma3", "phi3"]
+RULES = SamplingParams(temperature=2.0, top_k=30, top_p=0.98, seed=3, repetition_penalty=1.3)
+SETTINGS = {"greedy": SamplingParams(), "sampled": SamplingParams(temperature=1.3, seed=2), "rules": RULES}
+
+
+def state_of(dual: DualView, params: SamplingParams) -> DecodeState:
+    cache = dual.new_cache(32)
+    rules = LogitRules(params, 61, dual.device)
+    rules.see(tiny_prompt(4))
+    return DecodeState(
+        dual=dual,
+        cache=cache,
+        sampling=params,
+        seed=params.seed or 0,
+        rules=rules,
+        block_size=8,
+        floor=True,
+        context_length=256,
+        anchor_id=7,
+        num_candidates=5,
+    )
+
+
+def head_of(dual: DualView, hidden_C: torch.Tensor, parent_id: int | None) -> torch.Tensor:
+    """Logits of one row, with the sum that the head is written out."""
+    if parent_id is not None:
+        repair = dual.repair
+        assert repair is not None
+        embedding_C = dual.base.get_input_embeddings().weight[parent_id]
+
+        def rms(x_C: torch.Tensor) -> torch.Tensor:
+            return x_C / (x_C.square().mean() + torch.finfo(x_C.dtype).eps).sqrt()
+
+        z = repair.hidden.weight @ rms(hidden_C) + repair.hidden.bias
+        z = z + repair.parent.weight @ rms(embedding_C)
+        hidden_C = hidden_C + repair.out.weight @ (z / (1 + (-z).exp()))
+    return dual.head(hidden_C[None])[0]
+
+
+def slow_proposal(state: DecodeState, hidden_DC: torch.Tensor, first_position: int) -> Candidates:
+    """One parent and one child after the other; only the noise and the filters are the fast code's."""
+    dual, params = state.dual, state.sampling
+    temperature = 1.0 if params.greedy else params.temperature
+    ids_DC, log_probs_DC, pairs_DPC = [], [], []
+    for d, hidden_C in enumerate(hidden_DC):
+        logits_V = head_of(dual, hidden_C, state.anchor_id if d == 0 else None)
+        scores_V = state.rules(logits_V[None], [()])[0]
+        if not params.greedy:
+            noise_V = exponential_noise(state.seed, [first_position + d], len(logits_V), "cpu")[0]
+            scores_V = (filtered_probs(scores_V[None], params)[0] / noise_V).log()
+        scores = scores_V.double().exp()
+        ids = scores.argsort(descending=True)[: state.num_candidates].tolist()
+        pairs_DPC.append([])
+        for parent in ids_DC[-1] if d else []:
+            change_V = head_of(dual, hidden_C, parent) - logits_V
+            given = scores.clone()
+            given[ids] *= (change_V[ids].double() / temperature).exp()
+            pairs_DPC[-1].append((given[ids] / given.sum()).log().tolist())
+        ids_DC.append(ids)
+        log_probs_DC.append((scores[ids] / scores.sum()).log().tolist())
+    return Candidates(ids_DC, log_probs_DC, pairs_DPC)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("params", SETTINGS.values(), ids=SETTINGS)
+def test_a_proposal_is_that_of_a_loop_over_parents_and_children(name: str, params: SamplingParams) -> None:
+    dual = tiny_dual(name, disturb=0.3, repair_rank=6)
+    state = state_of(dual, params)
+    hidden_DC = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        fast, slow = state.propose(hidden_DC, 9), slow_proposal(state, hidden_DC, 9)
+        blind = state_of(tiny_dual(name, disturb=0.3), params).propose(hidden_DC, 9)
+    assert blind.pairs_DPC is None
+    assert fast.pairs_DPC is not None
+    assert slow.pairs_DPC is not None
+    assert fast.token_ids_DC == slow.token_ids_DC
+    assert fast.token_ids_DC[1:] == blind.token_ids_DC[1:]
+    assert fast.log_probs_DC[0] != pytest.approx(blind.log_probs_DC[0], abs=1e-2)
+    for table, expected in (
+        (fast.log_probs_DC, slow.log_probs_DC),
+        *zip(fast.pairs_DPC, slow.pairs_DPC, strict=True),
+    ):
+        torch.testing.assert_close(torch.tensor(table), torch.tensor(expected), atol=2e-4, rtol=2e-4)
+    assert any(row != table[0] for table in fast.pairs_DPC[1:] for row in table), "parents make no difference"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_head_without_rows_to_read_is_used_whole(name: str) -> None:
+    """Such as a quantised one; the same proposal."""
+    dual = tiny_dual(name, disturb=0.3, repair_rank=6)
+    hidden_DC = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+
+    class Opaque(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)  # type: ignore[no-any-return]
+
+    with torch.inference_mode():
+        expected = state_of(dual, SamplingParams()).propose(hidden_DC, 9)
+        dual.base.set_output_embeddings(Opaque(dual.base.get_output_embeddings()))
+        found = state_of(dual, SamplingParams()).propose(hidden_DC, 9)
+    assert found.token_ids_DC == expected.token_ids_DC
+    for ours, theirs in zip(found.pairs_DPC or [], expected.pairs_DPC or [], strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("params", SETTINGS.values(), ids=SETTINGS)
+def test_a_fresh_head_changes_no_draft(params: SamplingParams) -> None:
+    plain, headed = tiny_dual(disturb=0.3), tiny_dual(disturb=0.3)
+    headed.add_repair(4)
+    hidden_DC = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        ours, theirs = (state_of(dual, params).propose(hidden_DC, 3) for dual in (headed, plain))
+    assert (ours.token_ids_DC, ours.log_probs_DC) == (theirs.token_ids_DC, theirs.log_probs_DC)
+    assert ours.pairs_DPC is not None
+    for d in range(1, 5):
+        for row in ours.pairs_DPC[d]:
+            assert row == pytest.approx(theirs.log_probs_DC[d], abs=1e-5)
+
+
+def test_pairs_are_finite_where_the_candidates_hold_all_the_mass() -> None:
+    scores_DM = torch.tensor([[30.0, -60.0], [2.0, -torch.inf]])
+    changes_DPM = torch.tensor([[[0.0, 0.0], [-95.0, 95.0]], [[0.0, 50.0], [-3.0, 0.0]]])
+    log_probs_DPM = pair_log_probs(scores_DM, scores_DM.logsumexp(-1, keepdim=True), changes_DPM)
+    expected = (scores_DM[:, None] + changes_DPM).log_softmax(-1)
+    torch.testing.assert_close(log_probs_DPM, expected)
+
+
+def test_what_is_no_candidate_keeps_its_score() -> None:
+    scores_V = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    top = scores_V.topk(4)
+    changes_PM = torch.tensor([[3.0, -2.0, 0.0, 1.0], [-9.0] * 4])
+    found_PM = pair_log_probs(top.values[None], scores_V.logsumexp(-1)[None, None], changes_PM[None])[0]
+    for change_M, row_M in zip(changes_PM, found_PM, strict=True):
+        whole_V = scores_V.scatter_add(0, top.indices, change_M).log_softmax(-1)
+        torch.testing.assert_close(row_M, whole_V[top.indices])
+
+
+def test_the_seed_decides_what_a_fresh_head_starts_from() -> None:
+    first, again, other = (RepairHead(16, 4, seed) for seed in (1, 1, 2))
+    assert torch.equal(first.parent.weight, again.parent.weight)
+    assert not torch.equal(first.parent.weight, other.parent.weight)
+    assert not first.out.weight.any()
+
+
+@pytest.mark.parametrize("rank", [0, -3, 2.5, True])
+def test_a_head_of_no_rank_is_refused(rank: object) -> None:
+    with pytest.raises(CheckpointError, match="repair head"):
+        ViewConfig(block_size=8, repair_rank=rank)  # type: ignore[arg-type]
