@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from orthrus.base.families import Family, sliding_window
 from orthrus.errors import CheckpointError
+from orthrus.model.attention import folded_heads
 from orthrus.model.passes import MASK_EMBEDDING, Pass
 from orthrus.model.slot_cache import SlotCache
 from orthrus.model.twin import inject, stock, twins
@@ -71,13 +72,15 @@ class DualView(nn.Module):
         if p.visible_BTS.device.type == "cpu":
             p.check(cache.lengths)
         cache.begin(p)
-        with self.split.at(p.num_ar_rows):
+        masks = self.masks(p, cache)
+        with self.split.at(p.num_ar_rows), folded_heads(self.base.config, self.device) as more:
             out = self.base.get_decoder()(
                 inputs_embeds=self.embed(p.token_ids_BT),
-                attention_mask=self.masks(p, cache),
+                attention_mask=masks,
                 position_ids=p.position_ids_BT,
                 past_key_values=cache,
                 use_cache=True,
+                **more,
             )
         return out.last_hidden_state  # type: ignore[no-any-return]
 
