@@ -80,9 +80,9 @@ def dual_of(name: str) -> DualView:
     return tiny_dual(name, disturb=0.3)
 
 
-def committed(name: str, token_ids: list[int], seed: int = 0) -> SlotCache:
+def committed(name: str, token_ids: list[int], seed: int = 0, num_slots: int = NUM_SLOTS) -> SlotCache:
     """A cache with a prefilled history, over scratch that holds rubbish of an earlier life."""
-    cache_ = dual_of(name).new_cache(NUM_SLOTS)
+    cache_ = dual_of(name).new_cache(num_slots)
     generator = torch.Generator().manual_seed(seed)
     for store in (*cache_.keys, *cache_.values):
         store.normal_(0.0, 50.0, generator=generator)
@@ -176,6 +176,42 @@ def test_compacting_an_accepted_path_leaves_what_a_prefill_writes(name: str, cas
     cache_.compact([start + row for row in rows])
 
     as_if_prefilled(name, cache_, case.prefix(last))
+
+
+@FAMILIES
+@laws
+@given(case=cases(), data=st.data())
+@torch.inference_mode()
+def test_a_cache_that_grows_for_a_pass_gives_what_a_large_one_gives(name: str, case: Case, data: Any) -> None:
+    """To the bit: logits, the history after an accepted path, and the pass after that."""
+    dual, p, start = dual_of(name), case.fused(), len(case.history)
+    large = committed(name, case.history, case.seed)
+    small = committed(name, case.history, case.seed, data.draw(st.integers(start, p.num_slots - 1)))
+    small.max_slots = NUM_SLOTS
+    assert torch.equal(dual.run(p, small), dual.run(p, large))
+    last = data.draw(st.integers(0, case.tree.num_nodes))
+    for cache_ in (small, large):
+        cache_.compact([start + row for row in (0, *case.tree.paths()[last])])
+        cache_.check()
+    assert small.lengths == large.lengths
+    after = verify_chain(torch.tensor([[30, 31]]), small.lengths)
+    assert torch.equal(dual.run(after, small), dual.run(after, large))
+
+
+@laws
+@given(case=cases(), data=st.data())
+def test_check_sees_every_single_change_and_every_hole_in_the_history(case: Case, data: Any) -> None:
+    p, length = case.fused(), len(case.history)
+    row = data.draw(st.integers(0, p.num_rows - 1))
+    visible_BTS = p.visible_BTS.clone()
+    slot = data.draw(st.integers(0, p.num_slots - 1))
+    visible_BTS[0, row, slot] = not visible_BTS[0, row, slot]
+    hidden = (~p.visible_BTS[0, row]).nonzero()[:, 0].tolist()
+    if slot < length and hidden:
+        # Another slot in its place, so that the number of slots read is right.
+        visible_BTS[0, row, data.draw(st.sampled_from(hidden))] = True
+    with pytest.raises(AssertionError):
+        replace(p, visible_BTS=visible_BTS).check([length])
 
 
 @FAMILIES

@@ -110,6 +110,19 @@ def test_check_sees_a_row_that_does_not_see_itself() -> None:
         changed(p, row=1, slot=5, value=False).check([4])
 
 
+@pytest.mark.parametrize("slot", [0, 3])
+def test_check_sees_a_hole_in_the_history(slot: int) -> None:
+    p = verify_chain(some_ids(1, 3), [4])
+    with pytest.raises(AssertionError, match="each position up to its own once"):
+        changed(p, row=1, slot=slot, value=False).check([4])
+
+
+def test_check_sees_a_hole_in_what_only_one_sequence_has_committed() -> None:
+    p = verify_chain(some_ids(2, 3), [6, 2])
+    with pytest.raises(AssertionError, match="each position up to its own once"):
+        changed(p, row=1, slot=4, value=False).check([6, 2])
+
+
 def test_check_sees_a_write_into_the_history() -> None:
     p = verify_chain(some_ids(1, 3), [4])
     with pytest.raises(AssertionError, match="overwrite committed history"):

@@ -99,16 +99,19 @@ def test_a_tree_or_block_that_cannot_be_is_refused(parents: list[int], given: li
         pytest.param(3, 2, None, "each position up to its own once", id="a sibling too"),
         pytest.param(4, 4, 0, "each position up to its own once", id="not the root"),
         pytest.param(3, 9, None, "an AR row sees a diffusion row", id="AR row, block"),
+        pytest.param(3, 2, -7, "each position up to its own once", id="a sibling, not the history"),
+        pytest.param(6, 0, -4, "each position up to its own once", id="the anchor's AR row, not the history"),
     ],
 )
 def test_check_sees_a_row_that_reads_what_it_must_not(
     row: int, see: int, instead_of: int | None, message: str
 ) -> None:
-    """Rows 6, 7, 8 are the block at row 0; rows 9, 10, 11 the one at row 4. instead_of -1 hides `see`."""
+    """Rows 6, 7, 8 are the block at row 0; rows 9, 10, 11 the one at row 4. Slots count from the anchor's: -7
+    is the first of the history; instead_of -1 hides `see`."""
     p = fused(ids(6), PARENTS, [7], [0, 4], 3, MASK)
     visible_BTS = p.visible_BTS.clone()
     visible_BTS[0, row, 7 + see] = instead_of != -1
-    if instead_of is not None and instead_of >= 0:
+    if instead_of not in (None, -1):
         visible_BTS[0, row, 7 + instead_of] = False
     with pytest.raises(AssertionError, match=message):
         replace(p, visible_BTS=visible_BTS).check([7])

@@ -39,7 +39,8 @@ LEGEND = {
     "side in each repeat; median (min..max) over repeats",
     "extra_kv_bytes": "bytes of keys and values of a request's cache - an ar request's; expected: 2 x layers "
     "x kv heads x head size x bytes per number x slots; slots: K for chain, max(K, node budget) for tree, K "
-    "- 1 + block budget x K for fused, node budget + block budget x K for fused_tree",
+    "- 1 + block budget x K for fused, node budget + block budget x K for fused_tree; exact where text and "
+    "head-room fit into the first step of a growing cache",
     "ttft_over_ar": "time to first token / that of ar, side by side in each repeat; median (min..max) over "
     "repeats",
     "pass_cost": "time of a pass of n AR rows, all projected / of one row; medians of interleaved repeats",

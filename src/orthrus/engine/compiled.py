@@ -21,6 +21,7 @@ from orthrus.base.families import decoder_layers
 from orthrus.base.storage import Progress, cache_dir
 from orthrus.engine.layer_code import LayerCode, kind, layer_code, mark_sizes, named_tensors, packed
 from orthrus.errors import OrthrusWarning, UserInputError
+from orthrus.model.attention import MOST_FOLDED_ROWS, folded_heads
 from orthrus.model.cpu_linears import PackedLinear, packable
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass, fused, verify_chain
@@ -81,8 +82,8 @@ def _prepare(dual: DualView, on_progress: Progress | None) -> None:
 class CompiledRunner:
     """Stands in for the decoder layers of a model during a pass; see `DualView.accelerate`.
 
-    Passes of one sequence only; others run through the stock layers. The weights are packed when it is made:
-    what changes them later is not seen.
+    Passes of one sequence only, and no chunks of a prompt: others run through the stock layers. The weights
+    are packed when it is made; what changes them later is not seen.
     """
 
     def __init__(self, dual: DualView) -> None:
@@ -103,11 +104,12 @@ class CompiledRunner:
         self._marker: Tensor | None = None
 
     @contextmanager
-    def __call__(self, p: Pass, cache: SlotCache) -> Iterator[None]:
+    def __call__(self, p: Pass, cache: SlotCache) -> Iterator[dict[str, Any]]:
         """Answer the calls of the decoder layers for this pass."""
         # Compiled sizes are at least two, but for the number of rows.
-        if p.token_ids_BT.shape[0] != 1 or p.num_slots < 2:
-            yield
+        if p.token_ids_BT.shape[0] != 1 or p.num_slots < 2 or p.num_rows > MOST_FOLDED_ROWS:
+            with folded_heads(self._dual.base.config, self._dual.device) as more:
+                yield more
             return
         mixed = p.num_ar_rows < p.num_rows
         self._pass, self._cache = p, cache
@@ -115,7 +117,7 @@ class CompiledRunner:
         for layer, forward in zip(self._layers, self._forwards, strict=True):
             layer.__dict__["forward"] = forward
         try:
-            yield
+            yield {}
         finally:
             for layer in self._layers:
                 del layer.__dict__["forward"]

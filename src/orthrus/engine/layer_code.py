@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from orthrus.model.attention import attend_folded
 from orthrus.model.cpu_linears import PackedLinear, packable
 from orthrus.model.twin import RowSplit, Twin
 
@@ -17,33 +17,26 @@ LayerCode = Callable[..., Tensor]
 """(tensors, hidden_1TC, kwargs of the stock layer, slots_T, keys, values, marker) -> hidden_1TC. The marker
 (num_ar_rows + 1, 0) carries a number that compiled code takes as a size; None where all rows are AR."""
 
-_GROUPED = "orthrus_grouped"
+_ATTENTION = "orthrus_compiled"
 
 
-def _grouped_attention(
+def _compiled_attention(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query_BHTD: Tensor,
+    keys_BHSD: Tensor,
+    values_BHSD: Tensor,
     attention_mask: Tensor,
-    dropout: float = 0.0,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The stock sdpa attention, but heads that share keys are folded into rows, so that no key is copied.
-
-    Transformers' interface; shapes (B, H, T, D), keys and values (B, H_kv, S, D), mask (B, 1, T, S).
-    """
-    batch_size, num_heads, num_rows, size = query.shape
-    num_kv = key.shape[1]
-    group = num_heads // num_kv
-    rows = query.reshape(batch_size, num_kv, group * num_rows, size)
-    mask = attention_mask.expand(batch_size, group, num_rows, -1).reshape(batch_size, 1, group * num_rows, -1)
-    out = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch_size, num_heads, num_rows, size).transpose(1, 2), None
+    """As `folded_attention`, with a mask (B, 1, T, S) that compiled code folds where it is used."""
+    batch, num_heads, num_rows, _size = query_BHTD.shape
+    group = num_heads // keys_BHSD.shape[1]
+    mask = attention_mask.expand(batch, group, num_rows, -1).reshape(batch, 1, group * num_rows, -1)
+    return attend_folded(query_BHTD, keys_BHSD, values_BHSD, mask, scaling), None
 
 
-AttentionInterface.register(_GROUPED, _grouped_attention)
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _compiled_attention)
 
 
 def packed(layer: nn.Module) -> nn.Module:
@@ -164,7 +157,7 @@ def _template(layer: nn.Module) -> tuple[nn.Module, RowSplit]:
     for module in template.modules():
         config = getattr(module, "config", None)
         if config is not None and config._attn_implementation == "sdpa":
-            config._attn_implementation = _GROUPED
+            config._attn_implementation = _ATTENTION
     return template, split
 
 

@@ -154,9 +154,12 @@ class TokenStream(Iterator[Cycle]):
     def _new_state(self) -> DecodeState:
         dual, config = self._dual, self._config
         seed = config.sampling.seed
-        num_slots = len(self._prompt_ids) + self._rules.max_new_tokens + self._head_room()
+        at_first = len(self._prompt_ids) + self._head_room()
         with torch.inference_mode():
-            cache = dual.new_cache(num_slots)
+            # Most answers end long before their limit: memory follows the text, not what was asked for.
+            cache = dual.new_cache(0)
+            cache.max_slots = at_first + self._rules.max_new_tokens
+            cache.ensure(at_first)
         return DecodeState(
             dual=dual,
             cache=cache,

@@ -1,8 +1,9 @@
 """The frozen base with its second view: runs passes through the stock transformers forward."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +11,16 @@ from transformers import PreTrainedModel
 
 from orthrus.base.families import Family, sliding_window
 from orthrus.errors import CheckpointError
+from orthrus.model.attention import folded_heads
 from orthrus.model.passes import MASK_EMBEDDING, Pass
 from orthrus.model.repair import RepairHead
 from orthrus.model.slot_cache import SlotCache
 from orthrus.model.twin import inject, stock, twins
 from orthrus.model.view_config import ViewConfig
 
-Accelerated = Callable[[Pass, SlotCache], AbstractContextManager[None]]
-"""Puts faster code in place of the stock decoder layers for one pass; see `DualView.accelerate`."""
+Accelerated = Callable[[Pass, SlotCache], AbstractContextManager[dict[str, Any]]]
+"""Puts faster code in place of the stock decoder layers for one pass, and yields what the stock forward must
+be given besides; see `DualView.accelerate`."""
 
 
 class DualView(nn.Module):
@@ -95,16 +98,22 @@ class DualView(nn.Module):
         if p.visible_BTS.device.type == "cpu":
             p.check(cache.lengths)
         cache.begin(p)
-        fast = nullcontext() if self._accelerated is None else self._accelerated(p, cache)
-        with self.split.at(p.num_ar_rows), fast:
+        masks = self.masks(p, cache)
+        with self.split.at(p.num_ar_rows), self._fast(p, cache) as more:
             out = self.base.get_decoder()(
                 inputs_embeds=self.embed(p.token_ids_BT),
-                attention_mask=self.masks(p, cache),
+                attention_mask=masks,
                 position_ids=p.position_ids_BT,
                 past_key_values=cache,
                 use_cache=True,
+                **more,
             )
         return out.last_hidden_state  # type: ignore[no-any-return]
+
+    def _fast(self, p: Pass, cache: SlotCache) -> AbstractContextManager[dict[str, Any]]:
+        if self._accelerated is not None:
+            return self._accelerated(p, cache)
+        return folded_heads(self.base.config, self.device)
 
     def accelerate(self, runner: str, layers: Accelerated | None, head: nn.Module | None) -> None:
         """From now on run passes inside the context `layers(pass, cache)`, and project with `head`.

@@ -42,34 +42,40 @@ class Pass:
     def check(self, lengths: list[int]) -> None:
         """Assert the invariants against the committed `lengths`; one host synchronisation per tensor.
 
-        Every row sees its own slot, AR rows see no diffusion slot of this pass and no older scratch, a block
-        sees itself whole and no other block, and nobody writes into the history. Each row reads one slot for
-        every position up to its own (an AR row) or up to the end of its block: so no row reads two branches.
+        Every row sees its own slot and what all sequences have committed, AR rows see no diffusion slot of
+        this pass and no older scratch, a block sees itself whole and no other block, and nobody writes into
+        the history. Each row reads one slot for every position up to its own (an AR row) or up to the end of
+        its block: so no row reads two branches.
         """
         num_rows, num_slots, num_ar = *self.visible_BTS.shape[1:], self.num_ar_rows
         assert 0 <= num_ar <= num_rows
         lengths_B1 = torch.tensor(lengths, device=self.slots_BT.device)[:, None]
         assert (self.slots_BT >= lengths_B1).all(), "a row would overwrite committed history"
-        assert self.visible_BTS.gather(2, self.slots_BT[..., None]).all(), "a row must see itself"
-        allowed_BS = torch.arange(num_slots, device=lengths_B1.device) < lengths_B1
-        ar_BS = allowed_BS.scatter(1, self.slots_BT[:, :num_ar], True)
-        any_BS = ar_BS.scatter(1, self.slots_BT, True)
-        assert not (self.visible_BTS[:, :num_ar] & ~ar_BS[:, None]).any(), (
+        # What all sequences have committed: one look at it, so that the rest does not grow with the context.
+        shared = min(*lengths, num_slots)
+        assert self.visible_BTS[:, :, :shared].all(), "a row must see each position up to its own once"
+        visible_BTS = self.visible_BTS[:, :, shared:]
+        slots_BT, lengths_B1 = self.slots_BT - shared, lengths_B1 - shared
+        assert visible_BTS.gather(2, slots_BT[..., None]).all(), "a row must see itself"
+        allowed_BS = torch.arange(num_slots - shared, device=lengths_B1.device) < lengths_B1
+        ar_BS = allowed_BS.scatter(1, slots_BT[:, :num_ar], True)
+        any_BS = ar_BS.scatter(1, slots_BT, True)
+        assert not (visible_BTS[:, :num_ar] & ~ar_BS[:, None]).any(), (
             "an AR row sees a diffusion row or stale scratch"
         )
-        assert not (self.visible_BTS & ~any_BS[:, None]).any(), "a row sees stale scratch"
+        assert not (visible_BTS & ~any_BS[:, None]).any(), "a row sees stale scratch"
         last_BT = self.position_ids_BT
         if num_ar < num_rows:
-            slots_BD, positions_BD = self.slots_BT[:, num_ar:], self.position_ids_BT[:, num_ar:]
+            slots_BD, positions_BD = slots_BT[:, num_ar:], self.position_ids_BT[:, num_ar:]
             block_D = torch.arange(num_rows - num_ar, device=slots_BD.device) // self.block_size
             index_BDD = slots_BD[:, None].expand(-1, num_rows - num_ar, -1)
-            seen_BDD = self.visible_BTS[:, num_ar:].gather(2, index_BDD)
+            seen_BDD = visible_BTS[:, num_ar:].gather(2, index_BDD)
             assert (seen_BDD == (block_D[:, None] == block_D)).all(), (
                 "a block sees another block, or not the whole of itself"
             )
             ends_BD = positions_BD[:, (block_D + 1) * self.block_size - 1]
             last_BT = torch.cat([last_BT[:, :num_ar], ends_BD], dim=1)
-        assert (self.visible_BTS.sum(2) == last_BT + 1).all(), (
+        assert (visible_BTS.sum(2) == last_BT + 1 - shared).all(), (
             "a row must see each position up to its own once"
         )
 

@@ -1,7 +1,8 @@
-"""The slot cache: one preallocated KV store that both views read and write.
+"""The slot cache: one KV store that both views read and write.
 
 Slots below a row's `length` are committed AR history, slot index = position. Slots above are scratch,
 overwritten by the next pass; so the diffusion view costs one block of head-room and no second cache.
+A cache may grow with its text: `max_slots` says how far.
 """
 
 from typing import Any
@@ -15,12 +16,18 @@ from orthrus.model.passes import Pass
 
 _EMPTY, _AR, _DIFFUSION = 0, 1, 2
 
+GROWTH_STEP = 512
+"""Slots are made in whole steps, and never less than one step at a time."""
+
 
 class SlotCache:
     """Duck-typed transformers cache (`update`, `get_seq_length`) whose slots each pass chooses itself.
 
     keys and values: per layer (B, H_kv, S, D). A ledger remembers each slot's position and the view that
     wrote it: sliding windows need the former, the integrity check both.
+
+    max_slots: as many slots as the cache may grow to; those that it was made with, unless set higher. Growing
+    replaces the tensors of `keys` and `values`, so look them up after `begin`.
     """
 
     is_compileable = False
@@ -41,6 +48,8 @@ class SlotCache:
         self.positions_BS = torch.full((batch_size, num_slots), -1, dtype=torch.long, device=device)
         self.writers_BS = torch.zeros((batch_size, num_slots), dtype=torch.int8, device=device)
         self.lengths = [0] * batch_size
+        self.max_slots = num_slots
+        self._whole: SlotCache | None = None
         self._slots_BT: Tensor | None = None
         self._num_read = 0
 
@@ -54,17 +63,39 @@ class SlotCache:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def begin(self, p: Pass) -> None:
-        """Make ready for a pass: note where its rows will be written and how many slots it reads."""
-        if p.num_slots > self.num_slots:
-            raise UserInputError(
-                f"the pass needs {p.num_slots} cache slots, but only {self.num_slots} were made; "
-                "ask for fewer tokens or a larger cache."
-            )
+        """Make ready for a pass: note where its rows will be written and how many slots it reads.
+
+        Grows where the pass needs more; UserInputError where it needs more than `max_slots`.
+        """
+        assert self._whole is None or self._whole.num_slots == self.num_slots, "a row of an outgrown store"
+        self.ensure(p.num_slots)
         self._slots_BT, self._num_read = p.slots_BT, p.num_slots
         writers_T = torch.full_like(p.slots_BT, _DIFFUSION, dtype=torch.int8)
         writers_T[:, : p.num_ar_rows] = _AR
         self.positions_BS.scatter_(1, p.slots_BT, p.position_ids_BT)
         self.writers_BS.scatter_(1, p.slots_BT, writers_T)
+
+    def ensure(self, num_slots: int) -> None:
+        """Have at least `num_slots`. History, scratch, ledger and lengths stay; new slots are empty.
+
+        Grows by a quarter, or to what is needed, rounded up to whole steps: so at most a quarter or a step is
+        idle (doubling would leave half), a slot is copied four times on average however long the text, and
+        the sizes that a captured pass has to follow stay few. Layer after layer: never two stores at once.
+        """
+        if num_slots <= self.num_slots:
+            return
+        if num_slots > self.max_slots:
+            raise UserInputError(
+                f"the pass needs {num_slots} cache slots, but only {self.max_slots} were made; "
+                "ask for fewer tokens or a larger cache."
+            )
+        wanted = max(num_slots, self.num_slots * 5 // 4)
+        size = min(self.max_slots, -(-wanted // GROWTH_STEP) * GROWTH_STEP)
+        for stores in (self.keys, self.values):
+            for layer, store_BHSD in enumerate(stores):
+                stores[layer] = _longer(store_BHSD, 2, size, 0)
+        self.positions_BS = _longer(self.positions_BS, 1, size, -1)
+        self.writers_BS = _longer(self.writers_BS, 1, size, _EMPTY)
 
     def update(
         self, keys_BHTD: Tensor, values_BHTD: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -111,13 +142,17 @@ class SlotCache:
         self.commit(len(slots), row)
 
     def row(self, row: int) -> "SlotCache":
-        """One row as a cache of its own that shares the storage; its length starts where the row's is."""
+        """One row as a cache of its own that shares the storage; its length starts where the row's is.
+
+        It cannot grow, and must not be used any more once the whole has grown: AssertionError in `begin`.
+        """
         view = object.__new__(SlotCache)
         view.keys = [k[row : row + 1] for k in self.keys]
         view.values = [v[row : row + 1] for v in self.values]
         view.positions_BS = self.positions_BS[row : row + 1]
         view.writers_BS = self.writers_BS[row : row + 1]
         view.lengths = [self.lengths[row]]
+        view.max_slots, view._whole = self.num_slots, self
         view._slots_BT, view._num_read = None, 0
         return view
 
@@ -135,6 +170,13 @@ class SlotCache:
                     f"row {row}, slot {slot}: position {int(self.positions_BS[row, slot])}, "
                     f"writer {('nobody', 'ar', 'diffusion')[int(self.writers_BS[row, slot])]}"
                 )
+
+
+def _longer(store: Tensor, dim: int, size: int, filler: int) -> Tensor:
+    """A copy that goes on with `filler` along `dim`. Not left empty: 0 * nan is nan (see `SlotCache`)."""
+    shape = list(store.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([store, store.new_full(shape, filler)], dim)
 
 
 def num_kv_heads(config: PreTrainedConfig) -> int:

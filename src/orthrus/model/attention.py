@@ -1,0 +1,90 @@
+"""Attention of a pass on a CPU where several heads share keys: no key is copied.
+
+For a pass of several rows the stock sdpa code copies every key and value of the history once per head of a
+group, in each layer. Here the heads of a group become rows of one head; the arithmetic is the same kernel's.
+A GPU keeps the stock code: it wants many heads in flight, and copies at the speed of its memory.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from orthrus.model.slot_cache import num_kv_heads
+
+NAME = "orthrus_folded_heads"
+MOST_FOLDED_ROWS = 128
+"""Passes with more rows (chunks of a prompt) would pay for wide masks what they save in products."""
+
+FoldedMasks = dict[int, tuple[Tensor, Tensor]]
+"""The masks of one pass, ready for folded heads, by the `id` of the mask that they are made from."""
+
+
+@contextmanager
+def folded_heads(config: PreTrainedConfig, device: torch.device) -> Iterator[dict[str, Any]]:
+    """While the context lasts, models of this config attend so; yields what their forward must be given.
+
+    Does nothing where there is nothing to save: other attention than sdpa, no shared keys, no CPU.
+    """
+    before = config._attn_implementation
+    if before != "sdpa" or device.type != "cpu" or num_kv_heads(config) == config.num_attention_heads:
+        yield {}
+        return
+    config._attn_implementation = NAME
+    try:
+        yield {"folded_masks": {}}
+    finally:
+        config._attn_implementation = before
+
+
+def folded_attention(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    keys_BHSD: Tensor,
+    values_BHSD: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    folded_masks: FoldedMasks | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: bool mask (B, 1, T, S), H_kv heads of keys; returns (B, T, H, D)."""
+    assert attention_mask is not None and folded_masks is not None, "attention outside of a pass"
+    assert kwargs.get("softcap") is None, "sdpa has no soft cap"
+    _, num_heads, num_rows, _ = query_BHTD.shape
+    num_kv = keys_BHSD.shape[1]
+    if num_rows > MOST_FOLDED_ROWS:
+        out = scaled_dot_product_attention(
+            query_BHTD, keys_BHSD, values_BHSD, attention_mask, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2).contiguous(), None
+    mask = _folded(attention_mask, num_heads // num_kv, query_BHTD.dtype, folded_masks)
+    return attend_folded(query_BHTD, keys_BHSD, values_BHSD, mask, scaling), None
+
+
+def attend_folded(
+    query_BHTD: Tensor, keys_BHSD: Tensor, values_BHSD: Tensor, mask: Tensor, scaling: float | None
+) -> Tensor:
+    """(B, T, H, D); the mask (B, 1, H / H_kv * T, S) holds the rows of a group's heads, head by head."""
+    batch, num_heads, num_rows, size = query_BHTD.shape
+    num_kv = keys_BHSD.shape[1]
+    query = query_BHTD.reshape(batch, num_kv, num_heads // num_kv * num_rows, size)
+    out = scaled_dot_product_attention(query, keys_BHSD, values_BHSD, mask, scale=scaling)
+    return out.view(batch, num_heads, num_rows, size).transpose(1, 2).contiguous()
+
+
+def _folded(visible_B1TS: Tensor, group: int, dtype: torch.dtype, known: FoldedMasks) -> Tensor:
+    """Additive mask (B, 1, group * T, S), made once for all layers: sdpa would convert it in each."""
+    if id(visible_B1TS) not in known:
+        mask = torch.zeros(visible_B1TS.shape, dtype=dtype, device=visible_B1TS.device)
+        mask.masked_fill_(~visible_B1TS, float("-inf"))
+        # The mask itself is kept too, so that nothing else can take its id.
+        known[id(visible_B1TS)] = visible_B1TS, mask.repeat(1, 1, group, 1)
+    return known[id(visible_B1TS)][1]
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, folded_attention)
