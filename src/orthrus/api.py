@@ -196,7 +196,7 @@ class Turn(Iterator[Cycle]):
 def decode_config(
     *,
     max_new_tokens: int = 256,
-    strategy: Strategy = "chain",
+    strategy: Strategy = "auto",
     block_size: int | None = None,
     node_budget: int = 24,
     block_budget: int = 3,

@@ -85,7 +85,7 @@ class DecodeConfig:
     """
 
     max_new_tokens: int = 256
-    strategy: Strategy = "chain"
+    strategy: Strategy = "auto"
     block_size: int | None = None
     floor: bool = True
     node_budget: int = 24

@@ -30,7 +30,7 @@ def chat(
     model: options.Model = "default",
     view: options.View = "default",
     max_new_tokens: options.MaxNewTokens = 512,
-    strategy: options.DecodeStrategy = "chain",
+    strategy: options.DecodeStrategy = "auto",
     block_size: options.BlockSize = None,
     node_budget: options.NodeBudget = 24,
     block_budget: options.BlockBudget = 3,

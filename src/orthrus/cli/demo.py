@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orthrus.cli import options
-from orthrus.cli.common import INTERRUPTED, UNEXPECTED, cancel_on_interrupt, check_decode, load_orthrus
+from orthrus.cli.common import (
+    INTERRUPTED,
+    UNEXPECTED,
+    cancel_on_interrupt,
+    check_decode,
+    load_orthrus,
+    time_passes,
+)
 from orthrus.cli.render import DraftMarker, print_json, print_stream
 from orthrus.types import GenerationResult
 
@@ -58,7 +65,7 @@ class Pair:
             "text": self.ours.text,
             "speed_up_over_plain": speed_up([self]),
             "ar": {"token_ids": list(self.plain.token_ids), **self.plain.stats.to_dict()},
-            "chain": {"token_ids": list(self.ours.token_ids), **self.ours.stats.to_dict()},
+            "auto": {"token_ids": list(self.ours.token_ids), **self.ours.stats.to_dict()},
         }
 
 
@@ -79,13 +86,14 @@ def demo(
     trained = orthrus.dual.config.trained
     if not json:
         _introduce(orthrus, trained)
+    time_passes(orthrus, ["auto"], quiet=json)
     orthrus.warm_up()
     pairs: list[Pair] = []
     for domain, prompt in PROMPTS:
         if not json:
             typer.secho(f"\n{len(pairs) + 1}/{len(PROMPTS)} {domain}: {prompt}", bold=True)
         plain = _answer(orthrus, prompt, "ar", max_new_tokens, show=not json)
-        ours = _answer(orthrus, prompt, "chain", max_new_tokens, show=not json, color=color)
+        ours = _answer(orthrus, prompt, "auto", max_new_tokens, show=not json, color=color)
         pairs.append(Pair(domain, prompt, plain, ours))
         if not json:
             _verdict(pairs[-1])
