@@ -9,7 +9,7 @@ from orthrus.base.loading import Base
 from orthrus.base.storage import Progress
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
 from orthrus.decoding.policy import CostTable
-from orthrus.engine.compiled import use_runner
+from orthrus.engine.compiled import check_runner, use_runner
 from orthrus.engine.costs import OnMeasure, pass_costs
 from orthrus.engine.stream import TokenStream
 from orthrus.model.dual_view import DualView
@@ -59,6 +59,8 @@ class Orthrus:
         that works; the environment's ORTHRUS_RUNNER stands for None.
         Raises the subclasses of OrthrusError, each a sentence with the cause and the next step.
         """
+        runner = runner or os.environ.get("ORTHRUS_RUNNER") or "auto"
+        check_runner(runner)
         base, dual = load_dual(
             model,
             view,
@@ -69,7 +71,7 @@ class Orthrus:
             attn_implementation=attn_implementation,
             on_progress=on_progress,
         )
-        use_runner(dual, runner or os.environ.get("ORTHRUS_RUNNER") or "auto", on_progress)
+        use_runner(dual, runner, on_progress)
         return cls(base, dual)
 
     def generate(self, prompt: Prompt, *, raw: bool = False, **decode: Any) -> GenerationResult:

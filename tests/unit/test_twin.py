@@ -12,13 +12,13 @@ from orthrus.model.twin import RowSplit, Twin, inject, stock, twins
 from orthrus.model.view_config import ViewConfig
 
 
-@pytest.mark.parametrize("num_ar", [None, 0, 2, 5, 9])
+@pytest.mark.parametrize("num_ar", [None, 0, 2, 5])
 def test_rows_go_to_their_own_side(num_ar: int | None) -> None:
     torch.manual_seed(0)
     split = RowSplit()
     twin = Twin(nn.Linear(4, 3), nn.Linear(4, 3), split)
     x_BTC = torch.randn(2, 5, 4)
-    cut = 5 if num_ar is None else min(num_ar, 5)
+    cut = 5 if num_ar is None else num_ar
     expected_BTC = torch.stack(
         [(twin.ar if t < cut else twin.diffusion)(x_BTC[:, t]) for t in range(5)], dim=1
     )

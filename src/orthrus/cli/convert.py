@@ -95,6 +95,7 @@ def convert(
         quiet=quiet,
         view=view or _default_view(source),
         dtype=dtype or ("float32" if to == "view" else "auto"),
+        runner="eager",
         device=device,
         revision=revision,
     )
@@ -112,7 +113,7 @@ def convert(
     else:
         # Only one of the two models is in memory at a time.
         del orthrus
-        written = load_orthrus(str(target), quiet=quiet, dtype=wanted_dtype, device=device)
+        written = load_orthrus(str(target), quiet=quiet, dtype=wanted_dtype, device=device, runner="eager")
         _require_equal(logits_TV, _ar_logits(written), str(target))
     if json:
         print_json(report)

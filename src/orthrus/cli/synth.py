@@ -96,7 +96,7 @@ def synth(
 
     # The prompts that benchmarks and training runs are scored on.
     keep_out = [p.prompt for p in load_prompts() if isinstance(p.prompt, str)]
-    orthrus = load_orthrus(model, quiet=quiet, view="fresh", dtype=dtype, device=device)
+    orthrus = load_orthrus(model, quiet=quiet, view="fresh", dtype=dtype, device=device, runner="eager")
     try:
         with SynthDisplay(quiet=quiet) as display:
             synthesise(orthrus.base, orthrus.dual, config, folder, display, keep_out=keep_out)

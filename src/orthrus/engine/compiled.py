@@ -34,6 +34,12 @@ _OPTIONS = {"size_asserts": False, "alignment_asserts": False, "cpp.dynamic_thre
 _unique = count()
 
 
+def check_runner(runner: str) -> None:
+    """UserInputError unless there is a runner of that name."""
+    if runner not in RUNNERS:
+        raise UserInputError(f"runner must be one of {', '.join(RUNNERS)}, not {runner!r}.")
+
+
 def use_runner(dual: DualView, runner: str, on_progress: Progress | None = None) -> None:
     """Let passes run through the runner of that name from now on.
 
@@ -41,8 +47,7 @@ def use_runner(dual: DualView, runner: str, on_progress: Progress | None = None)
     which takes as much memory again, and compiles (seconds the first time, kept in the cache folder).
     Raises UserInputError for an unknown runner, or "compiled" where that cannot run.
     """
-    if runner not in RUNNERS:
-        raise UserInputError(f"runner must be one of {', '.join(RUNNERS)}, not {runner!r}.")
+    check_runner(runner)
     problem = None if runner == "eager" else _problem(dual)
     if runner == "eager" or (runner == "auto" and problem is not None):
         return
