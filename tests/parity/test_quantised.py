@@ -144,6 +144,25 @@ def test_a_dtype_that_the_method_cannot_work_in_is_one_sentence(folders: dict[st
     assert "\n" not in str(caught.value)
 
 
+def test_quantised_weights_go_where_they_are_asked_to(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They refuse to be moved afterwards. No accelerator is needed to see what transformers is told."""
+    asked: list[Any] = []
+
+    def from_pretrained(*_: Any, **options: Any) -> None:
+        asked.append(options.get("device_map"))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    monkeypatch.setattr("orthrus.base.loading.pick_device", lambda _: "cuda:1")
+    with pytest.raises(UnsupportedModelError, match=r"torchao .*\(enough\)"):
+        load_base(str(folders["int8 weights"]), device="cuda:1")
+    with pytest.raises(CorruptFileError):
+        load_base(str(folders["base"]), device="cuda:1")
+    assert asked == [{"": "cuda:1"}, None]
+
+
 def test_the_audit_says_what_lossless_is_equal_to(folders: dict[str, Path]) -> None:
     prompts = [SimpleNamespace(prompt="abc")]
     for name in ("base", "int8 weights"):
