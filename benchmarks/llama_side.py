@@ -1,7 +1,7 @@
 """llama.cpp as benchmarks use it: the default model's GGUF file, greedy, at its fastest number of threads.
 
-Build llama-cpp-python with a GCC above 12, or on a CPU with AMX it stops at the first prompt with an illegal
-instruction: GCC 12 drops the stores that set the tiles up. CXXFLAGS="-fno-dse -fno-tree-dse" keeps them.
+Built by GCC 12, llama.cpp stops at the first prompt with an illegal instruction on a CPU with AMX: the compiler
+drops the stores that set the tiles up. CXXFLAGS="-fno-dse -fno-tree-dse" before pip keeps them.
 """
 
 import ctypes
