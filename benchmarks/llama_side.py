@@ -1,6 +1,6 @@
 """llama.cpp as benchmarks use it: the default model's GGUF file, greedy, at its fastest number of threads.
 
-Built by GCC 12, llama.cpp stops at the first prompt with an illegal instruction on a CPU with AMX: the compiler
+Built by GCC 12, llama.cpp stops at the first prompt with an illegal instruction on a CPU with AMX: GCC
 drops the stores that set the tiles up. CXXFLAGS="-fno-dse -fno-tree-dse" before pip keeps them.
 """
 
