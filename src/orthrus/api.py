@@ -142,7 +142,7 @@ class Orthrus:
             else f"token id {config.mask_token_id}",
             "view_parameters": self.dual.num_view_parameters(),
             "base_fingerprint": config.base_fingerprint,
-        }
+        } | ({"quantised": self.base.quantised} if self.base.quantised else {})
 
 
 class Conversation:

@@ -42,7 +42,7 @@ def test_demo_json(cli: Cli, model_folder: str) -> None:
     assert result["view_trained"] is False
     assert [p["domain"] for p in result["prompts"]] == ["math", "code", "chat"]
     for prompt in result["prompts"]:
-        assert prompt["ar"]["token_ids"] == prompt["chain"]["token_ids"]
+        assert prompt["ar"]["token_ids"] == prompt["auto"]["token_ids"]
         assert prompt["ar"]["num_drafted"] == 0
         # A single token leaves nothing to draft.
         assert prompt["chain"]["num_drafted"] > 0 or prompt["chain"]["num_tokens"] < 4

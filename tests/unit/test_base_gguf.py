@@ -7,60 +7,12 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFWriter, TokenType
 from gguf.quants import dequantize, quantize
-from tokenizers.pre_tokenizers import ByteLevel
+from tests.gguf_files import write_gguf
 
 from orthrus.base import fingerprint, load_base
 from orthrus.base.gguf import inspect
 from orthrus.errors import CorruptFileError, UnsupportedModelError
-
-HIDDEN, HEADS, MLP, LAYERS = 64, 2, 64, 2
-TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
-
-
-def write_gguf(path: Path, arch: str = "llama", kind: Kind = Kind.Q8_0, skip: str = "") -> None:
-    tokens = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), "ĠĠ"]
-    writer = GGUFWriter(path, arch)
-    writer.add_context_length(128)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(MLP)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(tokens) - 3))
-    writer.add_token_merges(["Ġ Ġ"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(TEMPLATE)
-    rng = np.random.default_rng(0)
-
-    def add(name: str, rows: int, cols: int) -> None:
-        if name == skip:
-            return
-        weight = rng.normal(0, 0.1, (rows, cols)).astype(np.float32)
-        writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)
-
-    add("token_embd.weight", len(tokens), HIDDEN)
-    for layer in range(LAYERS):
-        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-            add(f"blk.{layer}.{name}.weight", HIDDEN, HIDDEN)
-        for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(HIDDEN, dtype=np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(HIDDEN, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.fixture

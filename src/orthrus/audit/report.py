@@ -94,7 +94,16 @@ class AuditReport:
         return (
             f"{'PASSED' if self.passed else 'FAILED'}: {same} of {runs} outputs identical to the stock "
             f"model's, {ties} near-ties, {broken} broken rules, {len(self.damages)} damaged caches "
-            f"({m['model']}, {m['dtype']} on {m['device']}, {m['view']} view)."
+            f"({m['model']}, {m['dtype']} on {m['device']}, {m['view']} view).{self._quantised}"
+        )
+
+    @property
+    def _quantised(self) -> str:
+        how = self.model.get("quantised")
+        if not how:
+            return ""
+        return (
+            f" Lossless means here: equal to this quantised base ({how}), not to the model it was made from."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,17 +5,19 @@ tensors whose rows can be split between two views, so each file is dequantised o
 """
 
 import gc
+import json
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orthrus.base.quiet import quiet_libraries
-from orthrus.base.storage import Progress, load_published, publish, sha256_file
+from orthrus.base.storage import MANIFEST, Progress, load_published, publish, sha256_file
 from orthrus.errors import CorruptFileError, MissingExtraError, OrthrusError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
+    from gguf import GGMLQuantizationType
     from transformers import PreTrainedTokenizerBase
 
 # llama.cpp's "smollm" cuts every digit off before the GPT-2 split; transformers 5.23 does not know it.
@@ -45,9 +47,19 @@ def ensure_folder(path: Path, progress: Progress | None = None) -> Path:
 
     def build(_work: Path, out: Path) -> dict[str, Any]:
         convert(path, out, facts, progress=progress)
-        return {"file": path.name, "sha256": sha256}
+        return {"file": path.name, "sha256": sha256, "quantised": list(facts.quantised)}
 
     return publish(key, build, needed_bytes=facts.num_bytes, progress=progress)
+
+
+def unpacked_types(folder: Path) -> str | None:
+    """How the weights of a cached model folder were quantised in their file; None where they were not."""
+    try:
+        types = json.loads((folder / MANIFEST).read_text())["source"]["quantised"]
+    except (OSError, ValueError, KeyError, TypeError):
+        # A folder of an earlier release.
+        return "GGUF, unpacked"
+    return f"GGUF {', '.join(types)}, unpacked" if types else None
 
 
 def convert(
@@ -121,6 +133,8 @@ class GgufFacts(NamedTuple):
     """Disk space that the unpacked folder takes."""
     splitting: str
     """llama.cpp's name for how text is cut before byte-pair merging."""
+    quantised: tuple[str, ...] = ()
+    """The file's quantised types, such as Q4_K."""
 
 
 def inspect(path: Path) -> GgufFacts:
@@ -128,6 +142,7 @@ def inspect(path: Path) -> GgufFacts:
 
     Raises:
         CorruptFileError: not a GGUF file, truncated, inconsistent, or without weights.
+        UnsupportedModelError: a tensor type that nothing here can unpack.
     """
     import torch
     from gguf import GGMLQuantizationType as Kind
@@ -147,11 +162,35 @@ def inspect(path: Path) -> GgufFacts:
         raise CorruptFileError(
             f"{path} holds no weights (a vocabulary-only file?): choose a full model file."
         )
+    if unknown := sorted(kind.name for kind in kinds - _readable_types()):
+        raise UnsupportedModelError(
+            f"{path.name} stores weights as {unknown[0]}, which transformers cannot unpack: use a file in "
+            "another type, such as Q4_K_M, Q8_0 or BF16, or a safetensors upload."
+        )
     dtype = torch.float32
     # Half-precision files keep their norms in float32, but those came from the same half-precision model.
     if kinds <= {Kind.F32, Kind.F16, Kind.BF16} and kinds != {Kind.F32}:
         dtype = torch.bfloat16 if Kind.BF16 in kinds else torch.float16
-    return GgufFacts(dtype, num_weights * dtype.itemsize + TOKENIZER_BYTES, splitting)
+    quantised = sorted(kind.name for kind in kinds - {Kind.F32, Kind.F16, Kind.BF16})
+    num_bytes = num_weights * dtype.itemsize + TOKENIZER_BYTES
+    return GgufFacts(dtype, num_bytes, splitting, tuple(quantised))
+
+
+def _readable_types() -> "set[GGMLQuantizationType]":
+    """What the gguf package unpacks, and transformers through it; it keeps one class for each type."""
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    readable = set()
+    for kind in GGMLQuantizationType:
+        _, num_bytes = GGML_QUANT_SIZES[kind]
+        try:
+            with np.errstate(all="ignore"):
+                dequantize(np.zeros((1, num_bytes), dtype=np.uint8), kind)
+        except NotImplementedError:
+            continue
+        readable.add(kind)
+    return readable
 
 
 def _split_single_digits(tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -10,6 +10,7 @@ from orthrus.base import default_model, gguf, hub
 from orthrus.base.devices import check_attention, pick_device, pick_dtype
 from orthrus.base.families import Family, check_layers, context_length, find_family, supported_families
 from orthrus.base.prompt import Message, encode_prompt
+from orthrus.base.quantised import cannot_run, check_installed, check_runs, quantisation
 from orthrus.base.quiet import quiet_libraries
 from orthrus.base.resolve import Source, resolve
 from orthrus.base.storage import Progress
@@ -31,7 +32,8 @@ class Base:
     """A frozen model in eval mode with its tokenizer.
 
     `eos_token_ids` end a text (all of them; id 0 is a valid one; empty if the model declares none).
-    `context_length` is in tokens: prompt, answer and draft positions have to stay below it.
+    `context_length` is in tokens: prompt, answer and draft positions have to stay below it. `quantised` names
+    how the weights are or, in a GGUF file, were quantised; None for others.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Base:
     context_length: int
     family: Family
     source: Source
+    quantised: str | None = None
 
     @property
     def reference(self) -> str:
@@ -75,7 +78,8 @@ def load_base(
             the folder filled in where it has been fetched already.
         revision: branch, tag or commit of a hub id.
         dtype: "float32", "bfloat16", "float16", "auto" (the checkpoint's own) or a torch dtype. None means
-            the checkpoint's own on an accelerator and float32 on a CPU.
+            the checkpoint's own on an accelerator and float32 on a CPU. Of a quantised model it is the dtype
+            of all that is not quantised, and of what goes from layer to layer.
         device: such as "cpu", "cuda", "cuda:1", "mps"; None picks the first accelerator, else the CPU.
         attn_implementation: "eager", "sdpa" or "flex_attention"; None leaves the stock model's choice.
         config: the base's config where the folder's own config.json holds something else around it.
@@ -84,7 +88,9 @@ def load_base(
     Raises:
         UserInputError: a wrong argument.
         ModelNotFoundError: no such model, or it cannot be reached.
-        UnsupportedModelError: a family or layer that cannot carry a second view.
+        UnsupportedModelError: a family or layer that cannot carry a second view, or a quantisation that does
+            not run here.
+        MissingExtraError: a quantisation whose package is not installed.
         CorruptFileError: missing, truncated or altered files.
         StorageError: the disk is full or not writable.
     """
@@ -96,17 +102,22 @@ def load_base(
     )
     config = config or _read_config(folder, name)
     family = find_family(config)
+    method = quantisation(config)
+    if method is not None:
+        check_installed(method, name)
     if on_progress is not None:
         on_progress(f"loading {name}", 0, None)
-    loaded = _read_weights(folder, name, config, picked_dtype, attn_implementation)
+    loaded = _read_weights(folder, name, config, picked_dtype, picked_device, attn_implementation)
     check_attention(getattr(loaded.config, "_attn_implementation", None), picked_device)
     check_layers(loaded, family)
     tokenizer = _read_tokenizer(folder, name)
     loaded.requires_grad_(False)
     loaded.eval()
     # Quantised models are placed while they load, and refuse to be moved.
-    if getattr(loaded, "hf_quantizer", None) is None:
+    if method is None:
         _place(loaded, picked_device)
+    else:
+        check_runs(loaded, method, name)
     return Base(
         name=name,
         model=loaded,
@@ -115,6 +126,7 @@ def load_base(
         context_length=context_length(config),
         family=family,
         source=source,
+        quantised=gguf.unpacked_types(folder) if source.kind == "gguf" else method,
     )
 
 
@@ -183,11 +195,15 @@ def _read_weights(
     name: str,
     config: "PreTrainedConfig",
     dtype: "torch.dtype | None",
+    device: str,
     attn_implementation: str | None,
 ) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"config": config, "dtype": "auto" if dtype is None else dtype}
+    method = quantisation(config)
+    if method is not None:
+        options["device_map"] = {"": device}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
@@ -203,7 +219,7 @@ def _read_weights(
             raise UserInputError(
                 f"{name} does not fit into memory: choose a smaller model or dtype."
             ) from error
-        raise _weights_failed(folder, name, error) from error
+        raise _weights_failed(folder, name, method, error) from error
     # transformers only logs a missing tensor and carries on with random numbers in its place.
     loaded: PreTrainedModel = pair[0]
     missing = sorted(pair[1]["missing_keys"])
@@ -214,7 +230,9 @@ def _read_weights(
     return loaded
 
 
-def _weights_failed(folder: Path, name: str, error: Exception) -> OrthrusError:
+def _weights_failed(folder: Path, name: str, method: str | None, error: Exception) -> OrthrusError:
+    from safetensors import SafetensorError
+
     index = folder / "model.safetensors.index.json"
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
@@ -227,6 +245,8 @@ def _weights_failed(folder: Path, name: str, error: Exception) -> OrthrusError:
         )
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         return CorruptFileError(f"{folder} holds a config but no weights: fetch model.safetensors too.")
+    if method is not None and not isinstance(error, SafetensorError):
+        return cannot_run(method, name, error)
     if isinstance(error, ImportError) or "pip install" in str(error):
         return UnsupportedModelError(f"{name} needs a package that is not installed ({_reason(error)}).")
     return CorruptFileError(

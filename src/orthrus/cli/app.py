@@ -1,5 +1,6 @@
 """The table of commands. Nothing here or in a command's module imports torch: bodies do, when they run."""
 
+import logging
 import os
 from importlib.metadata import version
 from typing import Annotated
@@ -57,6 +58,9 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line and leave with its status: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C."""
     # Threads that spin while they wait turn milliseconds into seconds when another program wants the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Where they are installed, transformers imports them with every model, and they talk of missing kernels.
+    for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     raise SystemExit(run_command(typer.main.get_command(app), args))
 
 

@@ -213,8 +213,9 @@ def _header(orthrus: "Orthrus") -> None:
     from rich.text import Text
 
     about = orthrus.describe()
+    quantised = f" ({about['quantised']})" if "quantised" in about else ""
     rows = (
-        ("model", about["model"]),
+        ("model", about["model"] + quantised),
         ("view", about["view"]),
         ("running", f"{about['dtype']} on {about['device']}, {about['attention']} attention"),
         ("block size", f"K = {about['block_size']}"),

@@ -19,6 +19,8 @@ PACKAGES = (
     "numpy",
     "typer",
     "accelerate",
+    "torchao",
+    "bitsandbytes",
     "vllm",
 )
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from orthrus.base.families import decoder_layers
+from orthrus.base.quantised import quantisation
 from orthrus.base.storage import Progress, cache_dir
 from orthrus.engine.layer_code import LayerCode, kind, layer_code, mark_sizes, named_tensors, packed
 from orthrus.errors import OrthrusWarning, UserInputError
@@ -153,6 +154,8 @@ def _contiguous(value: Any) -> Any:
 
 def _problem(dual: DualView) -> str | None:
     """Why compiled code cannot run here; None where it can."""
+    if (method := quantisation(dual.base.config)) is not None:
+        return f"does not run {method} weights"
     if dual.device.type != "cpu":
         return f"is made for CPUs, and the model is on {dual.device.type}"
     if not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c):

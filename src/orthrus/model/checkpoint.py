@@ -15,12 +15,13 @@ from torch import Tensor
 from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base
 from orthrus.base.outputs import atomic_folder, replace_folder
+from orthrus.base.quantised import is_quantised, plain_weight
 from orthrus.errors import CheckpointError, CorruptFileError, OrthrusWarning, UserInputError
 from orthrus.model.card import view_card
 from orthrus.model.delta_codec import decode_tensors, encode_tensors
 from orthrus.model.dual_view import DualView
 from orthrus.model.names import is_view_tensor, to_file
-from orthrus.model.twin import chosen_names
+from orthrus.model.twin import LowRankTwin, chosen_names, twins
 from orthrus.model.view_config import Encoding, ViewConfig
 
 CONFIG_FILE = "view_config.json"
@@ -113,9 +114,10 @@ def load_view(base: Base, folder: Path | str, *, dtype: torch.dtype | None = Non
     config = ViewConfig.from_dict(read_json(folder / CONFIG_FILE))
     found = fingerprint(base.model)
     if config.base_fingerprint and config.base_fingerprint != found:
+        kind = f", quantised as {base.quantised}" if base.quantised else ""
         warnings.warn(
             f"the view was trained on {config.base_name} ({config.base_fingerprint}), but this base is "
-            f"{base.name} ({found}): the output stays lossless, the drafts may be worth less.",
+            f"{base.name} ({found}{kind}): the output stays lossless, the drafts may be worth less.",
             OrthrusWarning,
             stacklevel=2,
         )
@@ -134,6 +136,9 @@ def load_view(base: Base, folder: Path | str, *, dtype: torch.dtype | None = Non
 def _ar_tensors(dual: DualView) -> dict[str, Tensor]:
     """The frozen twin of each view tensor that has one of its shape, under the view tensor's file name."""
     frozen = dict(dual.base.named_parameters())
+    for path, twin in twins(dual.base).items():
+        if is_quantised(twin.ar) and not isinstance(twin, LowRankTwin):
+            frozen[f"{path}.ar.weight"] = plain_weight(twin.ar, dual.dtype)  # type: ignore[assignment]
     pairs = ((n, p, frozen.get(n.replace(".diffusion.", ".ar."))) for n, p in dual.view_parameters().items())
     return {
         to_file(name): ar.detach()

@@ -61,6 +61,8 @@ def load_dual(
         device=device,
         attn_implementation=attn_implementation,
     )
+    if INT8 in (dtype, draft_dtype) and base.quantised:
+        raise UserInputError(f"{model} is quantised already ({base.quantised}): leave out int8.")
     if INT8 in (dtype, draft_dtype) and on_progress is not None:
         on_progress("quantising to int8", 0, None)
     if dtype == INT8:

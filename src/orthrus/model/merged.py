@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base
 from orthrus.base.outputs import atomic_folder
+from orthrus.base.quantised import quantisation
 from orthrus.errors import CheckpointError, CorruptFileError
 from orthrus.model.card import view_card
 from orthrus.model.checkpoint import (
@@ -90,8 +91,13 @@ def save_merged(
 ) -> None:
     """Write base and view into one new folder, with the tokenizer if a `base` brings one.
 
-    Raises CheckpointError when the released layout cannot hold them.
+    Raises CheckpointError when the layout cannot hold them, and for a quantised base.
     """
+    if (method := quantisation(dual.base.config)) is not None:
+        raise CheckpointError(
+            f"the base is quantised ({method}), and only ordinary weights can be written again: save the "
+            "view alone, and load it with this base."
+        )
     if layout == "released":
         _check_released(dual)
     with atomic_folder(Path(folder)) as temporary:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from orthrus.base.families import Family, attention_modules
+from orthrus.base.quantised import is_quantised, plain_linear
 from orthrus.errors import CheckpointError, UserInputError
 
 
@@ -117,8 +118,9 @@ def inject(
     """Put twins into the attention of the given layers (all by default); they start equal to the base.
 
     names: which of the family's modules get twins, all by default. rank: None for full copies, else that of
-    low-rank twins, whose random side is drawn from `seed`; norms are copied in either case. The base stays
-    as it is, frozen, its twinned modules as `twin.ar`. Returns the split that the twins share. Raises
+    low-rank twins, whose random side is drawn from `seed`; norms are copied in either case. Of a quantised
+    projection the copy is an ordinary one in the model's dtype, for only such a one can be trained. The base
+    stays as it is, frozen, its twinned modules as `twin.ar`. Returns the split that the twins share. Raises
     CheckpointError for a layer or name that is not there, UserInputError when the model carries a view.
     """
     if twins(model):
@@ -142,7 +144,8 @@ def inject(
             if ar is None or isinstance(ar, nn.Identity):
                 continue
             if rank is None or family.is_norm(name):
-                twin = Twin(ar, copy.deepcopy(ar).requires_grad_(True), split, family.row_dim(name))
+                plain = plain_linear(ar, model.dtype) if is_quantised(ar) else copy.deepcopy(ar)  # type: ignore[arg-type]
+                twin = Twin(ar, plain.requires_grad_(True), split, family.row_dim(name))
             else:
                 part = LowRank(ar, rank, generator, model.dtype)  # type: ignore[arg-type]
                 twin = LowRankTwin(ar, part, split, family.row_dim(name))

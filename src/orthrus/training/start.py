@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from orthrus.base.loading import Base
+from orthrus.base.quantised import check_gradients
 from orthrus.errors import UserInputError
 from orthrus.model.checkpoint import fresh_view, load_view
 from orthrus.model.dual_view import DualView
@@ -21,9 +22,11 @@ def starting_view(base: Base, config: TrainConfig) -> DualView:
 
     Either gets a repair head where the recipe wants one and there is none. The block size is the recipe's: a
     view may go on with longer blocks than it knows. Raises UserInputError when `init_view` has other layers,
-    twins, ranks or mask than the recipe asks for (a key that is left out takes what it has), CheckpointError
-    when it is missing or belongs to another base.
+    twins, ranks or mask than the recipe asks for (a key that is left out takes what it has) and for a
+    quantised base that no gradient passes through, CheckpointError when it is missing or belongs to another
+    base.
     """
+    check_gradients(base.model, base.name)
     if config.init_view is None:
         dual = fresh_view(
             base,
