@@ -44,8 +44,6 @@ def test_demo_json(cli: Cli, model_folder: str) -> None:
     for prompt in result["prompts"]:
         assert prompt["ar"]["token_ids"] == prompt["auto"]["token_ids"]
         assert prompt["ar"]["num_drafted"] == 0
-        # A single token leaves nothing to draft.
-        assert prompt["chain"]["num_drafted"] > 0 or prompt["chain"]["num_tokens"] < 4
 
 
 def test_demo_fails_loudly_when_a_token_differs(
@@ -55,7 +53,7 @@ def test_demo_fails_loudly_when_a_token_differs(
 
     def wrong(orthrus: Any, prompt: str, strategy: str, *rest: Any, **options: Any) -> Any:
         result = answer(orthrus, prompt, strategy, *rest, **options)
-        if strategy == "chain" and prompt == demo_module.PROMPTS[1][1]:
+        if strategy == "auto" and prompt == demo_module.PROMPTS[1][1]:
             return dataclasses.replace(result, token_ids=(*result.token_ids[:-1], 5))
         return result
 

@@ -186,8 +186,8 @@ def test_a_constructed_near_tie_is_a_near_tie(monkeypatch: pytest.MonkeyPatch) -
         head_VC[twin] = head_VC[favourite]
     head = DualView.head
 
-    def nudged(self: DualView, hidden: Tensor) -> Tensor:
-        logits = head(self, hidden)
+    def nudged(self: DualView, hidden: Tensor, *, drafts: bool = False) -> Tensor:
+        logits = head(self, hidden, drafts=drafts)
         logits[..., twin] += 1e-6
         return logits
 

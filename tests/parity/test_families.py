@@ -26,12 +26,14 @@ PROMPTS = (tiny_prompt(9, seed=0), tiny_prompt(30, seed=1), tiny_prompt(17, seed
 SEEDS = {"qwen3": 4, "qwen3-moe": 2}
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILY_CONFIGS)
 CHAINS = {
-    "floor": DecodeConfig(max_new_tokens=NUM_NEW),
-    "no floor": DecodeConfig(max_new_tokens=NUM_NEW, floor=False),
-    "floor, K 3, chunks of 7": DecodeConfig(max_new_tokens=NUM_NEW, block_size=3, prefill_chunk=7),
-    "no floor, K 2": DecodeConfig(max_new_tokens=NUM_NEW, block_size=2, floor=False),
+    "floor": DecodeConfig(max_new_tokens=NUM_NEW, strategy="chain"),
+    "no floor": DecodeConfig(max_new_tokens=NUM_NEW, strategy="chain", floor=False),
+    "floor, K 3, chunks of 7": DecodeConfig(
+        max_new_tokens=NUM_NEW, strategy="chain", block_size=3, prefill_chunk=7
+    ),
+    "no floor, K 2": DecodeConfig(max_new_tokens=NUM_NEW, strategy="chain", block_size=2, floor=False),
     "no floor, K 5, chunks of 1": DecodeConfig(
-        max_new_tokens=NUM_NEW, block_size=5, floor=False, prefill_chunk=1
+        max_new_tokens=NUM_NEW, strategy="chain", block_size=5, floor=False, prefill_chunk=1
     ),
 }
 OTHERS = {
@@ -120,7 +122,7 @@ def test_views_of_every_kind_are_lossless_and_draft(name: str, variant: str) -> 
 def test_every_draft_of_an_undisturbed_first_row_hits(name: str) -> None:
     """Twins equal to the base: row 0 sees what an AR row sees, so without floor its guess is the AR token."""
     dual = tiny_dual(name, seed=SEEDS.get(name, 0))
-    config = DecodeConfig(max_new_tokens=NUM_NEW, floor=False)
+    config = DecodeConfig(max_new_tokens=NUM_NEW, strategy="chain", floor=False)
     for prompt, text in zip(PROMPTS, stock_texts(name), strict=True):
         result = decode(dual, prompt, config)
         assert result.token_ids == text
@@ -213,7 +215,9 @@ def test_flex_attention_is_refused_on_a_cpu_where_its_compiled_form_crashes() ->
 
 def test_k_2_with_floor_has_no_draft_left_and_says_so() -> None:
     """The anchor's AR row decides what the only draft would: every cycle is a plain one."""
-    result = decode(dual_of("llama"), PROMPTS[0], DecodeConfig(max_new_tokens=NUM_NEW, block_size=2))
+    result = decode(
+        dual_of("llama"), PROMPTS[0], DecodeConfig(max_new_tokens=NUM_NEW, strategy="chain", block_size=2)
+    )
     assert result.token_ids == stock_texts("llama")[0]
     assert {c.kind for c in result.cycles[1:]} == {"ar"}
     assert result.stats.num_drafted == 0

@@ -97,7 +97,7 @@ class Remembering:
 
     def __init__(self) -> None:
         self.device, self.mask_token_id = torch.device("cpu"), dual().mask_token_id
-        self.head = dual().head
+        self.head, self.repair = dual().head, None
         self._known: dict[tuple[object, ...], Tensor] = {}
 
     def hidden(self, p: Pass, history: History) -> Tensor:

@@ -199,7 +199,7 @@ def sampled(config: DecodeConfig, temperature: float, seed: int) -> DecodeConfig
 
 def test_without_floor_noise_costs_passes() -> None:
     """The other side of the law above: it is the floor that upholds it, and the test can fail."""
-    config = DecodeConfig(max_new_tokens=20, floor=False)
+    config = DecodeConfig(max_new_tokens=20, strategy="chain", floor=False)
     result = TokenStream(
         noise_view(0), tiny_prompt(7), config, eos_token_ids=frozenset(), context_length=256
     ).drain()

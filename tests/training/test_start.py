@@ -124,7 +124,7 @@ def acceptance(dual, samples):
     """Share of accepted drafts in greedy decodes, which must be the base's own answers."""
     accepted = drafted = 0
     for sample in samples:
-        config = DecodeConfig(max_new_tokens=20, floor=False)
+        config = DecodeConfig(max_new_tokens=20, strategy="chain", floor=False)
         stream = TokenStream(
             dual, list(sample.prompt_ids), config, eos_token_ids=frozenset(), context_length=256
         )

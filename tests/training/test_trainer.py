@@ -55,7 +55,7 @@ def test_a_view_overfits_a_tiny_corpus_to_full_acceptance(tmp_path):
     run(tmp_path, "overfit", config, dual=dual)
     accepted = drafted = 0
     for sample in own_answers(dual, 5, 20):
-        decode = DecodeConfig(max_new_tokens=20, floor=False)
+        decode = DecodeConfig(max_new_tokens=20, strategy="chain", floor=False)
         stream = TokenStream(
             dual, list(sample.prompt_ids), decode, eos_token_ids=frozenset(), context_length=256
         )

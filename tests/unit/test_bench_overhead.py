@@ -54,7 +54,7 @@ def test_a_cycle_is_measured_against_its_very_own_passes(monkeypatch: pytest.Mon
         work[0] += p.num_rows * p.num_slots
         return hidden(p, cache)
 
-    def counted_head(hidden_RC: Tensor) -> Tensor:
+    def counted_head(hidden_RC: Tensor, *, drafts: bool = False) -> Tensor:
         work[0] += hidden_RC.shape[:-1].numel()
         return head(hidden_RC)
 

@@ -29,7 +29,7 @@ EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
 IDS_1T = torch.tensor([[5, 9, 17, 4, 33, 8]])
 
 
-@pytest.mark.parametrize("num_ar", [None, 0, 2, 5, 9])
+@pytest.mark.parametrize("num_ar", [None, 0, 2, 5])
 def test_the_low_rank_part_is_added_to_diffusion_rows_alone(num_ar: int | None) -> None:
     torch.manual_seed(0)
     calls: list[int] = []

@@ -195,9 +195,9 @@ class _Recorder:
         self.calls.append(_Call(p, cache.lengths[0], []))
         return self._dual.hidden(p, cache)
 
-    def head(self, hidden_RC: Tensor) -> Tensor:
+    def head(self, hidden_RC: Tensor, *, drafts: bool = False) -> Tensor:
         self.calls[-1].projected.append(len(hidden_RC))
-        return self._dual.head(hidden_RC)
+        return self._dual.head(hidden_RC, drafts=drafts)
 
 
 def _memory(orthrus: Orthrus, options: OverheadOptions, strategy: Strategy, block_size: int) -> Check:

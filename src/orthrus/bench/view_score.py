@@ -76,7 +76,7 @@ def held_out_prompts(base: Base, number: int, block_size: int) -> list[list[int]
 
 def decoded(dual: DualView, base: Base, prompts: list[list[int]]) -> tuple[int, int]:
     """(Tokens after the first, cycles) over all prompts; the view in the base's precision, as served."""
-    config = DecodeConfig(max_new_tokens=NUM_TOKENS)
+    config = DecodeConfig(max_new_tokens=NUM_TOKENS, strategy="chain")
     num_tokens = num_cycles = 0
     with served(dual):
         for prompt_ids in prompts:
