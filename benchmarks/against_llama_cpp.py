@@ -107,7 +107,8 @@ def main(
             orthrus.time_passes()
     path = gguf or default_gguf()
     llama = LlamaSide(path, max(map(len, ids)) + max_new_tokens)
-    tried = best_threads(llama, ids[0], [threads] if threads else range(1, usable_cores() + 1))
+    numbers = [threads] if threads else range(1, usable_cores() + 1)
+    tried = best_threads(llama, ids[0], numbers, num_new=min(48, max_new_tokens))
     llama.set_threads(max(tried, key=tried.__getitem__))
     arms[LLAMA] = llama.decode
     runs: dict[str, list[list[Run]]] = {name: [[] for _ in ids] for name in arms}

@@ -79,9 +79,9 @@ class DecodeConfig:
 
     `block_size` None means the size that the view was trained with. `floor` lets a draft pass carry the
     anchor as an AR row too, so that every pass commits at least one token; False gives the cycle of the
-    paper (arXiv 2605.12825, section 3). `node_budget`: the most drafts that a pass of `tree` or `fused_tree`
-    verifies. `block_budget`: the most blocks that a pass of `fused` or `fused_tree` drafts beside them. No
-    setting but `sampling` can change the text.
+    paper (arXiv 2605.12825, section 3) in the fixed strategies, auto always has the floor. `node_budget`:
+    the most drafts that a pass of `tree` or `fused_tree` verifies. `block_budget`: the most blocks that a
+    pass of `fused` or `fused_tree` drafts beside them. No setting but `sampling` can change the text.
     """
 
     max_new_tokens: int = 256

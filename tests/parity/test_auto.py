@@ -1,6 +1,7 @@
 """`auto` on machines of every kind: it drafts, branches, fuses or does not, and the text never changes."""
 
 import pytest
+import torch
 from tests.tiny_orthrus import tiny_orthrus
 from tests.unit.test_policy import FLAT, MIDDLE, STEEP
 
@@ -19,9 +20,20 @@ SAMPLING = {
 
 
 def decode(
-    monkeypatch: pytest.MonkeyPatch, strategy: str, sampling: SamplingParams, table: CostTable, disturb: float
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+    sampling: SamplingParams,
+    table: CostTable,
+    disturb: float,
+    head: float = 0.0,
 ) -> GenerationResult:
+    """head: how much a random repair head says, 0 for none."""
     orthrus = tiny_orthrus(disturb=disturb)
+    if head:
+        orthrus.dual.add_repair(6)
+        assert orthrus.dual.repair is not None
+        with torch.no_grad():
+            orthrus.dual.repair.out.weight.normal_(0.0, head, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(costs, "measure_costs", lambda *_: table)
     config = DecodeConfig(max_new_tokens=60, strategy=strategy, ignore_eos=True, sampling=sampling)  # type: ignore[arg-type]
     return orthrus.stream_ids(PROMPT, config).drain()
@@ -50,6 +62,17 @@ def test_the_text_is_that_of_plain_decoding(
         # An untrained view guesses some tokens of a random model, which is enough to gain.
         assert auto.stats.tokens_per_forward > 1.3
         assert auto.stats.num_accepted > 10
+
+
+@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
+def test_a_repair_head_changes_drafts_and_no_text(
+    monkeypatch: pytest.MonkeyPatch, sampling: SamplingParams
+) -> None:
+    plain, without = (decode(monkeypatch, which, sampling, FLAT, 0.1) for which in ("ar", "auto"))
+    headed = decode(monkeypatch, "auto", sampling, FLAT, 0.1, head=0.3)
+    assert headed.token_ids == plain.token_ids
+    assert headed.stats.num_accepted > 0
+    assert headed.stats.num_accepted != without.stats.num_accepted
 
 
 def test_costs_are_measured_once_and_kept_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,33 @@ def test_compiled_int8(part: object) -> None:
             assert (ours - stock).abs().mean() < 0.01 * stock.abs().mean()
 
 
+def test_compiled_int8_rows_are_alike_to_the_last_bit() -> None:
+    """In a tree, beside blocks, with its past scattered over the cache: a row is what it is one by one."""
+    dual = tiny_dual("llama", disturb=0.3)
+    quantise(dual)
+    compiled(dual)
+    generator, num_compared = random.Random(3), 0
+    for _ in range(12):
+        length, num_ar = generator.randint(1, 50), generator.randint(2, 12)
+        ids_1T = torch.randint(3, MASK, (1, length + num_ar))
+        parents = [generator.randint(max(0, row - 2), row) for row in range(num_ar - 1)]
+        rows_1T, blocks = ids_1T[:, length:], [generator.randrange(num_ar)]
+        together = states(dual, ids_1T[:, :length], fused(rows_1T, parents, [length], blocks, 4, MASK))[1]
+        path = [num_ar - 1]
+        while path[0]:
+            path.insert(0, parents[path[0] - 1])
+        with torch.inference_mode():
+            cache = dual.new_cache(128)
+            dual.run(prefill(ids_1T[:, :length], [0]), cache)
+            cache.commit(length)
+            for row in path:
+                alone = dual.run(prefill(rows_1T[:, row : row + 1], cache.lengths), cache)
+                cache.commit(1)
+                assert torch.equal(alone[0, 0], together[0, row])
+                num_compared += 1
+    assert num_compared > 30
+
+
 def test_other_batches_run_through_the_stock_layers() -> None:
     slow, fast = tiny_dual("llama", disturb=0.3), compiled(tiny_dual("llama", disturb=0.3))
     ids_BT = torch.randint(3, MASK, (2, 7))

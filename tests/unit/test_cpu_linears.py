@@ -1,16 +1,20 @@
 """Packed and int8 linears against the plain one and against arithmetic written out."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests.tiny import tiny_dual
 from torch import Tensor, nn
 
-from orthrus.errors import UserInputError
+from orthrus.errors import CheckpointError, UserInputError
+from orthrus.model.checkpoint import save_view
 from orthrus.model.cpu_linears import Int8Linear, PackedLinear, check_int8, packable
 from orthrus.model.dual_view import DualView
-from orthrus.model.passes import verify_chain
+from orthrus.model.merged import save_merged
+from orthrus.model.passes import fused, verify_chain
 from orthrus.model.quantise import quantise, quantise_drafts
-from orthrus.model.twin import Twin
+from orthrus.model.twin import Twin, twins
 
 
 def linear(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -109,7 +113,7 @@ def test_quantised_drafts_leave_the_ar_rows_alone() -> None:
 
 
 def test_where_int8_does_not_run() -> None:
-    with pytest.raises(UserInputError, match="'int8' runs on CPUs only, not on cuda: use 'bfloat16'"):
+    with pytest.raises(UserInputError, match="int8 runs on CPUs only, not on cuda: choose device 'cpu'"):
         check_int8(torch.device("cuda"))
 
 
@@ -117,3 +121,27 @@ def test_packable_is_what_was_tried() -> None:
     assert packable(linear())
     assert not packable(linear(dtype=torch.float16))
     assert not packable(Int8Linear(linear()))
+
+
+@pytest.mark.parametrize("part", [quantise, quantise_drafts])
+def test_int8_is_not_saved(part: object, tmp_path: Path) -> None:
+    dual = tiny_dual("llama")
+    before = dual.num_view_parameters()
+    part(dual)  # type: ignore[operator]
+    assert dual.num_view_parameters() == before
+    for save in (save_view, lambda d, folder: save_merged(d, None, folder)):
+        with pytest.raises(CheckpointError, match="load it in another dtype"):
+            save(dual, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_low_rank_twins_draft_in_the_precision_of_their_ar_side() -> None:
+    dual = tiny_dual("llama", disturb=0.3, rank=4)
+    before = [name for name in twins(dual.base) if "self_attn" in name]
+    quantise_drafts(dual)
+    assert [name for name in twins(dual.base) if "self_attn" in name] == before
+    ids_1T = torch.randint(3, 60, (1, 5))
+    with torch.inference_mode():
+        dual.run(fused(ids_1T, [0, 1, 2, 3], [0], [1], 8, 60), dual.new_cache(16))
+    with dual.stock() as model:
+        assert not any(isinstance(module, Twin) for module in model.modules())

@@ -90,7 +90,7 @@ BlockBudget = Annotated[
 Floor = Annotated[
     bool,
     typer.Option(
-        help="Let a draft pass decide a token too, so that every pass commits one.",
+        help="Let a draft pass decide a token too, so that every pass commits one; auto always does.",
         rich_help_panel=_DECODING,
     ),
 ]

@@ -14,7 +14,7 @@ from math import exp
 
 MEMORY = 0.85
 """Weight of the past in a moving average, for each new observation."""
-MARGIN = 1.02
+MARGIN = 1.05
 """Drafting must promise this much more than plain decoding before it is taken up or kept."""
 PATIENCE, MAX_PATIENCE = 24, 192
 """Plain tokens before drafting gets another chance; doubled whenever the chance was wasted."""
@@ -50,12 +50,15 @@ class CostTable:
 
 @dataclass(slots=True)
 class _Average:
-    """A moving average that trusts the prior until there is something to go by."""
+    """A moving average; what it starts with counts as one observation, so the first ones weigh more."""
 
     value: float
+    num_observed: int = 1
 
     def add(self, observed: float) -> None:
-        self.value = MEMORY * self.value + (1 - MEMORY) * observed
+        self.num_observed += 1
+        weight = max(1 - MEMORY, 1 / self.num_observed)
+        self.value += weight * (observed - self.value)
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ layers of a kind share it, so compiling takes seconds, and sizes are dynamic, so
 import os
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -50,31 +52,31 @@ def use_runner(dual: DualView, runner: str, on_progress: Progress | None = None)
     """
     check_runner(runner)
     problem = None if runner == "eager" else _problem(dual)
-    if runner == "eager" or (runner == "auto" and problem is not None):
+    if runner == "eager" or (runner == "auto" and (problem is not None or not _fits_twice(dual))):
         return
     if problem is not None:
         raise UserInputError(f"the compiled runner {problem}; use runner='eager'.")
-    compiled = CompiledRunner(dual)
-    dual.accelerate("compiled", compiled, compiled.head)
     try:
+        compiled = CompiledRunner(dual)
+        dual.accelerate("compiled", compiled, compiled.head)
         with _kept_in(cache_dir() / "compiled"):
             _prepare(dual, on_progress)
     except Exception as error:
         dual.accelerate("eager", None, None)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         if runner == "compiled":
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"compiling failed ({reason[:160]}): running eagerly.", OrthrusWarning, stacklevel=2)
+            raise UserInputError(f"compiling failed ({reason}): use runner='eager'.") from error
+        warnings.warn(f"compiling failed ({reason}): running eagerly.", OrthrusWarning, stacklevel=2)
 
 
 @torch.inference_mode()
 def _prepare(dual: DualView, on_progress: Progress | None) -> None:
     """Compile, or load from the cache folder, all code that passes will need."""
     # Sizes that are all different: the compiler takes equal ones for the same.
-    history, cache = 9, dual.new_cache(64)
+    history, size = 11, dual.config.block_size
+    cache = dual.new_cache(history + 5 + size + 101)
     cache.lengths = [history]
     ids_15 = torch.arange(5)[None] % dual.base.config.vocab_size
-    size = dual.config.block_size
     passes = [
         verify_chain(ids_15, [history]),
         fused(ids_15, [0, 1, 0, 3], [history], [2], size, dual.mask_token_id),
@@ -127,6 +129,8 @@ class CompiledRunner:
         finally:
             for layer in self._layers:
                 del layer.__dict__["forward"]
+            # A finished request's cache is to be freed.
+            self._pass = self._cache = self._marker = None
 
     def _forward(self, index: int) -> Callable[..., Tensor]:
         tensors, first = self._tensors[index], self._kinds[index]
@@ -141,7 +145,8 @@ class CompiledRunner:
             key = first, "ar" if self._marker is None else "mixed"
             if key not in self._code:
                 name = f"layer_{next(_unique)}_{key[1]}"
-                self._code[key] = layer_code(self._templates[first], name, **_OPTIONS)
+                exact = self._dual.precision is not None
+                self._code[key] = layer_code(self._templates[first], name, exact=exact, **_OPTIONS)
                 mark_sizes(*arguments)
             return self._code[key](tensors, *arguments)
 
@@ -158,18 +163,26 @@ def _problem(dual: DualView) -> str | None:
         return f"does not run {method} weights"
     if dual.device.type != "cpu":
         return f"is made for CPUs, and the model is on {dual.device.type}"
-    if not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c):
-        return "needs a C++ compiler, and none is on the PATH: install g++ or clang++"
     if sys.platform == "win32":
         return "does not run on Windows"
+    if not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c):
+        return "needs a C++ compiler, and none is on the PATH: install g++ or clang++"
     return None
+
+
+def _fits_twice(dual: DualView) -> bool:
+    """Whether there is memory for packed weights beside the stock ones."""
+    num_bytes = sum(p.nbytes for p in dual.base.parameters())
+    return bool(psutil.virtual_memory().available > 1.2 * num_bytes)
 
 
 @contextmanager
 def _kept_in(folder: Path) -> Iterator[None]:
     """Let PyTorch keep what it compiles in this folder: its own choice does not outlive a restart."""
     before = os.environ.get(_CODE_FOLDER)
-    os.environ[_CODE_FOLDER] = str(folder)
+    # PyTorch sets the variable itself, to a folder below the temporary one; any other is the user's wish.
+    if before is None or Path(before).parent == Path(tempfile.gettempdir()):
+        os.environ[_CODE_FOLDER] = str(folder)
     try:
         yield
     finally:

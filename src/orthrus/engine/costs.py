@@ -19,6 +19,7 @@ from orthrus.base.storage import cache_dir
 from orthrus.decoding.policy import CostTable
 from orthrus.engine.probe import synchronize
 from orthrus.errors import StorageError
+from orthrus.model.attention import MOST_FOLDED_ROWS
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import fused, verify_chain
 
@@ -64,7 +65,9 @@ def measure_costs(dual: DualView, on_measure: OnMeasure | None = None) -> CostTa
     cache.commit(HISTORY)
     passes = {(n, 0): verify_chain(ids_1T[:, :n], [HISTORY]) for n in ROWS}
     beside_1T, chain = ids_1T[:, :BESIDE], range(BESIDE - 1)
-    for m in BLOCKS:
+    # Larger passes run through other code; two are needed to tell what a row costs.
+    blocks = [m for m in BLOCKS if m < 3 or BESIDE + m * size <= MOST_FOLDED_ROWS]
+    for m in blocks:
         passes[BESIDE, m] = fused(beside_1T, chain, [HISTORY], range(m), size, dual.mask_token_id)
     body, head, draft_head = (dict.fromkeys(passes, inf) for _ in range(3))
     for done in range(REPEATS + 1):
@@ -81,15 +84,15 @@ def measure_costs(dual: DualView, on_measure: OnMeasure | None = None) -> CostTa
             if done:
                 for table, start, end in zip((body, head, draft_head), clock, clock[1:], strict=False):
                     table[key] = min(table[key], (end - start) * 1e3)
-    rows, blocks = [(n, 0) for n in ROWS], [(BESIDE, m) for m in BLOCKS]
+    rows = [(n, 0) for n in ROWS]
     alone = body[BESIDE, 0]
     return CostTable(
         rows=ROWS,
         body_ms=_ascending([body[key] for key in rows]),
         head_ms=_ascending([head[key] for key in rows]),
         draft_head_ms=_ascending([draft_head[key] for key in rows]),
-        block_rows=tuple(m * size for m in BLOCKS),
-        block_ms=_ascending([max(0.0, body[key] - alone) for key in blocks]),
+        block_rows=tuple(m * size for m in blocks),
+        block_ms=_ascending([max(0.0, body[BESIDE, m] - alone) for m in blocks]),
     )
 
 
@@ -112,7 +115,7 @@ def _key(dual: DualView) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "versions": [installed_version(name) for name in ("orthrus", "torch", "transformers")],
         "base": dual.config.base_fingerprint or config.to_json_string(),
-        "view": [dual.config.layers, dual.config.twins, dual.config.rank],
+        "view": [dual.config.layers, dual.config.twins, dual.config.rank, dual.config.block_size],
         "dtype": str(dual.dtype),
         "attention": config._attn_implementation,
         "runner": [dual.runner, dual.precision, dual.draft_precision],

@@ -45,7 +45,7 @@ def decode_cycle(state: DecodeState, plan: Plan, room: int) -> Step:
     """
     step = Step(plan.kind, [], [], 0, 0, 0)
     if plan.num_nodes and state.drafts is None:
-        if not _may_draft(state, room):
+        if not _may_draft(state, room, state.floor):
             plan = PLAIN
         elif state.floor:
             step = _after(step, state, EMPTY_TREE, [Block(0)])
@@ -63,7 +63,7 @@ def decode_cycle(state: DecodeState, plan: Plan, room: int) -> Step:
 def auto_cycle(state: DecodeState, policy: Policy, room: int) -> Step:
     """As `decode_cycle`, with whatever the policy finds worth its time."""
     step = Step("ar", [], [], 0, 0, 0)
-    if state.drafts is None and _may_draft(state, room) and policy.wants_draft():
+    if state.drafts is None and _may_draft(state, room, floor=True) and policy.wants_draft():
         step = _after(step._replace(kind="tree"), state, EMPTY_TREE, [Block(0)])
         if step.token_ids[-1] in state.eos_token_ids:
             return step
@@ -105,9 +105,9 @@ def choose_blocks(tree: DraftTree, num_blocks: int, max_depth: int) -> list[Bloc
     return [Block(row) for row in sorted(rows)]
 
 
-def _may_draft(state: DecodeState, room: int) -> bool:
-    """Whether a draft pass can be followed by a draft worth verifying."""
-    num_ar = int(state.floor)
+def _may_draft(state: DecodeState, room: int, floor: bool) -> bool:
+    """Whether a draft pass, with an AR row or without, can be followed by a draft worth verifying."""
+    num_ar = int(floor)
     size = min(state.block_size, state.context_length - state.length)
     return min(size - 1 - num_ar, room - 1 - num_ar) >= 1
 

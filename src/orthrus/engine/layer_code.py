@@ -17,7 +17,7 @@ LayerCode = Callable[..., Tensor]
 """(tensors, hidden_1TC, kwargs of the stock layer, slots_T, keys, values, marker) -> hidden_1TC. The marker
 (num_ar_rows + 1, 0) carries a number that compiled code takes as a size; None where all rows are AR."""
 
-_ATTENTION = "orthrus_compiled"
+_ATTENTION, _EXACT_ATTENTION = "orthrus_compiled", "orthrus_compiled_exact"
 
 
 def _compiled_attention(
@@ -36,7 +36,34 @@ def _compiled_attention(
     return attend_folded(query_BHTD, keys_BHSD, values_BHSD, mask, scaling), None
 
 
+def _exact_attention(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    keys_BHSD: Tensor,
+    values_BHSD: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The same, with its sums in float64: rounded to float32, they do not show in which order they were made.
+
+    So a row comes out alike to the last bit in whatever pass it stands and wherever in the cache its past
+    lies. An int8 model needs that: a last bit can push an activation over a rounding step.
+    """
+    batch, num_heads, num_rows, size = query_BHTD.shape
+    num_kv = keys_BHSD.shape[1]
+    rows = query_BHTD.double().reshape(batch, num_kv, num_heads // num_kv * num_rows, size)
+    scores = (rows @ keys_BHSD.double().transpose(2, 3)).view(batch, num_kv, -1, num_rows, keys_BHSD.shape[2])
+    scores = scores * (size**-0.5 if scaling is None else scaling)
+    scores = scores.masked_fill(~attention_mask[:, :, None], -torch.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).float().exp().double()
+    sums = weights.sum(-1, keepdim=True).flatten(2, 3)
+    out = weights.flatten(2, 3) @ values_BHSD.double() / sums
+    return out.view(batch, num_heads, num_rows, size).transpose(1, 2).to(query_BHTD.dtype).contiguous(), None
+
+
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _compiled_attention)
+ALL_ATTENTION_FUNCTIONS.register(_EXACT_ATTENTION, _exact_attention)
 
 
 def packed(layer: nn.Module) -> nn.Module:
@@ -62,13 +89,14 @@ def kind(layer: nn.Module) -> tuple[Any, ...]:
     return modules, tuple((name, t.shape, t.dtype) for name, t in named_tensors(layer).items())
 
 
-def layer_code(layer: nn.Module, name: str, **options: Any) -> LayerCode:
+def layer_code(layer: nn.Module, name: str, *, exact: bool = False, **options: Any) -> LayerCode:
     """Compile what a layer of this kind computes, over a preallocated cache; `name` is to be unique.
 
     Rows, AR rows, slots read and slots stored are dynamic. There are no guards: the caller vouches that layer
-    kind, dtype and batch size 1 stay, so nothing is ever compiled anew. options: of torch.compile's inductor.
+    kind, dtype and batch size 1 stay, so nothing is ever compiled anew. exact: rows that do not depend on the
+    shape of their pass, where all linears are int8 and the attention is sdpa. options: of inductor.
     """
-    template, split = _template(layer)
+    template, split = _template(layer, _EXACT_ATTENTION if exact else _ATTENTION)
     names = list(named_tensors(template))
 
     def run(
@@ -114,12 +142,14 @@ def mark_sizes(
 ) -> None:
     """Tell the compiler which sizes of these arguments change from pass to pass."""
     mark = torch._dynamo.maybe_mark_dynamic
-    num_rows = hidden_1TC.shape[1]
-    for tensor in (hidden_1TC, slots_T, *_tensors(kwargs.values())):
-        for dim, size in enumerate(tensor.shape):
-            if size == num_rows:
-                mark(tensor, dim)
-    mark(kwargs["attention_mask"], 3)
+    mask, num_rows = kwargs["attention_mask"], hidden_1TC.shape[1]
+    mark(slots_T, 0)
+    mark(mask, 2)
+    mark(mask, 3)
+    # Positions (1, T), their cosines and sines (1, T, D): by place, since another size may equal T by chance.
+    for tensor in (hidden_1TC, *_tensors(value for name, value in kwargs.items() if value is not mask)):
+        if tensor.ndim > 1 and tensor.shape[1] == num_rows:
+            mark(tensor, 1)
     mark(keys, 2)
     mark(values, 2)
     if marker is not None:
@@ -140,7 +170,7 @@ class _Store:
         return self.keys[:, :, : self.num_read], self.values[:, :, : self.num_read]
 
 
-def _template(layer: nn.Module) -> tuple[nn.Module, RowSplit]:
+def _template(layer: nn.Module, attention: str) -> tuple[nn.Module, RowSplit]:
     """The layer without its values, and the split that its twins share.
 
     A template that held a layer's own tensors would be taken for that layer by the compiler.
@@ -157,7 +187,7 @@ def _template(layer: nn.Module) -> tuple[nn.Module, RowSplit]:
     for module in template.modules():
         config = getattr(module, "config", None)
         if config is not None and config._attn_implementation == "sdpa":
-            config._attn_implementation = _ATTENTION
+            config._attn_implementation = attention
     return template, split
 
 

@@ -95,6 +95,7 @@ def save_view(
     encoding: "full" keeps every bit; "delta4" stores 4-bit differences from the AR twins, which a base in
     float32 gives back unchanged when packed again. Refuses to overwrite another folder unless told to.
     """
+    check_unquantised(dual)
     config = replace(dual.config, encoding=encoding)
     with (replace_folder if overwrite else atomic_folder)(Path(folder)) as temporary:
         save_file(stored_tensors(dual, encoding), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -102,6 +103,15 @@ def save_view(
         # AutoModelForCausalLM sees whose folder it is; a base's config in it would make it a merged one.
         write_json(temporary / "config.json", {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE]})
         (temporary / "README.md").write_text(view_card(dual, encoding), encoding="utf-8")
+
+
+def check_unquantised(dual: DualView) -> None:
+    """CheckpointError for a model whose linears were quantised after loading: their weights are gone."""
+    if dual.precision or dual.draft_precision:
+        raise CheckpointError(
+            "the model was loaded in int8, which keeps no weights to write: load it in another dtype, and "
+            "without an int8 draft dtype, to save it."
+        )
 
 
 def load_view(base: Base, folder: Path | str, *, dtype: torch.dtype | None = None) -> DualView:

@@ -109,16 +109,21 @@ class Int8Linear(nn.Module):
 def check_int8(device: torch.device) -> None:
     """UserInputError unless int8 linears can run on this device here."""
     if device.type != "cpu":
-        raise UserInputError(f"dtype 'int8' runs on CPUs only, not on {device.type}: use 'bfloat16' there.")
+        raise UserInputError(
+            f"int8 runs on CPUs only, not on {device.type}: choose device 'cpu', or leave int8 out."
+        )
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")):
-        raise UserInputError("dtype 'int8' needs a PyTorch with oneDNN: use 'float32' or 'bfloat16' here.")
+        raise UserInputError("int8 needs a PyTorch with oneDNN: leave it out here.")
 
 
 def packable(linear: nn.Module) -> bool:
     """Whether `PackedLinear` can stand for a module."""
-    return (
-        type(linear) is nn.Linear
-        and linear.weight.device.type == "cpu"
-        and linear.weight.dtype in (torch.float32, torch.bfloat16)
+    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
+        return False
+    if linear.weight.device.type != "cpu":
+        return False
+    return linear.weight.dtype == torch.float32 or (
+        linear.weight.dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )

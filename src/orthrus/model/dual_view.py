@@ -59,6 +59,7 @@ class DualView(nn.Module):
         self.draft_head: nn.Module | None = None
         self._window = sliding_window(base.config)
         self._accelerated: Accelerated | None = None
+        self._num_view_parameters: int | None = None
         self._packed_head: nn.Module | None = None
 
     def add_repair(self, rank: int, seed: int = 0) -> None:
@@ -187,7 +188,14 @@ class DualView(nn.Module):
         return found
 
     def num_view_parameters(self) -> int:
+        """Of the view as it was loaded: int8 linears hold none."""
+        if self._num_view_parameters is not None:
+            return self._num_view_parameters
         return sum(p.numel() for p in self.view_parameters().values())
+
+    def count_view_parameters(self) -> None:
+        """Remember their number, before they are quantised."""
+        self._num_view_parameters = self.num_view_parameters()
 
 
 def in_window(visible_BTS: Tensor, query_BT: Tensor, key_BS: Tensor, window: int) -> Tensor:

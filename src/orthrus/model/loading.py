@@ -12,6 +12,7 @@ from orthrus.base import hub
 from orthrus.base.devices import INT8, pick_device
 from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base, load_base
+from orthrus.base.quantised import quantisation
 from orthrus.base.resolve import Source, resolve
 from orthrus.base.storage import Progress
 from orthrus.errors import CheckpointError, OrthrusWarning, UserInputError
@@ -61,8 +62,9 @@ def load_dual(
         device=device,
         attn_implementation=attn_implementation,
     )
-    if INT8 in (dtype, draft_dtype) and base.quantised:
-        raise UserInputError(f"{model} is quantised already ({base.quantised}): leave out int8.")
+    method = quantisation(base.model.config)
+    if INT8 in (dtype, draft_dtype) and method is not None:
+        raise UserInputError(f"{model} is quantised already ({method}): leave out int8.")
     if INT8 in (dtype, draft_dtype) and on_progress is not None:
         on_progress("quantising to int8", 0, None)
     if dtype == INT8:

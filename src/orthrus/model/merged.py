@@ -24,6 +24,7 @@ from orthrus.model.checkpoint import (
     MODEL_TYPE,
     WEIGHTS_FILE,
     assign_view,
+    check_unquantised,
     read_json,
     read_view_tensors,
     view_tensors,
@@ -93,6 +94,7 @@ def save_merged(
 
     Raises CheckpointError when the layout cannot hold them, and for a quantised base.
     """
+    check_unquantised(dual)
     if (method := quantisation(dual.base.config)) is not None:
         raise CheckpointError(
             f"the base is quantised ({method}), and only ordinary weights can be written again: save the "

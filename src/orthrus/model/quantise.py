@@ -7,16 +7,17 @@ from torch import nn
 from orthrus.base.families import decoder_layers
 from orthrus.model.cpu_linears import Int8Linear, check_int8
 from orthrus.model.dual_view import DualView
-from orthrus.model.twin import Twin, twins
+from orthrus.model.twin import LowRank, Twin, twins
 
 
 def quantise(dual: DualView) -> None:
     """Make every linear of the decoder layers and the head an `Int8Linear`, those of both views.
 
-    What was loaded is the base no longer: the int8 model is, and lossless means equal to it, decoded
-    plainly. UserInputError where int8 does not run.
+    Weights that are in no linear (experts) stay. What was loaded is the base no longer: the int8 model is,
+    and lossless means equal to it, decoded plainly. UserInputError where int8 does not run.
     """
     check_int8(dual.device)
+    dual.count_view_parameters()
     for layer in decoder_layers(dual.base):
         for parent, name, linear in list(_linears(layer)):
             setattr(parent, name, Int8Linear(linear))
@@ -29,16 +30,17 @@ def quantise(dual: DualView) -> None:
 def quantise_drafts(dual: DualView) -> None:
     """Let block rows run through int8 copies of all linears; AR rows, and so the text, stay as they are.
 
-    A block then reads a quarter of the bytes and hardly counts beside the AR rows of its pass; drafts are a
-    little worse. UserInputError where int8 does not run.
+    Low-rank twins share their AR projection with all rows and stay as they are too. UserInputError where int8
+    does not run.
     """
     check_int8(dual.device)
+    dual.count_view_parameters()
     for twin in twins(dual.base).values():
         if type(twin.diffusion) is nn.Linear:
             twin.diffusion = Int8Linear(twin.diffusion)
     for layer in decoder_layers(dual.base):
         for parent, name, linear in list(_linears(layer)):
-            if not isinstance(parent, Twin):
+            if not isinstance(parent, Twin | LowRank):
                 setattr(parent, name, Twin(linear, Int8Linear(linear), dual.split))
     head = dual.base.get_output_embeddings()
     if type(head) is nn.Linear:
