@@ -13,7 +13,7 @@ from torch import Tensor
 from orthrus.api import Orthrus, decode_config
 from orthrus.base.families import decoder_layers
 from orthrus.config import Strategy
-from orthrus.engine.compiled import use_runner
+from orthrus.engine.compiled import CompiledRunner, use_runner
 from orthrus.engine.layer_code import kind
 from orthrus.engine.probe import stock_generate
 from orthrus.errors import OrthrusWarning, UserInputError
@@ -22,20 +22,26 @@ from orthrus.model.passes import Pass, draft_block, fused, prefill, verify_tree
 from orthrus.model.quantise import quantise, quantise_drafts
 
 MASK = VOCAB - 1
+MAKE = CompiledRunner._make
 # Shared keys; windows in every other layer; fused projections.
 FAMILIES = ["llama", "gemma3", "phi3"]
 
 
 @pytest.fixture(autouse=True)
-def never_compile_anew() -> Iterator[None]:
-    yield
-    torch.compiler.set_stance("default")
+def never_compile_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All code is there once `use_runner` is done: whoever asks for more later fails."""
+    monkeypatch.setattr("orthrus.engine.compiled.CompiledRunner._make", _refuse)
+
+
+def _refuse(*_: object) -> None:
+    raise AssertionError("compiled anew")
 
 
 def compiled(dual: DualView) -> DualView:
-    use_runner(dual, "compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orthrus.engine.compiled.CompiledRunner._make", MAKE)
+        use_runner(dual, "compiled")
     assert dual.runner == "compiled"
-    torch.compiler.set_stance("fail_on_recompile")
     return dual
 
 
@@ -81,17 +87,15 @@ def test_compiled_passes_are_the_stock_ones(name: str) -> None:
 @pytest.fixture(scope="module")
 def fast_orthrus() -> Orthrus:
     orthrus = tiny_orthrus(disturb=0.3)
-    use_runner(orthrus.dual, "compiled")
+    compiled(orthrus.dual)
     return orthrus
 
 
 @EVERY_WAY
 def test_text_is_the_stock_models(fast_orthrus: Orthrus, strategy: Strategy, floor: bool) -> None:
     prompt = [5, 9, 14, 23, 7, 31]
-    torch.compiler.set_stance("fail_on_recompile")
     config = decode_config(strategy=strategy, floor=floor, max_new_tokens=60, ignore_eos=True)
     result = fast_orthrus.stream_ids(prompt, config).drain()
-    torch.compiler.set_stance("default")
     with fast_orthrus.stock() as model:
         stock = stock_generate(model, prompt, max_new_tokens=60, eos_token_ids=frozenset())
     assert result.token_ids == stock.token_ids
@@ -111,7 +115,7 @@ def test_layers_that_compute_otherwise_are_of_another_kind() -> None:
 def test_two_models_do_not_share_code() -> None:
     first, second = (tiny_dual("llama", seed=seed, disturb=0.3) for seed in (3, 4))
     for dual in (first, second):
-        use_runner(dual, "compiled")
+        compiled(dual)
     slow = tiny_dual("llama", seed=3, disturb=0.3)
     for history_1T, p in random_passes(seed=2, num=4):
         other = states(second, history_1T, p)[1]
@@ -188,7 +192,7 @@ def test_auto_goes_on_when_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no such thing\nand more")
 
-    monkeypatch.setattr("orthrus.engine.compiled.layer_code", broken)
+    monkeypatch.setattr("orthrus.engine.compiled.CompiledRunner._make", broken)
     dual = tiny_dual()
     with pytest.warns(OrthrusWarning, match="no such thing"):
         use_runner(dual, "auto")

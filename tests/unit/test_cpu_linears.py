@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from orthrus.errors import CheckpointError, UserInputError
 from orthrus.model.checkpoint import save_view
-from orthrus.model.cpu_linears import Int8Linear, PackedLinear, check_int8, packable
+from orthrus.model.cpu_linears import Int8Linear, PackedLinear, check_int8, fast_linear
 from orthrus.model.dual_view import DualView
 from orthrus.model.merged import save_merged
 from orthrus.model.passes import fused, verify_chain
@@ -27,7 +27,8 @@ def linear(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
 @torch.inference_mode()
 def test_packed_is_the_linear(bias: bool, dtype: torch.dtype) -> None:
     plain = linear(bias, dtype)
-    packed = PackedLinear(plain)
+    packed = fast_linear([plain])
+    assert type(packed) is PackedLinear
     for num_rows in (0, 1, 2, 7, 33):
         x = torch.randn(1, num_rows, 48, dtype=dtype)
         torch.testing.assert_close(packed(x), plain(x))
@@ -48,7 +49,7 @@ def by_hand(plain: nn.Linear, x: Tensor) -> Tensor:
 @torch.inference_mode()
 def test_int8_is_its_arithmetic(bias: bool) -> None:
     plain = linear(bias)
-    int8 = Int8Linear(plain)
+    int8 = Int8Linear.of(plain)
     for num_rows in (1, 2, 9):
         x = torch.randn(num_rows, 48)
         torch.testing.assert_close(int8(x), by_hand(plain, x), atol=1e-5, rtol=1e-5)
@@ -59,7 +60,7 @@ def test_int8_is_its_arithmetic(bias: bool) -> None:
 @torch.inference_mode()
 def test_int8_rows_do_not_know_each_other() -> None:
     """With one scale for all rows the large ones would swallow the small ones."""
-    int8 = Int8Linear(linear())
+    int8 = Int8Linear.of(linear())
     x = torch.randn(17, 48) * torch.logspace(-3, 3, 17)[:, None]
     together = int8(x)
     for i in range(17):
@@ -69,7 +70,7 @@ def test_int8_rows_do_not_know_each_other() -> None:
 
 @torch.inference_mode()
 def test_int8_keeps_the_dtype_of_its_input() -> None:
-    assert Int8Linear(linear(dtype=torch.bfloat16))(torch.randn(3, 48).bfloat16()).dtype == torch.bfloat16
+    assert Int8Linear.of(linear(dtype=torch.bfloat16))(torch.randn(3, 48).bfloat16()).dtype == torch.bfloat16
 
 
 def logits_alone_and_together(dual: DualView) -> tuple[Tensor, Tensor]:
@@ -117,10 +118,38 @@ def test_where_int8_does_not_run() -> None:
         check_int8(torch.device("cuda"))
 
 
-def test_packable_is_what_was_tried() -> None:
-    assert packable(linear())
-    assert not packable(linear(dtype=torch.float16))
-    assert not packable(Int8Linear(linear()))
+@torch.inference_mode()
+def test_int8_weights_come_back_bit_by_bit() -> None:
+    plain = linear()
+    scales_N = plain.weight.abs().amax(1) / 127
+    expected = (plain.weight / scales_N[:, None]).round().to(torch.int8)
+    assert torch.equal(Int8Linear.of(plain).int8_weight(), expected)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@torch.inference_mode()
+def test_joined_linears_are_those_linears_side_by_side(kind: str) -> None:
+    torch.manual_seed(1)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    parts: list[nn.Module] = [
+        nn.Linear(48, size, bias=bias, dtype=dtype) for size, bias in ((40, True), (8, False), (16, True))
+    ]
+    if kind == "int8":
+        parts = [Int8Linear.of(part) for part in parts]  # type: ignore[arg-type]
+    joined = fast_linear(parts)
+    assert joined is not None
+    x = torch.randn(3, 48, dtype=dtype)
+    expected = torch.cat([part(x) for part in parts], -1)
+    if kind == "int8":
+        assert torch.equal(joined(x), expected)
+    torch.testing.assert_close(joined(x), expected)
+
+
+def test_what_cannot_be_laid_out_is_left() -> None:
+    assert fast_linear([linear(dtype=torch.float16)]) is None
+    assert fast_linear([linear(), linear(dtype=torch.bfloat16)]) is None
+    assert fast_linear([linear(), Int8Linear.of(linear())]) is None
+    assert fast_linear([nn.Identity()]) is None
 
 
 @pytest.mark.parametrize("part", [quantise, quantise_drafts])

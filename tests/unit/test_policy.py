@@ -60,7 +60,7 @@ def test_where_rows_are_dear_decoding_is_plain_but_for_a_chance_now_and_then() -
 
 
 def _waste(decider: Policy) -> bool:
-    decider.observe([log(0.5)], 0, [], kept=False)
+    decider.observe([log(0.5)], 0, [], hit=False, late=False)
     return True
 
 
@@ -74,18 +74,18 @@ def test_nodes_maximise_tokens_less_the_worth_of_their_time(costs: CostTable) ->
             for n in range(25)
         ]
         assert decider.num_nodes(log_probs) == max(range(25), key=values.__getitem__)
-        decider.observe(log_probs[:6], accepted, [0.3], kept=accepted > 1)
+        decider.observe(log_probs[:6], accepted, [0.3], hit=accepted > 1, late=accepted > 3)
 
 
 def test_drafts_that_fall_end_drafting_and_drafts_that_stand_bring_it_back() -> None:
     decider = policy(MIDDLE)
     assert decider.wants_draft()
     for _ in range(40):
-        decider.observe([log(0.6), log(0.4)], 0, [], kept=False)
+        decider.observe([log(0.6), log(0.4)], 0, [], hit=False, late=False)
     assert not decider.wants_draft()
     assert decider.draft_rate() < decider.plain_rate
     for _ in range(10):
-        decider.observe([log(0.6), log(0.4)], 5, [], kept=False)
+        decider.observe([log(0.6), log(0.4)], 5, [], hit=False, late=False)
     assert decider.wants_draft()
 
 
@@ -93,8 +93,8 @@ def test_a_view_that_overrates_itself_is_trusted_less() -> None:
     modest, boastful = policy(MIDDLE), policy(MIDDLE)
     for _ in range(20):
         # Both see one draft of two stand; one had promised as much, the other twice that.
-        modest.observe([log(0.6), log(0.4)], 1, [], kept=False)
-        boastful.observe([log(0.99), log(0.98)], 1, [], kept=False)
+        modest.observe([log(0.6), log(0.4)], 1, [], hit=False, late=False)
+        boastful.observe([log(0.99), log(0.98)], 1, [], hit=False, late=False)
     log_probs = [log(0.8 * 0.75**i) for i in range(24)]
     assert boastful.num_nodes(log_probs) < modest.num_nodes(log_probs)
 
@@ -104,5 +104,27 @@ def test_blocks_that_are_never_met_are_left_out() -> None:
     ends = [0.5, 0.3, 0.1]
     assert decider.num_blocks(4, ends) == 3
     for _ in range(30):
-        decider.observe([log(0.8)], 3, ends, kept=False)
+        decider.observe([log(0.8)], 3, ends, hit=False, late=False)
+        decider.observe([log(0.8)], 0, ends, hit=False, late=True)
+    assert not decider.keeps_late()
     assert decider.num_blocks(4, ends) == 0
+
+
+def test_one_block_is_enough_where_late_drafts_stand_as_well_as_fresh_ones() -> None:
+    decider = policy(FLAT)
+    ends = [0.3, 0.3, 0.2, 0.2]
+    assert decider.num_blocks(4, ends) > 1
+    for _ in range(40):
+        decider.observe([log(0.8)] * 3, 2, ends[:1], hit=False, late=True)
+        decider.observe([log(0.8)] * 3, 2, ends[:1], hit=True, late=False)
+    assert decider.keeps_late()
+    assert decider.num_blocks(4, ends) == 1
+
+
+def test_late_drafts_that_fall_are_not_kept() -> None:
+    decider = policy(FLAT)
+    assert decider.keeps_late()
+    for _ in range(20):
+        decider.observe([log(0.8)] * 3, 4, [0.5], hit=True, late=False)
+        decider.observe([log(0.8)] * 3, 0, [0.5], hit=False, late=True)
+    assert not decider.keeps_late()

@@ -66,16 +66,18 @@ class Policy:
     """The decisions of one request, for block size `block_size` with the AR row in the draft pass.
 
     max_nodes and max_blocks bound what a pass may carry. Averages over the request: drafts that stood at a
-    verification, nodes that it took, and, by number of blocks, how often one of them became the next draft.
+    verification, for fresh drafts and for late ones, whose block had not seen all of the text; nodes that it
+    took; and, by number of blocks, how often the text went on exactly where one of them stood.
     """
 
     costs: CostTable
     block_size: int
     max_nodes: int
     max_blocks: int
-    _accepted: _Average = field(default_factory=lambda: _Average(1.5))
+    _fresh: _Average = field(default_factory=lambda: _Average(1.5))
+    _late: _Average = field(default_factory=lambda: _Average(1.0))
     _nodes: _Average = field(init=False)
-    _kept: list[_Average] = field(init=False)
+    _hits: list[_Average] = field(init=False)
     _trust: _Average = field(default_factory=lambda: _Average(1.0))
     _block_trust: _Average = field(default_factory=lambda: _Average(1.0))
     _plain_tokens: int = 0
@@ -83,7 +85,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         self._nodes = _Average(float(self.block_size))
-        self._kept = [_Average(1.0 - 0.65**m) for m in range(self.max_blocks + 1)]
+        self._hits = [_Average(1.0 - 0.8**m) for m in range(self.max_blocks + 1)]
 
     @property
     def plain_rate(self) -> float:
@@ -96,8 +98,7 @@ class Policy:
         return self.costs(1, self.block_size, self.block_size - 2)
 
     def draft_rate(self) -> float:
-        """Tokens a millisecond of drafting, verifying, and going on while verifications leave a draft: with
-        the number of blocks that makes most of it."""
+        """Tokens a millisecond of drafting and verifying, with the number of blocks that makes most of it."""
         return max(self._steady_rate(m) for m in range(self.max_blocks + 1))
 
     def rate(self) -> float:
@@ -117,45 +118,69 @@ class Policy:
         gains = accumulate((self._trust.value * exp(log_prob) for log_prob in log_probs), initial=0.0)
         return _best([gain - rate * self.costs(1 + n) for n, gain in enumerate(gains)])
 
+    def keeps_late(self) -> bool:
+        """Whether a late draft is worth verifying, rather than making a new one."""
+        return self._worth(late=True) > 0.0
+
     def num_blocks(self, num_nodes: int, end_probs: Sequence[float]) -> int:
-        """How many blocks to add, at the rows where the path most likely ends, given these chances."""
-        rate, projected = self.rate(), self.block_size - 2
-        # A draft at hand saves the draft pass, but also the one token which that would have decided.
-        saved = rate * (self.draft_ms - self.costs.head(projected)) - 1.0
-        chances = sorted(end_probs, reverse=True)[: self.max_blocks]
-        hits = accumulate((self._block_trust.value * chance for chance in chances), initial=0.0)
-        return _best(
-            [
-                hit * saved - rate * self.costs(1 + num_nodes, m * self.block_size)
-                for m, hit in enumerate(hits)
-            ]
-        )
+        """How many blocks to add, given each row's chance to be where the path ends; the root's first.
+
+        The first block stands at the root: it lies on every path, and so leaves a late draft at least. The
+        others stand where the path most likely ends.
+        """
+        rate = self.rate()
+        fresh, late = self._worth(late=False), max(self._worth(late=True), 0.0)
+        chances = [end_probs[0], *sorted(end_probs[1:], reverse=True)][: self.max_blocks]
+        hits = accumulate(self._block_trust.value * chance for chance in chances)
+        values = [-rate * self.costs(1 + num_nodes)]
+        for num_blocks, hit in enumerate(hits, start=1):
+            hit = min(hit, 1.0)
+            cost = self.costs(1 + num_nodes, num_blocks * self.block_size)
+            values.append(hit * fresh + (1.0 - hit) * late - rate * cost)
+        return _best(values)
 
     def observe(
-        self, log_probs: Sequence[float], num_accepted: int, block_probs: Sequence[float], kept: bool
+        self,
+        log_probs: Sequence[float],
+        num_accepted: int,
+        block_probs: Sequence[float],
+        *,
+        hit: bool,
+        late: bool,
     ) -> None:
-        """Take note of a verification: its nodes, how many stood, the chances that its blocks had to be met,
-        and whether one of them became the next draft."""
+        """Take note of a verification: its nodes, how many stood, and whether their draft was a late one; the
+        chances that the path would end at its blocks, and whether it did."""
         expected = sum(exp(log_prob) for log_prob in log_probs)
         if expected > 0.05:
             self._trust.add(min(num_accepted / expected, 3.0))
         if block_probs:
-            self._block_trust.add(min(float(kept) / max(sum(block_probs), 0.05), 3.0))
-            self._kept[len(block_probs)].add(float(kept))
-        self._accepted.add(num_accepted)
+            self._block_trust.add(min(float(hit) / max(sum(block_probs), 0.05), 3.0))
+            self._hits[len(block_probs)].add(float(hit))
+        (self._late if late else self._fresh).add(num_accepted)
         self._nodes.add(len(log_probs))
         if self._plain_tokens >= self._patience:
             worth = self.draft_rate() > MARGIN * self.plain_rate
             self._patience = PATIENCE if worth else min(2 * self._patience, MAX_PATIENCE)
         self._plain_tokens = 0
 
+    def _worth(self, *, late: bool) -> float:
+        """Tokens that a draft at hand is worth: it saves the draft pass, but also the one token which that
+        would have decided, and fewer drafts stand of a late one."""
+        saved = self.rate() * (self.draft_ms - self.costs.head(self.block_size - 2)) - 1.0
+        return saved - (self._fresh.value - self._late_accepted if late else 0.0)
+
+    @property
+    def _late_accepted(self) -> float:
+        # Where none has been tried of late, they are taken to be no better than fresh ones.
+        return min(self._late.value, self._fresh.value)
+
     def _steady_rate(self, num_blocks: int) -> float:
-        num_verified = 1.0 / (1.0 - min(self._kept[num_blocks].value, 0.95))
         verify_ms = self.costs(1 + round(self._nodes.value), num_blocks * self.block_size)
-        if num_blocks:
-            verify_ms += self._kept[num_blocks].value * self.costs.head(self.block_size - 2)
-        tokens = 1.0 + num_verified * (1.0 + self._accepted.value)
-        return tokens / (self.draft_ms + num_verified * verify_ms)
+        if not num_blocks:
+            return (2.0 + self._fresh.value) / (self.draft_ms + verify_ms)
+        hit = self._hits[num_blocks].value
+        accepted = hit * self._fresh.value + (1.0 - hit) * self._late_accepted
+        return (1.0 + accepted) / (verify_ms + self.costs.head(self.block_size - 2))
 
 
 def _at(rows: tuple[int, ...], values: tuple[float, ...], num_rows: int) -> float:

@@ -7,12 +7,9 @@ layers of a kind share it, so compiling takes seconds, and sizes are dynamic, so
 import os
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,19 +19,16 @@ from torch import Tensor, nn
 from orthrus.base.families import decoder_layers
 from orthrus.base.quantised import quantisation
 from orthrus.base.storage import Progress, cache_dir
-from orthrus.engine.layer_code import LayerCode, kind, layer_code, mark_sizes, named_tensors, packed
+from orthrus.engine.fast_layers import fast_layer
+from orthrus.engine.layer_code import Arguments, LayerCode, flatten, kind, layer_code, named_tensors
 from orthrus.errors import OrthrusWarning, UserInputError
 from orthrus.model.attention import MOST_FOLDED_ROWS, folded_heads
-from orthrus.model.cpu_linears import PackedLinear, packable
+from orthrus.model.cpu_linears import fast_linear
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass, fused, verify_chain
 from orthrus.model.slot_cache import SlotCache
 
 RUNNERS = ("auto", "eager", "compiled")
-_CODE_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
-# Checks that packed weights cannot pass; and code that does not depend on the number of threads.
-_OPTIONS = {"size_asserts": False, "alignment_asserts": False, "cpp.dynamic_threads": True}
-_unique = count()
 
 
 def check_runner(runner: str) -> None:
@@ -58,9 +52,8 @@ def use_runner(dual: DualView, runner: str, on_progress: Progress | None = None)
         raise UserInputError(f"the compiled runner {problem}; use runner='eager'.")
     try:
         compiled = CompiledRunner(dual)
-        dual.accelerate("compiled", compiled, compiled.head)
-        with _kept_in(cache_dir() / "compiled"):
-            _prepare(dual, on_progress)
+        dual.accelerate("compiled", compiled, compiled.head, pairs_rows=dual.precision is not None)
+        _prepare(dual, on_progress)
     except Exception as error:
         dual.accelerate("eager", None, None)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
@@ -72,7 +65,6 @@ def use_runner(dual: DualView, runner: str, on_progress: Progress | None = None)
 @torch.inference_mode()
 def _prepare(dual: DualView, on_progress: Progress | None) -> None:
     """Compile, or load from the cache folder, all code that passes will need."""
-    # Sizes that are all different: the compiler takes equal ones for the same.
     history, size = 11, dual.config.block_size
     cache = dual.new_cache(history + 5 + size + 101)
     cache.lengths = [history]
@@ -97,19 +89,20 @@ class CompiledRunner:
     def __init__(self, dual: DualView) -> None:
         self._dual = dual
         self._layers = list(decoder_layers(dual.base))
-        self._code: dict[tuple[int, str], LayerCode] = {}
-        fast = [packed(layer) for layer in self._layers]
+        self._code: dict[tuple[int, bool], LayerCode] = {}
+        fast = [fast_layer(layer) for layer in self._layers]
         self._tensors = [list(named_tensors(layer).values()) for layer in fast]
         kinds: dict[Any, int] = {}
         self._kinds = [kinds.setdefault(kind(layer), i) for i, layer in enumerate(fast)]
-        self._templates = {first: fast[first] for first in kinds.values()}
+        self._examples = {first: fast[first] for first in kinds.values()}
         head = dual.base.get_output_embeddings()
-        self.head: nn.Module | None = PackedLinear(head) if packable(head) else None
+        self.head = fast_linear([head]) if type(head) is nn.Linear else None
         # Built once, since setting up thirty closures a pass would show.
         self._forwards = [self._forward(i) for i in range(len(self._layers))]
         self._pass: Pass | None = None
         self._cache: SlotCache | None = None
         self._marker: Tensor | None = None
+        self._flat: dict[tuple[int, ...], tuple[dict[str, Any], list[Tensor]]] = {}
 
     @contextmanager
     def __call__(self, p: Pass, cache: SlotCache) -> Iterator[dict[str, Any]]:
@@ -131,30 +124,38 @@ class CompiledRunner:
                 del layer.__dict__["forward"]
             # A finished request's cache is to be freed.
             self._pass = self._cache = self._marker = None
+            self._flat = {}
 
     def _forward(self, index: int) -> Callable[..., Tensor]:
         tensors, first = self._tensors[index], self._kinds[index]
 
         def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
             assert self._pass is not None and self._cache is not None
-            # Only what is computed with, laid out as when it was compiled: nothing checks that.
-            given = {k: _contiguous(v) for k, v in kwargs.items() if isinstance(v, Tensor | tuple)}
-            hidden_states = hidden_states.contiguous()
+            key = first, self._marker is not None
+            given, flat = self._given(kwargs)
             keys, values = self._cache.keys[index], self._cache.values[index]
-            arguments = (hidden_states, given, self._pass.slots_BT[0], keys, values, self._marker)
-            key = first, "ar" if self._marker is None else "mixed"
-            if key not in self._code:
-                name = f"layer_{next(_unique)}_{key[1]}"
-                exact = self._dual.precision is not None
-                self._code[key] = layer_code(self._templates[first], name, exact=exact, **_OPTIONS)
-                mark_sizes(*arguments)
-            return self._code[key](tensors, *arguments)
+            arguments = Arguments(
+                hidden_states.contiguous(), given, self._pass.slots_BT[0], keys, values, self._marker
+            )
+            code = self._code.get(key) or self._make(key, arguments)
+            return code([*tensors, *arguments.flat(flat)])[0]
 
         return forward
 
+    def _make(self, key: tuple[int, bool], arguments: Arguments) -> LayerCode:
+        """The code of a kind of layers, when the first of them is called; `_prepare` sees to all."""
+        layer, exact = self._examples[key[0]], self._dual.precision is not None
+        folder, config = cache_dir() / "compiled", self._dual.base.config
+        self._code[key] = layer_code(layer, arguments, folder, config=config, exact=exact)
+        return self._code[key]
 
-def _contiguous(value: Any) -> Any:
-    return value.contiguous() if isinstance(value, Tensor) else tuple(map(_contiguous, value))
+    def _given(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
+        """Only what is computed with, and the same flattened: once a pass for layers that share it."""
+        key = tuple(map(id, kwargs.values()))
+        if key not in self._flat:
+            given = {name: value for name, value in kwargs.items() if isinstance(value, Tensor | tuple)}
+            self._flat[key] = given, flatten(given)
+        return self._flat[key]
 
 
 def _problem(dual: DualView) -> str | None:
@@ -174,19 +175,3 @@ def _fits_twice(dual: DualView) -> bool:
     """Whether there is memory for packed weights beside the stock ones."""
     num_bytes = sum(p.nbytes for p in dual.base.parameters())
     return bool(psutil.virtual_memory().available > 1.2 * num_bytes)
-
-
-@contextmanager
-def _kept_in(folder: Path) -> Iterator[None]:
-    """Let PyTorch keep what it compiles in this folder: its own choice does not outlive a restart."""
-    before = os.environ.get(_CODE_FOLDER)
-    # PyTorch sets the variable itself, to a folder below the temporary one; any other is the user's wish.
-    if before is None or Path(before).parent == Path(tempfile.gettempdir()):
-        os.environ[_CODE_FOLDER] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_CODE_FOLDER]
-        else:
-            os.environ[_CODE_FOLDER] = before

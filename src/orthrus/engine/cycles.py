@@ -63,6 +63,8 @@ def decode_cycle(state: DecodeState, plan: Plan, room: int) -> Step:
 def auto_cycle(state: DecodeState, policy: Policy, room: int) -> Step:
     """As `decode_cycle`, with whatever the policy finds worth its time."""
     step = Step("ar", [], [], 0, 0, 0)
+    if state.late and not policy.keeps_late():
+        state.drafts = None
     if state.drafts is None and _may_draft(state, room, floor=True) and policy.wants_draft():
         step = _after(step._replace(kind="tree"), state, EMPTY_TREE, [Block(0)])
         if step.token_ids[-1] in state.eos_token_ids:
@@ -73,15 +75,16 @@ def auto_cycle(state: DecodeState, policy: Policy, room: int) -> Step:
     if not tree.num_nodes:
         if step.num_passes:
             # The draft pass has decided a token already; without a draft worth verifying, that is all.
-            policy.observe([], 0, [], kept=False)
+            policy.observe([], 0, [], hit=False, late=False)
             return step
         return _after(step, state, EMPTY_TREE, [])
     ends = tree.end_probs()
     blocks = choose_blocks(tree, policy.num_blocks(tree.num_nodes, ends), room - 3)
-    num_before = len(step.token_ids)
+    num_before, late = len(step.token_ids), state.late
     step = _after(step._replace(kind="fused_tree" if blocks else "tree"), state, tree, blocks)
     num_accepted = len(step.token_ids) - num_before - 1
-    policy.observe(tree.log_probs, num_accepted, [ends[b.row] for b in blocks], state.drafts is not None)
+    hit = state.drafts is not None and not state.late
+    policy.observe(tree.log_probs, num_accepted, [ends[b.row] for b in blocks], hit=hit, late=late)
     return step
 
 
@@ -95,13 +98,14 @@ def draft_tree(state: DecodeState, plan: Plan, max_depth: int) -> DraftTree:
 
 
 def choose_blocks(tree: DraftTree, num_blocks: int, max_depth: int) -> list[Block]:
-    """Blocks at the rows where the accepted path is most likely to end, by the draft's own reckoning.
+    """One block at the root, which every path goes through, so that a draft is left whatever stands; the
+    others at the rows where the path is most likely to end, by the draft's own reckoning.
 
     Rows deeper than `max_depth` get none: a path that ends there leaves no room for another draft.
     """
     ends = tree.end_probs()
     rows = [row for row, depth in enumerate([0, *tree.depths()]) if depth <= max_depth]
-    rows = sorted(rows, key=lambda row: -ends[row])[:num_blocks]
+    rows = [*rows[:1], *sorted(rows[1:], key=lambda row: -ends[row])][:num_blocks]
     return [Block(row) for row in sorted(rows)]
 
 

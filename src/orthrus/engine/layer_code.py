@@ -1,80 +1,27 @@
-"""One decoder layer as a function of its tensors, so that compiled code serves all layers of its kind."""
+"""One decoder layer as a function of its tensors, compiled ahead of time: code that serves all of its kind."""
 
 import copy
-import types
-from collections.abc import Callable, Sequence
-from typing import Any
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import torch._inductor
+import transformers
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch.export import Dim
 
-from orthrus.model.attention import attend_folded
-from orthrus.model.cpu_linears import PackedLinear, packable
+from orthrus.engine import fast_layers, layer_attention
+from orthrus.model import attention, cpu_linears, twin
 from orthrus.model.twin import RowSplit, Twin
 
-LayerCode = Callable[..., Tensor]
-"""(tensors, hidden_1TC, kwargs of the stock layer, slots_T, keys, values, marker) -> hidden_1TC. The marker
-(num_ar_rows + 1, 0) carries a number that compiled code takes as a size; None where all rows are AR."""
-
-_ATTENTION, _EXACT_ATTENTION = "orthrus_compiled", "orthrus_compiled_exact"
-
-
-def _compiled_attention(
-    module: nn.Module,
-    query_BHTD: Tensor,
-    keys_BHSD: Tensor,
-    values_BHSD: Tensor,
-    attention_mask: Tensor,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """As `folded_attention`, with a mask (B, 1, T, S) that compiled code folds where it is used."""
-    batch, num_heads, num_rows, _size = query_BHTD.shape
-    group = num_heads // keys_BHSD.shape[1]
-    mask = attention_mask.expand(batch, group, num_rows, -1).reshape(batch, 1, group * num_rows, -1)
-    return attend_folded(query_BHTD, keys_BHSD, values_BHSD, mask, scaling), None
-
-
-def _exact_attention(
-    module: nn.Module,
-    query_BHTD: Tensor,
-    keys_BHSD: Tensor,
-    values_BHSD: Tensor,
-    attention_mask: Tensor,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The same, with its sums in float64: rounded to float32, they do not show in which order they were made.
-
-    So a row comes out alike to the last bit in whatever pass it stands and wherever in the cache its past
-    lies. An int8 model needs that: a last bit can push an activation over a rounding step.
-    """
-    batch, num_heads, num_rows, size = query_BHTD.shape
-    num_kv = keys_BHSD.shape[1]
-    rows = query_BHTD.double().reshape(batch, num_kv, num_heads // num_kv * num_rows, size)
-    scores = (rows @ keys_BHSD.double().transpose(2, 3)).view(batch, num_kv, -1, num_rows, keys_BHSD.shape[2])
-    scores = scores * (size**-0.5 if scaling is None else scaling)
-    scores = scores.masked_fill(~attention_mask[:, :, None], -torch.inf)
-    weights = (scores - scores.amax(-1, keepdim=True)).float().exp().double()
-    sums = weights.sum(-1, keepdim=True).flatten(2, 3)
-    out = weights.flatten(2, 3) @ values_BHSD.double() / sums
-    return out.view(batch, num_heads, num_rows, size).transpose(1, 2).to(query_BHTD.dtype).contiguous(), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _compiled_attention)
-ALL_ATTENTION_FUNCTIONS.register(_EXACT_ATTENTION, _exact_attention)
-
-
-def packed(layer: nn.Module) -> nn.Module:
-    """The layer with its plain linears packed; all other tensors are shared with the original."""
-    shared = {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}
-    twin: nn.Module = copy.deepcopy(layer, shared)
-    for parent in twin.modules():
-        for name, child in parent.named_children():
-            if packable(child):
-                setattr(parent, name, PackedLinear(child))  # type: ignore[arg-type]
-    return twin
+LayerCode = Callable[[list[Tensor]], list[Tensor]]
+"""(a layer's tensors, then those of `Arguments.flat`) -> [hidden_1TC]."""
 
 
 def named_tensors(layer: nn.Module) -> dict[str, Tensor]:
@@ -89,71 +36,152 @@ def kind(layer: nn.Module) -> tuple[Any, ...]:
     return modules, tuple((name, t.shape, t.dtype) for name, t in named_tensors(layer).items())
 
 
-def layer_code(layer: nn.Module, name: str, *, exact: bool = False, **options: Any) -> LayerCode:
-    """Compile what a layer of this kind computes, over a preallocated cache; `name` is to be unique.
+class Arguments(NamedTuple):
+    """What a layer is called with: hidden_1TC, what its stock forward is given besides (tensors, or tuples of
+    them, by name), the slots_T to be written, the stores, and a marker (num_ar_rows + 1, 0), since compiled
+    code takes a number only as a size; None where all rows are AR."""
 
-    Rows, AR rows, slots read and slots stored are dynamic. There are no guards: the caller vouches that layer
-    kind, dtype and batch size 1 stay, so nothing is ever compiled anew. exact: rows that do not depend on the
-    shape of their pass, where all linears are int8 and the attention is sdpa. options: of inductor.
+    hidden_1TC: Tensor
+    given: dict[str, Any]
+    slots_T: Tensor
+    keys: Tensor
+    values: Tensor
+    marker: Tensor | None
+
+    def flat(self, given: list[Tensor]) -> list[Tensor]:
+        """All tensors in a row; `given`, flattened, is handed in since most layers of a pass share it."""
+        rest = [] if self.marker is None else [self.marker]
+        return [self.hidden_1TC, *given, self.slots_T, self.keys, self.values, *rest]
+
+
+def flatten(given: dict[str, Any]) -> list[Tensor]:
+    """The tensors of a layer's keyword arguments, laid out as the compiler was told."""
+    values = (v for value in given.values() for v in (value if isinstance(value, tuple) else (value,)))
+    return [value.contiguous() for value in values]
+
+
+def layer_code(
+    layer: nn.Module, example: Arguments, folder: Path, *, config: Any, exact: bool = False
+) -> LayerCode:
+    """The code of layers of this kind, from `folder` or made now (ten seconds or so) and kept there.
+
+    Rows, AR rows, slots read and slots stored are sizes that it takes as they come, if all of the example's
+    differ; the rest of the example stays: kind, dtype, batch size 1. Nothing is checked and nothing compiled
+    anew. exact: rows that do not depend on the shape of their pass, where all linears are int8 and the
+    attention is sdpa. config: the model's, part of the name that the code is kept under.
     """
-    template, split = _template(layer, _EXACT_ATTENTION if exact else _ATTENTION)
-    names = list(named_tensors(template))
+    path = folder / f"{_digest(layer, example, config, exact)}.pt2"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch, _compiling_in(Path(scratch)):
+            made = Path(scratch) / path.name
+            torch._inductor.aoti_compile_and_package(
+                _exported(layer, example, exact), package_path=str(made), inductor_configs=_OPTIONS
+            )
+            os.replace(made, path)
+    return torch._inductor.aoti_load_package(str(path)).loader.run
 
-    def run(
-        tensors: Sequence[Tensor],
-        hidden_1TC: Tensor,
-        kwargs: dict[str, Any],
-        slots_T: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        marker: Tensor | None,
-    ) -> Tensor:
-        num_rows = hidden_1TC.shape[1]
-        torch._check(keys.shape[2] == values.shape[2])
-        split.num_ar_rows = num_rows
-        if marker is not None:
-            split.num_ar_rows = marker.shape[0] - 1
-            torch._check(marker.shape[0] - 1 < num_rows)
-        store = _Store(keys, values, slots_T, kwargs["attention_mask"].shape[-1])
-        out: Tensor = torch.func.functional_call(
-            template,
-            dict(zip(names, tensors, strict=True)),
-            (hidden_1TC,),
-            {**kwargs, "past_key_values": store, "use_cache": True},
-        )
-        return out
 
-    # Compiled code is kept by code object: without one of its own, another layer's code would be taken.
-    code = run.__code__.replace(co_name=name)
-    own = types.FunctionType(code, run.__globals__, name, None, run.__closure__)
-    compiled: LayerCode = torch.compile(
-        own, fullgraph=True, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, **options}
+# Checks that packed weights cannot pass; and code that does not depend on the number of threads.
+_OPTIONS = {
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "scalar_asserts": False,
+    "cpp.dynamic_threads": True,
+    "aot_inductor.custom_ops_to_c_shims": cpu_linears.C_FUNCTIONS,
+}
+
+
+@contextmanager
+def _compiling_in(folder: Path) -> Iterator[None]:
+    """Let the compiler's own files lie in a folder that can be thrown away, and be quiet."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = str(folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _digest(layer: nn.Module, example: Arguments, config: Any, exact: bool) -> str:
+    """A name for the code: of all that it depends on, the sources behind it included."""
+    given = [(name, [t.ndim for t in flatten({name: value})]) for name, value in example.given.items()]
+    settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_name")}
+    parts = (
+        torch.__version__,
+        transformers.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+        *(
+            Path(m.__file__ or "").read_text()
+            for m in (fast_layers, layer_attention, attention, cpu_linears, twin)
+        ),
+        Path(__file__).read_text(),
+        sorted(settings.items(), key=str),
+        kind(layer),
+        given,
+        example.marker is None,
+        exact,
     )
-    return compiled
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def mark_sizes(
-    hidden_1TC: Tensor,
-    kwargs: dict[str, Any],
-    slots_T: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    marker: Tensor | None,
-) -> None:
-    """Tell the compiler which sizes of these arguments change from pass to pass."""
-    mark = torch._dynamo.maybe_mark_dynamic
-    mask, num_rows = kwargs["attention_mask"], hidden_1TC.shape[1]
-    mark(slots_T, 0)
-    mark(mask, 2)
-    mark(mask, 3)
-    # Positions (1, T), their cosines and sines (1, T, D): by place, since another size may equal T by chance.
-    for tensor in (hidden_1TC, *_tensors(value for name, value in kwargs.items() if value is not mask)):
-        if tensor.ndim > 1 and tensor.shape[1] == num_rows:
-            mark(tensor, 1)
-    mark(keys, 2)
-    mark(values, 2)
-    if marker is not None:
-        mark(marker, 0)
+def _exported(layer: nn.Module, example: Arguments, exact: bool) -> torch.export.ExportedProgram:
+    """The graph of a layer of this kind as a function of flat tensors, with all sizes of a pass left open."""
+    template, split = _template(layer, layer_attention.EXACT if exact else layer_attention.COMPILED)
+    names = list(named_tensors(template))
+    lengths = {n: len(v) if isinstance(v, tuple) else None for n, v in example.given.items()}
+
+    class Layer(nn.Module):
+        def forward(self, *flat: Tensor) -> Tensor:
+            tensors, (hidden_1TC, *rest) = flat[: len(names)], flat[len(names) :]
+            given: dict[str, Any] = {}
+            for name, length in lengths.items():
+                given[name] = rest.pop(0) if length is None else tuple(rest.pop(0) for _ in range(length))
+            slots_T, keys, values, *marker = rest
+            num_rows = hidden_1TC.shape[1]
+            torch._check(keys.shape[2] == values.shape[2])
+            split.num_ar_rows = num_rows
+            if marker:
+                split.num_ar_rows = marker[0].shape[0] - 1
+                torch._check(split.num_ar_rows < num_rows)
+            store = _Store(keys, values, slots_T, given["attention_mask"].shape[-1])
+            out: Tensor = torch.func.functional_call(
+                template,
+                dict(zip(names, tensors, strict=True)),
+                (hidden_1TC,),
+                {**given, "past_key_values": store, "use_cache": True},
+            )
+            return out
+
+    tensors = list(named_tensors(layer).values())
+    return torch.export.export(
+        Layer(),
+        (*tensors, *example.flat(flatten(example.given))),
+        dynamic_shapes={"flat": (*[None] * len(tensors), *_open_sizes(example))},
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+
+
+def _open_sizes(example: Arguments) -> list[dict[int, Any] | None]:
+    """Per flat argument, the dimensions that change from pass to pass."""
+    num_rows = example.hidden_1TC.shape[1]
+    sizes: list[dict[int, Any] | None] = [{1: Dim.DYNAMIC}]
+    for name, value in example.given.items():
+        if name == "attention_mask":
+            sizes.append({2: Dim.DYNAMIC, 3: Dim.DYNAMIC})
+            continue
+        # Positions (1, T), their cosines and sines (1, T, D): by place, since another size may equal T.
+        for tensor in flatten({name: value}):
+            by_row = tensor.ndim > 1 and tensor.shape[1] == num_rows
+            sizes.append({1: Dim.DYNAMIC} if by_row else None)
+    sizes += [{0: Dim.DYNAMIC}, {2: Dim.DYNAMIC}, {2: Dim.DYNAMIC}]
+    return sizes if example.marker is None else [*sizes, {0: Dim.DYNAMIC}]
 
 
 class _Store:
@@ -188,6 +216,7 @@ def _template(layer: nn.Module, attention: str) -> tuple[nn.Module, RowSplit]:
         config = getattr(module, "config", None)
         if config is not None and config._attn_implementation == "sdpa":
             config._attn_implementation = attention
+            setattr(module, layer_attention.SPLIT, split)
     return template, split
 
 
@@ -197,13 +226,3 @@ def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     found = {name: value for name, value in vars(module).items() if isinstance(value, plain)}
     found.pop("layer_idx", None)
     return tuple(sorted(found.items()))
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, tuple):
-            found += _tensors(value)
-    return found

@@ -43,9 +43,9 @@ def prefill_pass(state: DecodeState, token_ids: list[int], *, last: bool) -> Com
 def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequence[Block] = ()) -> Committed:
     """The anchor and a tree of drafts as AR rows, and diffusion blocks beside them: one pass.
 
-    Commits the longest path that the AR view would have written, and its own token after it. Where a block
-    stands at the path's last row, its rows become `state.drafts`; its first guess is dropped, since the AR
-    view has just decided that token. Only that block is projected to the vocabulary.
+    Commits the longest path that the AR view would have written, and its own token after it. Of the blocks
+    on that path, the one nearest to its end becomes `state.drafts`: what it guessed for tokens that the AR
+    view has just decided is dropped, at least its first guess. Only that block is projected.
     """
     length, num_ar = state.length, 1 + tree.num_nodes
     ids_1T = torch.tensor([[state.anchor_id, *tree.token_ids]], device=state.dual.device)
@@ -68,11 +68,15 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
     state.cache.compact([length + row for row in (0, *path)])
     state.commit(token_ids)
     state.drafts = None if state.drafts is None else state.drafts.after(token_ids)
-    for index, block in enumerate(blocks):
-        if block.row == last:
-            first = num_ar + index * size + 1
-            state.drafts = state.propose(hidden_TC[first : first + size - 2], state.length + 1)
-            break
+    state.late = state.drafts is not None
+    on_path = [index for index, block in enumerate(blocks) if block.row in (0, *path)]
+    if on_path:
+        index = max(on_path, key=lambda i: depths[blocks[i].row])
+        num_known = depths[last] - depths[blocks[index].row] + 1
+        first = num_ar + index * size
+        if num_known < size - 1:
+            rows_DC = hidden_TC[first + num_known : first + size - 1]
+            state.drafts, state.late = state.propose(rows_DC, state.length + 1), num_known > 1
     return Committed(token_ids, len(path), p.num_rows)
 
 
@@ -83,5 +87,5 @@ def draft_pass(state: DecodeState) -> int:
     anchor_11 = torch.tensor([[state.anchor_id]], device=state.dual.device)
     p = draft_block(anchor_11, state.cache.lengths, size, state.dual.mask_token_id, floor=False)
     hidden_TC = state.dual.hidden(p, state.cache)[0]
-    state.drafts = state.propose(hidden_TC[p.logit_rows_R], state.length + 1)
+    state.drafts, state.late = state.propose(hidden_TC[p.logit_rows_R], state.length + 1), False
     return p.num_rows

@@ -22,7 +22,8 @@ from orthrus.types import CycleKind
 @dataclass(slots=True, kw_only=True)
 class DecodeState:
     """One stream. The anchor, its last committed token, is not in the cache yet: it stands at position
-    `length`. drafts: what the diffusion view proposes after the anchor, None where it has not been asked.
+    `length`. drafts: what the diffusion view proposes after the anchor, None where it has not been asked;
+    late: their block stood further back, so it has not seen all of the text before them.
     eos_token_ids end the text: no pass is spent on what comes after one."""
 
     dual: DualView
@@ -37,6 +38,7 @@ class DecodeState:
     num_candidates: int = 8
     anchor_id: int = 0
     drafts: Candidates | None = None
+    late: bool = False
     _noise: dict[int, Tensor] = field(default_factory=dict)
 
     @property

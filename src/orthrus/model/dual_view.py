@@ -61,6 +61,7 @@ class DualView(nn.Module):
         self._accelerated: Accelerated | None = None
         self._num_view_parameters: int | None = None
         self._packed_head: nn.Module | None = None
+        self._pairs_rows = False
 
     def add_repair(self, rank: int, seed: int = 0) -> None:
         """Give the view a repair head, which changes nothing before it is trained."""
@@ -98,6 +99,9 @@ class DualView(nn.Module):
         """
         if p.visible_BTS.device.type == "cpu":
             p.check(cache.lengths)
+        twice = self._pairs_rows and p.num_ar_rows == 1
+        if twice:
+            p = p.first_twice()
         cache.begin(p)
         masks = self.masks(p, cache)
         with self.split.at(p.num_ar_rows), self._fast(p, cache) as more:
@@ -109,20 +113,24 @@ class DualView(nn.Module):
                 use_cache=True,
                 **more,
             )
-        return out.last_hidden_state  # type: ignore[no-any-return]
+        hidden_BTC: Tensor = out.last_hidden_state
+        return hidden_BTC[:, 1:] if twice else hidden_BTC
 
     def _fast(self, p: Pass, cache: SlotCache) -> AbstractContextManager[dict[str, Any]]:
         if self._accelerated is not None:
             return self._accelerated(p, cache)
         return folded_heads(self.base.config, self.device)
 
-    def accelerate(self, runner: str, layers: Accelerated | None, head: nn.Module | None) -> None:
+    def accelerate(
+        self, runner: str, layers: Accelerated | None, head: nn.Module | None, *, pairs_rows: bool = False
+    ) -> None:
         """From now on run passes inside the context `layers(pass, cache)`, and project with `head`.
 
-        Both must compute what the stock modules do, up to rounding. Whoever uses `base` directly gets the
-        stock modules as ever.
+        Both must compute what the stock modules do, up to rounding. pairs_rows: a lone AR row is computed
+        twice, where that is faster. Whoever uses `base` directly gets the stock modules as ever.
         """
         self.runner, self._accelerated, self._packed_head = runner, layers, head
+        self._pairs_rows = pairs_rows
 
     def head(self, hidden: Tensor, *, drafts: bool = False) -> Tensor:
         """Final hidden states (..., C) to logits (..., V), as the stock model projects them.

@@ -20,10 +20,10 @@ def quantise(dual: DualView) -> None:
     dual.count_view_parameters()
     for layer in decoder_layers(dual.base):
         for parent, name, linear in list(_linears(layer)):
-            setattr(parent, name, Int8Linear(linear))
+            setattr(parent, name, Int8Linear.of(linear))
     head = dual.base.get_output_embeddings()
     if type(head) is nn.Linear:
-        dual.base.set_output_embeddings(Int8Linear(head))
+        dual.base.set_output_embeddings(Int8Linear.of(head))
     dual.precision = "int8"
 
 
@@ -37,14 +37,14 @@ def quantise_drafts(dual: DualView) -> None:
     dual.count_view_parameters()
     for twin in twins(dual.base).values():
         if type(twin.diffusion) is nn.Linear:
-            twin.diffusion = Int8Linear(twin.diffusion)
+            twin.diffusion = Int8Linear.of(twin.diffusion)
     for layer in decoder_layers(dual.base):
         for parent, name, linear in list(_linears(layer)):
             if not isinstance(parent, Twin | LowRank):
-                setattr(parent, name, Twin(linear, Int8Linear(linear), dual.split))
+                setattr(parent, name, Twin(linear, Int8Linear.of(linear), dual.split))
     head = dual.base.get_output_embeddings()
     if type(head) is nn.Linear:
-        dual.draft_head = Int8Linear(head)
+        dual.draft_head = Int8Linear.of(head)
     dual.draft_precision = "int8"
 
 

@@ -1,0 +1,73 @@
+"""A decoder layer laid out for few rows: linears packed, and those that read the same input joined."""
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from orthrus.model.cpu_linears import fast_linear
+from orthrus.model.twin import Twin
+
+_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Siblings by the names that transformers gives them. The stock code calls each on the same tensor; one that
+it calls on another tensor is computed again, so a wrong guess would cost time and nothing else."""
+
+
+class _Joined:
+    """A linear of several parts, and its last input and outputs while a layer's code is being made."""
+
+    def __init__(self, linear: nn.Module, sizes: list[int]) -> None:
+        self.linear, self.sizes = linear, sizes
+        self._input: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def part(self, index: int, x: Tensor) -> Tensor:
+        if self._input is not x:
+            self._input, self._outputs = x, self.linear(x).split(self.sizes, dim=-1)
+        return self._outputs[index]
+
+
+class _Part(nn.Module):
+    """One of the linears that became a joined one; the first of them registers its tensors."""
+
+    def __init__(self, joined: _Joined, index: int) -> None:
+        super().__init__()
+        self._joined, self.index = joined, index
+        if index == 0:
+            self.linear = joined.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._joined.part(self.index, x)
+
+
+def fast_layer(layer: nn.Module) -> nn.Module:
+    """A copy of a layer that computes the same, up to rounding; what is not laid out anew is shared."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}
+    twin: nn.Module = copy.deepcopy(layer, shared)
+    for parent in list(twin.modules()):
+        for names in _JOINED:
+            members = [getattr(parent, name, None) for name in names]
+            joined = _joined_linear(members)
+            if joined is not None:
+                for index, name in enumerate(names):
+                    setattr(parent, name, _Part(joined, index))
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and (packed := fast_linear([child])) is not None:
+                setattr(parent, name, packed)
+    return twin
+
+
+def _joined_linear(members: list[Any]) -> _Joined | None:
+    """None unless all members are there, of one kind, and can be joined."""
+    if all(type(member) is Twin and member.row_dim == -2 for member in members):
+        ar = fast_linear([member.ar for member in members])
+        diffusion = fast_linear([member.diffusion for member in members])
+        if ar is None or diffusion is None:
+            return None
+        sizes = [member.ar.out_features for member in members]
+        return _Joined(Twin(ar, diffusion, members[0].split), sizes)
+    if not all(isinstance(member, nn.Module) for member in members):
+        return None
+    linear = fast_linear(members)
+    return None if linear is None else _Joined(linear, [member.out_features for member in members])
