@@ -1,4 +1,4 @@
-"""One decoder layer as a function of its tensors, compiled ahead of time: code that serves all of its kind."""
+"""A decoder layer as a function of its tensors, compiled ahead of time: one code for all of a kind."""
 
 import copy
 import hashlib
