@@ -11,6 +11,9 @@ Strategy = Literal["ar", "chain", "tree", "fused", "fused_tree", "auto"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 FIXED_STRATEGIES: tuple[Strategy, ...] = tuple(s for s in STRATEGIES if s != "auto")
 """Those that decode every cycle alike."""
+Baseline = Literal["stock", "plain"]
+"""What an audit compares with: the stock model's own `generate`, or strategy `ar` by the same runner."""
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 LEAST_TEMPERATURE = 1e-5
 # Beyond these a logit divided by the least temperature overflows fp32.
 LARGEST_PENALTY = 1e3

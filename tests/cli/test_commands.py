@@ -147,6 +147,7 @@ def test_bench_options_are_checked_before_anything_loads(cli: Cli, model_folder:
         )
         assert_refused(cli(command, model_folder, "--limit", "0"), "limit")
     assert_refused(cli("bench", "--compare", "a.json"), "--compare")
+    assert_refused(cli("audit", model_folder, "--against", "beam"), "--against", "beam", "stock", "plain")
 
 
 SHORT = ("--view", "fresh", "--limit", "1", "--domain", "math", "--max-new-tokens", "8")
@@ -181,6 +182,10 @@ def test_audit_verdict_is_the_exit_status(
     assert saved["provenance"]["seed"] == 3
     assert (saved["options"]["temperature"], saved["options"]["node_budget"]) == (1.0, 4)
     assert [s["num_identical"] for s in saved["strategies"]] == [1]
+    assert saved["options"]["against"] == "stock"
+    plain = cli("audit", model_folder, *SHORT, "--strategy", "chain", "--against", "plain", "--format", "md")
+    assert plain.code == 0
+    assert "identical to plain decoding by the eager runner" in plain.out
     honest = audit.run_audit
 
     class Failed:

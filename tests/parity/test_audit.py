@@ -17,8 +17,9 @@ from torch import Tensor
 from orthrus.api import Orthrus
 from orthrus.audit import AuditOptions, AuditReport, run_audit
 from orthrus.audit.explain import judge, scores
-from orthrus.audit.replay import AS_DECODED, ONE_ROW, replay_ours, stock_logits
-from orthrus.config import FIXED_STRATEGIES, SamplingParams, Strategy
+from orthrus.audit.replay import replay_ours
+from orthrus.audit.shapes import AS_DECODED, ONE_ROW, baseline_logits
+from orthrus.config import BASELINES, FIXED_STRATEGIES, SamplingParams, Strategy
 from orthrus.decoding.noise import exponential_noise
 from orthrus.decoding.tree import DraftTree
 from orthrus.engine.state import DecodeState
@@ -199,7 +200,7 @@ def test_a_constructed_near_tie_is_a_near_tie(monkeypatch: pytest.MonkeyPatch) -
     assert report.mismatches
     for mismatch in report.mismatches:
         assert mismatch.verdict == "near-tie"
-        assert {mismatch.stock_token, mismatch.our_token} == {favourite, twin}
+        assert {mismatch.baseline_token, mismatch.our_token} == {favourite, twin}
         assert mismatch.gap is not None
         assert mismatch.noise is not None
         assert mismatch.gap <= 2 * mismatch.noise
@@ -233,6 +234,7 @@ def test_the_rule_itself() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("strategy", "floor"), DRAFTING)
 def test_replays_compute_what_generate_computes(strategy: Strategy, floor: bool, temperature: float) -> None:
+    """Our passes, and both baselines in all their shapes: each the other's oracle."""
     orthrus = tiny_orthrus("gemma2")
     options = AuditOptions(prompts=PROMPTS, max_new_tokens=30, floor=floor, temperature=temperature, seed=3)
     config = options.decode_config(strategy)
@@ -241,11 +243,15 @@ def test_replays_compute_what_generate_computes(strategy: Strategy, floor: bool,
 
     for position in (0, 1, 7, 20):
         ours = replay_ours(orthrus, prompt_ids, config, ids, position)
-        shapes = stock_logits(orthrus, prompt_ids, list(ids[:position]), ours.chunks, 8)
+        stock, plain = (
+            baseline_logits(orthrus, against, config, prompt_ids, list(ids[:position]), ours.chunks)
+            for against in BASELINES
+        )
         assert ours.token == ids[position]
         assert ours.logits_V is not None
-        for logits_V in (ours.logits_V, *shapes.values()):
-            torch.testing.assert_close(logits_V, shapes[ONE_ROW], atol=1e-4, rtol=1e-4)
+        assert stock.keys() == plain.keys()
+        for logits_V in (ours.logits_V, *stock.values(), *plain.values()):
+            torch.testing.assert_close(logits_V, stock[ONE_ROW], atol=1e-4, rtol=1e-4)
             place = len(prompt_ids) + position
             assert int(scores(logits_V, config.sampling, place).argmax()) == ids[position]
 
@@ -268,9 +274,11 @@ def test_the_report_in_every_form() -> None:
 
     raw = json.loads(json.dumps(report.to_dict()))
     assert raw["passed"] is True
+    assert raw["options"]["against"] == "stock"
+    assert "5 of 5 outputs identical to the stock model's," in raw["summary"]
     assert raw["provenance"]["seed"] is None
     assert raw["model"]["block_size"] == 8
-    assert {"identical", "near_ties", "broken", "gap", "noise"} <= raw["legend"].keys()
+    assert {"baseline", "identical", "near_ties", "broken", "gap", "noise"} <= raw["legend"].keys()
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(report.to_table())
     assert "PASSED: 5 of 5" in console.export_text()
@@ -282,7 +290,12 @@ def test_the_report_in_every_form() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"prompts": []}, {"prompts": PROMPTS, "strategies": ()}, {"prompts": PROMPTS, "strategies": ("magic",)}],
+    [
+        {"prompts": []},
+        {"prompts": PROMPTS, "strategies": ()},
+        {"prompts": PROMPTS, "strategies": ("magic",)},
+        {"prompts": PROMPTS, "against": "llama.cpp"},
+    ],
 )
 def test_wrong_options_are_told(options: dict[str, object]) -> None:
     with pytest.raises(UserInputError):

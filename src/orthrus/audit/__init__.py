@@ -1,4 +1,4 @@
-"""Prove: output token for token against the stock model, and every difference explained."""
+"""Prove: output token for token against the stock model or plain decoding, and every difference explained."""
 
 from orthrus.audit.compare import AuditOptions, run_audit
 from orthrus.audit.report import AuditReport

@@ -1,10 +1,14 @@
-"""Every prompt decoded by the stock model's own `generate` and by each strategy, token for token."""
+"""Every prompt decoded by a baseline and by each strategy, token for token.
+
+The baseline is the stock model's own `generate`, or plain decoding by the same runner.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
@@ -12,12 +16,13 @@ from orthrus.api import Orthrus, Prompt
 from orthrus.audit.explain import explain
 from orthrus.audit.report import AuditReport, Mismatch, StrategyResult
 from orthrus.base.provenance import provenance
-from orthrus.config import FIXED_STRATEGIES, DecodeConfig, SamplingParams, Strategy
+from orthrus.config import BASELINES, FIXED_STRATEGIES, Baseline, DecodeConfig, SamplingParams, Strategy
 from orthrus.decoding.noise import exponential_noise
 from orthrus.decoding.sampling import filtered_probs
 from orthrus.engine.probe import stock_generate, watch_caches
 from orthrus.engine.stream import check_block_size, check_prompt
 from orthrus.errors import UserInputError
+from orthrus.model.dual_view import DualView
 from orthrus.types import GenerationResult
 
 OnProgress = Callable[[str, int, int], None]
@@ -33,13 +38,15 @@ class AuditPrompt(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditOptions:
-    """What to compare with the stock model; fields as in DecodeConfig and SamplingParams.
+    """What to compare, and with which baseline; other fields as in DecodeConfig and SamplingParams.
 
-    With a temperature above 0 the stock model draws too, with the very noise that ours draws with: then even
-    sampled texts must be equal, token for token.
+    against: "stock", "plain", or None for `default_baseline`. With a temperature above 0 the baseline draws
+    too, with the very noise that ours draws with: then even sampled texts must be equal, token for token.
+    Raises UserInputError for a value out of range.
     """
 
     prompts: Sequence[AuditPrompt]
+    against: Baseline | None = None
     strategies: tuple[Strategy, ...] = FIXED_STRATEGIES
     max_new_tokens: int = 128
     block_size: int | None = None
@@ -52,6 +59,8 @@ class AuditOptions:
     def __post_init__(self) -> None:
         if not self.prompts or not self.strategies:
             raise UserInputError("there is nothing to audit; give at least one prompt and one strategy.")
+        if self.against is not None and self.against not in BASELINES:
+            raise UserInputError(f"against must be one of {', '.join(BASELINES)}, not {self.against!r}.")
         for strategy in self.strategies:
             self.decode_config(strategy)
 
@@ -67,6 +76,13 @@ class AuditOptions:
         )
 
 
+def default_baseline(dual: DualView) -> Baseline:
+    """Plain decoding where another runner than the stock code rounds in less than float32: near-ties against
+    the stock model are then a matter of course, and lossless means equal to plain decoding by that runner."""
+    in_float32 = dual.dtype == torch.float32 and dual.precision is None
+    return "stock" if dual.runner == "eager" or in_float32 else "plain"
+
+
 def run_audit(orthrus: Orthrus, options: AuditOptions, on_progress: OnProgress | None = None) -> AuditReport:
     """Compare, and explain every first difference of two outputs; see `orthrus.audit.explain`.
 
@@ -78,32 +94,28 @@ def run_audit(orthrus: Orthrus, options: AuditOptions, on_progress: OnProgress |
     for prompt_ids in prompts:
         check_prompt(prompt_ids, base.context_length)
     check_block_size(orthrus.dual, options.block_size)
+    against = options.against or default_baseline(orthrus.dual)
     strategies = tuple(dict.fromkeys(options.strategies))
     results: dict[Strategy, list[GenerationResult]] = {strategy: [] for strategy in strategies}
     mismatches: list[Mismatch] = []
     damages: list[str] = []
     total = len(prompts) * (1 + len(strategies))
     report = on_progress or (lambda *_: None)
-    processor = NoisyChoice(options.temperature, options.seed) if options.temperature else None
     for index, prompt_ids in enumerate(prompts):
         done = index * (1 + len(strategies))
-        report(f"prompt {index + 1}: stock", done, total)
-        with orthrus.stock() as model:
-            stock_ids = stock_generate(
-                model,
-                prompt_ids,
-                max_new_tokens=min(options.max_new_tokens, base.context_length - len(prompt_ids)),
-                eos_token_ids=base.eos_token_ids,
-                processor=processor,
-            ).token_ids
+        report(f"prompt {index + 1}: {against}", done, total)
+        baseline_ids, damage = _baseline(orthrus, against, prompt_ids, options.decode_config("ar"))
+        damages += [f"prompt {index + 1}, baseline: {what}" for what in damage]
         for number, strategy in enumerate(strategies, start=1):
             report(f"prompt {index + 1}: {strategy}", done + number, total)
-            result, damage = _decode(orthrus, prompt_ids, options.decode_config(strategy))
+            config = options.decode_config(strategy)
+            result, damage = _decode(orthrus, prompt_ids, config)
             results[strategy].append(result)
             damages += [f"prompt {index + 1}, {strategy}: {what}" for what in damage]
-            if result.token_ids != stock_ids:
-                config = options.decode_config(strategy)
-                mismatches.append(_mismatch(orthrus, prompt_ids, config, index, stock_ids, result.token_ids))
+            if result.token_ids != baseline_ids:
+                mismatches.append(
+                    _mismatch(orthrus, against, prompt_ids, config, index, baseline_ids, result.token_ids)
+                )
     report("done", total, total)
     about = orthrus.describe()
     return AuditReport(
@@ -113,6 +125,7 @@ def run_audit(orthrus: Orthrus, options: AuditOptions, on_progress: OnProgress |
         model=about,
         options={
             "num_prompts": len(prompts),
+            "against": against,
             "strategies": strategies,
             "max_new_tokens": options.max_new_tokens,
             "block_size": options.block_size,
@@ -141,6 +154,25 @@ class NoisyChoice(LogitsProcessor):
         return filtered_probs(logits_BV, self._params) / noise_1V
 
 
+def _baseline(
+    orthrus: Orthrus, against: Baseline, prompt_ids: list[int], config: DecodeConfig
+) -> tuple[tuple[int, ...], list[str]]:
+    """The baseline's new tokens, and what is wrong with the slot cache that it leaves behind, if any."""
+    if against == "plain":
+        result, damages = _decode(orthrus, prompt_ids, config)
+        return result.token_ids, damages
+    base, sampling = orthrus.base, config.sampling
+    with orthrus.stock() as model:
+        run = stock_generate(
+            model,
+            prompt_ids,
+            max_new_tokens=min(config.max_new_tokens, base.context_length - len(prompt_ids)),
+            eos_token_ids=base.eos_token_ids,
+            processor=None if sampling.greedy else NoisyChoice(sampling.temperature, sampling.seed or 0),
+        )
+    return run.token_ids, []
+
+
 def _decode(
     orthrus: Orthrus, prompt_ids: list[int], config: DecodeConfig
 ) -> tuple[GenerationResult, list[str]]:
@@ -158,25 +190,26 @@ def _decode(
 
 def _mismatch(
     orthrus: Orthrus,
+    against: Baseline,
     prompt_ids: list[int],
     config: DecodeConfig,
     index: int,
-    stock_ids: tuple[int, ...],
+    baseline_ids: tuple[int, ...],
     our_ids: tuple[int, ...],
 ) -> Mismatch:
     position = sum(
-        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(stock_ids, our_ids, strict=False))
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(baseline_ids, our_ids, strict=False))
     )
-    found = explain(orthrus, prompt_ids, config, stock_ids, our_ids, position)
-    tokens = [ids[position] if position < len(ids) else None for ids in (stock_ids, our_ids)]
+    found = explain(orthrus, against, prompt_ids, config, baseline_ids, our_ids, position)
+    tokens = [ids[position] if position < len(ids) else None for ids in (baseline_ids, our_ids)]
     texts = ["" if i is None else str(orthrus.base.tokenizer.decode([i])) for i in tokens]
     return Mismatch(
         strategy=config.strategy,
         prompt_index=index,
         position=position,
-        stock_token=tokens[0],
+        baseline_token=tokens[0],
         our_token=tokens[1],
-        stock_text=texts[0],
+        baseline_text=texts[0],
         our_text=texts[1],
         gap=found.gap,
         noise=found.noise,

@@ -2,7 +2,7 @@
 
 A pass over a block and a pass over one row sum up in different orders, so their logits differ by some
 noise; where the best two tokens are closer than that, either may come out. The noise is measured with the
-stock model alone: were our own logits a part of it, a corrupt cache would excuse itself.
+baseline alone: were logits of our drafting a part of it, a corrupt cache would excuse itself.
 """
 
 from dataclasses import dataclass, replace
@@ -12,24 +12,25 @@ import torch
 from torch import Tensor
 
 from orthrus.api import Orthrus
-from orthrus.audit.replay import AS_DECODED, ONE_ROW, replay_ours, stock_logits
-from orthrus.config import DecodeConfig, SamplingParams
+from orthrus.audit.replay import replay_ours
+from orthrus.audit.shapes import AS_DECODED, ONE_ROW, baseline_logits
+from orthrus.config import Baseline, DecodeConfig, SamplingParams
 from orthrus.decoding.noise import exponential_noise
 
 Verdict = Literal["near-tie", "broken rule"]
 NUM_CANDIDATES = 32
 MARGIN = 2.0
-"""Each of the two logits may move by the noise. Where the stock model picks our token in another shape,
-the gap is at most twice the noise, so the rule never fails what the stock model does too."""
+"""Each of the two logits may move by the noise. Where the baseline picks our token in another shape,
+the gap is at most twice the noise, so the rule never fails what the baseline does too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """All in scores (see `scores`), over the top candidates; None where the outputs only differ in length.
 
-    gap: the stock model's token over ours, in the one-row shape. noise: the largest change of a score between
-    the stock model's shapes. For information, drift: from its one-row shape to our scores; residue: from its
-    "as decoded" shape to ours, 0 where the stock model, given as many rows, agrees with us to the bit.
+    gap: the baseline's token over ours, in the one-row shape. noise: the largest change of a score between
+    the baseline's shapes. For information, drift: from its one-row shape to our scores; residue: from its
+    "as decoded" shape to ours, 0 where the baseline, given as many rows, agrees with us to the bit.
     """
 
     verdict: Verdict
@@ -43,25 +44,25 @@ class Judgement:
 
 def explain(
     orthrus: Orthrus,
+    against: Baseline,
     prompt_ids: list[int],
     config: DecodeConfig,
-    stock_ids: tuple[int, ...],
+    baseline_ids: tuple[int, ...],
     our_ids: tuple[int, ...],
     position: int,
 ) -> Judgement:
     """Judge the first difference of two outputs, at new token number `position` (from 0)."""
-    if position >= min(len(stock_ids), len(our_ids)):
-        ended = "ours" if len(our_ids) < len(stock_ids) else "the stock model's"
+    if position >= min(len(baseline_ids), len(our_ids)):
+        ended = "ours" if len(our_ids) < len(baseline_ids) else "the baseline's"
         return Judgement("broken rule", f"equal so far, but {ended} ended here and the other went on")
     ours = replay_ours(orthrus, prompt_ids, config, our_ids, position)
-    block_size = config.block_size or orthrus.dual.config.block_size
-    shapes = stock_logits(orthrus, prompt_ids, list(our_ids[:position]), ours.chunks, block_size)
+    shapes = baseline_logits(orthrus, against, config, prompt_ids, list(our_ids[:position]), ours.chunks)
     place = len(prompt_ids) + position
     shapes = {name: scores(logits_V, config.sampling, place) for name, logits_V in shapes.items()}
     if ours.token != our_ids[position] or ours.logits_V is None:
-        return _unrepeatable(judge(shapes, None, stock_ids[position], our_ids[position]))
+        return _unrepeatable(judge(shapes, None, baseline_ids[position], our_ids[position]))
     our_scores_V = scores(ours.logits_V, config.sampling, place)
-    return judge(shapes, our_scores_V, stock_ids[position], our_ids[position])
+    return judge(shapes, our_scores_V, baseline_ids[position], our_ids[position])
 
 
 def scores(logits_V: Tensor, sampling: SamplingParams, position: int) -> Tensor:
@@ -75,22 +76,22 @@ def scores(logits_V: Tensor, sampling: SamplingParams, position: int) -> Tensor:
 
 
 def judge(
-    shapes: dict[str, Tensor], our_scores_V: Tensor | None, stock_token: int, our_token: int
+    shapes: dict[str, Tensor], our_scores_V: Tensor | None, baseline_token: int, our_token: int
 ) -> Judgement:
-    """The rule itself. shapes: scores_V of the stock model, the first two of `replay` among them.
+    """The rule itself. shapes: scores_V of the baseline, "one row" and "as decoded" among them.
 
     Broken: our token is not the best by the AR view's own scores, or the gap is above MARGIN x noise.
     """
     reference_V = shapes[ONE_ROW]
     top_N = reference_V.topk(min(NUM_CANDIDATES, reference_V.numel())).indices
-    candidates_N = torch.cat([top_N, top_N.new_tensor([stock_token, our_token])])
+    candidates_N = torch.cat([top_N, top_N.new_tensor([baseline_token, our_token])])
     changes = {
         name: _largest_change(scores_V, reference_V, candidates_N)
         for name, scores_V in shapes.items()
         if name != ONE_ROW
     }
     noise = max(changes.values(), default=0.0)
-    gap = abs(float(reference_V[stock_token] - reference_V[our_token]))
+    gap = abs(float(reference_V[baseline_token] - reference_V[our_token]))
     verdict: Verdict = "near-tie" if gap <= MARGIN * noise else "broken rule"
     relation = "within" if verdict == "near-tie" else "above"
     reason = f"the gap is {relation} {MARGIN:g} x the noise between shapes"

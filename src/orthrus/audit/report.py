@@ -14,17 +14,18 @@ from orthrus.audit.explain import MARGIN, NUM_CANDIDATES, Verdict
 from orthrus.base.markdown import markdown_table
 
 LEGEND = {
-    "identical": "prompts whose tokens all equal those of the stock model's own generate, which draws a "
-    "sampled text with the same noise",
+    "baseline": "stock: the stock model's own generate, which draws a sampled text with the same noise; "
+    "plain: strategy ar by the same runner",
+    "identical": "prompts whose tokens all equal the baseline's",
     "score": "a logit; for a sampled text logit / temperature - log(noise of the draw): the best is chosen",
     "near_ties": f"prompts whose first difference has a gap of at most {MARGIN:g} x noise, because each of "
     "both scores may move by the noise",
     "broken": "prompts whose first difference rounding cannot explain; any one fails the audit",
-    "gap": "score of the stock model's token - score of ours, computed as generate does, one row at a time",
-    "noise": f"largest change of a score, among the top {NUM_CANDIDATES} candidates, when the stock model "
+    "gap": "score of the baseline's token - score of ours, computed by the baseline one row at a time",
+    "noise": f"largest change of a score, among the top {NUM_CANDIDATES} candidates, when the baseline "
     "computes the same position in passes of other shapes: as many rows as ours, blocks, all at once",
-    "drift": "the same between the stock model's one-row scores and ours; for information",
-    "residue": "the same between ours and the stock model's in passes of as many rows as ours; 0 where they "
+    "drift": "the same between the baseline's one-row scores and ours; for information",
+    "residue": "the same between ours and the baseline's in passes of as many rows as ours; 0 where they "
     "agree to the bit; for information",
     "acceptance_rate": "accepted drafts / proposed drafts: a broken drafter gives right text, only slowly",
     "tokens_per_forward": "sum of tokens / sum of passes, prefill, draft and verify",
@@ -40,9 +41,9 @@ class Mismatch:
     strategy: str
     prompt_index: int
     position: int
-    stock_token: int | None
+    baseline_token: int | None
     our_token: int | None
-    stock_text: str
+    baseline_text: str
     our_text: str
     gap: float | None
     noise: float | None
@@ -91,9 +92,11 @@ class AuditReport:
         same = sum(s.num_identical for s in self.strategies)
         ties = sum(s.num_near_ties for s in self.strategies)
         broken = sum(s.num_broken for s in self.strategies)
+        plain = f"plain decoding by the {m['runner']} runner"
+        whose = plain if self.options["against"] == "plain" else "the stock model's"
         return (
-            f"{'PASSED' if self.passed else 'FAILED'}: {same} of {runs} outputs identical to the stock "
-            f"model's, {ties} near-ties, {broken} broken rules, {len(self.damages)} damaged caches "
+            f"{'PASSED' if self.passed else 'FAILED'}: {same} of {runs} outputs identical to {whose}, "
+            f"{ties} near-ties, {broken} broken rules, {len(self.damages)} damaged caches "
             f"({m['model']}, {m['dtype']} on {m['device']}, {m['view']} view).{self._quantised}"
         )
 
@@ -110,7 +113,7 @@ class AuditReport:
         """JSON-ready and complete: verdict, counts, differences, formulas, model, options and provenance."""
         return {
             "kind": "orthrus-audit",
-            "format_version": 1,
+            "format_version": 2,
             "passed": self.passed,
             "summary": self.summary,
             "model": self.model,
@@ -164,7 +167,7 @@ _DIFFERENCES = [
     "strategy",
     "prompt",
     "token",
-    "stock",
+    "baseline",
     "ours",
     "gap",
     "noise",
@@ -184,7 +187,7 @@ def _counts(s: StrategyResult) -> list[str]:
 def _difference(m: Mismatch) -> list[str]:
     tokens = [
         "(end)" if token is None else f"{text!r} ({token})"
-        for token, text in ((m.stock_token, m.stock_text), (m.our_token, m.our_text))
+        for token, text in ((m.baseline_token, m.baseline_text), (m.our_token, m.our_text))
     ]
     numbers = ["–" if x is None else f"{x:.3g}" for x in (m.gap, m.noise, m.drift, m.residue)]
     return [m.strategy, str(m.prompt_index + 1), str(m.position + 1), *tokens, *numbers, m.verdict, m.reason]

@@ -1,4 +1,4 @@
-"""`orthrus audit`: is every token the stock model's own?"""
+"""`orthrus audit`: is every token the stock model's own, or that of plain decoding?"""
 
 from typing import Any
 
@@ -16,6 +16,7 @@ def audit(
     domain: options.Domain = None,
     limit: options.Limit = None,
     strategy: options.Strategies = None,
+    against: options.Against = None,
     max_new_tokens: options.MaxNewTokens = 128,
     block_size: options.BlockSize = None,
     node_budget: options.NodeBudget = 24,
@@ -32,9 +33,9 @@ def audit(
     json: options.FormatJson = False,
     output: options.OutputFile = None,
 ) -> None:
-    """Compare output with the stock model's, token by token, and explain each difference.
+    """Compare output with the stock model's or plain decoding's, token by token, and explain each difference.
 
-    With a temperature, sampled texts are compared: the stock model draws with the same noise. Exit status 1
+    With a temperature, sampled texts are compared: the baseline draws with the same noise. Exit status 1
     means that the audit failed.
     """
     decode: dict[str, Any] = {
@@ -55,7 +56,7 @@ def audit(
     orthrus = load_orthrus(
         model, view=view, dtype=dtype, draft_dtype=draft_dtype, runner=runner, device=device
     )
-    settings = AuditOptions(prompts=chosen, strategies=chosen_strategies, **decode)
+    settings = AuditOptions(prompts=chosen, against=against, strategies=chosen_strategies, **decode)
     with ProgressDisplay(count=True) as on_progress:
         report = run_audit(orthrus, settings, on_progress)
     show_report(report, "json" if json else format_, output)

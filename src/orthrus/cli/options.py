@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from orthrus.config import STRATEGIES, Strategy
+from orthrus.config import STRATEGIES, Baseline, Strategy
 
 _MODEL, _DECODING, _OUTPUT = "Model", "Decoding", "Output"
 
@@ -173,6 +173,13 @@ Strategies = Annotated[
         "--strategy",
         help=f"One of {', '.join(STRATEGIES)}; may be repeated. Left out: all but auto.",
         metavar="NAME",
+    ),
+]
+Against = Annotated[
+    Baseline | None,
+    typer.Option(
+        help="stock: the stock model's own generate; plain: strategy ar by the same runner. Left out: plain "
+        "for the compiled runner in other precisions than float32, which rounds otherwise; else stock.",
     ),
 ]
 Format = Literal["table", "md", "json", "csv"]
