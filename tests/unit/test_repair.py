@@ -1,12 +1,14 @@
 """The repair head against loops over parents and children through the whole head."""
 
+from math import inf, log
+
 import pytest
 import torch
 from tests.tiny import tiny_dual, tiny_prompt
 
 from orthrus.config import SamplingParams
 from orthrus.decoding.noise import exponential_noise
-from orthrus.decoding.pairs import pair_log_probs
+from orthrus.decoding.pairs import FORESIGHT, pair_log_probs
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.sampling import filtered_probs
 from orthrus.decoding.tree import Candidates
@@ -55,6 +57,11 @@ def head_of(dual: DualView, hidden_C: torch.Tensor, parent_id: int | None) -> to
     return dual.head(hidden_C[None])[0]
 
 
+def foreseen(probs_C: torch.Tensor) -> list[float]:
+    """Where the guesses before them stand."""
+    return [min(0.0, log(p) + FORESIGHT) if p else -inf for p in probs_C.tolist()]
+
+
 def slow_proposal(state: DecodeState, hidden_DC: torch.Tensor, first_position: int) -> Candidates:
     """One parent and one child after the other; only the noise and the filters are the fast code's."""
     dual, params = state.dual, state.sampling
@@ -73,9 +80,10 @@ def slow_proposal(state: DecodeState, hidden_DC: torch.Tensor, first_position: i
             change_V = head_of(dual, hidden_C, parent) - logits_V
             given = scores.clone()
             given[ids] *= (change_V[ids].double() / temperature).exp()
-            pairs_DPC[-1].append((given[ids] / given.sum()).log().tolist())
+            pairs_DPC[-1].append(foreseen(given[ids] / given.sum()))
         ids_DC.append(ids)
-        log_probs_DC.append((scores[ids] / scores.sum()).log().tolist())
+        probs = scores[ids] / scores.sum()
+        log_probs_DC.append(foreseen(probs) if d else probs.log().tolist())
     return Candidates(ids_DC, log_probs_DC, pairs_DPC)
 
 

@@ -15,10 +15,10 @@ from math import exp, inf
 class Candidates:
     """What a block proposes: D positions after the root, C candidates each.
 
-    log_probs_DC are normalised over the whole vocabulary, so a position's probabilities add up to at most 1.
-    pairs_DPC, where a repair head has looked at neighbours: pairs_DPC[d][p][c] is the log prob of candidate c
-    of position d, given that candidate p of position d - 1 stands; entry 0 is never read, since what comes
-    before position 0 is known. It takes the place of log_probs_DC from position 1 on.
+    log_probs_DC: of each candidate, given that what was guessed before it stands; at most 0. pairs_DPC, where
+    a repair head has looked at neighbours: pairs_DPC[d][p][c] is the log prob of candidate c of position d,
+    given that candidate p of position d - 1 stands; entry 0 is never read, since what comes before position 0
+    is known. It takes the place of log_probs_DC from position 1 on.
     """
 
     token_ids_DC: list[list[int]]

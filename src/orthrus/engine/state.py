@@ -9,7 +9,7 @@ from torch import Tensor
 
 from orthrus.config import SamplingParams
 from orthrus.decoding.noise import exponential_noise
-from orthrus.decoding.pairs import pair_log_probs
+from orthrus.decoding.pairs import given_the_prefix, pair_log_probs
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise, filtered_probs, greedy_tokens
 from orthrus.decoding.tree import Candidates
@@ -73,12 +73,14 @@ class DecodeState:
         top = scores_DV.topk(min(self.num_candidates, scores_DV.shape[-1]), dim=-1)
         all_D1 = scores_DV.logsumexp(-1, keepdim=True)
         num_rows, width = top.values.shape
-        tables = [top.indices, top.values - all_D1]
+        log_probs_DC = top.values - all_D1
+        log_probs_DC[1:] = given_the_prefix(log_probs_DC[1:])
+        tables = [top.indices, log_probs_DC]
         if dual.repair is not None:
             changes_DPM = pair_changes(dual, hidden_DC[1:], top.indices[:-1], top.indices[1:])
             if not self.sampling.greedy:
                 changes_DPM = changes_DPM / self.sampling.temperature
-            tables.append(pair_log_probs(top.values[1:], all_D1[1:], changes_DPM))
+            tables.append(given_the_prefix(pair_log_probs(top.values[1:], all_D1[1:], changes_DPM)))
         # Ids are exact in float64, so one copy brings everything to the host.
         flat = torch.cat([table.double().flatten() for table in tables]).tolist()
         rows = [flat[i : i + width] for i in range(0, len(flat), width)]
