@@ -5,7 +5,7 @@ from torch import Tensor
 
 FORESIGHT = 0.2
 """What the log prob of a guess rises by where those before it stand: a block that was right so far is right
-more often than it says of each place by itself. Tried on the shipped view, where more drafts stand with it."""
+more often than it says of each place by itself. Tried on the shipped view, where more drafts stand so."""
 
 
 def given_the_prefix(log_probs: Tensor) -> Tensor:
