@@ -60,7 +60,7 @@ def test_where_rows_are_dear_decoding_is_plain_but_for_a_chance_now_and_then() -
 
 
 def _waste(decider: Policy) -> bool:
-    decider.observe([log(0.5)], 0, [], hit=False, late=False)
+    decider.observe([log(0.5)], 0, [], late=False, left="none")
     return True
 
 
@@ -74,18 +74,20 @@ def test_nodes_maximise_tokens_less_the_worth_of_their_time(costs: CostTable) ->
             for n in range(25)
         ]
         assert decider.num_nodes(log_probs) == max(range(25), key=values.__getitem__)
-        decider.observe(log_probs[:6], accepted, [0.3], hit=accepted > 1, late=accepted > 3)
+        decider.observe(
+            log_probs[:6], accepted, [0.3], late=accepted > 3, left="fresh" if accepted > 1 else "none"
+        )
 
 
 def test_drafts_that_fall_end_drafting_and_drafts_that_stand_bring_it_back() -> None:
     decider = policy(MIDDLE)
     assert decider.wants_draft()
     for _ in range(40):
-        decider.observe([log(0.6), log(0.4)], 0, [], hit=False, late=False)
+        decider.observe([log(0.6), log(0.4)], 0, [], late=False, left="none")
     assert not decider.wants_draft()
     assert decider.draft_rate() < decider.plain_rate
     for _ in range(10):
-        decider.observe([log(0.6), log(0.4)], 5, [], hit=False, late=False)
+        decider.observe([log(0.6), log(0.4)], 5, [], late=False, left="none")
     assert decider.wants_draft()
 
 
@@ -93,8 +95,8 @@ def test_a_view_that_overrates_itself_is_trusted_less() -> None:
     modest, boastful = policy(MIDDLE), policy(MIDDLE)
     for _ in range(20):
         # Both see one draft of two stand; one had promised as much, the other twice that.
-        modest.observe([log(0.6), log(0.4)], 1, [], hit=False, late=False)
-        boastful.observe([log(0.99), log(0.98)], 1, [], hit=False, late=False)
+        modest.observe([log(0.6), log(0.4)], 1, [], late=False, left="none")
+        boastful.observe([log(0.99), log(0.98)], 1, [], late=False, left="none")
     log_probs = [log(0.8 * 0.75**i) for i in range(24)]
     assert boastful.num_nodes(log_probs) < modest.num_nodes(log_probs)
 
@@ -104,8 +106,8 @@ def test_blocks_that_are_never_met_are_left_out() -> None:
     ends = [0.5, 0.3, 0.1]
     assert decider.num_blocks(4, ends) == 3
     for _ in range(30):
-        decider.observe([log(0.8)], 3, ends, hit=False, late=False)
-        decider.observe([log(0.8)], 0, ends, hit=False, late=True)
+        decider.observe([log(0.8)], 3, ends, late=False, left="none")
+        decider.observe([log(0.8)], 0, ends, late=True, left="none")
     assert not decider.keeps_late()
     assert decider.num_blocks(4, ends) == 0
 
@@ -115,8 +117,8 @@ def test_one_block_is_enough_where_late_drafts_stand_as_well_as_fresh_ones() -> 
     ends = [0.3, 0.3, 0.2, 0.2]
     assert decider.num_blocks(4, ends) > 1
     for _ in range(40):
-        decider.observe([log(0.8)] * 3, 2, ends[:1], hit=False, late=True)
-        decider.observe([log(0.8)] * 3, 2, ends[:1], hit=True, late=False)
+        decider.observe([log(0.8)] * 3, 2, ends[:1], late=True, left="late")
+        decider.observe([log(0.8)] * 3, 2, ends[:1], late=False, left="fresh")
     assert decider.keeps_late()
     assert decider.num_blocks(4, ends) == 1
 
@@ -125,6 +127,28 @@ def test_late_drafts_that_fall_are_not_kept() -> None:
     decider = policy(FLAT)
     assert decider.keeps_late()
     for _ in range(20):
-        decider.observe([log(0.8)] * 3, 4, [0.5], hit=True, late=False)
-        decider.observe([log(0.8)] * 3, 0, [0.5], hit=False, late=True)
+        decider.observe([log(0.8)] * 3, 4, [0.5], late=False, left="fresh")
+        decider.observe([log(0.8)] * 3, 0, [0.5], late=True, left="late")
     assert not decider.keeps_late()
+
+
+def test_late_drafts_get_another_chance() -> None:
+    decider = policy(FLAT)
+    for _ in range(5):
+        decider.observe([log(0.8)] * 3, 0, [0.5], late=True, left="late")
+        decider.observe([log(0.8)] * 3, 3, [0.5], late=False, left="fresh")
+    assert not decider.keeps_late()
+    tried = 0
+    while not decider.keeps_late():
+        decider.observe([log(0.8)] * 3, 3, [0.5], late=False, left="fresh")
+        tried += 1
+        assert tried < 200
+    assert tried > 5
+
+
+def test_a_block_at_the_anchor_that_leaves_nothing_is_not_made() -> None:
+    decider = policy(MIDDLE)
+    ends = [0.1, 0.1, 0.1]
+    for _ in range(30):
+        decider.observe([log(0.8)] * 3, 3, ends[:1], late=False, left="none")
+    assert decider.num_blocks(3, ends) == 0

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import exp
+from typing import Literal
 
 MEMORY = 0.85
 """Weight of the past in a moving average, for each new observation."""
@@ -18,6 +19,11 @@ MARGIN = 1.05
 """Drafting must promise this much more than plain decoding before it is taken up or kept."""
 PATIENCE, MAX_PATIENCE = 24, 192
 """Plain tokens before drafting gets another chance; doubled whenever the chance was wasted."""
+LATE_SHARE, FORGIVENESS = 0.6, 0.03
+"""What late drafts are worth beside fresh ones while none is tried, and how fast that is returned to."""
+
+Left = Literal["fresh", "late", "none"]
+"""The draft that a verification leaves: of a block where the path ended, of one further back, or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,8 @@ class Policy:
 
     max_nodes and max_blocks bound what a pass may carry. Averages over the request: drafts that stood at a
     verification, for fresh drafts and for late ones, whose block had not seen all of the text; nodes that it
-    took; and, by number of blocks, how often the text went on exactly where one of them stood.
+    took; by number of blocks, how often the text went on exactly where one of them stood; and how often a
+    late draft was left where it did not.
     """
 
     costs: CostTable
@@ -76,6 +83,7 @@ class Policy:
     max_blocks: int
     _fresh: _Average = field(default_factory=lambda: _Average(1.5))
     _late: _Average = field(default_factory=lambda: _Average(1.0))
+    _left: _Average = field(default_factory=lambda: _Average(0.9))
     _nodes: _Average = field(init=False)
     _hits: list[_Average] = field(init=False)
     _trust: _Average = field(default_factory=lambda: _Average(1.0))
@@ -123,14 +131,15 @@ class Policy:
         return self._worth(late=True) > 0.0
 
     def num_blocks(self, num_nodes: int, end_probs: Sequence[float]) -> int:
-        """How many blocks to add, given each row's chance to be where the path ends; the root's first.
+        """How many blocks to add, given each row's chance to be where the path ends.
 
-        The first block stands at the root: it lies on every path, and so leaves a late draft at least. The
-        others stand where the path most likely ends.
+        While late drafts are worth keeping the first block stands at the root: it lies on every path, and so
+        leaves one. The others stand where the path most likely ends.
         """
-        rate = self.rate()
-        fresh, late = self._worth(late=False), max(self._worth(late=True), 0.0)
-        chances = [end_probs[0], *sorted(end_probs[1:], reverse=True)][: self.max_blocks]
+        rate, fresh = self.rate(), self._worth(late=False)
+        late = self._left.value * max(self._worth(late=True), 0.0)
+        root = 1 if self.keeps_late() else 0
+        chances = [*end_probs[:root], *sorted(end_probs[root:], reverse=True)][: self.max_blocks]
         hits = accumulate(self._block_trust.value * chance for chance in chances)
         values = [-rate * self.costs(1 + num_nodes)]
         for num_blocks, hit in enumerate(hits, start=1):
@@ -145,18 +154,27 @@ class Policy:
         num_accepted: int,
         block_probs: Sequence[float],
         *,
-        hit: bool,
         late: bool,
+        left: Left,
     ) -> None:
         """Take note of a verification: its nodes, how many stood, and whether their draft was a late one; the
-        chances that the path would end at its blocks, and whether it did."""
+        chances that the path would end at its blocks, and what draft it left."""
         expected = sum(exp(log_prob) for log_prob in log_probs)
         if expected > 0.05:
             self._trust.add(min(num_accepted / expected, 3.0))
         if block_probs:
-            self._block_trust.add(min(float(hit) / max(sum(block_probs), 0.05), 3.0))
-            self._hits[len(block_probs)].add(float(hit))
-        (self._late if late else self._fresh).add(num_accepted)
+            hit = float(left == "fresh")
+            self._block_trust.add(min(hit / max(sum(block_probs), 0.05), 3.0))
+            self._hits[len(block_probs)].add(hit)
+            if not hit and self.keeps_late():
+                self._left.add(float(left == "late"))
+        if late:
+            self._late.add(num_accepted)
+        else:
+            self._fresh.add(num_accepted)
+            if not self.keeps_late():
+                # One bad late draft must not be the last: untried, they slowly count for more again.
+                self._late.value += FORGIVENESS * (LATE_SHARE * self._fresh.value - self._late.value)
         self._nodes.add(len(log_probs))
         if self._plain_tokens >= self._patience:
             worth = self.draft_rate() > MARGIN * self.plain_rate
@@ -171,16 +189,24 @@ class Policy:
 
     @property
     def _late_accepted(self) -> float:
-        # Where none has been tried of late, they are taken to be no better than fresh ones.
+        # What was seen of late drafts may be long ago; they are no better than fresh ones.
         return min(self._late.value, self._fresh.value)
 
     def _steady_rate(self, num_blocks: int) -> float:
-        verify_ms = self.costs(1 + round(self._nodes.value), num_blocks * self.block_size)
+        """A verification with so many blocks, and a draft pass where it leaves nothing."""
+        fresh, verify_ms = (
+            self._fresh.value,
+            self.costs(1 + round(self._nodes.value), num_blocks * self.block_size),
+        )
         if not num_blocks:
-            return (2.0 + self._fresh.value) / (self.draft_ms + verify_ms)
+            return (2.0 + fresh) / (self.draft_ms + verify_ms)
         hit = self._hits[num_blocks].value
-        accepted = hit * self._fresh.value + (1.0 - hit) * self._late_accepted
-        return (1.0 + accepted) / (verify_ms + self.costs.head(self.block_size - 2))
+        late = (1.0 - hit) * self._left.value
+        nothing = 1.0 - hit - late
+        tokens = 1.0 + (hit + nothing) * fresh + late * self._late_accepted + nothing
+        return tokens / (
+            verify_ms + (hit + late) * self.costs.head(self.block_size - 2) + nothing * self.draft_ms
+        )
 
 
 def _at(rows: tuple[int, ...], values: tuple[float, ...], num_rows: int) -> float:

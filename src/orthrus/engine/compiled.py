@@ -173,5 +173,5 @@ def _problem(dual: DualView) -> str | None:
 
 def _fits_twice(dual: DualView) -> bool:
     """Whether there is memory for packed weights beside the stock ones."""
-    num_bytes = sum(p.nbytes for p in dual.base.parameters())
+    num_bytes = sum(t.nbytes for t in (*dual.base.parameters(), *dual.base.buffers()))
     return bool(psutil.virtual_memory().available > 1.2 * num_bytes)

@@ -17,6 +17,7 @@ from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import cpu_model, installed_version
 from orthrus.base.storage import cache_dir
 from orthrus.decoding.policy import CostTable
+from orthrus.engine.layer_code import sources_digest
 from orthrus.engine.probe import synchronize
 from orthrus.errors import StorageError
 from orthrus.model.attention import MOST_FOLDED_ROWS
@@ -118,7 +119,7 @@ def _key(dual: DualView) -> dict[str, object]:
         "view": [dual.config.layers, dual.config.twins, dual.config.rank, dual.config.block_size],
         "dtype": str(dual.dtype),
         "attention": config._attn_implementation,
-        "runner": [dual.runner, dual.precision, dual.draft_precision],
+        "runner": [dual.runner, dual.precision, dual.draft_precision, sources_digest()],
     }
 
 

@@ -1,9 +1,10 @@
 """A cycle: what commits tokens once. A plan says how it drafts; the passes do the rest."""
 
 from dataclasses import dataclass
+from math import inf
 
 from orthrus.config import DecodeConfig
-from orthrus.decoding.policy import Policy
+from orthrus.decoding.policy import Left, Policy
 from orthrus.decoding.tree import EMPTY_TREE, DraftTree, best_first_tree, chain_tree
 from orthrus.engine.passes import Block, commit_pass, draft_pass
 from orthrus.engine.state import DecodeState, Step
@@ -57,15 +58,17 @@ def decode_cycle(state: DecodeState, plan: Plan, room: int) -> Step:
     tree = draft_tree(state, plan, room - 1)
     if not tree.num_nodes:
         step = step._replace(kind="ar" if not step.num_passes else step.kind)
-    return _after(step, state, tree, choose_blocks(tree, plan.num_blocks, room - 3))
+    # A small block at the anchor leaves little once some of its guesses stand.
+    blocks = choose_blocks(tree, plan.num_blocks, room - 3, at_root=state.block_size > 4)
+    return _after(step, state, tree, blocks)
 
 
 def auto_cycle(state: DecodeState, policy: Policy, room: int) -> Step:
     """As `decode_cycle`, with whatever the policy finds worth its time."""
     step = Step("ar", [], [], 0, 0, 0)
-    if state.late and not policy.keeps_late():
+    wanted = state.drafts is None or (state.late and not policy.keeps_late())
+    if wanted and _may_draft(state, room, floor=True) and policy.wants_draft():
         state.drafts = None
-    if state.drafts is None and _may_draft(state, room, floor=True) and policy.wants_draft():
         step = _after(step._replace(kind="tree"), state, EMPTY_TREE, [Block(0)])
         if step.token_ids[-1] in state.eos_token_ids:
             return step
@@ -75,16 +78,17 @@ def auto_cycle(state: DecodeState, policy: Policy, room: int) -> Step:
     if not tree.num_nodes:
         if step.num_passes:
             # The draft pass has decided a token already; without a draft worth verifying, that is all.
-            policy.observe([], 0, [], hit=False, late=False)
+            policy.observe([], 0, [], late=False, left="none")
             return step
         return _after(step, state, EMPTY_TREE, [])
     ends = tree.end_probs()
-    blocks = choose_blocks(tree, policy.num_blocks(tree.num_nodes, ends), room - 3)
+    num_blocks = policy.num_blocks(tree.num_nodes, ends)
+    blocks = choose_blocks(tree, num_blocks, room - 3, at_root=policy.keeps_late())
     num_before, late = len(step.token_ids), state.late
     step = _after(step._replace(kind="fused_tree" if blocks else "tree"), state, tree, blocks)
     num_accepted = len(step.token_ids) - num_before - 1
-    hit = state.drafts is not None and not state.late
-    policy.observe(tree.log_probs, num_accepted, [ends[b.row] for b in blocks], hit=hit, late=late)
+    left: Left = "none" if state.drafts is None else "late" if state.late else "fresh"
+    policy.observe(tree.log_probs, num_accepted, [ends[b.row] for b in blocks], late=late, left=left)
     return step
 
 
@@ -97,15 +101,17 @@ def draft_tree(state: DecodeState, plan: Plan, max_depth: int) -> DraftTree:
     return best_first_tree(drafts, plan.num_nodes) if plan.branching else chain_tree(drafts, plan.num_nodes)
 
 
-def choose_blocks(tree: DraftTree, num_blocks: int, max_depth: int) -> list[Block]:
-    """One block at the root, which every path goes through, so that a draft is left whatever stands; the
-    others at the rows where the path is most likely to end, by the draft's own reckoning.
+def choose_blocks(tree: DraftTree, num_blocks: int, max_depth: int, *, at_root: bool) -> list[Block]:
+    """Blocks at the rows where the path is most likely to end, by the draft's own reckoning.
 
+    at_root: the first at the root, which every path goes through, so that a draft is left whatever stands.
     Rows deeper than `max_depth` get none: a path that ends there leaves no room for another draft.
     """
     ends = tree.end_probs()
+    if at_root:
+        ends[0] = inf
     rows = [row for row, depth in enumerate([0, *tree.depths()]) if depth <= max_depth]
-    rows = [*rows[:1], *sorted(rows[1:], key=lambda row: -ends[row])][:num_blocks]
+    rows = sorted(rows, key=lambda row: -ends[row])[:num_blocks]
     return [Block(row) for row in sorted(rows)]
 
 

@@ -32,7 +32,8 @@ class _Part(nn.Module):
 
     def __init__(self, joined: _Joined, index: int) -> None:
         super().__init__()
-        self._joined, self.index = joined, index
+        # The sizes tell apart kinds of layers that are joined otherwise.
+        self._joined, self.index, self.sizes = joined, index, str(joined.sizes)
         if index == 0:
             self.linear = joined.linear
 

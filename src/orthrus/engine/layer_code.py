@@ -3,10 +3,13 @@
 import copy
 import hashlib
 import os
+import platform
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +17,10 @@ import torch
 import torch._inductor
 import transformers
 from torch import Tensor, nn
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch.export import Dim
 
+from orthrus.base.provenance import cpu_model
 from orthrus.engine import fast_layers, layer_attention
 from orthrus.model import attention, cpu_linears, twin
 from orthrus.model.twin import RowSplit, Twin
@@ -71,15 +76,33 @@ def layer_code(
     attention is sdpa. config: the model's, part of the name that the code is kept under.
     """
     path = folder / f"{_digest(layer, example, config, exact)}.pt2"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch, _compiling_in(Path(scratch)):
-            made = Path(scratch) / path.name
-            torch._inductor.aoti_compile_and_package(
-                _exported(layer, example, exact), package_path=str(made), inductor_configs=_OPTIONS
-            )
-            os.replace(made, path)
+    if path.exists():
+        try:
+            return _loaded(path)
+        except Exception:
+            # Damaged, or made for another system: it is made anew.
+            path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, _compiling_in(Path(scratch)):
+        made = Path(scratch) / path.name
+        torch._inductor.aoti_compile_and_package(
+            _exported(layer, example, exact), package_path=str(made), inductor_configs=_OPTIONS
+        )
+        os.replace(made, path)
+    return _loaded(path)
+
+
+@cache
+def _loaded(path: Path) -> LayerCode:
+    """Once a process: each loading unpacks a library of its own."""
     return torch._inductor.aoti_load_package(str(path)).loader.run
+
+
+def sources_digest() -> str:
+    """Of the code that decides what compiled layers compute, and so what they cost."""
+    modules = (fast_layers, layer_attention, attention, cpu_linears, twin)
+    texts = [Path(m.__file__ or "").read_bytes() for m in modules]
+    return hashlib.sha256(b"".join([Path(__file__).read_bytes(), *texts])).hexdigest()
 
 
 # Checks that packed weights cannot pass; and code that does not depend on the number of threads.
@@ -110,23 +133,20 @@ def _compiling_in(folder: Path) -> Iterator[None]:
 
 
 def _digest(layer: nn.Module, example: Arguments, config: Any, exact: bool) -> str:
-    """A name for the code: of all that it depends on, the sources behind it included."""
-    given = [(name, [t.ndim for t in flatten({name: value})]) for name, value in example.given.items()]
+    """A name for the code: of all that it depends on, the sources behind it and the processor included."""
     settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_name")}
     parts = (
-        torch.__version__,
-        transformers.__version__,
-        torch.backends.cpu.get_cpu_capability(),
-        *(
-            Path(m.__file__ or "").read_text()
-            for m in (fast_layers, layer_attention, attention, cpu_linears, twin)
-        ),
-        Path(__file__).read_text(),
+        (torch.__version__, transformers.__version__, sources_digest()),
+        (sys.platform, platform.machine(), cpu_model(), str(pick_vec_isa())),
         sorted(settings.items(), key=str),
+        config._attn_implementation,
         kind(layer),
-        given,
-        example.marker is None,
-        exact,
+        [
+            (name, [(t.ndim, t.dtype) for t in flatten({name: value})])
+            for name, value in example.given.items()
+        ],
+        (example.hidden_1TC.dtype, example.keys.shape[1::2], example.keys.dtype),
+        (example.marker is None, exact),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -178,8 +198,8 @@ def _open_sizes(example: Arguments) -> list[dict[int, Any] | None]:
             continue
         # Positions (1, T), their cosines and sines (1, T, D): by place, since another size may equal T.
         for tensor in flatten({name: value}):
-            by_row = tensor.ndim > 1 and tensor.shape[1] == num_rows
-            sizes.append({1: Dim.DYNAMIC} if by_row else None)
+            place = min(tensor.ndim - 1, 1)
+            sizes.append({place: Dim.DYNAMIC} if tensor.ndim and tensor.shape[place] == num_rows else None)
     sizes += [{0: Dim.DYNAMIC}, {2: Dim.DYNAMIC}, {2: Dim.DYNAMIC}]
     return sizes if example.marker is None else [*sizes, {0: Dim.DYNAMIC}]
 

@@ -6,6 +6,7 @@ of PyTorch's C interface: see `C_FUNCTIONS`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,20 @@ _library.define(
     "Tensor zeros, Tensor? bias, float out_scale, int out_zero, ScalarType? out_dtype, str post_op, "
     "Scalar?[] post_op_args, str post_op_algorithm) -> Tensor"
 )
+
+
+# Looked up when called: a PyTorch without oneDNN has neither.
+def _linear(*args: Any) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(*args)  # type: ignore[no-any-return]
+
+
+def _qlinear(*args: Any) -> Tensor:
+    return torch.ops.onednn.qlinear_pointwise.tensor(*args)  # type: ignore[no-any-return]
+
+
 for _key in ("CPU", "MkldnnCPU"):
-    _library.impl("_linear_pointwise", torch.ops.mkldnn._linear_pointwise, _key)
-    _library.impl("_qlinear_pointwise_tensor", torch.ops.onednn.qlinear_pointwise.tensor, _key)
+    _library.impl("_linear_pointwise", _linear, _key)
+    _library.impl("_qlinear_pointwise_tensor", _qlinear, _key)
 
 
 def _shape_of_linear(x: Tensor, weight: Tensor, *_: object) -> Tensor:
@@ -125,9 +137,12 @@ class Int8Linear(nn.Module):
         return out if self.bias is None else out + self.bias  # type: ignore[operator]
 
     def int8_weight(self) -> Tensor:
-        """The weights (N, C) before they were packed, bit by bit: what a matrix of unit rows is taken to."""
+        """The weights (N, C) before they were packed, bit by bit: what unit rows are taken to."""
         unit_CC = torch.eye(self.in_features, dtype=torch.int8)
-        return (self._products(unit_CC) / self.scales_N).round().to(torch.int8).t().contiguous()  # type: ignore[operator]
+        scales_N: Tensor = self.scales_N  # type: ignore[assignment]
+        # In slices: at once it would take four bytes a weight.
+        columns = [(self._products(rows) / scales_N).round().to(torch.int8) for rows in unit_CC.split(256)]
+        return torch.cat(columns).t().contiguous()
 
     def _products(self, int8_RC: Tensor) -> Tensor:
         """Rows times weights in float32, scaled per output; the sums are whole numbers, exact."""

@@ -1,0 +1,74 @@
+"""Where the code of compiled layers is kept: what its name depends on, and what happens to damaged files."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests.tiny import tiny_dual
+
+from orthrus.base.families import decoder_layers
+from orthrus.engine import layer_code
+from orthrus.engine.fast_layers import fast_layer
+from orthrus.engine.layer_code import Arguments
+from orthrus.model.dual_view import DualView
+
+
+def digest(
+    dual: DualView, *, exact: bool = False, mask_dtype: torch.dtype = torch.bool, mixed: bool = False
+) -> str:
+    layer = fast_layer(next(iter(decoder_layers(dual.base))))
+    mask = torch.ones(1, 1, 3, 5, dtype=mask_dtype)
+    keys = dual.new_cache(7).keys[0]
+    marker = torch.empty(2, 0) if mixed else None
+    hidden_1TC = torch.zeros(1, 3, 32, dtype=dual.dtype)
+    example = Arguments(hidden_1TC, {"attention_mask": mask}, torch.arange(3), keys, keys, marker)
+    return layer_code._digest(layer, example, dual.base.config, exact)
+
+
+def test_the_name_of_the_code_tells_apart_what_compiles_to_other_code() -> None:
+    eager = tiny_dual("llama")
+    eager.base.config._attn_implementation = "eager"
+    names = [
+        digest(tiny_dual("llama")),
+        digest(eager),
+        digest(tiny_dual("llama"), mask_dtype=torch.float32),
+        digest(tiny_dual("llama"), exact=True),
+        digest(tiny_dual("llama"), mixed=True),
+        digest(tiny_dual("llama").to(torch.bfloat16)),
+        digest(tiny_dual("llama", layers=(1,))),
+        digest(tiny_dual("qwen2")),
+    ]
+    assert len(set(names)) == len(names)
+    assert digest(tiny_dual("llama", seed=5)) == names[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"bad"])
+def test_damaged_code_is_made_anew(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: Path) -> str:
+        if path.read_bytes() != b"good":
+            raise RuntimeError("no such archive")
+        return "code"
+
+    def compile_to(_: object, *, package_path: str, **__: object) -> None:
+        Path(package_path).write_bytes(b"good")
+
+    monkeypatch.setattr(layer_code, "_digest", lambda *_: "name")
+    monkeypatch.setattr(layer_code, "_exported", lambda *_: None)
+    monkeypatch.setattr(layer_code, "_loaded", load)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_to)
+    (tmp_path / "name.pt2").write_bytes(content)
+    nothing = SimpleNamespace()
+    assert layer_code.layer_code(nothing, nothing, tmp_path, config=None) == "code"  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["name.pt2"]
+
+
+def test_without_onednn_everything_but_its_linears_is_there() -> None:
+    program = """
+import types, torch
+torch.ops.mkldnn = torch.ops.onednn = types.SimpleNamespace()
+import orthrus.api
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
