@@ -17,7 +17,6 @@ import torch
 import torch._inductor
 import transformers
 from torch import Tensor, nn
-from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch.export import Dim
 
 from orthrus.base.provenance import cpu_model
@@ -137,7 +136,7 @@ def _digest(layer: nn.Module, example: Arguments, config: Any, exact: bool) -> s
     settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_name")}
     parts = (
         (torch.__version__, transformers.__version__, sources_digest()),
-        (sys.platform, platform.machine(), cpu_model(), str(pick_vec_isa())),
+        (sys.platform, platform.machine(), cpu_model(), sorted(_instructions().items())),
         sorted(settings.items(), key=str),
         config._attn_implementation,
         kind(layer),
@@ -149,6 +148,13 @@ def _digest(layer: nn.Module, example: Arguments, config: Any, exact: bool) -> s
         (example.marker is None, exact),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _instructions() -> dict[str, Any]:
+    """What this processor has: code is made for all of it."""
+    # Not there in older releases of PyTorch.
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    return {"capability": torch.backends.cpu.get_cpu_capability()} if ask is None else ask()
 
 
 def _exported(layer: nn.Module, example: Arguments, exact: bool) -> torch.export.ExportedProgram:
