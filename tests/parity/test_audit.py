@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tests.faults import plant_wrong_writer
 from tests.tiny import FAMILY_CONFIGS
 from tests.tiny_orthrus import tiny_orthrus
 from tests.ways import DRAFTING
@@ -146,14 +147,7 @@ def test_a_corrupt_cache_does_not_excuse_itself(
 
 
 def test_a_slot_of_the_wrong_writer_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden = DualView.hidden
-
-    def corrupted(self: DualView, p: Pass, cache: SlotCache) -> Tensor:
-        hidden_BTC = hidden(self, p, cache)
-        cache.writers_BS[0, 0] = 2
-        return hidden_BTC
-
-    monkeypatch.setattr(DualView, "hidden", corrupted)
+    plant_wrong_writer(monkeypatch)
     report = audit(tiny_orthrus(), strategies=("ar",))
 
     assert not report.passed

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.faults import plant_wrong_writer
 from tests.tiny_orthrus import tiny_orthrus
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from orthrus.audit.shapes import AS_DECODED, ONE_ROW, baseline_logits
 from orthrus.config import FIXED_STRATEGIES, Strategy
 from orthrus.decoding.tree import DraftTree
 from orthrus.model.dual_view import DualView
-from orthrus.model.passes import Pass
 from orthrus.model.slot_cache import SlotCache
 
 PROMPTS = [
@@ -98,14 +98,7 @@ def test_a_path_that_is_not_moved_is_broken(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_plain_decoding_that_leaves_a_damaged_cache_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden = DualView.hidden
-
-    def corrupted(self: DualView, p: Pass, cache: SlotCache) -> Tensor:
-        hidden_BTC = hidden(self, p, cache)
-        cache.writers_BS[0, 0] = 2
-        return hidden_BTC
-
-    monkeypatch.setattr(DualView, "hidden", corrupted)
+    plant_wrong_writer(monkeypatch)
     report = audit(tiny_orthrus(), strategies=("chain",), max_new_tokens=4)
 
     assert not report.passed
