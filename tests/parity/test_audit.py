@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tests.faults import plant_wrong_writer
+from tests.faults import plant_tie, plant_wrong_writer
 from tests.tiny import FAMILY_CONFIGS
 from tests.tiny_orthrus import tiny_orthrus
 from tests.ways import DRAFTING
@@ -175,10 +175,7 @@ def test_a_constructed_near_tie_is_a_near_tie(monkeypatch: pytest.MonkeyPatch) -
     orthrus = tiny_orthrus(disturb=0.0)
     first = audit(orthrus, strategies=("ar",))
     favourite = orthrus.generate("x", max_new_tokens=1).token_ids[0]
-    twin = favourite + 1
-    with torch.no_grad():
-        head_VC = orthrus.dual.base.get_output_embeddings().weight
-        head_VC[twin] = head_VC[favourite]
+    twin = plant_tie(orthrus, favourite)
     head = DualView.head
 
     def nudged(self: DualView, hidden: Tensor, *, drafts: bool = False) -> Tensor:

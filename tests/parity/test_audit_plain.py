@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.faults import plant_wrong_writer
+from tests.faults import plant_tie, plant_wrong_writer
 from tests.tiny_orthrus import tiny_orthrus
 from torch import Tensor
 
@@ -109,10 +109,7 @@ def test_a_head_that_rounds_by_the_number_of_rows_makes_near_ties(monkeypatch: p
     """Two tokens with one row of the head; several rows at a time prefer the other by a hair."""
     orthrus = tiny_orthrus(disturb=0.0)
     favourite = orthrus.generate("x", max_new_tokens=40).token_ids[-1]
-    twin = favourite + 1
-    with torch.no_grad():
-        head_VC = orthrus.dual.base.get_output_embeddings().weight
-        head_VC[twin] = head_VC[favourite]
+    twin = plant_tie(orthrus, favourite)
     head = DualView.head
 
     def nudged(self: DualView, hidden: Tensor, *, drafts: bool = False) -> Tensor:

@@ -194,19 +194,16 @@ class Policy:
 
     def _steady_rate(self, num_blocks: int) -> float:
         """A verification with so many blocks, and a draft pass where it leaves nothing."""
-        fresh, verify_ms = (
-            self._fresh.value,
-            self.costs(1 + round(self._nodes.value), num_blocks * self.block_size),
-        )
+        fresh = self._fresh.value
+        verify_ms = self.costs(1 + round(self._nodes.value), num_blocks * self.block_size)
         if not num_blocks:
             return (2.0 + fresh) / (self.draft_ms + verify_ms)
         hit = self._hits[num_blocks].value
         late = (1.0 - hit) * self._left.value
         nothing = 1.0 - hit - late
         tokens = 1.0 + (hit + nothing) * fresh + late * self._late_accepted + nothing
-        return tokens / (
-            verify_ms + (hit + late) * self.costs.head(self.block_size - 2) + nothing * self.draft_ms
-        )
+        drafted_ms = (hit + late) * self.costs.head(self.block_size - 2) + nothing * self.draft_ms
+        return tokens / (verify_ms + drafted_ms)
 
 
 def _at(rows: tuple[int, ...], values: tuple[float, ...], num_rows: int) -> float:

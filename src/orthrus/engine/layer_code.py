@@ -97,6 +97,7 @@ def _loaded(path: Path) -> LayerCode:
     return torch._inductor.aoti_load_package(str(path)).loader.run
 
 
+@cache
 def sources_digest() -> str:
     """Of the code that decides what compiled layers compute, and so what they cost."""
     modules = (fast_layers, layer_attention, attention, cpu_linears, twin)
