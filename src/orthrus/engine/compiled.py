@@ -20,13 +20,14 @@ from orthrus.base.families import decoder_layers
 from orthrus.base.quantised import quantisation
 from orthrus.base.storage import Progress, cache_dir
 from orthrus.engine.fast_layers import fast_layer
+from orthrus.engine.layer_attention import compiled_mask
 from orthrus.engine.layer_code import Arguments, LayerCode, flatten, kind, layer_code, named_tensors
 from orthrus.errors import OrthrusWarning, UserInputError
 from orthrus.model.attention import MOST_FOLDED_ROWS, folded_heads
 from orthrus.model.cpu_linears import fast_linear
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass, fused, verify_chain
-from orthrus.model.slot_cache import SlotCache
+from orthrus.model.slot_cache import SlotCache, num_kv_heads
 
 RUNNERS = ("auto", "eager", "compiled")
 
@@ -99,6 +100,10 @@ class CompiledRunner:
         self.head = fast_linear([head]) if type(head) is nn.Linear else None
         # Built once, since setting up thirty closures a pass would show.
         self._forwards = [self._forward(i) for i in range(len(self._layers))]
+        config = dual.base.config
+        # Other attention than sdpa keeps the stock code, and its mask.
+        is_sdpa = config._attn_implementation == "sdpa"
+        self._group = config.num_attention_heads // num_kv_heads(config) if is_sdpa else None
         self._pass: Pass | None = None
         self._cache: SlotCache | None = None
         self._marker: Tensor | None = None
@@ -151,9 +156,15 @@ class CompiledRunner:
 
     def _given(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
         """Only what is computed with, and the same flattened: once a pass for layers that share it."""
+        assert self._pass is not None
         key = tuple(map(id, kwargs.values()))
         if key not in self._flat:
             given = {name: value for name, value in kwargs.items() if isinstance(value, Tensor | tuple)}
+            if self._group is not None:
+                num_exact = None if self._dual.precision is None else self._pass.num_ar_rows
+                given["attention_mask"] = compiled_mask(
+                    given["attention_mask"], self._group, self._dual.dtype, num_exact
+                )
             self._flat[key] = given, flatten(given)
         return self._flat[key]
 

@@ -6,13 +6,26 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from orthrus.model.attention import attend_folded
+from orthrus.model.attention import attend_folded, folded_mask
 
 COMPILED, EXACT = "orthrus_compiled", "orthrus_compiled_exact"
 """EXACT: in float64 for AR rows, so that they are alike to the last bit in whatever pass they stand."""
 
 SPLIT = "orthrus_row_split"
 """What a module has its `RowSplit` under, for EXACT."""
+
+
+def compiled_mask(
+    visible_B1TS: Tensor, group: int, dtype: torch.dtype, num_exact: int | None = None
+) -> Tensor:
+    """The mask (B, 1, group * T, S) that these functions take, made once a pass for all layers.
+
+    Additive, the rows of a group's heads head by head; num_exact: for EXACT, whose AR rows come before the
+    others.
+    """
+    num_first = visible_B1TS.shape[2] if num_exact is None else num_exact
+    parts = visible_B1TS.split([num_first, visible_B1TS.shape[2] - num_first], dim=2)
+    return torch.cat([folded_mask(part, group, dtype) for part in parts], dim=2)
 
 
 def _compiled_attention(
@@ -24,11 +37,8 @@ def _compiled_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As `folded_attention`, with a mask (B, 1, T, S) that compiled code folds where it is used."""
-    batch, num_heads, num_rows, _size = query_BHTD.shape
-    group = num_heads // keys_BHSD.shape[1]
-    mask = attention_mask.expand(batch, group, num_rows, -1).reshape(batch, 1, group * num_rows, -1)
-    return attend_folded(query_BHTD, keys_BHSD, values_BHSD, mask, scaling), None
+    """As `folded_attention`, with a mask of `compiled_mask`."""
+    return attend_folded(query_BHTD, keys_BHSD, values_BHSD, attention_mask, scaling), None
 
 
 def _exact_attention(
@@ -45,30 +55,30 @@ def _exact_attention(
     So an AR row comes out alike to the last bit in whatever pass it stands and wherever in the cache its past
     lies. An int8 model needs that: a last bit can push an activation over a rounding step.
     """
+    num_rows = query_BHTD.shape[2]
     num_ar = getattr(module, SPLIT).num_ar_rows
-    scaling = query_BHTD.shape[3] ** -0.5 if scaling is None else scaling
-    ar_BHTD, block_BHTD = query_BHTD.split([num_ar, query_BHTD.shape[2] - num_ar], dim=2)
-    ar_mask, block_mask = attention_mask.split([num_ar, query_BHTD.shape[2] - num_ar], dim=2)
+    group = query_BHTD.shape[1] // keys_BHSD.shape[1]
+    ar_BHTD, block_BHTD = query_BHTD.split([num_ar, num_rows - num_ar], dim=2)
+    ar_mask, block_mask = attention_mask.split([group * num_ar, group * (num_rows - num_ar)], dim=2)
     outs = []
     if num_ar:
         outs.append(_in_float64(ar_BHTD, keys_BHSD, values_BHSD, ar_mask, scaling))
-    if num_ar < query_BHTD.shape[2]:
-        out, _none = _compiled_attention(module, block_BHTD, keys_BHSD, values_BHSD, block_mask, scaling)
-        outs.append(out)
+    if num_ar < num_rows:
+        outs.append(attend_folded(block_BHTD, keys_BHSD, values_BHSD, block_mask, scaling))
     return torch.cat(outs, dim=1), None
 
 
 def _in_float64(
-    query_BHTD: Tensor, keys_BHSD: Tensor, values_BHSD: Tensor, mask: Tensor, scaling: float
+    query_BHTD: Tensor, keys_BHSD: Tensor, values_BHSD: Tensor, mask: Tensor, scaling: float | None
 ) -> Tensor:
+    """`attend_folded`, with both sums in float64; what lies between is float32, number by number."""
     batch, num_heads, num_rows, size = query_BHTD.shape
     num_kv = keys_BHSD.shape[1]
     rows = query_BHTD.double().reshape(batch, num_kv, num_heads // num_kv * num_rows, size)
-    scores = (rows @ keys_BHSD.double().transpose(2, 3)).view(batch, num_kv, -1, num_rows, keys_BHSD.shape[2])
-    scores = (scores * scaling).masked_fill(~mask[:, :, None], -torch.inf)
-    weights = (scores - scores.amax(-1, keepdim=True)).float().exp().double()
-    sums = weights.sum(-1, keepdim=True).flatten(2, 3)
-    out = weights.flatten(2, 3) @ values_BHSD.double() / sums
+    scores = (rows @ keys_BHSD.double().transpose(2, 3)).float()
+    scores = scores * (size**-0.5 if scaling is None else scaling) + mask
+    weights = (scores - scores.amax(-1, keepdim=True)).exp().double()
+    out = (weights @ values_BHSD.double()).float() / weights.sum(-1, keepdim=True).float()
     return out.view(batch, num_heads, num_rows, size).transpose(1, 2).to(query_BHTD.dtype).contiguous()
 
 

@@ -163,6 +163,7 @@ def _exported(layer: nn.Module, example: Arguments, exact: bool) -> torch.export
     template, split = _template(layer, layer_attention.EXACT if exact else layer_attention.COMPILED)
     names = list(named_tensors(template))
     lengths = {n: len(v) if isinstance(v, tuple) else None for n, v in example.given.items()}
+    mask_rows = example.given["attention_mask"].shape[2] // example.hidden_1TC.shape[1]
 
     class Layer(nn.Module):
         def forward(self, *flat: Tensor) -> Tensor:
@@ -173,6 +174,8 @@ def _exported(layer: nn.Module, example: Arguments, exact: bool) -> torch.export
             slots_T, keys, values, *marker = rest
             num_rows = hidden_1TC.shape[1]
             torch._check(keys.shape[2] == values.shape[2])
+            # A mask has a row for each row of the pass, or one for each head of a group that shares keys.
+            torch._check(given["attention_mask"].shape[2] == mask_rows * num_rows)
             split.num_ar_rows = num_rows
             if marker:
                 split.num_ar_rows = marker[0].shape[0] - 1

@@ -77,13 +77,18 @@ def attend_folded(
     return out.view(batch, num_heads, num_rows, size).transpose(1, 2).contiguous()
 
 
+def folded_mask(visible_B1TS: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask (B, 1, group * T, S), the rows of a group's heads head by head."""
+    mask = torch.zeros(visible_B1TS.shape, dtype=dtype, device=visible_B1TS.device)
+    mask.masked_fill_(~visible_B1TS, float("-inf"))
+    return mask.repeat(1, 1, group, 1)
+
+
 def _folded(visible_B1TS: Tensor, group: int, dtype: torch.dtype, known: FoldedMasks) -> Tensor:
-    """Additive mask (B, 1, group * T, S), made once for all layers: sdpa would convert it in each."""
+    """The same, made once for all layers: sdpa would convert it in each."""
     if id(visible_B1TS) not in known:
-        mask = torch.zeros(visible_B1TS.shape, dtype=dtype, device=visible_B1TS.device)
-        mask.masked_fill_(~visible_B1TS, float("-inf"))
         # The mask itself is kept too, so that nothing else can take its id.
-        known[id(visible_B1TS)] = visible_B1TS, mask.repeat(1, 1, group, 1)
+        known[id(visible_B1TS)] = visible_B1TS, folded_mask(visible_B1TS, group, dtype)
     return known[id(visible_B1TS)][1]
 
 
