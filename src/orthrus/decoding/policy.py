@@ -28,11 +28,11 @@ Left = Literal["fresh", "late", "none"]
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
-    """Milliseconds of a pass by its rows: `body_ms` of AR rows, and `head_ms` of projecting as many.
+    """Milliseconds of a pass by its rows: `body_ms` of AR rows, and `head_ms` of choosing a token after each.
 
     What block rows add is told apart, since they read weights of their own: `block_ms`, by `block_rows`,
-    beside a few AR rows, and `draft_head_ms` of projecting them. Rows ascend; between the entries costs are
-    interpolated, beyond the last one extrapolated.
+    beside a few AR rows, and `draft_head_ms` of proposing drafts from as many. Rows ascend; between the
+    entries costs are interpolated, beyond the last one extrapolated.
     """
 
     rows: tuple[int, ...]
@@ -50,7 +50,7 @@ class CostTable:
         return cost + (self.head(num_projected) if num_projected else 0.0)
 
     def head(self, num_rows: int) -> float:
-        """Projecting a draft's rows to the vocabulary."""
+        """Making a draft of so many block rows."""
         return _at(self.rows, self.draft_head_ms, num_rows)
 
 

@@ -1,9 +1,13 @@
 """From logits to a token. One filter serves both views, always in fp32."""
 
+from math import gcd
+
 import torch
 from torch import Tensor
 
 from orthrus.config import SamplingParams
+
+_CHUNK, _LEAST_CHUNK = 256, 16
 
 
 def filtered_probs(logits_RV: Tensor, params: SamplingParams) -> Tensor:
@@ -52,7 +56,7 @@ def _nucleus_of_top(probs_RV: Tensor, top_p: float, num_first: int) -> Tensor:
 
 def greedy_tokens(logits_RV: Tensor) -> Tensor:
     """The most probable token of each row; logits_RV -> token_ids_R. Ties go to the lowest id."""
-    return logits_RV.argmax(-1)
+    return _argmax(logits_RV)
 
 
 def draw_with_noise(probs_RV: Tensor, noise_RV: Tensor) -> Tensor:
@@ -62,7 +66,22 @@ def draw_with_noise(probs_RV: Tensor, noise_RV: Tensor) -> Tensor:
     gives a token of probability 0. Rows need not be normalised. With `noise.exponential_noise` the token is
     a function of seed, position and law alone, whichever pass the law came from.
     """
-    return (probs_RV / noise_RV).argmax(-1)
+    return _argmax(probs_RV / noise_RV)
+
+
+def _argmax(scores_RV: Tensor) -> Tensor:
+    """The first of the largest scores of each row, token_ids_R.
+
+    On a CPU PyTorch looks at one number at a time; the maxima of chunks, which are vectorised, leave few to
+    look at.
+    """
+    size = gcd(scores_RV.shape[-1], _CHUNK)
+    if scores_RV.device.type != "cpu" or size < _LEAST_CHUNK:
+        return scores_RV.argmax(-1)
+    chunks_RNS: Tensor = scores_RV.unflatten(-1, (-1, size))
+    best_R1 = chunks_RNS.amax(-1).argmax(-1, keepdim=True)
+    best_RS = chunks_RNS.take_along_dim(best_R1[..., None], dim=-2).squeeze(-2)
+    return best_R1.squeeze(-1) * size + best_RS.argmax(-1)
 
 
 def coupled_log_scores(probs_RV: Tensor, noise_RV: Tensor) -> Tensor:

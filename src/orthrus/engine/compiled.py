@@ -20,10 +20,9 @@ from orthrus.base.families import decoder_layers
 from orthrus.base.quantised import quantisation
 from orthrus.base.storage import Progress, cache_dir
 from orthrus.engine.fast_layers import fast_layer
-from orthrus.engine.layer_attention import compiled_mask
 from orthrus.engine.layer_code import Arguments, LayerCode, flatten, kind, layer_code, named_tensors
 from orthrus.errors import OrthrusWarning, UserInputError
-from orthrus.model.attention import MOST_FOLDED_ROWS, folded_heads
+from orthrus.model.attention import MOST_FOLDED_ROWS, folded_heads, folded_mask
 from orthrus.model.cpu_linears import fast_linear
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass, fused, verify_chain
@@ -156,15 +155,12 @@ class CompiledRunner:
 
     def _given(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
         """Only what is computed with, and the same flattened: once a pass for layers that share it."""
-        assert self._pass is not None
         key = tuple(map(id, kwargs.values()))
         if key not in self._flat:
-            given = {name: value for name, value in kwargs.items() if isinstance(value, Tensor | tuple)}
+            given: dict[str, Any] = {n: v for n, v in kwargs.items() if isinstance(v, Tensor | tuple)}
             if self._group is not None:
-                num_exact = None if self._dual.precision is None else self._pass.num_ar_rows
-                given["attention_mask"] = compiled_mask(
-                    given["attention_mask"], self._group, self._dual.dtype, num_exact
-                )
+                mask = given["attention_mask"]
+                given["attention_mask"] = folded_mask(mask, self._group, self._dual.dtype)
             self._flat[key] = given, flatten(given)
         return self._flat[key]
 

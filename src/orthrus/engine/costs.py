@@ -16,13 +16,17 @@ import torch
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import cpu_model, installed_version
 from orthrus.base.storage import cache_dir
+from orthrus.config import SamplingParams
 from orthrus.decoding.policy import CostTable
+from orthrus.decoding.processors import LogitRules
 from orthrus.engine.layer_code import sources_digest
 from orthrus.engine.probe import synchronize
+from orthrus.engine.state import DecodeState
 from orthrus.errors import StorageError
 from orthrus.model.attention import MOST_FOLDED_ROWS
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import fused, verify_chain
+from orthrus.model.slot_cache import SlotCache
 
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 BLOCKS, BESIDE = (1, 2, 3, 4), 8
@@ -61,6 +65,7 @@ def measure_costs(dual: DualView, on_measure: OnMeasure | None = None) -> CostTa
     """
     size = dual.config.block_size
     cache = dual.new_cache(HISTORY + max(ROWS) + max(BLOCKS) * size)
+    state = _state(dual, cache)
     ids_1T = torch.arange(HISTORY, device=dual.device)[None] % dual.base.config.vocab_size
     dual.run(verify_chain(ids_1T, [0]), cache)
     cache.commit(HISTORY)
@@ -78,9 +83,11 @@ def measure_costs(dual: DualView, on_measure: OnMeasure | None = None) -> CostTa
             clock = [_now(dual)]
             hidden_TC = dual.hidden(p, cache)[0]
             clock.append(_now(dual))
-            for drafts in (False, True):
-                dual.head(hidden_TC, drafts=drafts)
-                clock.append(_now(dual))
+            # As a pass decides its tokens and proposes drafts: no more than projecting, but for the choice.
+            state.choose(dual.head(hidden_TC), range(len(hidden_TC)), [()] * len(hidden_TC))
+            clock.append(_now(dual))
+            state.propose(hidden_TC, HISTORY)
+            clock.append(_now(dual))
             # The first round warms up.
             if done:
                 for table, start, end in zip((body, head, draft_head), clock, clock[1:], strict=False):
@@ -94,6 +101,21 @@ def measure_costs(dual: DualView, on_measure: OnMeasure | None = None) -> CostTa
         draft_head_ms=_ascending([draft_head[key] for key in rows]),
         block_rows=tuple(m * size for m in blocks),
         block_ms=_ascending([max(0.0, body[BESIDE, m] - alone) for m in blocks]),
+    )
+
+
+def _state(dual: DualView, cache: SlotCache) -> DecodeState:
+    """A greedy request without rules, to time what comes after the layers."""
+    sampling = SamplingParams()
+    return DecodeState(
+        dual=dual,
+        cache=cache,
+        sampling=sampling,
+        seed=0,
+        rules=LogitRules(sampling, dual.base.config.vocab_size, dual.device),
+        block_size=dual.config.block_size,
+        floor=True,
+        context_length=cache.num_slots,
     )
 
 

@@ -6,26 +6,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from orthrus.model.attention import attend_folded, folded_mask
+from orthrus.model.attention import attend_folded, folded_rows, unfolded_rows
 
 COMPILED, EXACT = "orthrus_compiled", "orthrus_compiled_exact"
 """EXACT: in float64 for AR rows, so that they are alike to the last bit in whatever pass they stand."""
 
 SPLIT = "orthrus_row_split"
 """What a module has its `RowSplit` under, for EXACT."""
-
-
-def compiled_mask(
-    visible_B1TS: Tensor, group: int, dtype: torch.dtype, num_exact: int | None = None
-) -> Tensor:
-    """The mask (B, 1, group * T, S) that these functions take, made once a pass for all layers.
-
-    Additive, the rows of a group's heads head by head; num_exact: for EXACT, whose AR rows come before the
-    others.
-    """
-    num_first = visible_B1TS.shape[2] if num_exact is None else num_exact
-    parts = visible_B1TS.split([num_first, visible_B1TS.shape[2] - num_first], dim=2)
-    return torch.cat([folded_mask(part, group, dtype) for part in parts], dim=2)
 
 
 def _compiled_attention(
@@ -37,7 +24,7 @@ def _compiled_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As `folded_attention`, with a mask of `compiled_mask`."""
+    """As `folded_attention`, with a mask of `folded_mask`: made once a pass, not in each layer."""
     return attend_folded(query_BHTD, keys_BHSD, values_BHSD, attention_mask, scaling), None
 
 
@@ -72,14 +59,12 @@ def _in_float64(
     query_BHTD: Tensor, keys_BHSD: Tensor, values_BHSD: Tensor, mask: Tensor, scaling: float | None
 ) -> Tensor:
     """`attend_folded`, with both sums in float64; what lies between is float32, number by number."""
-    batch, num_heads, num_rows, size = query_BHTD.shape
-    num_kv = keys_BHSD.shape[1]
-    rows = query_BHTD.double().reshape(batch, num_kv, num_heads // num_kv * num_rows, size)
+    rows = folded_rows(query_BHTD, keys_BHSD.shape[1]).double()
     scores = (rows @ keys_BHSD.double().transpose(2, 3)).float()
-    scores = scores * (size**-0.5 if scaling is None else scaling) + mask
+    scores = scores * (rows.shape[-1] ** -0.5 if scaling is None else scaling) + mask
     weights = (scores - scores.amax(-1, keepdim=True)).exp().double()
     out = (weights @ values_BHSD.double()).float() / weights.sum(-1, keepdim=True).float()
-    return out.view(batch, num_heads, num_rows, size).transpose(1, 2).to(query_BHTD.dtype).contiguous()
+    return unfolded_rows(out, query_BHTD.shape[2]).to(query_BHTD.dtype)
 
 
 ALL_ATTENTION_FUNCTIONS.register(COMPILED, _compiled_attention)

@@ -69,19 +69,33 @@ def folded_attention(
 def attend_folded(
     query_BHTD: Tensor, keys_BHSD: Tensor, values_BHSD: Tensor, mask: Tensor, scaling: float | None
 ) -> Tensor:
-    """(B, T, H, D); the mask (B, 1, H / H_kv * T, S) holds the rows of a group's heads, head by head."""
-    batch, num_heads, num_rows, size = query_BHTD.shape
-    num_kv = keys_BHSD.shape[1]
-    query = query_BHTD.reshape(batch, num_kv, num_heads // num_kv * num_rows, size)
-    out = scaled_dot_product_attention(query, keys_BHSD, values_BHSD, mask, scale=scaling)
-    return out.view(batch, num_heads, num_rows, size).transpose(1, 2).contiguous()
+    """(B, T, H, D); mask: of `folded_mask`."""
+    rows = folded_rows(query_BHTD, keys_BHSD.shape[1])
+    out = scaled_dot_product_attention(rows, keys_BHSD, values_BHSD, mask, scale=scaling)
+    return unfolded_rows(out, query_BHTD.shape[2])
+
+
+def folded_rows(query_BHTD: Tensor, num_kv: int) -> Tensor:
+    """(B, H_kv, T * H / H_kv, D): the heads of a group that shares keys as rows of one head, row by row.
+
+    Not head by head: the group's size is known to compiled code, the number of rows is not, and dividing by
+    it, number by number, would cost more than the sums.
+    """
+    grouped: Tensor = query_BHTD.unflatten(1, (num_kv, -1))
+    return grouped.transpose(2, 3).flatten(2, 3)
+
+
+def unfolded_rows(out: Tensor, num_rows: int) -> Tensor:
+    """(B, T, H, D) again, contiguous."""
+    grouped: Tensor = out.unflatten(2, (num_rows, -1))
+    return grouped.transpose(1, 2).flatten(2, 3).contiguous()
 
 
 def folded_mask(visible_B1TS: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask (B, 1, group * T, S), the rows of a group's heads head by head."""
+    """Additive mask (B, 1, T * group, S) for folded rows."""
     mask = torch.zeros(visible_B1TS.shape, dtype=dtype, device=visible_B1TS.device)
     mask.masked_fill_(~visible_B1TS, float("-inf"))
-    return mask.repeat(1, 1, group, 1)
+    return mask.repeat_interleave(group, dim=2)
 
 
 def _folded(visible_B1TS: Tensor, group: int, dtype: torch.dtype, known: FoldedMasks) -> Tensor:
