@@ -28,7 +28,6 @@ from orthrus.engine.cycles import Plan, decode_cycle, fixed_plan
 from orthrus.engine.passes import Block, commit_pass
 from orthrus.engine.probe import synchronize, watch_caches
 from orthrus.engine.state import DecodeState
-from orthrus.engine.stream import vocab_size
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass
 from orthrus.model.slot_cache import SlotCache
@@ -140,7 +139,7 @@ def filled_cases(orthrus: Orthrus, context: int, strategies: list[Strategy], see
             f"a context of {context} leaves no room for a cycle below the model's {limit}"
         )
     typer.echo(f"prefill of {context} tokens", err=True)
-    prompt_ids = random.Random(seed).choices(range(vocab_size(dual)), k=context)
+    prompt_ids = random.Random(seed).choices(range(dual.vocab_size), k=context)
     config = DecodeConfig(strategy="fused_tree", max_new_tokens=limit, ignore_eos=True)
     with watch_caches(dual) as caches:
         first = next(orthrus.stream_ids(prompt_ids, config))
@@ -154,7 +153,7 @@ def filled_cases(orthrus: Orthrus, context: int, strategies: list[Strategy], see
             cache=cache,
             sampling=sampling,
             seed=seed,
-            rules=LogitRules(sampling, vocab_size(dual), dual.device),
+            rules=LogitRules(sampling, dual.vocab_size, dual.device),
             block_size=block_size,
             floor=True,
             context_length=limit,

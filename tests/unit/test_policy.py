@@ -34,10 +34,10 @@ def test_costs_interpolate_and_extrapolate() -> None:
     assert costs(2) == pytest.approx(13.0)
     assert costs(4) == pytest.approx(19.0 + 1.5)
     assert costs(7) == pytest.approx(34.0 + 3.0)
-    # Block rows cost their body, and a head only where they are projected.
+    # Block rows cost their body, and a head beside that of the AR rows where they are projected.
     assert costs(1, 2) == pytest.approx(10.0 + 1.0 + 3.0)
-    assert costs(1, 3, 4) == pytest.approx(10.0 + 1.0 + 5.0 + 0.75)
-    assert costs.head(5) == pytest.approx(1.0)
+    assert costs(1, 3, 3) == pytest.approx(10.0 + 1.5 + 5.0)
+    assert costs.draft(4) == pytest.approx(0.75)
 
 
 def test_where_rows_are_free_everything_is_drafted() -> None:

@@ -68,22 +68,22 @@ def slow_proposal(state: DecodeState, hidden_DC: torch.Tensor, first_position: i
     temperature = 1.0 if params.greedy else params.temperature
     ids_DC, log_probs_DC, pairs_DPC = [], [], []
     for d, hidden_C in enumerate(hidden_DC):
-        logits_V = head_of(dual, hidden_C, state.anchor_id if d == 0 else None)
+        logits_V = head_of(dual, hidden_C, None)
         scores_V = state.rules(logits_V[None], [()])[0]
         if not params.greedy:
             noise_V = exponential_noise(state.seed, [first_position + d], len(logits_V), "cpu")[0]
             scores_V = (filtered_probs(scores_V[None], params)[0] / noise_V).log()
         scores = scores_V.double().exp()
         ids = scores.argsort(descending=True)[: state.num_candidates].tolist()
-        pairs_DPC.append([])
-        for parent in ids_DC[-1] if d else []:
+        given_PC = []
+        for parent in ids_DC[-1] if d else [state.anchor_id]:
             change_V = head_of(dual, hidden_C, parent) - logits_V
             given = scores.clone()
             given[ids] *= (change_V[ids].double() / temperature).exp()
-            pairs_DPC[-1].append(foreseen(given[ids] / given.sum()))
+            given_PC.append(given[ids] / given.sum())
         ids_DC.append(ids)
-        probs = scores[ids] / scores.sum()
-        log_probs_DC.append(foreseen(probs) if d else probs.log().tolist())
+        pairs_DPC.append([foreseen(given_C) for given_C in given_PC] if d else [])
+        log_probs_DC.append(foreseen(scores[ids] / scores.sum()) if d else given_PC[0].log().tolist())
     return Candidates(ids_DC, log_probs_DC, pairs_DPC)
 
 
@@ -100,7 +100,7 @@ def test_a_proposal_is_that_of_a_loop_over_parents_and_children(name: str, param
     assert fast.pairs_DPC is not None
     assert slow.pairs_DPC is not None
     assert fast.token_ids_DC == slow.token_ids_DC
-    assert fast.token_ids_DC[1:] == blind.token_ids_DC[1:]
+    assert fast.token_ids_DC == blind.token_ids_DC
     assert fast.log_probs_DC[0] != pytest.approx(blind.log_probs_DC[0], abs=1e-2)
     for table, expected in (
         (fast.log_probs_DC, slow.log_probs_DC),
@@ -140,7 +140,8 @@ def test_a_fresh_head_changes_no_draft(params: SamplingParams) -> None:
     hidden_DC = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         ours, theirs = (state_of(dual, params).propose(hidden_DC, 3) for dual in (headed, plain))
-    assert (ours.token_ids_DC, ours.log_probs_DC) == (theirs.token_ids_DC, theirs.log_probs_DC)
+    assert ours.token_ids_DC == theirs.token_ids_DC
+    torch.testing.assert_close(torch.tensor(ours.log_probs_DC), torch.tensor(theirs.log_probs_DC))
     assert ours.pairs_DPC is not None
     for d in range(1, 5):
         for row in ours.pairs_DPC[d]:

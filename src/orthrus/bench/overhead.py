@@ -21,7 +21,6 @@ from orthrus.engine.cycles import decode_cycle, fixed_plan
 from orthrus.engine.passes import Block, commit_pass, prefill_pass
 from orthrus.engine.probe import synchronize, watch_caches
 from orthrus.engine.state import DecodeState
-from orthrus.engine.stream import vocab_size
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass, verify_chain
 from orthrus.model.slot_cache import SlotCache, head_dim, num_kv_heads
@@ -268,7 +267,7 @@ def _filled(orthrus: Orthrus, options: OverheadOptions, head_room: int) -> Decod
         cache=cache,
         sampling=sampling,
         seed=0,
-        rules=LogitRules(sampling, vocab_size(dual), dual.device),
+        rules=LogitRules(sampling, dual.vocab_size, dual.device),
         block_size=dual.config.block_size,
         floor=True,
         context_length=orthrus.base.context_length,

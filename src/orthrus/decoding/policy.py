@@ -28,30 +28,28 @@ Left = Literal["fresh", "late", "none"]
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
-    """Milliseconds of a pass by its rows: `body_ms` of AR rows, and `head_ms` of choosing a token after each.
+    """Milliseconds of a pass by its rows: `body_ms` of AR rows, and `head_ms` of projecting as many.
 
     What block rows add is told apart, since they read weights of their own: `block_ms`, by `block_rows`,
-    beside a few AR rows, and `draft_head_ms` of proposing drafts from as many. Rows ascend; between the
-    entries costs are interpolated, beyond the last one extrapolated.
+    beside a few AR rows, and `draft_ms` of making a draft of as many rows. Rows ascend; between the entries
+    costs are interpolated, beyond the last one extrapolated.
     """
 
     rows: tuple[int, ...]
     body_ms: tuple[float, ...]
     head_ms: tuple[float, ...]
-    draft_head_ms: tuple[float, ...]
+    draft_ms: tuple[float, ...]
     block_rows: tuple[int, ...]
     block_ms: tuple[float, ...]
 
     def __call__(self, num_ar: int, num_block: int = 0, num_projected: int = 0) -> float:
         """A pass of AR rows, all projected, and block rows, of which `num_projected` are."""
-        cost = _at(self.rows, self.body_ms, num_ar) + _at(self.rows, self.head_ms, num_ar)
-        if num_block:
-            cost += _at(self.block_rows, self.block_ms, num_block)
-        return cost + (self.head(num_projected) if num_projected else 0.0)
+        cost = _at(self.rows, self.body_ms, num_ar) + _at(self.rows, self.head_ms, num_ar + num_projected)
+        return cost + (_at(self.block_rows, self.block_ms, num_block) if num_block else 0.0)
 
-    def head(self, num_rows: int) -> float:
-        """Making a draft of so many block rows."""
-        return _at(self.rows, self.draft_head_ms, num_rows)
+    def draft(self, num_rows: int) -> float:
+        """Making a draft of projected rows."""
+        return _at(self.rows, self.draft_ms, num_rows)
 
 
 @dataclass(slots=True)
@@ -100,10 +98,15 @@ class Policy:
         """Tokens a millisecond of plain decoding."""
         return 1.0 / self.costs(1)
 
+    def pass_ms(self, num_nodes: int, num_blocks: int) -> float:
+        """A verification with blocks beside it; without nodes, a draft pass."""
+        num_guesses = num_blocks * (self.block_size - 2)
+        return self.costs(1 + num_nodes, num_blocks * self.block_size, num_guesses)
+
     @property
     def draft_ms(self) -> float:
-        """A draft pass: the anchor as AR row, and a block of which all but two rows are projected."""
-        return self.costs(1, self.block_size, self.block_size - 2)
+        """Making a draft of a block: all but two of its rows guess."""
+        return self.costs.draft(self.block_size - 2)
 
     def draft_rate(self) -> float:
         """Tokens a millisecond of drafting and verifying, with the number of blocks that makes most of it."""
@@ -141,11 +144,10 @@ class Policy:
         root = 1 if self.keeps_late() else 0
         chances = [*end_probs[:root], *sorted(end_probs[root:], reverse=True)][: self.max_blocks]
         hits = accumulate(self._block_trust.value * chance for chance in chances)
-        values = [-rate * self.costs(1 + num_nodes)]
+        values = [-rate * self.pass_ms(num_nodes, 0)]
         for num_blocks, hit in enumerate(hits, start=1):
             hit = min(hit, 1.0)
-            cost = self.costs(1 + num_nodes, num_blocks * self.block_size)
-            values.append(hit * fresh + (1.0 - hit) * late - rate * cost)
+            values.append(hit * fresh + (1.0 - hit) * late - rate * self.pass_ms(num_nodes, num_blocks))
         return _best(values)
 
     def observe(
@@ -184,7 +186,7 @@ class Policy:
     def _worth(self, *, late: bool) -> float:
         """Tokens that a draft at hand is worth: it saves the draft pass, but also the one token which that
         would have decided, and fewer drafts stand of a late one."""
-        saved = self.rate() * (self.draft_ms - self.costs.head(self.block_size - 2)) - 1.0
+        saved = self.rate() * self.pass_ms(0, 1) - 1.0
         return saved - (self._fresh.value - self._late_accepted if late else 0.0)
 
     @property
@@ -195,15 +197,14 @@ class Policy:
     def _steady_rate(self, num_blocks: int) -> float:
         """A verification with so many blocks, and a draft pass where it leaves nothing."""
         fresh = self._fresh.value
-        verify_ms = self.costs(1 + round(self._nodes.value), num_blocks * self.block_size)
+        verify_ms = self.pass_ms(round(self._nodes.value), num_blocks) + self.draft_ms
         if not num_blocks:
-            return (2.0 + fresh) / (self.draft_ms + verify_ms)
+            return (2.0 + fresh) / (self.pass_ms(0, 1) + verify_ms)
         hit = self._hits[num_blocks].value
         late = (1.0 - hit) * self._left.value
         nothing = 1.0 - hit - late
         tokens = 1.0 + (hit + nothing) * fresh + late * self._late_accepted + nothing
-        drafted_ms = (hit + late) * self.costs.head(self.block_size - 2) + nothing * self.draft_ms
-        return tokens / (verify_ms + drafted_ms)
+        return tokens / (verify_ms + nothing * self.pass_ms(0, 1))
 
 
 def _at(rows: tuple[int, ...], values: tuple[float, ...], num_rows: int) -> float:

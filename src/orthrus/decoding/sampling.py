@@ -1,5 +1,6 @@
 """From logits to a token. One filter serves both views, always in fp32."""
 
+from collections.abc import Sequence
 from math import gcd
 
 import torch
@@ -17,17 +18,19 @@ def filtered_probs(logits_RV: Tensor, params: SamplingParams) -> Tensor:
     probabilities: call `greedy_tokens` instead.
     """
     assert not params.greedy, "greedy decoding never meets a probability"
-    logits_RV = logits_RV.float() / params.temperature
+    logits_RV = logits_RV if params.temperature == 1.0 else logits_RV.float() / params.temperature
     vocab_size = logits_RV.shape[-1]
     if params.top_k and params.top_k < vocab_size:
         kth_R1 = logits_RV.topk(params.top_k, dim=-1).values[..., -1:]
         logits_RV = logits_RV.masked_fill(logits_RV < kth_R1, -torch.inf)
     if params.top_p is not None and params.top_p < 1.0:
-        logits_RV = logits_RV.masked_fill(~nucleus(logits_RV.softmax(-1), params.top_p), -torch.inf)
-    probs_RV = logits_RV.softmax(-1)
+        probs_RV = logits_RV.softmax(-1, dtype=torch.float32)
+        logits_RV = logits_RV.masked_fill(~nucleus(probs_RV, params.top_p), -torch.inf)
+    probs_RV = logits_RV.softmax(-1, dtype=torch.float32)
     if params.min_p:
         floor_R1 = params.min_p * probs_RV.amax(-1, keepdim=True)
-        probs_RV = logits_RV.masked_fill(probs_RV < floor_R1, -torch.inf).softmax(-1)
+        kept_RV = logits_RV.masked_fill(probs_RV < floor_R1, -torch.inf)
+        probs_RV = kept_RV.softmax(-1, dtype=torch.float32)
     return probs_RV
 
 
@@ -59,14 +62,26 @@ def greedy_tokens(logits_RV: Tensor) -> Tensor:
     return _argmax(logits_RV)
 
 
-def draw_with_noise(probs_RV: Tensor, noise_RV: Tensor) -> Tensor:
-    """One token per row by the exponential race; probs_RV, noise_RV float32 -> token_ids_R.
+def draw_with_noise(probs_RV: Tensor, noise_RV: Tensor | Sequence[Tensor]) -> Tensor:
+    """One token per row by the exponential race; probs_RV float32 -> token_ids_R.
+
+    noise_RV: float32, as one tensor or as its rows, of which some may be the same.
 
     argmax(p / e) with e ~ Exp(1) has law p, needs no host synchronisation, unlike multinomial, and never
     gives a token of probability 0. Rows need not be normalised. With `noise.exponential_noise` the token is
     a function of seed, position and law alone, whichever pass the law came from.
     """
-    return _argmax(probs_RV / noise_RV)
+    return _argmax(_raced(probs_RV, noise_RV))
+
+
+def _raced(probs_RV: Tensor, noise_RV: Tensor | Sequence[Tensor]) -> Tensor:
+    """p / e; rows of noise are read where they lie, since stacking them would copy a vocabulary for each."""
+    if isinstance(noise_RV, Tensor):
+        return probs_RV / noise_RV
+    scores_RV = torch.empty_like(probs_RV)
+    for score_V, prob_V, noise_V in zip(scores_RV, probs_RV, noise_RV, strict=True):
+        torch.div(prob_V, noise_V, out=score_V)
+    return scores_RV
 
 
 def _argmax(scores_RV: Tensor) -> Tensor:
@@ -84,7 +99,7 @@ def _argmax(scores_RV: Tensor) -> Tensor:
     return best_R1.squeeze(-1) * size + best_RS.argmax(-1)
 
 
-def coupled_log_scores(probs_RV: Tensor, noise_RV: Tensor) -> Tensor:
+def coupled_log_scores(probs_RV: Tensor, noise_RV: Tensor | Sequence[Tensor]) -> Tensor:
     """log p - log e, minus infinity where p is 0: what `draw_with_noise` maximises, to rank drafts by.
 
     A row's best score is its draw, its best C are C draws without replacement. Scores of the diffusion view
@@ -93,7 +108,7 @@ def coupled_log_scores(probs_RV: Tensor, noise_RV: Tensor) -> Tensor:
     independent draws agree with probability sum(p q). The AR view's draw does not look at the draft, so its
     law stays p.
     """
-    return (probs_RV / noise_RV).log()
+    return _raced(probs_RV, noise_RV).log()
 
 
 def draw_from_generator(probs_RV: Tensor, generator: torch.Generator | None) -> Tensor:

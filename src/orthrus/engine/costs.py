@@ -75,7 +75,7 @@ def measure_costs(dual: DualView, on_measure: OnMeasure | None = None) -> CostTa
     blocks = [m for m in BLOCKS if m < 3 or BESIDE + m * size <= MOST_FOLDED_ROWS]
     for m in blocks:
         passes[BESIDE, m] = fused(beside_1T, chain, [HISTORY], range(m), size, dual.mask_token_id)
-    body, head, draft_head = (dict.fromkeys(passes, inf) for _ in range(3))
+    body, head, draft = (dict.fromkeys(passes, inf) for _ in range(3))
     for done in range(REPEATS + 1):
         if on_measure is not None:
             on_measure(done, REPEATS + 1)
@@ -83,14 +83,14 @@ def measure_costs(dual: DualView, on_measure: OnMeasure | None = None) -> CostTa
             clock = [_now(dual)]
             hidden_TC = dual.hidden(p, cache)[0]
             clock.append(_now(dual))
-            # As a pass decides its tokens and proposes drafts: no more than projecting, but for the choice.
-            state.choose(dual.head(hidden_TC), range(len(hidden_TC)), [()] * len(hidden_TC))
+            logits_TV = dual.head(hidden_TC)
+            state.choose(logits_TV, range(len(hidden_TC)), [()] * len(hidden_TC))
             clock.append(_now(dual))
-            state.propose(hidden_TC, HISTORY)
+            state.propose(hidden_TC, HISTORY, logits_TV if dual.draft_head is None else None)
             clock.append(_now(dual))
             # The first round warms up.
             if done:
-                for table, start, end in zip((body, head, draft_head), clock, clock[1:], strict=False):
+                for table, start, end in zip((body, head, draft), clock, clock[1:], strict=False):
                     table[key] = min(table[key], (end - start) * 1e3)
     rows = [(n, 0) for n in ROWS]
     alone = body[BESIDE, 0]
@@ -98,7 +98,7 @@ def measure_costs(dual: DualView, on_measure: OnMeasure | None = None) -> CostTa
         rows=ROWS,
         body_ms=_ascending([body[key] for key in rows]),
         head_ms=_ascending([head[key] for key in rows]),
-        draft_head_ms=_ascending([draft_head[key] for key in rows]),
+        draft_ms=_ascending([draft[key] for key in rows]),
         block_rows=tuple(m * size for m in blocks),
         block_ms=_ascending([max(0.0, body[BESIDE, m] - alone) for m in blocks]),
     )
@@ -112,7 +112,7 @@ def _state(dual: DualView, cache: SlotCache) -> DecodeState:
         cache=cache,
         sampling=sampling,
         seed=0,
-        rules=LogitRules(sampling, dual.base.config.vocab_size, dual.device),
+        rules=LogitRules(sampling, dual.vocab_size, dual.device),
         block_size=dual.config.block_size,
         floor=True,
         context_length=cache.num_slots,

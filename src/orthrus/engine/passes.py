@@ -45,7 +45,8 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
 
     Commits the longest path that the AR view would have written, and its own token after it. Of the blocks
     on that path, the one nearest to its end becomes `state.drafts`: what it guessed for tokens that the AR
-    view has just decided is dropped, at least its first guess. Only that block is projected.
+    view has just decided is dropped, at least its first guess. One product with the head serves all rows: for
+    a small model it costs what reading the head costs, and nobody knows yet which block will serve.
     """
     length, num_ar = state.length, 1 + tree.num_nodes
     ids_1T = torch.tensor([[state.anchor_id, *tree.token_ids]], device=state.dual.device)
@@ -59,9 +60,11 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
         p = verify_tree(ids_1T, tree.parents, state.cache.lengths)
     hidden_TC = state.dual.hidden(p, state.cache)[0]
 
-    own_ids = state.choose(
-        state.dual.head(hidden_TC[:num_ar]), [length + d + 1 for d in depths], tree.paths_of_tokens()
-    )
+    # Neither the first row's guess of a block, which the AR view decides, nor the last row's is of use.
+    guesses = [num_ar + i * size + j for i in range(len(blocks)) for j in range(1, size - 1)]
+    joint = state.dual.draft_head is None
+    logits_RV = state.dual.head(hidden_TC[[*range(num_ar), *guesses]] if joint else hidden_TC[:num_ar])
+    own_ids = state.choose(logits_RV[:num_ar], [length + d + 1 for d in depths], tree.paths_of_tokens())
     path = accepted_rows(tree, own_ids)
     last = path[-1] if path else 0
     token_ids = [*(tree.token_ids[row - 1] for row in path), own_ids[last]]
@@ -73,10 +76,12 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
     if on_path:
         index = max(on_path, key=lambda i: depths[blocks[i].row])
         num_known = depths[last] - depths[blocks[index].row] + 1
-        first = num_ar + index * size
         if num_known < size - 1:
-            rows_DC = hidden_TC[first + num_known : first + size - 1]
-            state.drafts, state.late = state.propose(rows_DC, state.length + 1), num_known > 1
+            rows = guesses[index * (size - 2) :][num_known - 1 : size - 2]
+            first = num_ar + index * (size - 2) + num_known - 1
+            logits_DV = logits_RV[first : first + len(rows)] if joint else None
+            state.drafts = state.propose(hidden_TC[rows], state.length + 1, logits_DV)
+            state.late = num_known > 1
     return Committed(token_ids, len(path), p.num_rows)
 
 

@@ -14,7 +14,7 @@ from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise, filtered_probs, greedy_tokens
 from orthrus.decoding.tree import Candidates
 from orthrus.model.dual_view import DualView
-from orthrus.model.repair import pair_changes, repaired
+from orthrus.model.repair import pair_changes
 from orthrus.model.slot_cache import SlotCache
 from orthrus.types import CycleKind
 
@@ -59,17 +59,16 @@ class DecodeState:
         probs_RV = filtered_probs(logits_RV, self.sampling)
         return draw_with_noise(probs_RV, self._noise_at(positions, probs_RV.shape[-1])).tolist()
 
-    def propose(self, hidden_DC: Tensor, first_position: int) -> Candidates:
+    def propose(self, hidden_DC: Tensor, first_position: int, logits_DV: Tensor | None = None) -> Candidates:
         """The best candidates of each draft row, the first of which decides `first_position`.
 
-        The rows come before the head, and the anchor before the first of them. A repair head lets it know the
-        anchor, and each further candidate the one before it: see `Candidates.pairs_DPC`.
+        hidden_DC: before the head; logits_DV: after it, where they are at hand. The anchor comes before the
+        first row. A repair head lets it know the anchor, and each further candidate the one before it: see
+        `Candidates.pairs_DPC`.
         """
         dual = self.dual
-        if dual.repair is not None:
-            anchor_1 = torch.tensor([self.anchor_id], device=hidden_DC.device)
-            hidden_DC = torch.cat([repaired(dual, hidden_DC[:1], anchor_1), hidden_DC[1:]])
-        scores_DV = self._scores(dual.head(hidden_DC, drafts=True), first_position)
+        logits_DV = dual.head(hidden_DC, drafts=True) if logits_DV is None else logits_DV
+        scores_DV = self._scores(logits_DV, first_position)
         top = scores_DV.topk(min(self.num_candidates, scores_DV.shape[-1]), dim=-1)
         all_D1 = scores_DV.logsumexp(-1, keepdim=True)
         num_rows, width = top.values.shape
@@ -77,10 +76,14 @@ class DecodeState:
         log_probs_DC[1:] = given_the_prefix(log_probs_DC[1:])
         tables = [top.indices, log_probs_DC]
         if dual.repair is not None:
-            changes_DPM = pair_changes(dual, hidden_DC[1:], top.indices[:-1], top.indices[1:])
+            anchors_1P = top.indices.new_full((1, width), self.anchor_id)
+            parents_DP = torch.cat([anchors_1P, top.indices[:-1]])
+            changes_DPM = pair_changes(dual, hidden_DC, parents_DP, top.indices)
             if not self.sampling.greedy:
                 changes_DPM = changes_DPM / self.sampling.temperature
-            tables.append(given_the_prefix(pair_log_probs(top.values[1:], all_D1[1:], changes_DPM)))
+            given_DPC = pair_log_probs(top.values, all_D1, changes_DPM)
+            log_probs_DC[0] = given_DPC[0, 0]
+            tables.append(given_the_prefix(given_DPC[1:]))
         # Ids are exact in float64, so one copy brings everything to the host.
         flat = torch.cat([table.double().flatten() for table in tables]).tolist()
         rows = [flat[i : i + width] for i in range(0, len(flat), width)]
@@ -110,14 +113,14 @@ class DecodeState:
         self.rules.see(token_ids)
         self.anchor_id = token_ids[-1]
 
-    def _noise_at(self, positions: Sequence[int], vocab_size: int) -> Tensor:
-        """noise_RV; drafting and verifying ask for the same positions, so they are kept until passed."""
+    def _noise_at(self, positions: Sequence[int], vocab_size: int) -> list[Tensor]:
+        """The rows of noise_RV; kept until passed, since drafting and verifying ask for the same."""
         new = [p for p in dict.fromkeys(positions) if p not in self._noise]
         if new:
             self._noise = {p: row for p, row in self._noise.items() if p >= self.length}
             rows = exponential_noise(self.seed, new, vocab_size, self.dual.device)
             self._noise |= zip(new, rows, strict=True)
-        return torch.stack([self._noise[p] for p in positions])
+        return [self._noise[p] for p in positions]
 
 
 class Step(NamedTuple):

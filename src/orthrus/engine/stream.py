@@ -165,7 +165,7 @@ class TokenStream(Iterator[Cycle]):
             cache=cache,
             sampling=config.sampling,
             seed=torch.seed() if seed is None else seed,
-            rules=LogitRules(config.sampling, vocab_size(dual), dual.device),
+            rules=LogitRules(config.sampling, dual.vocab_size, dual.device),
             block_size=self._block_size,
             floor=config.floor,
             context_length=self._context_length,
@@ -240,15 +240,10 @@ def check_prompt(prompt_ids: list[int], context_length: int) -> None:
 
 def check_token_ids(dual: DualView, token_ids: list[int]) -> None:
     """UserInputError for an id that the model has no embedding for."""
-    num_ids = vocab_size(dual)
+    num_ids = dual.vocab_size
     wrong = next((i for i in token_ids if not 0 <= i < num_ids), None)
     if wrong is not None:
         raise UserInputError(f"the prompt has token id {wrong}, but the model knows 0 to {num_ids - 1}.")
-
-
-def vocab_size(dual: DualView) -> int:
-    """Rows of the embedding: the ids that the model knows."""
-    return len(dual.base.get_input_embeddings().weight)  # type: ignore[arg-type]
 
 
 def check_block_size(dual: DualView, block_size: int | None) -> int:

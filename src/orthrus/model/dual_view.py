@@ -78,6 +78,11 @@ class DualView(nn.Module):
         return self.base.dtype
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: the ids that the model knows."""
+        return len(self.base.get_input_embeddings().weight)  # type: ignore[arg-type]
+
+    @property
     def mask_token_id(self) -> int:
         """What mask rows carry in a pass: the mask token's id, or the stand-in for the trained embedding."""
         return MASK_EMBEDDING if self.config.mask_token_id is None else self.config.mask_token_id

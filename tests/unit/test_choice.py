@@ -1,10 +1,10 @@
-"""The quick argmax against its definition: the lowest id among the largest scores."""
+"""The quick argmax and the race against their definitions."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from orthrus.decoding.sampling import greedy_tokens
+from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise, greedy_tokens
 
 
 def slow_argmax(scores_RV: Tensor) -> list[int]:
@@ -28,3 +28,13 @@ def test_ties_go_to_the_lowest_id(vocab_size: int, dtype: torch.dtype) -> None:
 
 def test_a_row_of_nothing_but_minus_infinity() -> None:
     assert greedy_tokens(torch.full((2, 512), -torch.inf)).tolist() == [0, 0]
+
+
+def test_rows_of_noise_draw_as_one_tensor_of_noise() -> None:
+    generator = torch.Generator().manual_seed(3)
+    probs_RV = torch.rand(6, 500, generator=generator)
+    noise_UV = torch.rand(2, 500, generator=generator) + 1e-6
+    of_row = [0, 1, 1, 0, 1, 0]
+    rows = [noise_UV[i] for i in of_row]
+    assert torch.equal(draw_with_noise(probs_RV, rows), (probs_RV / noise_UV[of_row]).argmax(-1))
+    assert torch.equal(coupled_log_scores(probs_RV, rows), (probs_RV / noise_UV[of_row]).log())
