@@ -19,8 +19,11 @@ MARGIN = 1.05
 """Drafting must promise this much more than plain decoding before it is taken up or kept."""
 PATIENCE, MAX_PATIENCE = 24, 192
 """Plain tokens before drafting gets another chance; doubled whenever the chance was wasted."""
-LATE_SHARE, FORGIVENESS = 0.6, 0.03
-"""What late drafts are worth beside fresh ones while none is tried, and how fast that is returned to."""
+PROMISED, NUM_PROMISED, LATE_SHARE = 2.5, 2, 0.6
+"""Accepted drafts that a draft is expected to promise before one was made, how many drafts that counts for,
+and the part of it that a late one promises: so a request starts by drafting, unless rows are dear."""
+TRUSTED = 2.0
+"""How many accepted drafts, all of them promised, are taken for granted: a few say little about promises."""
 
 Left = Literal["fresh", "late", "none"]
 """The draft that a verification leaves: of a block where the path ended, of one further back, or none."""
@@ -66,25 +69,44 @@ class _Average:
 
 
 @dataclass(slots=True)
+class _Ratio:
+    """What came true of what was promised, as moving sums that start, and return to, as much of both."""
+
+    came: float = TRUSTED
+    promised: float = TRUSTED
+
+    @property
+    def value(self) -> float:
+        return self.came / self.promised
+
+    def add(self, came: float, promised: float) -> None:
+        self.came = MEMORY * self.came + (1 - MEMORY) * TRUSTED + came
+        self.promised = MEMORY * self.promised + (1 - MEMORY) * TRUSTED + promised
+
+
+@dataclass(slots=True)
 class Policy:
     """The decisions of one request, for block size `block_size` with the AR row in the draft pass.
 
-    max_nodes and max_blocks bound what a pass may carry. Averages over the request: drafts that stood at a
-    verification, for fresh drafts and for late ones, whose block had not seen all of the text; nodes that it
-    took; by number of blocks, how often the text went on exactly where one of them stood; and how often a
-    late draft was left where it did not.
+    max_nodes and max_blocks bound what a pass may carry. Averages over the request: the accepted drafts that
+    a draft promised, fresh or late (its block had not seen all of the text), with as many nodes as drafting
+    would verify; that number; how much of the promises came true (what stands alone shows little where little
+    is verified); by number of blocks, how often the text went on exactly where one of them stood; and how
+    often a late draft was left where it did not.
     """
 
     costs: CostTable
     block_size: int
     max_nodes: int
     max_blocks: int
-    _fresh: _Average = field(default_factory=lambda: _Average(1.5))
-    _late: _Average = field(default_factory=lambda: _Average(1.0))
+    _fresh: _Average = field(default_factory=lambda: _Average(PROMISED, NUM_PROMISED))
+    _late: _Average = field(default_factory=lambda: _Average(LATE_SHARE * PROMISED))
     _left: _Average = field(default_factory=lambda: _Average(0.9))
     _nodes: _Average = field(init=False)
     _hits: list[_Average] = field(init=False)
-    _trust: _Average = field(default_factory=lambda: _Average(1.0))
+    _fresh_trust: _Ratio = field(default_factory=_Ratio)
+    _late_trust: _Ratio = field(default_factory=_Ratio)
+    _offer: tuple[float, int] = (0.0, 0)
     _block_trust: _Average = field(default_factory=lambda: _Average(1.0))
     _plain_tokens: int = 0
     _patience: int = PATIENCE
@@ -123,11 +145,19 @@ class Policy:
         self._plain_tokens += 1
         return False
 
-    def num_nodes(self, log_probs: Sequence[float]) -> int:
-        """How many nodes of a best-first tree to verify, given all nodes' path log probs in its order."""
-        rate = self.rate()
-        gains = accumulate((self._trust.value * exp(log_prob) for log_prob in log_probs), initial=0.0)
-        return _best([gain - rate * self.costs(1 + n) for n, gain in enumerate(gains)])
+    def num_nodes(self, log_probs: Sequence[float], *, late: bool, trying: bool = False) -> int:
+        """How many nodes of a best-first tree to verify, given all nodes' path log probs in its order.
+
+        late: the draft is. trying: a draft pass was made for them, maybe as a chance only. Then time is worth
+        what drafting makes of it, even where plain decoding makes more: a chance that verifies too little
+        would prove nothing.
+        """
+        promised = list(accumulate((exp(log_prob) for log_prob in log_probs), initial=0.0))
+        trust = (self._late_trust if late else self._fresh_trust).value
+        expected = [trust * tokens for tokens in promised]
+        num_drafting = self._most_worth(expected, self.draft_rate())
+        self._offer = promised[num_drafting], num_drafting
+        return num_drafting if trying else self._most_worth(expected, self.rate())
 
     def keeps_late(self) -> bool:
         """Whether a late draft is worth verifying, rather than making a new one."""
@@ -161,49 +191,59 @@ class Policy:
     ) -> None:
         """Take note of a verification: its nodes, how many stood, and whether their draft was a late one; the
         chances that the path would end at its blocks, and what draft it left."""
-        expected = sum(exp(log_prob) for log_prob in log_probs)
-        if expected > 0.05:
-            self._trust.add(min(num_accepted / expected, 3.0))
+        verified = sum(exp(log_prob) for log_prob in log_probs)
         if block_probs:
             hit = float(left == "fresh")
             self._block_trust.add(min(hit / max(sum(block_probs), 0.05), 3.0))
             self._hits[len(block_probs)].add(hit)
             if not hit and self.keeps_late():
                 self._left.add(float(left == "late"))
+        promised, num_nodes = self._offer
         if late:
-            self._late.add(num_accepted)
+            self._late.add(promised)
+            self._late_trust.add(num_accepted, verified)
         else:
-            self._fresh.add(num_accepted)
+            self._fresh.add(promised)
+            self._fresh_trust.add(num_accepted, verified)
             if not self.keeps_late():
-                # One bad late draft must not be the last: untried, they slowly count for more again.
-                self._late.value += FORGIVENESS * (LATE_SHARE * self._fresh.value - self._late.value)
-        self._nodes.add(len(log_probs))
+                # One bad late draft must not be the last: what is not tried is slowly trusted again.
+                self._late_trust.add(0.0, 0.0)
+        self._nodes.add(num_nodes)
         if self._plain_tokens >= self._patience:
             worth = self.draft_rate() > MARGIN * self.plain_rate
             self._patience = PATIENCE if worth else min(2 * self._patience, MAX_PATIENCE)
         self._plain_tokens = 0
 
+    def _most_worth(self, expected: Sequence[float], rate: float) -> int:
+        """The number of nodes that makes most of its time, where n of them bring expected[n] drafts."""
+        return _best([tokens - rate * self.costs(1 + n) for n, tokens in enumerate(expected)])
+
     def _worth(self, *, late: bool) -> float:
         """Tokens that a draft at hand is worth: it saves the draft pass, but also the one token which that
         would have decided, and fewer drafts stand of a late one."""
         saved = self.rate() * self.pass_ms(0, 1) - 1.0
-        return saved - (self._fresh.value - self._late_accepted if late else 0.0)
+        return saved - (self._num_fresh - self._num_late if late else 0.0)
 
     @property
-    def _late_accepted(self) -> float:
+    def _num_fresh(self) -> float:
+        """How many drafts of a fresh draft are expected to stand."""
+        return self._fresh_trust.value * self._fresh.value
+
+    @property
+    def _num_late(self) -> float:
         # What was seen of late drafts may be long ago; they are no better than fresh ones.
-        return min(self._late.value, self._fresh.value)
+        return min(self._late_trust.value * self._late.value, self._num_fresh)
 
     def _steady_rate(self, num_blocks: int) -> float:
         """A verification with so many blocks, and a draft pass where it leaves nothing."""
-        fresh = self._fresh.value
+        fresh = self._num_fresh
         verify_ms = self.pass_ms(round(self._nodes.value), num_blocks) + self.draft_ms
         if not num_blocks:
             return (2.0 + fresh) / (self.pass_ms(0, 1) + verify_ms)
         hit = self._hits[num_blocks].value
         late = (1.0 - hit) * self._left.value
         nothing = 1.0 - hit - late
-        tokens = 1.0 + (hit + nothing) * fresh + late * self._late_accepted + nothing
+        tokens = 1.0 + (hit + nothing) * fresh + late * self._num_late + nothing
         return tokens / (verify_ms + nothing * self.pass_ms(0, 1))
 
 

@@ -74,7 +74,7 @@ def auto_cycle(state: DecodeState, policy: Policy, room: int) -> Step:
             return step
     room -= len(step.token_ids)
     tree = draft_tree(state, Plan("tree", policy.max_nodes, branching=True), room - 1)
-    tree = tree.first(policy.num_nodes(tree.log_probs))
+    tree = tree.first(policy.num_nodes(tree.log_probs, late=state.late, trying=step.num_passes > 0))
     if not tree.num_nodes:
         if step.num_passes:
             # The draft pass has decided a token already; without a draft worth verifying, that is all.
