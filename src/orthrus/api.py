@@ -9,8 +9,8 @@ from orthrus.base.loading import Base
 from orthrus.base.storage import Progress
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
 from orthrus.decoding.policy import CostTable
-from orthrus.engine.compiled import check_runner, use_runner
 from orthrus.engine.costs import OnMeasure, pass_costs
+from orthrus.engine.runners import check_runner, use_runner
 from orthrus.engine.stream import TokenStream
 from orthrus.model.dual_view import DualView
 from orthrus.model.loading import load_dual
@@ -55,8 +55,8 @@ class Orthrus:
         view: "default" (the checkpoint's own or the shipped one; a fresh one where there is none), "fresh"
         (AR-initialised), a view folder, or a hub id. dtype: "float32", "bfloat16", "float16", "auto", or
         "int8" on a CPU. draft_dtype: "int8" for the drafts alone, which leaves the text as it is. runner:
-        "eager", "compiled" (see `engine.compiled.use_runner`), or "auto", the default, which compiles where
-        that works; the environment's ORTHRUS_RUNNER stands for None.
+        "eager", "compiled", "captured" (see `engine.runners.use_runner`), or "auto", the default, which
+        compiles where that works; the environment's ORTHRUS_RUNNER stands for None.
         Raises the subclasses of OrthrusError, each a sentence with the cause and the next step.
         """
         runner = runner or os.environ.get("ORTHRUS_RUNNER") or "auto"
@@ -103,12 +103,12 @@ class Orthrus:
         """A conversation that remembers its turns; keywords are the defaults of each turn."""
         return Conversation(self, system, decode)
 
-    def time_passes(self, on_measure: OnMeasure | None = None) -> CostTable:
+    def time_passes(self, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
         """What passes cost on this machine, which `auto` decides by: timed once (some seconds), then kept.
 
-        Called by the first `auto` request where it has not been before.
+        Called by the first `auto` request where it has not been before; sampled passes are timed apart.
         """
-        return pass_costs(self.dual, on_measure)
+        return pass_costs(self.dual, on_measure, greedy=greedy)
 
     def warm_up(self) -> None:
         """Run a few tokens, so that the first request does not pay for lazy initialisation."""

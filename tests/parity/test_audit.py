@@ -15,7 +15,7 @@ from tests.tiny_orthrus import tiny_orthrus
 from tests.ways import DRAFTING
 from torch import Tensor
 
-from orthrus.api import Orthrus
+from orthrus.api import Orthrus, decode_config
 from orthrus.audit import AuditOptions, AuditReport, run_audit
 from orthrus.audit.explain import judge, scores
 from orthrus.audit.replay import replay_ours
@@ -245,6 +245,32 @@ def test_replays_compute_what_generate_computes(strategy: Strategy, floor: bool,
             torch.testing.assert_close(logits_V, stock[ONE_ROW], atol=1e-4, rtol=1e-4)
             place = len(prompt_ids) + position
             assert int(scores(logits_V, config.sampling, place).argmax()) == ids[position]
+
+
+@pytest.mark.parametrize("strategy", ["ar", "chain", "fused_tree"])
+def test_a_replay_projects_the_rows_that_the_engine_projects(
+    strategy: Strategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a head whose logits hang on how many rows it is given, as in low precision they do a little."""
+    orthrus = tiny_orthrus()
+    real_head, real_choose, seen = orthrus.dual.head, DecodeState.choose, []
+
+    def head(hidden: Tensor, *, drafts: bool = False) -> Tensor:
+        return real_head(hidden, drafts=drafts) * (1 + 0.01 * len(hidden))
+
+    def choose(self: DecodeState, logits_RV: Tensor, *rest: Any) -> list[int]:
+        seen.extend(logits_RV.clone())
+        return real_choose(self, logits_RV, *rest)
+
+    monkeypatch.setattr(orthrus.dual, "head", head)
+    monkeypatch.setattr(DecodeState, "choose", choose)
+    config = decode_config(strategy=strategy, max_new_tokens=30)
+    prompt_ids = orthrus.base.encode_prompt("replay this prompt")
+    ids = orthrus.stream_ids(prompt_ids, config).drain().token_ids
+    for position in (1, 7, 20):
+        seen.clear()
+        ours = replay_ours(orthrus, prompt_ids, config, ids, position)
+        assert any(torch.equal(ours.logits_V, logits_V) for logits_V in seen)
 
 
 def test_the_score_of_a_sampled_token_is_what_the_draw_maximises() -> None:

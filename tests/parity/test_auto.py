@@ -34,7 +34,7 @@ def decode(
         assert orthrus.dual.repair is not None
         with torch.no_grad():
             orthrus.dual.repair.out.weight.normal_(0.0, head, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(costs, "measure_costs", lambda *_: table)
+    monkeypatch.setattr(costs, "measure_costs", lambda *_, **__: table)
     config = DecodeConfig(max_new_tokens=60, strategy=strategy, ignore_eos=True, sampling=sampling)  # type: ignore[arg-type]
     return orthrus.stream_ids(PROMPT, config).drain()
 
@@ -78,7 +78,7 @@ def test_a_repair_head_changes_drafts_and_no_text(
 def test_costs_are_measured_once_and_kept_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
     real = costs.measure_costs
-    monkeypatch.setattr(costs, "measure_costs", lambda *a: measured.append(1) or real(*a))
+    monkeypatch.setattr(costs, "measure_costs", lambda *a, **k: measured.append(1) or real(*a, **k))
     first = costs.pass_costs(tiny_orthrus().dual)
     again = costs.pass_costs(tiny_orthrus().dual)
     assert len(measured) == 1
@@ -86,8 +86,16 @@ def test_costs_are_measured_once_and_kept_on_disk(monkeypatch: pytest.MonkeyPatc
     assert first.rows == costs.ROWS
     assert list(first.body_ms) == sorted(first.body_ms)
     assert all(ms > 0 for ms in first.body_ms + first.head_ms)
+    # Drawing tokens is timed apart.
+    (greedy_file,) = (costs.cache_dir() / "costs").iterdir()
+    costs.pass_costs(tiny_orthrus().dual, greedy=False)
+    assert len(measured) == 2
+    (sampled_file,) = {*(costs.cache_dir() / "costs").iterdir()} - {greedy_file}
+    costs.pass_costs(tiny_orthrus().dual, greedy=False)
+    assert len(measured) == 2
+    sampled_file.unlink()
     # A table that cannot be read is measured anew.
     (file,) = (costs.cache_dir() / "costs").iterdir()
     file.write_text("{")
     costs.pass_costs(tiny_orthrus().dual)
-    assert len(measured) == 2
+    assert len(measured) == 3

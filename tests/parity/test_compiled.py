@@ -13,9 +13,10 @@ from torch import Tensor
 from orthrus.api import Orthrus, decode_config
 from orthrus.base.families import decoder_layers
 from orthrus.config import Strategy
-from orthrus.engine.compiled import CompiledRunner, use_runner
+from orthrus.engine.compiled import CompiledRunner
 from orthrus.engine.layer_code import kind
 from orthrus.engine.probe import stock_generate
+from orthrus.engine.runners import use_runner
 from orthrus.errors import OrthrusWarning, UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass, draft_block, fused, prefill, verify_tree
@@ -175,7 +176,7 @@ def test_other_batches_run_through_the_stock_layers() -> None:
 
 
 def test_wrong_runner_is_one_sentence() -> None:
-    with pytest.raises(UserInputError, match="runner must be one of auto, eager, compiled, not 'fast'"):
+    with pytest.raises(UserInputError, match="runner must be one of auto, eager, compiled, captured, not"):
         use_runner(tiny_dual(), "fast")
 
 

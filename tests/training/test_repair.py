@@ -83,7 +83,7 @@ def test_a_whole_view_trains_together_with_its_head():
 
 
 def test_training_knows_the_same_parent_as_decoding():
-    """The loss of a row is that of the repaired row that a decoding pass would rank its guesses by."""
+    """The loss of a row is that of the repaired row, which decoding looks at for its best candidates."""
     dual = headed()
     dual.repair.out.weight.data.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(0))
     batch = draw_blocks(_rows(), [0, 1], 1, LAYOUT)

@@ -149,7 +149,7 @@ def test_growth_at_the_end_of_the_context(room: int, strategy: Strategy, floor: 
 def test_what_was_asked_for_takes_no_memory_before_it_is_there(
     strategy: Strategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orthrus.engine.stream.pass_costs", lambda _: None)
+    monkeypatch.setattr("orthrus.engine.stream.pass_costs", lambda _, **__: None)
     config = DecodeConfig(max_new_tokens=8000, strategy=strategy)
     running = TokenStream(DUAL, PROMPT, config, eos_token_ids=frozenset(), context_length=10_000)
     with watch_caches(DUAL) as caches:

@@ -14,7 +14,7 @@ ROWS = (1, 8, 16, 32, 64)
 def table(body_ms: tuple[float, ...], head_ms: tuple[float, ...]) -> CostTable:
     """Block rows cost what AR rows do."""
     added = tuple(ms - body_ms[0] for ms in body_ms)
-    return CostTable(ROWS, body_ms, head_ms, head_ms, tuple(n - 1 for n in ROWS), added)
+    return CostTable(ROWS, body_ms, head_ms, tuple(n - 1 for n in ROWS), added, head_ms[0])
 
 
 FLAT = table((10.0, 10.1, 10.2, 10.4, 10.8), (0.1, 0.1, 0.1, 0.1, 0.1))
@@ -44,7 +44,7 @@ def verify(
 
 
 def test_costs_interpolate_and_extrapolate() -> None:
-    costs = CostTable((1, 3, 5), (10.0, 14.0, 24.0), (1.0, 1.0, 2.0), (0.5, 0.5, 1.0), (2, 4), (3.0, 7.0))
+    costs = CostTable((1, 3, 5), (10.0, 14.0, 24.0), (1.0, 1.0, 2.0), (2, 4), (3.0, 7.0), 0.5)
     assert costs(1) == pytest.approx(11.0)
     assert costs(2) == pytest.approx(13.0)
     assert costs(4) == pytest.approx(19.0 + 1.5)
@@ -52,7 +52,15 @@ def test_costs_interpolate_and_extrapolate() -> None:
     # Block rows cost their body, and a head beside that of the AR rows where they are projected.
     assert costs(1, 2) == pytest.approx(10.0 + 1.0 + 3.0)
     assert costs(1, 3, 3) == pytest.approx(10.0 + 1.5 + 5.0)
-    assert costs.draft(4) == pytest.approx(0.75)
+
+
+def test_guesses_share_the_head_while_they_are_few_and_have_none_of_their_own() -> None:
+    costs = CostTable((1, 33), (10.0, 10.0), (1.0, 33.0), (8, 80), (0.0, 0.0), 0.5)
+    shared, own = (Policy(costs, 8, 24, 5, own_head=own) for own in (False, True))
+    assert shared.pass_ms(3, 3) == pytest.approx(10.0 + 4 + 18)
+    # 30 guesses wait until one block has been chosen; its product is part of making a draft then.
+    assert shared.pass_ms(3, 5) == pytest.approx(10.0 + 4)
+    assert own.pass_ms(3, 3) == pytest.approx(10.0 + 4)
 
 
 def test_where_rows_are_free_everything_is_drafted() -> None:
@@ -159,6 +167,20 @@ def test_late_drafts_get_another_chance() -> None:
         tried += 1
         assert tried < 200
     assert tried > 1
+
+
+def test_late_drafts_that_promised_little_get_another_chance_too() -> None:
+    decider = policy(FLAT)
+    for _ in range(3):
+        verify(decider, [log(0.05)] * 3, 0, [0.5], late=True, left="late")
+    for _ in range(3):
+        verify(decider, [log(0.95)] * 7, 6, [0.5], left="fresh")
+    assert not decider.keeps_late()
+    tried = 0
+    while not decider.keeps_late():
+        verify(decider, [log(0.9)] * 4, 4, [0.5], left="fresh")
+        tried += 1
+        assert tried < 50
 
 
 def test_a_block_at_the_anchor_that_leaves_nothing_is_not_made() -> None:

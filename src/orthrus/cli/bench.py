@@ -91,7 +91,7 @@ def bench(
     orthrus = load_orthrus(
         model, view=view, dtype=dtype, draft_dtype=draft_dtype, runner=runner, device=device
     )
-    time_passes(orthrus, chosen_strategies)
+    time_passes(orthrus, chosen_strategies, temperatures)
     settings = BenchOptions(
         prompts=chosen,
         strategies=chosen_strategies,

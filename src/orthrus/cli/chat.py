@@ -95,7 +95,7 @@ def chat(
             f"{orthrus.base.name} has no chat template; choose an instruction-tuned model, "
             "or use `orthrus generate`."
         )
-    time_passes(orthrus, [strategy], quiet=quiet)
+    time_passes(orthrus, [strategy], [temperature], quiet=quiet)
     state = ChatState(orthrus, orthrus.chat(system), decode=decode, color=color, compare=compare, quiet=quiet)
     if not quiet:
         _header(orthrus)

@@ -126,13 +126,21 @@ def load_orthrus(model: str, *, quiet: bool = False, **options: Any) -> "Orthrus
     return orthrus
 
 
-def time_passes(orthrus: "Orthrus", strategies: Iterable[str], *, quiet: bool = False) -> None:
+def time_passes(
+    orthrus: "Orthrus",
+    strategies: Iterable[str],
+    temperatures: Iterable[float] = (0.0,),
+    *,
+    quiet: bool = False,
+) -> None:
     """Make sure that the costs which `auto` decides by are known, and say so while they are measured."""
     if "auto" not in strategies:
         return
-    with ProgressDisplay(quiet=quiet, count=True) as on_progress:
-        stage = "timing passes, once on this machine"
-        orthrus.time_passes(lambda done, total: on_progress(stage, done, total))
+    for greedy in sorted({temperature == 0.0 for temperature in temperatures}):
+        with ProgressDisplay(quiet=quiet, count=True) as on_progress:
+            stage = f"timing {'greedy' if greedy else 'sampled'} passes, once on this machine"
+            progress = partial(on_progress, stage)
+            orthrus.time_passes(progress, greedy=greedy)
 
 
 def check_decode(decode: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ def generate(
         revision=revision,
         attn_implementation=attn,
     )
-    time_passes(orthrus, [strategy], quiet=quiet)
+    time_passes(orthrus, [strategy], [temperature], quiet=quiet)
     tokens = orthrus.stream(text if system is None else _messages(system, text), raw=raw, **decode)
     marker = DraftMarker(orthrus.base.tokenizer) if color and not json else None
     if marker is not None and not quiet:

@@ -25,6 +25,10 @@ and the part of it that a late one promises: so a request starts by drafting, un
 TRUSTED = 2.0
 """How many accepted drafts, all of them promised, are taken for granted: a few say little about promises."""
 
+MOST_JOINT = 24
+"""Guesses of blocks that are projected together with the AR rows of their pass, before it is known which
+block serves: so few rows cost less than reading the head a second time would."""
+
 Left = Literal["fresh", "late", "none"]
 """The draft that a verification leaves: of a block where the path ended, of one further back, or none."""
 
@@ -34,30 +38,35 @@ class CostTable:
     """Milliseconds of a pass by its rows: `body_ms` of AR rows, and `head_ms` of projecting as many.
 
     What block rows add is told apart, since they read weights of their own: `block_ms`, by `block_rows`,
-    beside a few AR rows, and `draft_ms` of making a draft of as many rows. Rows ascend; between the entries
+    beside a few AR rows, and `draft_ms` of making a draft of one block. Rows ascend; between the entries
     costs are interpolated, beyond the last one extrapolated.
     """
 
     rows: tuple[int, ...]
     body_ms: tuple[float, ...]
     head_ms: tuple[float, ...]
-    draft_ms: tuple[float, ...]
     block_rows: tuple[int, ...]
     block_ms: tuple[float, ...]
+    draft_ms: float
 
     def __call__(self, num_ar: int, num_block: int = 0, num_projected: int = 0) -> float:
         """A pass of AR rows, all projected, and block rows, of which `num_projected` are."""
         cost = _at(self.rows, self.body_ms, num_ar) + _at(self.rows, self.head_ms, num_ar + num_projected)
         return cost + (_at(self.block_rows, self.block_ms, num_block) if num_block else 0.0)
 
-    def draft(self, num_rows: int) -> float:
-        """Making a draft of projected rows."""
-        return _at(self.rows, self.draft_ms, num_rows)
+
+def joint_guesses(num_blocks: int, block_size: int, *, own_head: bool) -> int:
+    """How many guesses of a pass's blocks are projected with its AR rows: all or none.
+
+    own_head: drafts have a head of their own, of lower precision.
+    """
+    num_guesses = num_blocks * max(0, block_size - 2)
+    return 0 if own_head or num_guesses > MOST_JOINT else num_guesses
 
 
 @dataclass(slots=True)
 class _Average:
-    """A moving average; what it starts with counts as one observation, so the first ones weigh more."""
+    """A moving average; what it starts with counts as few observations, so the first ones weigh more."""
 
     value: float
     num_observed: int = 1
@@ -99,6 +108,7 @@ class Policy:
     block_size: int
     max_nodes: int
     max_blocks: int
+    own_head: bool = False
     _fresh: _Average = field(default_factory=lambda: _Average(PROMISED, NUM_PROMISED))
     _late: _Average = field(default_factory=lambda: _Average(LATE_SHARE * PROMISED))
     _left: _Average = field(default_factory=lambda: _Average(0.9))
@@ -122,13 +132,8 @@ class Policy:
 
     def pass_ms(self, num_nodes: int, num_blocks: int) -> float:
         """A verification with blocks beside it; without nodes, a draft pass."""
-        num_guesses = num_blocks * (self.block_size - 2)
+        num_guesses = joint_guesses(num_blocks, self.block_size, own_head=self.own_head)
         return self.costs(1 + num_nodes, num_blocks * self.block_size, num_guesses)
-
-    @property
-    def draft_ms(self) -> float:
-        """Making a draft of a block: all but two of its rows guess."""
-        return self.costs.draft(self.block_size - 2)
 
     def draft_rate(self) -> float:
         """Tokens a millisecond of drafting and verifying, with the number of blocks that makes most of it."""
@@ -148,9 +153,9 @@ class Policy:
     def num_nodes(self, log_probs: Sequence[float], *, late: bool, trying: bool = False) -> int:
         """How many nodes of a best-first tree to verify, given all nodes' path log probs in its order.
 
-        late: the draft is. trying: a draft pass was made for them, maybe as a chance only. Then time is worth
-        what drafting makes of it, even where plain decoding makes more: a chance that verifies too little
-        would prove nothing.
+        Called before each `observe`, which learns from what it noted. late: the draft is. trying: a draft
+        pass was made for them, maybe as a chance only. Then time is worth what drafting makes of it, even
+        where plain decoding makes more: a chance that verifies too little would prove nothing.
         """
         promised = list(accumulate((exp(log_prob) for log_prob in log_probs), initial=0.0))
         trust = (self._late_trust if late else self._fresh_trust).value
@@ -208,6 +213,7 @@ class Policy:
             if not self.keeps_late():
                 # One bad late draft must not be the last: what is not tried is slowly trusted again.
                 self._late_trust.add(0.0, 0.0)
+                self._late.value += (1 - MEMORY) * (LATE_SHARE * self._fresh.value - self._late.value)
         self._nodes.add(num_nodes)
         if self._plain_tokens >= self._patience:
             worth = self.draft_rate() > MARGIN * self.plain_rate
@@ -237,7 +243,7 @@ class Policy:
     def _steady_rate(self, num_blocks: int) -> float:
         """A verification with so many blocks, and a draft pass where it leaves nothing."""
         fresh = self._num_fresh
-        verify_ms = self.pass_ms(round(self._nodes.value), num_blocks) + self.draft_ms
+        verify_ms = self.pass_ms(round(self._nodes.value), num_blocks) + self.costs.draft_ms
         if not num_blocks:
             return (2.0 + fresh) / (self.pass_ms(0, 1) + verify_ms)
         hit = self._hits[num_blocks].value

@@ -75,9 +75,11 @@ def draw_with_noise(probs_RV: Tensor, noise_RV: Tensor | Sequence[Tensor]) -> Te
 
 
 def _raced(probs_RV: Tensor, noise_RV: Tensor | Sequence[Tensor]) -> Tensor:
-    """p / e; rows of noise are read where they lie, since stacking them would copy a vocabulary for each."""
+    """p / e; on a CPU rows of noise are read where they lie, since stacking them would cost more."""
     if isinstance(noise_RV, Tensor):
         return probs_RV / noise_RV
+    if probs_RV.device.type != "cpu":
+        return probs_RV / torch.stack(list(noise_RV))
     scores_RV = torch.empty_like(probs_RV)
     for score_V, prob_V, noise_V in zip(scores_RV, probs_RV, noise_RV, strict=True):
         torch.div(prob_V, noise_V, out=score_V)

@@ -7,7 +7,6 @@ layers of a kind share it, so compiling takes seconds, and sizes are dynamic, so
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,45 +20,26 @@ from orthrus.base.quantised import quantisation
 from orthrus.base.storage import Progress, cache_dir
 from orthrus.engine.fast_layers import fast_layer
 from orthrus.engine.layer_code import Arguments, LayerCode, flatten, kind, layer_code, named_tensors
-from orthrus.errors import OrthrusWarning, UserInputError
 from orthrus.model.attention import MOST_FOLDED_ROWS, folded_heads, folded_mask
 from orthrus.model.cpu_linears import fast_linear
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass, fused, verify_chain
 from orthrus.model.slot_cache import SlotCache, num_kv_heads
 
-RUNNERS = ("auto", "eager", "compiled")
 
+def compile_passes(dual: DualView, on_progress: Progress | None = None) -> None:
+    """Run passes as compiled code from now on; raises what goes wrong on the way, and leaves nothing behind.
 
-def check_runner(runner: str) -> None:
-    """UserInputError unless there is a runner of that name."""
-    if runner not in RUNNERS:
-        raise UserInputError(f"runner must be one of {', '.join(RUNNERS)}, not {runner!r}.")
-
-
-def use_runner(dual: DualView, runner: str, on_progress: Progress | None = None) -> None:
-    """Let passes run through the runner of that name from now on.
-
-    "auto": compiled on a CPU that has a C++ compiler beside it, else eager. "compiled" packs the weights,
-    which takes as much memory again, and compiles (seconds the first time, kept in the cache folder).
-    Raises UserInputError for an unknown runner, or "compiled" where that cannot run.
+    Packs the weights, which takes as much memory again, and compiles (seconds the first time, kept in the
+    cache folder).
     """
-    check_runner(runner)
-    problem = None if runner == "eager" else _problem(dual)
-    if runner == "eager" or (runner == "auto" and (problem is not None or not _fits_twice(dual))):
-        return
-    if problem is not None:
-        raise UserInputError(f"the compiled runner {problem}; use runner='eager'.")
     try:
         compiled = CompiledRunner(dual)
         dual.accelerate("compiled", compiled, compiled.head, pairs_rows=dual.precision is not None)
         _prepare(dual, on_progress)
-    except Exception as error:
-        dual.accelerate("eager", None, None)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        if runner == "compiled":
-            raise UserInputError(f"compiling failed ({reason}): use runner='eager'.") from error
-        warnings.warn(f"compiling failed ({reason}): running eagerly.", OrthrusWarning, stacklevel=2)
+    except Exception:
+        dual.accelerate("eager")
+        raise
 
 
 @torch.inference_mode()
@@ -106,7 +86,7 @@ class CompiledRunner:
         self._pass: Pass | None = None
         self._cache: SlotCache | None = None
         self._marker: Tensor | None = None
-        self._flat: dict[tuple[int, ...], tuple[dict[str, Any], list[Tensor]]] = {}
+        self._flat: dict[tuple[int, ...], tuple[dict[str, Any], list[Tensor], Any]] = {}
 
     @contextmanager
     def __call__(self, p: Pass, cache: SlotCache) -> Iterator[dict[str, Any]]:
@@ -136,7 +116,7 @@ class CompiledRunner:
         def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
             assert self._pass is not None and self._cache is not None
             key = first, self._marker is not None
-            given, flat = self._given(kwargs)
+            given, flat, _ = self._given(kwargs)
             keys, values = self._cache.keys[index], self._cache.values[index]
             arguments = Arguments(
                 hidden_states.contiguous(), given, self._pass.slots_BT[0], keys, values, self._marker
@@ -153,19 +133,22 @@ class CompiledRunner:
         self._code[key] = layer_code(layer, arguments, folder, config=config, exact=exact)
         return self._code[key]
 
-    def _given(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
-        """Only what is computed with, and the same flattened: once a pass for layers that share it."""
+    def _given(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor], Any]:
+        """Only what is computed with, and the same flattened: once a pass for layers that share it.
+
+        The arguments themselves are kept too, so that nothing else can take their ids.
+        """
         key = tuple(map(id, kwargs.values()))
         if key not in self._flat:
             given: dict[str, Any] = {n: v for n, v in kwargs.items() if isinstance(v, Tensor | tuple)}
             if self._group is not None:
                 mask = given["attention_mask"]
                 given["attention_mask"] = folded_mask(mask, self._group, self._dual.dtype)
-            self._flat[key] = given, flatten(given)
+            self._flat[key] = given, flatten(given), kwargs
         return self._flat[key]
 
 
-def _problem(dual: DualView) -> str | None:
+def compile_problem(dual: DualView) -> str | None:
     """Why compiled code cannot run here; None where it can."""
     if (method := quantisation(dual.base.config)) is not None:
         return f"does not run {method} weights"
@@ -178,7 +161,7 @@ def _problem(dual: DualView) -> str | None:
     return None
 
 
-def _fits_twice(dual: DualView) -> bool:
+def fits_twice(dual: DualView) -> bool:
     """Whether there is memory for packed weights beside the stock ones."""
     num_bytes = sum(t.nbytes for t in (*dual.base.parameters(), *dual.base.buffers()))
     return bool(psutil.virtual_memory().available > 1.2 * num_bytes)

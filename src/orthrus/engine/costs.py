@@ -3,12 +3,14 @@
 import hashlib
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from itertools import accumulate
 from math import inf
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +23,7 @@ from orthrus.decoding.policy import CostTable
 from orthrus.decoding.processors import LogitRules
 from orthrus.engine.layer_code import sources_digest
 from orthrus.engine.probe import synchronize
-from orthrus.engine.state import DecodeState
+from orthrus.engine.state import DecodeState, num_candidates
 from orthrus.errors import StorageError
 from orthrus.model.attention import MOST_FOLDED_ROWS
 from orthrus.model.dual_view import DualView
@@ -32,40 +34,48 @@ ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 BLOCKS, BESIDE = (1, 2, 3, 4), 8
 """Numbers of blocks that are timed, beside that many AR rows."""
 HISTORY = 128
+TABLE_VERSION = 2
+"""Of what a stored table means: raised when passes come to do more, or less, beside their layers."""
 REPEATS = 5
 
 OnMeasure = Callable[[int, int], None]
 """Called with (rounds done, rounds in all) while passes are timed."""
 
-_known: "WeakKeyDictionary[DualView, CostTable]" = WeakKeyDictionary()
+_known: "WeakKeyDictionary[DualView, dict[bool, CostTable]]" = WeakKeyDictionary()
 
 
-def pass_costs(dual: DualView, on_measure: OnMeasure | None = None) -> CostTable:
-    """The cost table of this model here: from memory, from the cache, or measured now (a few seconds)."""
-    if dual not in _known:
-        file = _file(dual)
+def pass_costs(dual: DualView, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
+    """The cost table of this model here: from memory, from the cache, or measured now (a few seconds).
+
+    Sampled decoding has one of its own, since drawing a token costs more than taking the best.
+    """
+    known = _known.setdefault(dual, {})
+    if greedy not in known:
+        key = _key(dual, greedy)
+        file = _file(key)
         table = _read(file)
         if table is None:
-            table = measure_costs(dual, on_measure)
+            table = measure_costs(dual, on_measure, greedy=greedy)
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_text_atomic(file, json.dumps(asdict(table) | {"key": _key(dual)}, indent=2) + "\n")
+                write_text_atomic(file, json.dumps(asdict(table) | {"key": key}, indent=2) + "\n")
             except (StorageError, OSError):
                 # A machine without a writable cache measures again next time.
                 pass
-        _known[dual] = table
-    return _known[dual]
+        known[greedy] = table
+    return known[greedy]
 
 
 @torch.inference_mode()
-def measure_costs(dual: DualView, on_measure: OnMeasure | None = None) -> CostTable:
+def measure_costs(dual: DualView, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
     """Time passes of several numbers of rows after 128 tokens of history; the least of several rounds.
 
-    Block rows are timed as what they add to a pass of a few AR rows.
+    Block rows are timed as what they add to a pass of a few AR rows. Sampled means temperature 1 without
+    filters.
     """
     size = dual.config.block_size
     cache = dual.new_cache(HISTORY + max(ROWS) + max(BLOCKS) * size)
-    state = _state(dual, cache)
+    state = _state(dual, cache, greedy)
     ids_1T = torch.arange(HISTORY, device=dual.device)[None] % dual.base.config.vocab_size
     dual.run(verify_chain(ids_1T, [0]), cache)
     cache.commit(HISTORY)
@@ -75,38 +85,59 @@ def measure_costs(dual: DualView, on_measure: OnMeasure | None = None) -> CostTa
     blocks = [m for m in BLOCKS if m < 3 or BESIDE + m * size <= MOST_FOLDED_ROWS]
     for m in blocks:
         passes[BESIDE, m] = fused(beside_1T, chain, [HISTORY], range(m), size, dual.mask_token_id)
-    body, head, draft = (dict.fromkeys(passes, inf) for _ in range(3))
+    clock = _Clock(dual)
+    num_guesses = max(1, size - 2)
     for done in range(REPEATS + 1):
         if on_measure is not None:
             on_measure(done, REPEATS + 1)
+        # The first round warms up.
+        clock.counts = done > 0
         for key, p in passes.items():
-            clock = [_now(dual)]
-            hidden_TC = dual.hidden(p, cache)[0]
-            clock.append(_now(dual))
-            logits_TV = dual.head(hidden_TC)
-            state.choose(logits_TV, range(len(hidden_TC)), [()] * len(hidden_TC))
-            clock.append(_now(dual))
-            state.propose(hidden_TC, HISTORY, logits_TV if dual.draft_head is None else None)
-            clock.append(_now(dual))
-            # The first round warms up.
-            if done:
-                for table, start, end in zip((body, head, draft), clock, clock[1:], strict=False):
-                    table[key] = min(table[key], (end - start) * 1e3)
-    rows = [(n, 0) for n in ROWS]
-    alone = body[BESIDE, 0]
+            with clock("body", key):
+                hidden_TC = dual.hidden(p, cache)[0]
+            if not key[1]:
+                with clock("head", key):
+                    logits_TV = dual.head(hidden_TC)
+                    # Rows of a tree share positions, and noise once made is kept.
+                    positions = [HISTORY + 1 + i % size for i in range(len(hidden_TC))]
+                    state.choose(logits_TV, positions, [()] * len(hidden_TC))
+        with clock("draft", (1, 0)):
+            joint_DV = None if dual.draft_head is not None else logits_TV[:num_guesses]
+            state.propose(hidden_TC[:num_guesses], HISTORY + 1, joint_DV)
+    least = clock.least
+    alone = least["body", (BESIDE, 0)]
     return CostTable(
         rows=ROWS,
-        body_ms=_ascending([body[key] for key in rows]),
-        head_ms=_ascending([head[key] for key in rows]),
-        draft_ms=_ascending([draft[key] for key in rows]),
+        body_ms=_ascending([least["body", (n, 0)] for n in ROWS]),
+        head_ms=_ascending([least["head", (n, 0)] for n in ROWS]),
         block_rows=tuple(m * size for m in blocks),
-        block_ms=_ascending([max(0.0, body[BESIDE, m] - alone) for m in blocks]),
+        block_ms=_ascending([max(0.0, least["body", (BESIDE, m)] - alone) for m in blocks]),
+        draft_ms=least["draft", (1, 0)],
     )
 
 
-def _state(dual: DualView, cache: SlotCache) -> DecodeState:
-    """A greedy request without rules, to time what comes after the layers."""
-    sampling = SamplingParams()
+class _Clock:
+    """The least time of each part of each pass, in ms, over the rounds that count."""
+
+    def __init__(self, dual: DualView) -> None:
+        self._dual = dual
+        self.counts = False
+        self.least: dict[tuple[str, tuple[int, int]], float] = {}
+
+    @contextmanager
+    def __call__(self, part: str, key: tuple[int, int]) -> Iterator[None]:
+        synchronize(self._dual.device)
+        start = perf_counter()
+        yield
+        synchronize(self._dual.device)
+        if self.counts:
+            ms = (perf_counter() - start) * 1e3
+            self.least[part, key] = min(ms, self.least.get((part, key), inf))
+
+
+def _state(dual: DualView, cache: SlotCache, greedy: bool) -> DecodeState:
+    """A request without rules, to time what comes after the layers."""
+    sampling = SamplingParams(temperature=0.0 if greedy else 1.0)
     return DecodeState(
         dual=dual,
         cache=cache,
@@ -116,6 +147,7 @@ def _state(dual: DualView, cache: SlotCache) -> DecodeState:
         block_size=dual.config.block_size,
         floor=True,
         context_length=cache.num_slots,
+        num_candidates=num_candidates(dual),
     )
 
 
@@ -124,12 +156,7 @@ def _ascending(values: list[float]) -> tuple[float, ...]:
     return tuple(accumulate(reversed(values), min))[::-1]
 
 
-def _now(dual: DualView) -> float:
-    synchronize(dual.device)
-    return perf_counter()
-
-
-def _key(dual: DualView) -> dict[str, object]:
+def _key(dual: DualView, greedy: bool) -> dict[str, object]:
     """All that a cost may depend on."""
     config = dual.base.config
     on_gpu = dual.device.type == "cuda"
@@ -139,14 +166,17 @@ def _key(dual: DualView) -> dict[str, object]:
         "versions": [installed_version(name) for name in ("orthrus", "torch", "transformers")],
         "base": dual.config.base_fingerprint or config.to_json_string(),
         "view": [dual.config.layers, dual.config.twins, dual.config.rank, dual.config.block_size],
+        "repair": dual.config.repair_rank,
+        "greedy": greedy,
+        "table": TABLE_VERSION,
         "dtype": str(dual.dtype),
         "attention": config._attn_implementation,
         "runner": [dual.runner, dual.precision, dual.draft_precision, sources_digest()],
     }
 
 
-def _file(dual: DualView) -> Path:
-    digest = hashlib.sha256(json.dumps(_key(dual), sort_keys=True).encode()).hexdigest()
+def _file(key: dict[str, object]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return cache_dir() / "costs" / f"{digest[:24]}.json"
 
 
@@ -154,6 +184,10 @@ def _read(file: Path) -> CostTable | None:
     """A stored table; None where there is none that can be used."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        return CostTable(**{field.name: tuple(raw[field.name]) for field in fields(CostTable)})
+        found: dict[str, Any] = {}
+        for field in fields(CostTable):
+            value = raw[field.name]
+            found[field.name] = tuple(value) if isinstance(value, list) else float(value)
+        return CostTable(**found)
     except (OSError, ValueError, KeyError, TypeError):
         return None

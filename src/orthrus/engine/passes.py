@@ -1,10 +1,12 @@
 """The passes of a running request: each commits what the AR view decides, and may leave a draft behind."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
+from orthrus.decoding.policy import joint_guesses
 from orthrus.decoding.tree import EMPTY_TREE, DraftTree, accepted_rows
 from orthrus.engine.state import DecodeState
 from orthrus.model.passes import draft_block, fused, prefill, verify_tree
@@ -45,8 +47,8 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
 
     Commits the longest path that the AR view would have written, and its own token after it. Of the blocks
     on that path, the one nearest to its end becomes `state.drafts`: what it guessed for tokens that the AR
-    view has just decided is dropped, at least its first guess. One product with the head serves all rows: for
-    a small model it costs what reading the head costs, and nobody knows yet which block will serve.
+    view has just decided is dropped, at least its first guess. Few guesses (`joint_guesses`) share the
+    product with the head that the AR rows need; many wait until it is known which block serves.
     """
     length, num_ar = state.length, 1 + tree.num_nodes
     ids_1T = torch.tensor([[state.anchor_id, *tree.token_ids]], device=state.dual.device)
@@ -58,12 +60,15 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
         p = fused(ids_1T, tree.parents, state.cache.lengths, rows, size, state.dual.mask_token_id)
     else:
         p = verify_tree(ids_1T, tree.parents, state.cache.lengths)
-    hidden_TC = state.dual.hidden(p, state.cache)[0]
-
     # Neither the first row's guess of a block, which the AR view decides, nor the last row's is of use.
     guesses = [num_ar + i * size + j for i in range(len(blocks)) for j in range(1, size - 1)]
-    joint = state.dual.draft_head is None
-    logits_RV = state.dual.head(hidden_TC[[*range(num_ar), *guesses]] if joint else hidden_TC[:num_ar])
+    joint = joint_guesses(len(blocks), size, own_head=state.dual.draft_head is not None) > 0
+    if joint:
+        rows_R = torch.tensor([*range(num_ar), *guesses], device=state.dual.device)
+        p = replace(p, logit_rows_R=rows_R)
+    hidden_TC = state.dual.hidden(p, state.cache)[0]
+
+    logits_RV = state.dual.head(hidden_TC[p.logit_rows_R] if joint else hidden_TC[:num_ar])
     own_ids = state.choose(logits_RV[:num_ar], [length + d + 1 for d in depths], tree.paths_of_tokens())
     path = accepted_rows(tree, own_ids)
     last = path[-1] if path else 0
@@ -77,10 +82,10 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
         index = max(on_path, key=lambda i: depths[blocks[i].row])
         num_known = depths[last] - depths[blocks[index].row] + 1
         if num_known < size - 1:
-            rows = guesses[index * (size - 2) :][num_known - 1 : size - 2]
-            first = num_ar + index * (size - 2) + num_known - 1
-            logits_DV = logits_RV[first : first + len(rows)] if joint else None
-            state.drafts = state.propose(hidden_TC[rows], state.length + 1, logits_DV)
+            first, end = index * (size - 2) + num_known - 1, (index + 1) * (size - 2)
+            hidden_DC = hidden_TC[guesses[first] : guesses[end - 1] + 1]
+            logits_DV = logits_RV[num_ar + first : num_ar + end] if joint else None
+            state.drafts = state.propose(hidden_DC, state.length + 1, logits_DV)
             state.late = num_known > 1
     return Committed(token_ids, len(path), p.num_rows)
 

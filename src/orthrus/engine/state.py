@@ -84,8 +84,8 @@ class DecodeState:
             given_DPC = pair_log_probs(top.values, all_D1, changes_DPM)
             log_probs_DC[0] = given_DPC[0, 0]
             tables.append(given_the_prefix(given_DPC[1:]))
-        # Ids are exact in float64, so one copy brings everything to the host.
-        flat = torch.cat([table.double().flatten() for table in tables]).tolist()
+        # Ids are exact in float32 (below 2**24), so one copy brings everything to the host.
+        flat = torch.cat([table.float().flatten() for table in tables]).tolist()
         rows = [flat[i : i + width] for i in range(0, len(flat), width)]
         pairs = rows[2 * num_rows :]
         pairs_DPC = [[], *(pairs[i : i + width] for i in range(0, len(pairs), width))]
@@ -121,6 +121,11 @@ class DecodeState:
             rows = exponential_noise(self.seed, new, vocab_size, self.dual.device)
             self._noise |= zip(new, rows, strict=True)
         return [self._noise[p] for p in positions]
+
+
+def num_candidates(dual: DualView) -> int:
+    """Of each draft row; more with a repair head, which may raise what the block itself ranks low."""
+    return 8 if dual.repair is None else 16
 
 
 class Step(NamedTuple):

@@ -14,7 +14,7 @@ from orthrus.engine.costs import pass_costs
 from orthrus.engine.cycles import PLAIN, auto_cycle, decode_cycle, fixed_plan
 from orthrus.engine.detokenize import Decoder, Detokenizer
 from orthrus.engine.passes import prefill_pass
-from orthrus.engine.state import DecodeState, Step
+from orthrus.engine.state import DecodeState, Step, num_candidates
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.types import Cycle, FinishReason, GenerationResult
@@ -92,19 +92,22 @@ class TokenStream(Iterator[Cycle]):
     def _run(self) -> Generator[Cycle, None, None]:
         clock = perf_counter()
         state = self._new_state()
-        for step in self._steps(state):
-            kept, text, finish = self._take(step.token_ids)
-            if finish is None and self._cancelled:
-                finish = "cancelled"
-                text += self._text.flush()[0]
-            elapsed_ms = (perf_counter() - clock) * 1e3
-            cycle = _record(len(self._cycles), step, kept, text, elapsed_ms, finish)
-            self._cycles.append(cycle)
-            yield cycle
-            # What the reader does between two records is not decoding.
-            clock = perf_counter()
-            if finish is not None:
-                return
+        try:
+            for step in self._steps(state):
+                kept, text, finish = self._take(step.token_ids)
+                if finish is None and self._cancelled:
+                    finish = "cancelled"
+                    text += self._text.flush()[0]
+                elapsed_ms = (perf_counter() - clock) * 1e3
+                cycle = _record(len(self._cycles), step, kept, text, elapsed_ms, finish)
+                self._cycles.append(cycle)
+                yield cycle
+                # What the reader does between two records is not decoding.
+                clock = perf_counter()
+                if finish is not None:
+                    return
+        finally:
+            self._dual.hand_on(state.cache)
 
     def _take(self, token_ids: list[int]) -> tuple[int, str, FinishReason | None]:
         """How many of a cycle's tokens stand, the text they release, and why the stream ends (if it does)."""
@@ -149,7 +152,13 @@ class TokenStream(Iterator[Cycle]):
         config = self._config
         if config.strategy != "auto":
             return None
-        return Policy(pass_costs(self._dual), self._block_size, config.node_budget, config.block_budget)
+        return Policy(
+            pass_costs(self._dual, greedy=config.sampling.greedy),
+            self._block_size,
+            config.node_budget,
+            config.block_budget,
+            own_head=self._dual.draft_head is not None,
+        )
 
     def _new_state(self) -> DecodeState:
         dual, config = self._dual, self._config
@@ -170,8 +179,7 @@ class TokenStream(Iterator[Cycle]):
             floor=config.floor,
             context_length=self._context_length,
             eos_token_ids=self._rules.eos_token_ids,
-            # A repair head may raise what the block itself ranks low.
-            num_candidates=8 if dual.repair is None else 16,
+            num_candidates=num_candidates(dual),
         )
 
     def _head_room(self) -> int:

@@ -21,6 +21,10 @@ from orthrus.model.view_config import ViewConfig
 Accelerated = Callable[[Pass, SlotCache], AbstractContextManager[dict[str, Any]]]
 """Puts faster code in place of the stock decoder layers for one pass, and yields what the stock forward must
 be given besides; see `DualView.accelerate`."""
+Masks = Tensor | dict[str, Tensor]
+"""A pass's attention mask, or one for each layer type of the family."""
+WholePasses = Callable[[Pass, SlotCache], Tensor | None]
+"""Answers for a pass with hidden_BTC of its rows; None where it is to run as ever."""
 
 
 class DualView(nn.Module):
@@ -31,7 +35,7 @@ class DualView(nn.Module):
     when `config` names a mask token, layers or twins that this base does not have.
 
     precision: "int8" where linears have been quantised after loading, else None; draft_precision: the same of
-    what block rows run through. runner: "eager" or "compiled", how passes run.
+    what block rows run through. runner: "eager", "compiled" or "captured", how passes run.
     """
 
     precision: str | None = None
@@ -59,6 +63,8 @@ class DualView(nn.Module):
         self.draft_head: nn.Module | None = None
         self._window = sliding_window(base.config)
         self._accelerated: Accelerated | None = None
+        self._whole_passes: WholePasses | None = None
+        self._spare_cache: SlotCache | None = None
         self._num_view_parameters: int | None = None
         self._packed_head: nn.Module | None = None
         self._pairs_rows = False
@@ -89,9 +95,21 @@ class DualView(nn.Module):
 
     def new_cache(self, num_slots: int, batch_size: int = 1) -> SlotCache:
         """An empty slot cache that fits this model; `num_slots` counts history and head-room."""
+        spare = self._spare_cache
+        if spare is not None and batch_size == 1:
+            self._spare_cache = None
+            spare.clear()
+            spare.max_slots = max(num_slots, spare.num_slots)
+            spare.ensure(num_slots)
+            return spare
         return SlotCache(
             self.base.config, num_slots, batch_size=batch_size, dtype=self.dtype, device=self.device
         )
+
+    def hand_on(self, cache: SlotCache) -> None:
+        """Take back the cache of a finished request, for the next one, where a runner keeps records on it."""
+        if self._whole_passes is not None:
+            self._spare_cache = cache
 
     def run(self, p: Pass, cache: SlotCache) -> Tensor:
         """One pass over rows; returns logits_BRV for the rows `p.logit_rows_R`."""
@@ -100,26 +118,35 @@ class DualView(nn.Module):
     def hidden(self, p: Pass, cache: SlotCache) -> Tensor:
         """One pass over rows, before the head: final hidden states hidden_BTC of all rows.
 
-        For callers who know only after a look at some rows which others are worth projecting.
+        For callers who look at the states, or project some rows only after a look at others.
         """
         if p.visible_BTS.device.type == "cpu":
             p.check(cache.lengths)
+        if self._whole_passes is not None:
+            answer = self._whole_passes(p, cache)
+            if answer is not None:
+                return answer
         twice = self._pairs_rows and p.num_ar_rows == 1
         if twice:
             p = p.first_twice()
         cache.begin(p)
         masks = self.masks(p, cache)
         with self.split.at(p.num_ar_rows), self._fast(p, cache) as more:
-            out = self.base.get_decoder()(
-                inputs_embeds=self.embed(p.token_ids_BT),
-                attention_mask=masks,
-                position_ids=p.position_ids_BT,
-                past_key_values=cache,
-                use_cache=True,
-                **more,
-            )
-        hidden_BTC: Tensor = out.last_hidden_state
+            hidden_BTC = self.decode(p, cache, masks, **more)
         return hidden_BTC[:, 1:] if twice else hidden_BTC
+
+    def decode(self, p: Pass, cache: SlotCache, masks: Masks, **more: Any) -> Tensor:
+        """The stock decoder over a pass that `cache` has begun, from embeddings to the last norm."""
+        out = self.base.get_decoder()(
+            inputs_embeds=self.embed(p.token_ids_BT),
+            attention_mask=masks,
+            position_ids=p.position_ids_BT,
+            past_key_values=cache,
+            use_cache=True,
+            **more,
+        )
+        hidden_BTC: Tensor = out.last_hidden_state
+        return hidden_BTC
 
     def _fast(self, p: Pass, cache: SlotCache) -> AbstractContextManager[dict[str, Any]]:
         if self._accelerated is not None:
@@ -127,14 +154,22 @@ class DualView(nn.Module):
         return folded_heads(self.base.config, self.device)
 
     def accelerate(
-        self, runner: str, layers: Accelerated | None, head: nn.Module | None, *, pairs_rows: bool = False
+        self,
+        runner: str,
+        layers: Accelerated | None = None,
+        head: nn.Module | None = None,
+        *,
+        passes: WholePasses | None = None,
+        pairs_rows: bool = False,
     ) -> None:
         """From now on run passes inside the context `layers(pass, cache)`, and project with `head`.
 
-        Both must compute what the stock modules do, up to rounding. pairs_rows: a lone AR row is computed
-        twice, where that is faster. Whoever uses `base` directly gets the stock modules as ever.
+        passes: is asked first, for the whole of a pass before the head. All must compute what the stock
+        modules do, up to rounding. pairs_rows: a lone AR row is computed twice, where that is faster. Whoever
+        uses `base` directly gets the stock modules as ever.
         """
         self.runner, self._accelerated, self._packed_head = runner, layers, head
+        self._whole_passes, self._spare_cache = passes, None
         self._pairs_rows = pairs_rows
 
     def head(self, hidden: Tensor, *, drafts: bool = False) -> Tensor:
@@ -159,7 +194,7 @@ class DualView(nn.Module):
             (token_ids_BT < 0)[..., None], self.mask_embedding.to(embeds_BTC.dtype), embeds_BTC
         )
 
-    def masks(self, p: Pass, cache: SlotCache) -> Tensor | dict[str, Tensor]:
+    def masks(self, p: Pass, cache: SlotCache) -> Masks:
         """A pass's `visible` as the stock forward's attention mask, windows included."""
         full = windowed = self._mask(p.visible_BTS)
         if self._window is not None:
@@ -169,7 +204,7 @@ class DualView(nn.Module):
             windowed = self._mask(visible_BTS)
         return self.mask_argument(full, windowed)
 
-    def mask_argument(self, full: Tensor, windowed: Tensor) -> Tensor | dict[str, Tensor]:
+    def mask_argument(self, full: Tensor, windowed: Tensor) -> Masks:
         """Ready masks (B, 1, rows, keys) in the form that this family's stock forward takes them."""
         if self.family.mask_kind == "by_layer_type":
             return {"full_attention": full, "sliding_attention": windowed}

@@ -19,7 +19,7 @@ MASK_EMBEDDING = -1
 class Pass:
     """token_ids_BT, position_ids_BT, slots_BT: int64; visible_BTS: bool, S the slots that are read.
 
-    `logit_rows_R` (int64) names the rows that are projected to the vocabulary: nobody pays for the rest.
+    `logit_rows_R` (int64) names the rows that are projected to the vocabulary together.
     The diffusion rows are blocks of `block_size` rows each, one after the other (0 where there are none).
     """
 
@@ -188,7 +188,7 @@ def fused(
     Block i is anchored at AR row block_rows[i] = j: it starts with that row's token, goes on with the clean
     tokens given[i] (at most K - 1) and is masks from there on. It reads the history, the AR rows on j's
     path strictly before j, and itself: what `draft_block` would read if that path had been committed. With T
-    AR rows it takes the rows from T + i * K on, and the positions from j's on. Only AR rows are projected.
+    AR rows it takes the rows from T + i * K on, and the positions from j's on. `logit_rows_R`: the AR rows.
     """
     (length,), device, num_ar = lengths, token_ids_1T.device, token_ids_1T.shape[1]
     assert len(parents) == num_ar - 1, "one parent for each row but the anchor"

@@ -27,7 +27,8 @@ class SlotCache:
     wrote it: sliding windows need the former, the integrity check both.
 
     max_slots: as many slots as the cache may grow to; those that it was made with, unless set higher. Growing
-    replaces the tensors of `keys` and `values`, so look them up after `begin`.
+    replaces the tensors of `keys` and `values`, so look them up after `begin`; it also empties `recorded`,
+    where a runner may keep what hangs on their addresses.
     """
 
     is_compileable = False
@@ -49,6 +50,7 @@ class SlotCache:
         self.writers_BS = torch.zeros((batch_size, num_slots), dtype=torch.int8, device=device)
         self.lengths = [0] * batch_size
         self.max_slots = num_slots
+        self.recorded: dict[Any, Any] = {}
         self._whole: SlotCache | None = None
         self._slots_BT: Tensor | None = None
         self._num_read = 0
@@ -89,6 +91,7 @@ class SlotCache:
                 f"the pass needs {num_slots} cache slots, but only {self.max_slots} were made; "
                 "ask for fewer tokens or a larger cache."
             )
+        self.recorded.clear()
         wanted = max(num_slots, self.num_slots * 5 // 4)
         size = min(self.max_slots, -(-wanted // GROWTH_STEP) * GROWTH_STEP)
         for stores in (self.keys, self.values):
@@ -96,6 +99,12 @@ class SlotCache:
                 stores[layer] = _longer(store_BHSD, 2, size, 0)
         self.positions_BS = _longer(self.positions_BS, 1, size, -1)
         self.writers_BS = _longer(self.writers_BS, 1, size, _EMPTY)
+
+    def clear(self) -> None:
+        """Forget the text; the tensors stay, with what has been recorded on them."""
+        self.lengths = [0] * len(self.lengths)
+        self.positions_BS.fill_(-1)
+        self.writers_BS.fill_(_EMPTY)
 
     def update(
         self, keys_BHTD: Tensor, values_BHTD: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -152,7 +161,7 @@ class SlotCache:
         view.positions_BS = self.positions_BS[row : row + 1]
         view.writers_BS = self.writers_BS[row : row + 1]
         view.lengths = [self.lengths[row]]
-        view.max_slots, view._whole = self.num_slots, self
+        view.max_slots, view._whole, view.recorded = self.num_slots, self, {}
         view._slots_BT, view._num_read = None, 0
         return view
 
