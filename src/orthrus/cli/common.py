@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -139,8 +140,7 @@ def time_passes(
     for greedy in sorted({temperature == 0.0 for temperature in temperatures}):
         with ProgressDisplay(quiet=quiet, count=True) as on_progress:
             stage = f"timing {'greedy' if greedy else 'sampled'} passes, once on this machine"
-            progress = partial(on_progress, stage)
-            orthrus.time_passes(progress, greedy=greedy)
+            orthrus.time_passes(partial(on_progress, stage), greedy=greedy)
 
 
 def check_decode(decode: dict[str, Any]) -> None:
