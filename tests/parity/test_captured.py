@@ -139,6 +139,7 @@ def test_without_a_gpu_it_is_one_sentence() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_graphs_give_what_the_stock_forward_gives(name: str) -> None:
     plain, fast = (tiny_dual(name, disturb=0.3).to("cuda") for _ in range(2))

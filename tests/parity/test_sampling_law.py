@@ -97,7 +97,7 @@ class Remembering:
 
     def __init__(self) -> None:
         self.device, self.mask_token_id = torch.device("cpu"), dual().mask_token_id
-        self.head, self.repair = dual().head, None
+        self.head, self.repair, self.draft_head = dual().head, None, None
         self._known: dict[tuple[object, ...], Tensor] = {}
 
     def hidden(self, p: Pass, history: History) -> Tensor:
@@ -231,7 +231,7 @@ def propose_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts that know nothing of the coming draw: coupled ones nearly have the right law themselves."""
     propose = DecodeState.propose
 
-    def likeliest(self: DecodeState, logits_DV: Tensor, first_position: int) -> Any:
+    def likeliest(self: DecodeState, logits_DV: Tensor, first_position: int, *rest: Any) -> Any:
         return propose(replace(self, sampling=SamplingParams()), logits_DV, first_position)
 
     monkeypatch.setattr(DecodeState, "propose", likeliest)
