@@ -19,7 +19,7 @@ MARGIN = 1.05
 """Drafting must promise this much more than plain decoding before it is taken up or kept."""
 PATIENCE, MAX_PATIENCE = 24, 192
 """Plain tokens before drafting gets another chance; doubled whenever the chance was wasted."""
-PROMISED, NUM_PROMISED, LATE_SHARE = 2.5, 2, 0.6
+PROMISED, NUM_PROMISED, LATE_SHARE = 2.0, 2, 0.6
 """Accepted drafts that a draft is expected to promise before one was made, how many drafts that counts for,
 and the part of it that a late one promises: so a request starts by drafting, unless rows are dear."""
 TRUSTED = 2.0

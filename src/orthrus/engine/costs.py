@@ -34,9 +34,11 @@ ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 BLOCKS, BESIDE = (1, 2, 3, 4), 8
 """Numbers of blocks that are timed, beside that many AR rows."""
 HISTORY = 128
-TABLE_VERSION = 2
+TABLE_VERSION = 3
 """Of what a stored table means: raised when passes come to do more, or less, beside their layers."""
-REPEATS = 5
+REPEATS, MORE_REPEATS, ENOUGH = 5, 2, 15
+"""Rounds of the first measurement, of each later one, and in all: a machine that was busy when it was timed
+shows its true costs in one of the next starts."""
 
 OnMeasure = Callable[[int, int], None]
 """Called with (rounds done, rounds in all) while passes are timed."""
@@ -47,27 +49,34 @@ _known: "WeakKeyDictionary[DualView, dict[bool, CostTable]]" = WeakKeyDictionary
 def pass_costs(dual: DualView, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
     """The cost table of this model here: from memory, from the cache, or measured now (a few seconds).
 
-    Sampled decoding has one of its own, since drawing a token costs more than taking the best.
+    The first starts after that measure a little more, for the least of all rounds. Sampled decoding has a
+    table of its own, since drawing a token costs more than taking the best.
     """
     known = _known.setdefault(dual, {})
     if greedy not in known:
         key = _key(dual, greedy)
         file = _file(key)
-        table = _read(file)
-        if table is None:
-            table = measure_costs(dual, on_measure, greedy=greedy)
+        table, num_rounds = _read(file)
+        if num_rounds < ENOUGH:
+            repeats = MORE_REPEATS if num_rounds else REPEATS
+            new = measure_costs(dual, on_measure, greedy=greedy, repeats=repeats)
+            table = new if table is None else _least(table, new)
+            stored = asdict(table) | {"num_rounds": num_rounds + repeats, "key": key}
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_text_atomic(file, json.dumps(asdict(table) | {"key": key}, indent=2) + "\n")
+                write_text_atomic(file, json.dumps(stored, indent=2) + "\n")
             except (StorageError, OSError):
                 # A machine without a writable cache measures again next time.
                 pass
+        assert table is not None
         known[greedy] = table
     return known[greedy]
 
 
 @torch.inference_mode()
-def measure_costs(dual: DualView, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
+def measure_costs(
+    dual: DualView, on_measure: OnMeasure | None = None, *, greedy: bool = True, repeats: int = REPEATS
+) -> CostTable:
     """Time passes of several numbers of rows after 128 tokens of history; the least of several rounds.
 
     Block rows are timed as what they add to a pass of a few AR rows. Sampled means temperature 1 without
@@ -87,9 +96,9 @@ def measure_costs(dual: DualView, on_measure: OnMeasure | None = None, *, greedy
         passes[BESIDE, m] = fused(beside_1T, chain, [HISTORY], range(m), size, dual.mask_token_id)
     clock = _Clock(dual)
     num_guesses = max(1, size - 2)
-    for done in range(REPEATS + 1):
+    for done in range(repeats + 1):
         if on_measure is not None:
-            on_measure(done, REPEATS + 1)
+            on_measure(done, repeats + 1)
         # The first round warms up.
         clock.counts = done > 0
         for key, p in passes.items():
@@ -113,6 +122,22 @@ def measure_costs(dual: DualView, on_measure: OnMeasure | None = None, *, greedy
         block_rows=tuple(m * size for m in blocks),
         block_ms=_ascending([max(0.0, least["body", (BESIDE, m)] - alone) for m in blocks]),
         draft_ms=least["draft", (1, 0)],
+    )
+
+
+def _least(a: CostTable, b: CostTable) -> CostTable:
+    """What one would have measured in the rounds of both tables together."""
+    body_ms = tuple(map(min, a.body_ms, b.body_ms))
+    beside = ROWS.index(BESIDE)
+    # What blocks add is a difference: the least of the passes with blocks counts, not of the differences.
+    mixed_ms = ([ms + t.body_ms[beside] for ms in t.block_ms] for t in (a, b))
+    return CostTable(
+        rows=a.rows,
+        body_ms=body_ms,
+        head_ms=tuple(map(min, a.head_ms, b.head_ms)),
+        block_rows=a.block_rows,
+        block_ms=tuple(max(0.0, min(pair) - body_ms[beside]) for pair in zip(*mixed_ms, strict=True)),
+        draft_ms=min(a.draft_ms, b.draft_ms),
     )
 
 
@@ -180,14 +205,14 @@ def _file(key: dict[str, object]) -> Path:
     return cache_dir() / "costs" / f"{digest[:24]}.json"
 
 
-def _read(file: Path) -> CostTable | None:
-    """A stored table; None where there is none that can be used."""
+def _read(file: Path) -> tuple[CostTable | None, int]:
+    """A stored table and the rounds it comes from; none and 0 where there is none that can be used."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         found: dict[str, Any] = {}
         for field in fields(CostTable):
             value = raw[field.name]
             found[field.name] = tuple(value) if isinstance(value, list) else float(value)
-        return CostTable(**found)
+        return CostTable(**found), int(raw["num_rounds"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return None, 0
