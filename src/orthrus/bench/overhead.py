@@ -16,11 +16,10 @@ from orthrus.base.markdown import markdown_table
 from orthrus.base.provenance import provenance
 from orthrus.bench.metrics import Spread
 from orthrus.config import FIXED_STRATEGIES, DecodeConfig, SamplingParams, Strategy
-from orthrus.decoding.processors import LogitRules
 from orthrus.engine.cycles import decode_cycle, fixed_plan
 from orthrus.engine.passes import Block, commit_pass, prefill_pass
 from orthrus.engine.probe import synchronize, watch_caches
-from orthrus.engine.state import DecodeState
+from orthrus.engine.state import DecodeState, timed_request
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass, verify_chain
 from orthrus.model.slot_cache import SlotCache, head_dim, num_kv_heads
@@ -259,19 +258,9 @@ def _pass_costs(orthrus: Orthrus, options: OverheadOptions) -> tuple[tuple[int, 
 
 def _filled(orthrus: Orthrus, options: OverheadOptions, head_room: int) -> DecodeState:
     """A request right after its prefill."""
-    dual, sampling = orthrus.dual, SamplingParams()
     with torch.inference_mode():
-        cache = dual.new_cache(options.history + head_room)
-    state = DecodeState(
-        dual=dual,
-        cache=cache,
-        sampling=sampling,
-        seed=0,
-        rules=LogitRules(sampling, dual.vocab_size, dual.device),
-        block_size=dual.config.block_size,
-        floor=True,
-        context_length=orthrus.base.context_length,
-    )
+        cache = orthrus.dual.new_cache(options.history + head_room)
+    state = timed_request(orthrus.dual, cache, SamplingParams(), orthrus.base.context_length)
     prefill_pass(state, _prompt(orthrus, options.history), last=True)
     return state
 

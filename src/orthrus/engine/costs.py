@@ -20,15 +20,13 @@ from orthrus.base.provenance import cpu_model, installed_version
 from orthrus.base.storage import cache_dir
 from orthrus.config import SamplingParams
 from orthrus.decoding.policy import CostTable
-from orthrus.decoding.processors import LogitRules
 from orthrus.engine.layer_code import sources_digest
 from orthrus.engine.probe import synchronize
-from orthrus.engine.state import DecodeState, num_candidates
+from orthrus.engine.state import timed_request
 from orthrus.errors import StorageError
 from orthrus.model.attention import MOST_FOLDED_ROWS
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import fused, verify_chain
-from orthrus.model.slot_cache import SlotCache
 
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 BLOCKS, BESIDE = (1, 2, 3, 4), 8
@@ -84,7 +82,8 @@ def measure_costs(
     """
     size = dual.config.block_size
     cache = dual.new_cache(HISTORY + max(ROWS) + max(BLOCKS) * size)
-    state = _state(dual, cache, greedy)
+    sampling = SamplingParams(temperature=0.0 if greedy else 1.0)
+    state = timed_request(dual, cache, sampling, cache.num_slots)
     ids_1T = torch.arange(HISTORY, device=dual.device)[None] % dual.base.config.vocab_size
     dual.run(verify_chain(ids_1T, [0]), cache)
     cache.commit(HISTORY)
@@ -158,22 +157,6 @@ class _Clock:
         if self.counts:
             ms = (perf_counter() - start) * 1e3
             self.least[part, key] = min(ms, self.least.get((part, key), inf))
-
-
-def _state(dual: DualView, cache: SlotCache, greedy: bool) -> DecodeState:
-    """A request without rules, to time what comes after the layers."""
-    sampling = SamplingParams(temperature=0.0 if greedy else 1.0)
-    return DecodeState(
-        dual=dual,
-        cache=cache,
-        sampling=sampling,
-        seed=0,
-        rules=LogitRules(sampling, dual.vocab_size, dual.device),
-        block_size=dual.config.block_size,
-        floor=True,
-        context_length=cache.num_slots,
-        num_candidates=num_candidates(dual),
-    )
 
 
 def _ascending(values: list[float]) -> tuple[float, ...]:

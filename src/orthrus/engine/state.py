@@ -128,6 +128,23 @@ def num_candidates(dual: DualView) -> int:
     return 8 if dual.repair is None else 16
 
 
+def timed_request(
+    dual: DualView, cache: SlotCache, sampling: SamplingParams, context_length: int
+) -> DecodeState:
+    """A request with the view's own settings and no text, for whoever times passes."""
+    return DecodeState(
+        dual=dual,
+        cache=cache,
+        sampling=sampling,
+        seed=0,
+        rules=LogitRules(sampling, dual.vocab_size, dual.device),
+        block_size=dual.config.block_size,
+        floor=True,
+        context_length=context_length,
+        num_candidates=num_candidates(dual),
+    )
+
+
 class Step(NamedTuple):
     """What a cycle committed, on the host. `is_draft` marks tokens that the diffusion view proposed."""
 
