@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -104,6 +106,25 @@ def test_text_is_the_stock_models(fast_orthrus: Orthrus, strategy: Strategy, flo
         assert result.stats.num_accepted > 5
 
 
+@EVERY_WAY
+def test_text_in_bfloat16_is_that_of_plain_decoding(strategy: Strategy, floor: bool) -> None:
+    """By the same runner, token for token: there are no near-ties, since a row is alike in every pass."""
+    config = decode_config(strategy=strategy, floor=floor, max_new_tokens=60, ignore_eos=True)
+    orthrus = bfloat16_orthrus()
+    plain = orthrus.stream_ids([5, 9, 14, 23, 7, 31], replace(config, strategy="ar")).drain()
+    result = orthrus.stream_ids([5, 9, 14, 23, 7, 31], config).drain()
+    assert result.token_ids == plain.token_ids
+    if strategy != "ar":
+        assert result.stats.num_accepted > 5
+
+
+@cache
+def bfloat16_orthrus() -> Orthrus:
+    orthrus = tiny_orthrus(disturb=0.3)
+    compiled(orthrus.dual.to(torch.bfloat16))
+    return orthrus
+
+
 def test_layers_that_compute_otherwise_are_of_another_kind() -> None:
     # By windows, by whether positions are rotated, by what has a twin.
     for name, variant in (("gemma3", {}), ("smollm3", {}), ("llama", {"layers": (1,)})):
@@ -138,11 +159,21 @@ def test_compiled_int8(part: object) -> None:
             assert (ours - stock).abs().mean() < 0.01 * stock.abs().mean()
 
 
-def test_compiled_int8_rows_are_alike_to_the_last_bit() -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("float32", name) for name in FAMILIES),
+        ("bfloat16", "llama"),
+        ("bfloat16", "gemma3"),
+        ("int8", "llama"),
+    ],
+)
+def test_compiled_rows_are_alike_to_the_last_bit(kind: str, name: str) -> None:
     """In a tree, beside blocks, with its past scattered over the cache: a row is what it is one by one."""
-    dual = tiny_dual("llama", disturb=0.3)
-    quantise(dual)
-    compiled(dual)
+    dual = tiny_dual(name, disturb=0.3)
+    if kind == "int8":
+        quantise(dual)
+    dual = compiled(dual.to(torch.bfloat16) if kind == "bfloat16" else dual)
     generator, num_compared = random.Random(3), 0
     for _ in range(12):
         length, num_ar = generator.randint(1, 50), generator.randint(2, 12)

@@ -9,10 +9,16 @@ from torch import Tensor
 
 from orthrus.base.families import decoder_layers
 from orthrus.engine.fast_layers import fast_layer
-from orthrus.model.cpu_linears import Int8Linear, PackedLinear
+from orthrus.engine.kernels.build import load_kernels
+from orthrus.engine.kernels.linear import FewRowsLinear
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import fused, prefill
 from orthrus.model.quantise import quantise, quantise_drafts
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels() -> None:
+    load_kernels()
 
 
 def with_fast_layers(dual: DualView) -> DualView:
@@ -59,7 +65,7 @@ def test_it_is_the_stock_layer_in_int8(part: object) -> None:
 def num_products(name: str, **variant: Any) -> int:
     """Of the first layer."""
     layer = next(iter(decoder_layers(tiny_dual(name, **variant).base)))
-    return sum(isinstance(module, PackedLinear | Int8Linear) for module in fast_layer(layer).modules())
+    return sum(isinstance(module, FewRowsLinear) for module in fast_layer(layer).modules())
 
 
 def test_what_reads_the_same_input_is_one_product() -> None:

@@ -13,18 +13,19 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orthrus.base.families import decoder_layers
 from orthrus.base.quantised import quantisation
 from orthrus.base.storage import Progress, cache_dir
 from orthrus.engine.fast_layers import fast_layer
+from orthrus.engine.kernels.build import load_kernels
+from orthrus.engine.kernels.linear import fast_linear
 from orthrus.engine.layer_code import Arguments, LayerCode, flatten, kind, layer_code, named_tensors
-from orthrus.model.attention import MOST_FOLDED_ROWS, folded_heads, folded_mask
-from orthrus.model.cpu_linears import fast_linear
+from orthrus.model.attention import MOST_FOLDED_ROWS, folded_heads
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass, fused, verify_chain
-from orthrus.model.slot_cache import SlotCache, num_kv_heads
+from orthrus.model.slot_cache import SlotCache
 
 
 def compile_passes(dual: DualView, on_progress: Progress | None = None) -> None:
@@ -34,8 +35,10 @@ def compile_passes(dual: DualView, on_progress: Progress | None = None) -> None:
     cache folder).
     """
     try:
+        _say(on_progress, 0)
+        load_kernels()
         compiled = CompiledRunner(dual)
-        dual.accelerate("compiled", compiled, compiled.head, pairs_rows=dual.precision is not None)
+        dual.accelerate("compiled", compiled, compiled.head, compiled.draft_head)
         _prepare(dual, on_progress)
     except Exception:
         dual.accelerate("eager")
@@ -54,9 +57,13 @@ def _prepare(dual: DualView, on_progress: Progress | None) -> None:
         fused(ids_15, [0, 1, 0, 3], [history], [2], size, dual.mask_token_id),
     ]
     for done, p in enumerate(passes):
-        if on_progress is not None:
-            on_progress("preparing compiled code (the first time: under a minute)", done, len(passes))
+        _say(on_progress, 1 + done)
         dual.hidden(p, cache)
+
+
+def _say(on_progress: Progress | None, done: int) -> None:
+    if on_progress is not None:
+        on_progress("preparing compiled code (the first time: under a minute)", done, 3)
 
 
 class CompiledRunner:
@@ -75,14 +82,10 @@ class CompiledRunner:
         kinds: dict[Any, int] = {}
         self._kinds = [kinds.setdefault(kind(layer), i) for i, layer in enumerate(fast)]
         self._examples = {first: fast[first] for first in kinds.values()}
-        head = dual.base.get_output_embeddings()
-        self.head = fast_linear([head]) if type(head) is nn.Linear else None
+        self.head = fast_linear([dual.base.get_output_embeddings()])
+        self.draft_head = None if dual.draft_head is None else fast_linear([dual.draft_head])
         # Built once, since setting up thirty closures a pass would show.
         self._forwards = [self._forward(i) for i in range(len(self._layers))]
-        config = dual.base.config
-        # Other attention than sdpa keeps the stock code, and its mask.
-        is_sdpa = config._attn_implementation == "sdpa"
-        self._group = config.num_attention_heads // num_kv_heads(config) if is_sdpa else None
         self._pass: Pass | None = None
         self._cache: SlotCache | None = None
         self._marker: Tensor | None = None
@@ -128,9 +131,8 @@ class CompiledRunner:
 
     def _make(self, key: tuple[int, bool], arguments: Arguments) -> LayerCode:
         """The code of a kind of layers, when the first of them is called; `_prepare` sees to all."""
-        layer, exact = self._examples[key[0]], self._dual.precision is not None
         folder, config = cache_dir() / "compiled", self._dual.base.config
-        self._code[key] = layer_code(layer, arguments, folder, config=config, exact=exact)
+        self._code[key] = layer_code(self._examples[key[0]], arguments, folder, config=config)
         return self._code[key]
 
     def _given(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor], Any]:
@@ -141,9 +143,6 @@ class CompiledRunner:
         key = tuple(map(id, kwargs.values()))
         if key not in self._flat:
             given: dict[str, Any] = {n: v for n, v in kwargs.items() if isinstance(v, Tensor | tuple)}
-            if self._group is not None:
-                mask = given["attention_mask"]
-                given["attention_mask"] = folded_mask(mask, self._group, self._dual.dtype)
             self._flat[key] = given, flatten(given), kwargs
         return self._flat[key]
 

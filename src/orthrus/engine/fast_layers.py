@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from orthrus.model.cpu_linears import fast_linear
+from orthrus.engine.kernels.linear import fast_linear
+from orthrus.model.int8_linear import Int8Linear
 from orthrus.model.twin import Twin
 
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -54,7 +55,7 @@ def fast_layer(layer: nn.Module) -> nn.Module:
                     setattr(parent, name, _Part(joined, index))
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and (packed := fast_linear([child])) is not None:
+            if type(child) in (nn.Linear, Int8Linear) and (packed := fast_linear([child])) is not None:
                 setattr(parent, name, packed)
     return twin
 

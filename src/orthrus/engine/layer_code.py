@@ -21,7 +21,8 @@ from torch.export import Dim
 
 from orthrus.base.provenance import cpu_model
 from orthrus.engine import fast_layers, layer_attention
-from orthrus.model import attention, cpu_linears, twin
+from orthrus.engine.kernels import build, linear
+from orthrus.model import int8_linear, twin
 from orthrus.model.twin import RowSplit, Twin
 
 LayerCode = Callable[[list[Tensor]], list[Tensor]]
@@ -64,17 +65,14 @@ def flatten(given: dict[str, Any]) -> list[Tensor]:
     return [value.contiguous() for value in values]
 
 
-def layer_code(
-    layer: nn.Module, example: Arguments, folder: Path, *, config: Any, exact: bool = False
-) -> LayerCode:
+def layer_code(layer: nn.Module, example: Arguments, folder: Path, *, config: Any) -> LayerCode:
     """The code of layers of this kind, from `folder` or made now (ten seconds or so) and kept there.
 
     Rows, AR rows, slots read and slots stored are sizes that it takes as they come, if all of the example's
     differ; the rest of the example stays: kind, dtype, batch size 1. Nothing is checked and nothing compiled
-    anew. exact: rows that do not depend on the shape of their pass, where all linears are int8 and the
-    attention is sdpa. config: the model's, part of the name that the code is kept under.
+    anew. config: the model's, part of the name that the code is kept under.
     """
-    path = folder / f"{_digest(layer, example, config, exact)}.pt2"
+    path = folder / f"{_digest(layer, example, config)}.pt2"
     if path.exists():
         try:
             return _loaded(path)
@@ -82,10 +80,11 @@ def layer_code(
             # Damaged, or made for another system: it is made anew.
             path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
+    options = {**_OPTIONS, "aot_inductor.custom_ops_to_c_shims": build.c_functions()}
     with tempfile.TemporaryDirectory(dir=folder) as scratch, _compiling_in(Path(scratch)):
         made = Path(scratch) / path.name
         torch._inductor.aoti_compile_and_package(
-            _exported(layer, example, exact), package_path=str(made), inductor_configs=_OPTIONS
+            _exported(layer, example), package_path=str(made), inductor_configs=options
         )
         os.replace(made, path)
     return _loaded(path)
@@ -100,18 +99,19 @@ def _loaded(path: Path) -> LayerCode:
 @cache
 def sources_digest() -> str:
     """Of the code that decides what compiled layers compute, and so what they cost."""
-    modules = (fast_layers, layer_attention, attention, cpu_linears, twin)
-    texts = [Path(m.__file__ or "").read_bytes() for m in modules]
-    return hashlib.sha256(b"".join([Path(__file__).read_bytes(), *texts])).hexdigest()
+    modules = (fast_layers, linear, layer_attention, int8_linear, twin)
+    paths = [Path(__file__), *build.SOURCES, *(Path(module.__file__ or "") for module in modules)]
+    return hashlib.sha256(b"".join([path.read_bytes() for path in paths])).hexdigest()
 
 
-# Checks that packed weights cannot pass; and code that does not depend on the number of threads.
+# Checks that packed weights cannot pass; code that does not depend on the number of threads; and rounding
+# after each operation as the stock code does, lest a row hang on what is fused in passes of its kind.
 _OPTIONS = {
+    "emulate_precision_casts": True,
     "size_asserts": False,
     "alignment_asserts": False,
     "scalar_asserts": False,
     "cpp.dynamic_threads": True,
-    "aot_inductor.custom_ops_to_c_shims": cpu_linears.C_FUNCTIONS,
 }
 
 
@@ -132,7 +132,7 @@ def _compiling_in(folder: Path) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _digest(layer: nn.Module, example: Arguments, config: Any, exact: bool) -> str:
+def _digest(layer: nn.Module, example: Arguments, config: Any) -> str:
     """A name for the code: of all that it depends on, the sources behind it and the processor included."""
     settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_name")}
     parts = (
@@ -146,7 +146,7 @@ def _digest(layer: nn.Module, example: Arguments, config: Any, exact: bool) -> s
             for name, value in example.given.items()
         ],
         (example.hidden_1TC.dtype, example.keys.shape[1::2], example.keys.dtype),
-        (example.marker is None, exact),
+        example.marker is None,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -158,12 +158,11 @@ def _instructions() -> dict[str, Any]:
     return {"capability": torch.backends.cpu.get_cpu_capability()} if ask is None else ask()
 
 
-def _exported(layer: nn.Module, example: Arguments, exact: bool) -> torch.export.ExportedProgram:
+def _exported(layer: nn.Module, example: Arguments) -> torch.export.ExportedProgram:
     """The graph of a layer of this kind as a function of flat tensors, with all sizes of a pass left open."""
-    template, split = _template(layer, layer_attention.EXACT if exact else layer_attention.COMPILED)
+    template, split = _template(layer)
     names = list(named_tensors(template))
     lengths = {n: len(v) if isinstance(v, tuple) else None for n, v in example.given.items()}
-    mask_rows = example.given["attention_mask"].shape[2] // example.hidden_1TC.shape[1]
 
     class Layer(nn.Module):
         def forward(self, *flat: Tensor) -> Tensor:
@@ -174,8 +173,7 @@ def _exported(layer: nn.Module, example: Arguments, exact: bool) -> torch.export
             slots_T, keys, values, *marker = rest
             num_rows = hidden_1TC.shape[1]
             torch._check(keys.shape[2] == values.shape[2])
-            # A mask has a row for each row of the pass, or one for each head of a group that shares keys.
-            torch._check(given["attention_mask"].shape[2] == mask_rows * num_rows)
+            torch._check(given["attention_mask"].shape[2] == num_rows)
             split.num_ar_rows = num_rows
             if marker:
                 split.num_ar_rows = marker[0].shape[0] - 1
@@ -228,7 +226,7 @@ class _Store:
         return self.keys[:, :, : self.num_read], self.values[:, :, : self.num_read]
 
 
-def _template(layer: nn.Module, attention: str) -> tuple[nn.Module, RowSplit]:
+def _template(layer: nn.Module) -> tuple[nn.Module, RowSplit]:
     """The layer without its values, and the split that its twins share.
 
     A template that held a layer's own tensors would be taken for that layer by the compiler.
@@ -245,8 +243,7 @@ def _template(layer: nn.Module, attention: str) -> tuple[nn.Module, RowSplit]:
     for module in template.modules():
         config = getattr(module, "config", None)
         if config is not None and config._attn_implementation == "sdpa":
-            config._attn_implementation = attention
-            setattr(module, layer_attention.SPLIT, split)
+            config._attn_implementation = layer_attention.COMPILED
     return template, split
 
 

@@ -67,7 +67,7 @@ class DualView(nn.Module):
         self._spare_cache: SlotCache | None = None
         self._num_view_parameters: int | None = None
         self._packed_head: nn.Module | None = None
-        self._pairs_rows = False
+        self._packed_draft_head: nn.Module | None = None
 
     def add_repair(self, rank: int, seed: int = 0) -> None:
         """Give the view a repair head, which changes nothing before it is trained."""
@@ -126,14 +126,10 @@ class DualView(nn.Module):
             answer = self._whole_passes(p, cache)
             if answer is not None:
                 return answer
-        twice = self._pairs_rows and p.num_ar_rows == 1
-        if twice:
-            p = p.first_twice()
         cache.begin(p)
         masks = self.masks(p, cache)
         with self.split.at(p.num_ar_rows), self._fast(p, cache) as more:
-            hidden_BTC = self.decode(p, cache, masks, **more)
-        return hidden_BTC[:, 1:] if twice else hidden_BTC
+            return self.decode(p, cache, masks, **more)
 
     def decode(self, p: Pass, cache: SlotCache, masks: Masks, **more: Any) -> Tensor:
         """The stock decoder over a pass that `cache` has begun, from embeddings to the last norm."""
@@ -158,19 +154,19 @@ class DualView(nn.Module):
         runner: str,
         layers: Accelerated | None = None,
         head: nn.Module | None = None,
+        draft_head: nn.Module | None = None,
         *,
         passes: WholePasses | None = None,
-        pairs_rows: bool = False,
     ) -> None:
         """From now on run passes inside the context `layers(pass, cache)`, and project with `head`.
 
-        passes: is asked first, for the whole of a pass before the head. All must compute what the stock
-        modules do, up to rounding. pairs_rows: a lone AR row is computed twice, where that is faster. Whoever
-        uses `base` directly gets the stock modules as ever.
+        draft_head: the same for a head that drafts have to themselves. passes: is asked first, for the whole
+        of a pass before the head. All must compute what the stock modules do, up to rounding. Whoever uses
+        `base` directly gets the stock modules as ever.
         """
-        self.runner, self._accelerated, self._packed_head = runner, layers, head
+        self.runner, self._accelerated = runner, layers
+        self._packed_head, self._packed_draft_head = head, draft_head
         self._whole_passes, self._spare_cache = passes, None
-        self._pairs_rows = pairs_rows
 
     def head(self, hidden: Tensor, *, drafts: bool = False) -> Tensor:
         """Final hidden states (..., C) to logits (..., V), as the stock model projects them.
@@ -179,7 +175,7 @@ class DualView(nn.Module):
         """
         head = self._packed_head or self.base.get_output_embeddings()
         if drafts and self.draft_head is not None:
-            head = self.draft_head
+            head = self._packed_draft_head or self.draft_head
         logits: Tensor = head(hidden)
         cap = getattr(self.base.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)

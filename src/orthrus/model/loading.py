@@ -17,8 +17,8 @@ from orthrus.base.resolve import Source, resolve
 from orthrus.base.storage import Progress
 from orthrus.errors import CheckpointError, OrthrusWarning, UserInputError
 from orthrus.model.checkpoint import CONFIG_FILE, fresh_view, load_view, read_json
-from orthrus.model.cpu_linears import check_int8
 from orthrus.model.dual_view import DualView
+from orthrus.model.int8_linear import check_int8
 from orthrus.model.merged import folder_kind, load_released
 from orthrus.model.quantise import quantise, quantise_drafts
 from orthrus.model.view_config import ViewConfig

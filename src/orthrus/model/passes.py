@@ -6,7 +6,7 @@ never see a slot that a diffusion row wrote: that is why the output is lossless.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,22 +38,6 @@ class Pass:
     @property
     def num_slots(self) -> int:
         return self.visible_BTS.shape[2]
-
-    def first_twice(self) -> "Pass":
-        """The same pass with a second copy of its first row, an AR row, in front of it."""
-
-        def doubled(tensor: Tensor) -> Tensor:
-            return torch.cat([tensor[:, :1], tensor], dim=1)
-
-        return replace(
-            self,
-            token_ids_BT=doubled(self.token_ids_BT),
-            position_ids_BT=doubled(self.position_ids_BT),
-            slots_BT=doubled(self.slots_BT),
-            visible_BTS=doubled(self.visible_BTS),
-            num_ar_rows=self.num_ar_rows + 1,
-            logit_rows_R=self.logit_rows_R + 1,
-        )
 
     def check(self, lengths: list[int]) -> None:
         """Assert the invariants against the committed `lengths`; one host synchronisation per tensor.

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from orthrus.base.families import decoder_layers
-from orthrus.model.cpu_linears import Int8Linear, check_int8
 from orthrus.model.dual_view import DualView
+from orthrus.model.int8_linear import Int8Linear, check_int8
 from orthrus.model.twin import LowRank, Twin, twins
 
 

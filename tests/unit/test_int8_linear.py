@@ -1,4 +1,4 @@
-"""Packed and int8 linears against the plain one and against arithmetic written out."""
+"""int8 linears against arithmetic written out, and models whose linears become such."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from orthrus.errors import CheckpointError, UserInputError
 from orthrus.model.checkpoint import save_view
-from orthrus.model.cpu_linears import Int8Linear, PackedLinear, check_int8, fast_linear
 from orthrus.model.dual_view import DualView
+from orthrus.model.int8_linear import Int8Linear, check_int8
 from orthrus.model.merged import save_merged
 from orthrus.model.passes import fused, verify_chain
 from orthrus.model.quantise import quantise, quantise_drafts
@@ -20,18 +20,6 @@ from orthrus.model.twin import Twin, twins
 def linear(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(48, 40, bias=bias, dtype=dtype)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.inference_mode()
-def test_packed_is_the_linear(bias: bool, dtype: torch.dtype) -> None:
-    plain = linear(bias, dtype)
-    packed = fast_linear([plain])
-    assert type(packed) is PackedLinear
-    for num_rows in (0, 1, 2, 7, 33):
-        x = torch.randn(1, num_rows, 48, dtype=dtype)
-        torch.testing.assert_close(packed(x), plain(x))
 
 
 @torch.inference_mode()
@@ -124,32 +112,6 @@ def test_int8_weights_come_back_bit_by_bit() -> None:
     scales_N = plain.weight.abs().amax(1) / 127
     expected = (plain.weight / scales_N[:, None]).round().to(torch.int8)
     assert torch.equal(Int8Linear.of(plain).int8_weight(), expected)
-
-
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-@torch.inference_mode()
-def test_joined_linears_are_those_linears_side_by_side(kind: str) -> None:
-    torch.manual_seed(1)
-    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
-    parts: list[nn.Module] = [
-        nn.Linear(48, size, bias=bias, dtype=dtype) for size, bias in ((40, True), (8, False), (16, True))
-    ]
-    if kind == "int8":
-        parts = [Int8Linear.of(part) for part in parts]  # type: ignore[arg-type]
-    joined = fast_linear(parts)
-    assert joined is not None
-    x = torch.randn(3, 48, dtype=dtype)
-    expected = torch.cat([part(x) for part in parts], -1)
-    if kind == "int8":
-        assert torch.equal(joined(x), expected)
-    torch.testing.assert_close(joined(x), expected)
-
-
-def test_what_cannot_be_laid_out_is_left() -> None:
-    assert fast_linear([linear(dtype=torch.float16)]) is None
-    assert fast_linear([linear(), linear(dtype=torch.bfloat16)]) is None
-    assert fast_linear([linear(), Int8Linear.of(linear())]) is None
-    assert fast_linear([nn.Identity()]) is None
 
 
 @pytest.mark.parametrize("part", [quantise, quantise_drafts])

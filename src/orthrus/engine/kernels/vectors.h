@@ -1,0 +1,121 @@
+// Vectors of the compiler's own, as long as the processor's, and the product that all kernels are made of.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace orthrus {
+
+#ifdef __AVX512F__
+constexpr int kLanes = 16, kRows = 8;
+#else
+constexpr int kLanes = 8, kRows = 4;
+#endif
+constexpr int64_t kCacheLine = 64;
+// Sums of products of int8 numbers are whole, and exact in float32 up to this many.
+constexpr int64_t kExactInputs = 1024;
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+using Floats = Vector<float>;
+using Ints = Vector<int32_t>;
+
+template <typename To, typename From>
+To bits(const From& value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To out;
+  std::memcpy(&out, &value, sizeof(To));
+  return out;
+}
+
+template <typename V>
+V read(const void* from) {
+  V out;
+  std::memcpy(&out, from, sizeof(V));
+  return out;
+}
+
+inline Floats all(float value) { return value - Floats{}; }
+
+inline Floats floats(const float* from) { return read<Floats>(from); }
+inline Floats floats(const int8_t* from) { return __builtin_convertvector(read<Vector<int8_t>>(from), Floats); }
+inline Floats floats(const c10::BFloat16* from) {
+  return bits<Floats>(__builtin_convertvector(read<Vector<uint16_t>>(from), Vector<uint32_t>) << 16);
+}
+
+inline void store(Floats value, float* to) { std::memcpy(to, &value, sizeof(value)); }
+inline void store(Floats value, c10::BFloat16* to) {
+  const auto raw = bits<Vector<uint32_t>>(value);
+  // To the nearest, ties to even; what is no number stays none.
+  auto rounded = (raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16;
+  rounded = value == value ? rounded : Vector<uint32_t>{} + 0x7fc0u;
+  const auto narrow = __builtin_convertvector(rounded, Vector<uint16_t>);
+  std::memcpy(to, &narrow, sizeof(narrow));
+}
+
+// Rows x (kM, inputs) times weight (inputs, kV vectors of numbers), each sum in the order of the inputs: it is
+// the same to the last bit whatever rows and columns are beside it, and an input of zero changes nothing.
+// Rows of x, weight and sums lie `x_step`, `weight_step` and `sums_step` numbers apart. next:
+// what is wanted afterwards, `next_step` bytes an input. int8: sums are whole numbers, and stored as such.
+template <int kM, int kV, typename T>
+void multiply(
+    const float* x, int64_t x_step, const T* weight, int64_t weight_step, int64_t inputs, float* sums,
+    int64_t sums_step, const char* next = nullptr, int64_t next_step = 0) {
+  Floats done[kM][kV] = {};
+  const int64_t chunk = std::is_same_v<T, int8_t> ? kExactInputs : inputs;
+  for (int64_t start = 0; start < inputs; start += chunk) {
+    Floats acc[kM][kV] = {};
+    const int64_t end = std::min(start + chunk, inputs);
+    for (int64_t k = start; k < end; ++k) {
+      Floats w[kV];
+      for (int v = 0; v < kV; ++v) w[v] = floats(weight + k * weight_step + v * kLanes);
+      for (int64_t byte = 0; byte < next_step; byte += kCacheLine)
+        __builtin_prefetch(next + k * next_step + byte, 0, 2);
+#pragma GCC unroll 8
+      for (int m = 0; m < kM; ++m) {
+        const Floats a = all(x[m * x_step + k]);
+        for (int v = 0; v < kV; ++v) acc[m][v] += a * w[v];
+      }
+    }
+    for (int m = 0; m < kM; ++m)
+      for (int v = 0; v < kV; ++v) {
+        if constexpr (std::is_same_v<T, int8_t>)
+          done[m][v] = bits<Floats>(bits<Ints>(done[m][v]) + __builtin_convertvector(acc[m][v], Ints));
+        else
+          done[m][v] = acc[m][v];
+      }
+  }
+  for (int m = 0; m < kM; ++m)
+    for (int v = 0; v < kV; ++v) std::memcpy(sums + m * sums_step + v * kLanes, &done[m][v], sizeof(Floats));
+}
+
+// The same for any number of rows up to kMost.
+template <int kMost, int kV, typename T>
+void multiply_rows(
+    int64_t rows, const float* x, int64_t x_step, const T* weight, int64_t weight_step, int64_t inputs, float* sums,
+    int64_t sums_step, const char* next = nullptr, int64_t next_step = 0) {
+  if constexpr (kMost > 0) {
+    if (rows == kMost)
+      multiply<kMost, kV>(x, x_step, weight, weight_step, inputs, sums, sums_step, next, next_step);
+    else
+      multiply_rows<kMost - 1, kV>(
+          rows, x, x_step, weight, weight_step, inputs, sums, sums_step, next, next_step);
+  }
+}
+
+// Calls part(first, count) for parts of `num` that are as alike as can be, none larger than `most`.
+template <typename Part>
+void evenly(int64_t num, int64_t most, const Part& part) {
+  const int64_t parts = (num + most - 1) / most;
+  for (int64_t i = 0; i < parts; ++i) part(num * i / parts, num * (i + 1) / parts - num * i / parts);
+}
+
+}  // namespace orthrus

@@ -1,0 +1,177 @@
+"""Our kernels against PyTorch's linears and attention, and rows that know no other rows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from orthrus.engine.kernels import build
+from orthrus.engine.kernels.build import load_kernels
+from orthrus.engine.kernels.linear import FewRowsLinear, fast_linear, has_tiles
+from orthrus.model.int8_linear import Int8Linear
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+# Whole blocks of outputs and not, an odd number of inputs, more inputs than int8 sums hold in float32.
+SIZES = [(48, 96), (33, 17), (70, 48), (5, 3000)]
+LAYOUTS = pytest.mark.parametrize(
+    ("kind", "tiles"),
+    [*((kind, False) for kind in DTYPES), ("bfloat16", True), ("int8", True)],
+    ids=lambda value: ["plain", "tiles"][value] if isinstance(value, bool) else value,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels() -> None:
+    load_kernels()
+
+
+def linear(outputs: int, inputs: int, kind: str, bias: bool = True) -> nn.Linear | Int8Linear:
+    torch.manual_seed(0)
+    if kind == "int8":
+        return Int8Linear.of(nn.Linear(inputs, outputs, bias=bias))
+    return nn.Linear(inputs, outputs, bias=bias, dtype=DTYPES[kind])
+
+
+def fast(slow: nn.Linear | Int8Linear, tiles: bool) -> FewRowsLinear:
+    kind = torch.int8 if isinstance(slow, Int8Linear) else slow.weight.dtype
+    if tiles and not has_tiles(kind):
+        pytest.skip("needs AMX")
+    if kind == torch.bfloat16 and slow.in_features % 2:
+        tiles = False
+    if isinstance(slow, Int8Linear):
+        return FewRowsLinear(slow.int8_weight(), slow.bias, slow.scales_N, tiles=tiles)  # type: ignore[arg-type]
+    bias = None if slow.bias is None else slow.bias.detach()
+    return FewRowsLinear(slow.weight.detach(), bias, tiles=tiles)
+
+
+def rows(num: int, size: int, kind: str) -> Tensor:
+    x = torch.randn(num, size) * torch.logspace(-1, 1, num)[:, None]
+    return x.bfloat16() if kind == "bfloat16" else x
+
+
+@LAYOUTS
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("outputs", "inputs"), SIZES)
+@torch.inference_mode()
+def test_it_is_the_linear(outputs: int, inputs: int, bias: bool, tiles: bool, kind: str) -> None:
+    slow = linear(outputs, inputs, kind, bias)
+    ours = fast(slow, tiles)
+    for num in (0, 1, 2, 7, 33, 150):
+        x = rows(num, inputs, kind)
+        assert ours(x).shape == (num, outputs)
+        if kind == "int8":
+            assert torch.equal(ours(x), slow(x))
+        else:
+            torch.testing.assert_close(
+                ours(x), slow(x), atol=2e-5, rtol=1e-2 if x.dtype.itemsize == 2 else 1e-5
+            )
+    assert ours(rows(6, inputs, kind).view(2, 3, inputs)).shape == (2, 3, outputs)
+
+
+@LAYOUTS
+@torch.inference_mode()
+def test_rows_do_not_know_each_other(tiles: bool, kind: str) -> None:
+    ours = fast(linear(200, 576, kind), tiles)
+    x = rows(60, 576, kind)
+    together = ours(x)
+    for first, last in ((0, 1), (7, 9), (3, 11), (0, 17), (20, 49), (11, 60)):
+        assert torch.equal(ours(x[first:last]), together[first:last])
+
+
+@torch.inference_mode()
+def test_int8_in_a_model_of_bfloat16() -> None:
+    slow = Int8Linear.of(nn.Linear(32, 20, dtype=torch.bfloat16))
+    x = rows(5, 32, "bfloat16")
+    assert torch.equal(fast(slow, tiles=False)(x), slow(x))
+
+
+@torch.inference_mode()
+def test_what_is_no_number_stays_none() -> None:
+    x = torch.ones(2, 32, dtype=torch.bfloat16)
+    x[0, 3] = torch.nan
+    out = fast(linear(20, 32, "bfloat16"), tiles=False)(x)
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@torch.inference_mode()
+def test_joined_linears_are_those_linears_side_by_side(kind: str) -> None:
+    parts = [linear(size, 48, kind, bias) for size, bias in ((40, True), (8, False), (16, True))]
+    joined = fast_linear(parts)
+    assert joined is not None
+    x = rows(3, 48, kind)
+    expected = torch.cat([part(x) for part in parts], -1)
+    torch.testing.assert_close(
+        joined(x), expected, rtol=0 if kind == "int8" else None, atol=0 if kind == "int8" else None
+    )
+
+
+def test_what_cannot_be_laid_out_is_left() -> None:
+    half = nn.Linear(8, 8, dtype=torch.float16)
+    assert fast_linear([half]) is None
+    assert fast_linear([linear(8, 8, "float32"), linear(8, 8, "bfloat16")]) is None
+    assert fast_linear([linear(8, 8, "float32"), linear(8, 8, "int8")]) is None
+    assert fast_linear([nn.Identity()]) is None
+
+
+# heads, heads of keys, size, rows, slots: shared keys and not, sizes that fill no vector, few slots and many.
+SHAPES = [(9, 3, 64, 25, 330), (9, 3, 64, 1, 7), (4, 4, 80, 5, 100), (4, 2, 8, 9, 50), (2, 1, 20, 128, 300)]
+
+
+def attention_of(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    heads, kv, size, num_rows, slots = shape
+    torch.manual_seed(1)
+    query_BHTD = torch.randn(1, num_rows, heads, size, dtype=dtype).transpose(1, 2)
+    keys, values = torch.randn(2, 1, kv, slots + 37, size, dtype=dtype)[:, :, :, :slots]
+    visible = torch.rand(1, 1, num_rows, slots) > 0.4
+    visible[..., 0] = True
+    return query_BHTD, keys, values, visible, size**-0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    query, keys, values, visible, scale = attention_of(shape, dtype)
+    ours = torch.ops.orthrus.few_rows_attention(query, keys, values, visible, scale)
+    assert ours.dtype == dtype
+    expected = scaled_dot_product_attention(
+        query.double(), keys.double(), values.double(), visible, scale=scale, enable_gqa=True
+    )
+    tolerance = 2e-6 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(ours.double(), expected.transpose(1, 2), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_is_alike_wherever_it_and_its_past_lie(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    query, keys, values, visible, scale = attention_of(shape, dtype)
+    attend = torch.ops.orthrus.few_rows_attention
+    together, num_rows, slots = attend(query, keys, values, visible, scale), shape[3], shape[4]
+    for first, last in ((0, 1), (num_rows // 2, num_rows), (num_rows - 1, num_rows)):
+        alone = attend(query[:, :, first:last], keys, values, visible[:, :, first:last].contiguous(), scale)
+        assert torch.equal(alone, together[:, first:last])
+    # The same slots in the same order, with others between them that nobody sees.
+    apart_S = torch.arange(slots) + torch.arange(slots) // 10
+    moved = []
+    for tensor in (keys, values):
+        wide = torch.randn(1, shape[1], int(apart_S[-1]) + 1, shape[2], dtype=dtype)
+        wide[:, :, apart_S] = tensor
+        moved.append(wide)
+    seen = torch.zeros(1, 1, num_rows, int(apart_S[-1]) + 1, dtype=torch.bool)
+    seen[..., apart_S] = visible
+    assert torch.equal(attend(query, *moved, seen, scale), together)
+
+
+def test_sources_that_do_not_compile_leave_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("no such code")
+    monkeypatch.setattr(build, "SOURCES", [broken])
+    monkeypatch.setenv("ORTHRUS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(Exception, match="compile"):
+        load_kernels.__wrapped__()
+    assert list((tmp_path / "cache" / "compiled").iterdir()) == []
