@@ -72,7 +72,7 @@ def random_passes(seed: int, num: int) -> Iterator[tuple[Tensor, Pass]]:
 @torch.inference_mode()
 def states(dual: DualView, history_1T: Tensor, p: Pass) -> list[Tensor]:
     """What a pass computes: hidden states, logits, and the cache it leaves."""
-    cache = dual.new_cache(128)
+    cache = dual.new_cache(256)
     dual.run(prefill(history_1T, [0]), cache)
     cache.commit(history_1T.shape[1])
     hidden_BTC = dual.hidden(p, cache)
@@ -194,6 +194,16 @@ def test_compiled_rows_are_alike_to_the_last_bit(kind: str, name: str) -> None:
                 assert torch.equal(alone[0, 0], together[0, row])
                 num_compared += 1
     assert num_compared > 30
+
+
+def test_wide_passes_are_compiled_too() -> None:
+    """A tree of more rows than a prompt's chunk may have is no prompt."""
+    dual = compiled(tiny_dual("llama", disturb=0.3).to(torch.bfloat16))
+    history_1T, ids_1T = torch.randint(3, MASK, (1, 9)), torch.randint(3, MASK, (1, 140))
+    together = states(dual, history_1T, verify_tree(ids_1T, [0] * 139, [9]))[1]
+    for row in (1, 70, 139):
+        two_1T = ids_1T[:, [0, row]]
+        assert torch.equal(states(dual, history_1T, verify_tree(two_1T, [0], [9]))[1][0, 1], together[0, row])
 
 
 def test_other_batches_run_through_the_stock_layers() -> None:

@@ -1,5 +1,8 @@
 """Our kernels against PyTorch's linears and attention, and rows that know no other rows."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,13 +90,56 @@ def test_int8_in_a_model_of_bfloat16() -> None:
     assert torch.equal(fast(slow, tiles=False)(x), slow(x))
 
 
+@LAYOUTS
 @torch.inference_mode()
-def test_what_is_no_number_stays_none() -> None:
-    x = torch.ones(2, 32, dtype=torch.bfloat16)
-    x[0, 3] = torch.nan
-    out = fast(linear(20, 32, "bfloat16"), tiles=False)(x)
-    assert out[0].isnan().all()
-    assert out[1].isfinite().all()
+def test_what_is_no_number_stays_none(kind: str, tiles: bool) -> None:
+    x = rows(2, 33, kind)
+    for place in (3, 32):
+        x[0, place] = torch.nan
+        out = fast(linear(20, 33, kind), tiles=tiles)(x)
+        assert out[0].isnan().all()
+        assert out[1].isfinite().all()
+        x[0, place] = 1.0
+
+
+def test_attention_to_what_is_no_number_is_none() -> None:
+    query, keys, values, visible, scale = attention_of(SHAPES[0], torch.float32)
+    query[0, 2, 4, 7] = torch.nan
+    out = torch.ops.orthrus.few_rows_attention(query, keys, values, visible, scale)
+    assert out[0, 4, 2].isnan().all()
+    assert out[0, 4, 1].isfinite().all()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    ours = fast(linear(20, 32, "int8"), tiles=False)
+    with pytest.raises(RuntimeError, match="inputs that do not fit"):
+        ours(torch.ones(2, 40))
+    query, keys, values, visible, scale = attention_of(SHAPES[0], torch.float32)
+    with pytest.raises(RuntimeError, match="a mask that does not fit"):
+        torch.ops.orthrus.few_rows_attention(query, keys, values, visible[:, :, :3], scale)
+
+
+def test_damaged_kernels_are_made_anew(tmp_path: Path) -> None:
+    """And on shorter vectors, as other processors have them, all of the above holds."""
+    program = f"""
+import sys, pytest, torch._inductor.config
+from orthrus.engine.kernels import build
+torch._inductor.config.cpp.simdlen = 256
+build.FLAGS += ["-mno-avx512f"] * torch.cpu._is_avx512_supported()
+made = build._build
+def made_damaged(folder):
+    build._build = made
+    (folder / "damaged.so").write_bytes(b"damaged")
+    return str(folder / "damaged.so")
+build._build = made_damaged
+build.load_kernels()
+others = "not made_anew and not nothing_behind"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {__file__!r}, "-k", others]))
+"""
+    environment = {**os.environ, "ORTHRUS_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
 
 
 @pytest.mark.parametrize("kind", DTYPES)

@@ -64,6 +64,17 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def processor() -> tuple[Any, ...]:
+    """System, name and instructions: what code that is made for this processor depends on."""
+    import torch
+
+    # Not there in older releases of PyTorch.
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    instructions = {} if ask is None else ask()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return sys.platform, platform.machine(), cpu_model(), capability, sorted(instructions.items())
+
+
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(

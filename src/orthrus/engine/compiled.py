@@ -22,10 +22,13 @@ from orthrus.engine.fast_layers import fast_layer
 from orthrus.engine.kernels.build import load_kernels
 from orthrus.engine.kernels.linear import fast_linear
 from orthrus.engine.layer_code import Arguments, LayerCode, flatten, kind, layer_code, named_tensors
-from orthrus.model.attention import MOST_FOLDED_ROWS, folded_heads
+from orthrus.model.attention import folded_heads
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass, fused, verify_chain
 from orthrus.model.slot_cache import SlotCache
+
+MOST_PROMPT_ROWS = 128
+"""Longer chunks of a prompt run through the stock layers, which are made for many rows."""
 
 
 def compile_passes(dual: DualView, on_progress: Progress | None = None) -> None:
@@ -69,8 +72,8 @@ def _say(on_progress: Progress | None, done: int) -> None:
 class CompiledRunner:
     """Stands in for the decoder layers of a model during a pass; see `DualView.accelerate`.
 
-    Passes of one sequence only, and no chunks of a prompt: others run through the stock layers. The weights
-    are packed when it is made; what changes them later is not seen.
+    Passes of one sequence only, and no long chunks of a prompt: others run through the stock layers. The
+    weights are packed when it is made; what changes them later is not seen.
     """
 
     def __init__(self, dual: DualView) -> None:
@@ -94,8 +97,9 @@ class CompiledRunner:
     @contextmanager
     def __call__(self, p: Pass, cache: SlotCache) -> Iterator[dict[str, Any]]:
         """Answer the calls of the decoder layers for this pass."""
+        long_prompt = p.is_prompt and p.num_rows > MOST_PROMPT_ROWS
         # Compiled sizes are at least two, but for the number of rows.
-        if p.token_ids_BT.shape[0] != 1 or p.num_slots < 2 or p.num_rows > MOST_FOLDED_ROWS:
+        if p.token_ids_BT.shape[0] != 1 or p.num_slots < 2 or long_prompt:
             with folded_heads(self._dual.base.config, self._dual.device) as more:
                 yield more
             return

@@ -31,8 +31,9 @@ from orthrus.model.passes import fused, verify_chain
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 BLOCKS, BESIDE = (1, 2, 3, 4), 8
 """Numbers of blocks that are timed, beside that many AR rows."""
-HISTORY = 128
-TABLE_VERSION = 3
+HISTORY = 256
+"""Committed tokens that timed passes read: about as many as in the middle of an answer."""
+TABLE_VERSION = 4
 """Of what a stored table means: raised when passes come to do more, or less, beside their layers."""
 REPEATS, MORE_REPEATS, ENOUGH = 5, 2, 15
 """Rounds of the first measurement, of each later one, and in all: a machine that was busy when it was timed
@@ -75,7 +76,7 @@ def pass_costs(dual: DualView, on_measure: OnMeasure | None = None, *, greedy: b
 def measure_costs(
     dual: DualView, on_measure: OnMeasure | None = None, *, greedy: bool = True, repeats: int = REPEATS
 ) -> CostTable:
-    """Time passes of several numbers of rows after 128 tokens of history; the least of several rounds.
+    """Time passes of several numbers of rows after `HISTORY` tokens; the least of several rounds.
 
     Block rows are timed as what they add to a pass of a few AR rows. Sampled means temperature 1 without
     filters.

@@ -3,8 +3,6 @@
 import copy
 import hashlib
 import os
-import platform
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 from torch.export import Dim
 
-from orthrus.base.provenance import cpu_model
+from orthrus.base.provenance import processor
 from orthrus.engine import fast_layers, layer_attention
 from orthrus.engine.kernels import build, linear
 from orthrus.model import int8_linear, twin
@@ -100,7 +98,7 @@ def _loaded(path: Path) -> LayerCode:
 def sources_digest() -> str:
     """Of the code that decides what compiled layers compute, and so what they cost."""
     modules = (fast_layers, linear, layer_attention, int8_linear, twin)
-    paths = [Path(__file__), *build.SOURCES, *(Path(module.__file__ or "") for module in modules)]
+    paths = [Path(__file__), *build.SOURCES, *(Path(module.__file__ or "") for module in (build, *modules))]
     return hashlib.sha256(b"".join([path.read_bytes() for path in paths])).hexdigest()
 
 
@@ -137,7 +135,7 @@ def _digest(layer: nn.Module, example: Arguments, config: Any) -> str:
     settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_name")}
     parts = (
         (torch.__version__, transformers.__version__, sources_digest()),
-        (sys.platform, platform.machine(), cpu_model(), sorted(_instructions().items())),
+        processor(),
         sorted(settings.items(), key=str),
         config._attn_implementation,
         kind(layer),
@@ -149,13 +147,6 @@ def _digest(layer: nn.Module, example: Arguments, config: Any) -> str:
         example.marker is None,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def _instructions() -> dict[str, Any]:
-    """What this processor has: code is made for all of it."""
-    # Not there in older releases of PyTorch.
-    ask = getattr(torch.cpu, "get_capabilities", None)
-    return {"capability": torch.backends.cpu.get_cpu_capability()} if ask is None else ask()
 
 
 def _exported(layer: nn.Module, example: Arguments) -> torch.export.ExportedProgram:

@@ -76,11 +76,7 @@ def attend_folded(
 
 
 def folded_rows(query_BHTD: Tensor, num_kv: int) -> Tensor:
-    """(B, H_kv, T * H / H_kv, D): the heads of a group that shares keys as rows of one head, row by row.
-
-    Not head by head: the group's size is known to compiled code, the number of rows is not, and dividing by
-    it, number by number, would cost more than the sums.
-    """
+    """(B, H_kv, T * H / H_kv, D): the heads of a group that shares keys as rows of one head, row by row."""
     grouped: Tensor = query_BHTD.unflatten(1, (num_kv, -1))
     return grouped.transpose(2, 3).flatten(2, 3)
 

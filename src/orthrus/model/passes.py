@@ -21,6 +21,7 @@ class Pass:
 
     `logit_rows_R` (int64) names the rows that are projected to the vocabulary together.
     The diffusion rows are blocks of `block_size` rows each, one after the other (0 where there are none).
+    is_prompt: a chunk of the prompt, which goes in alike under every strategy.
     """
 
     token_ids_BT: Tensor
@@ -30,6 +31,7 @@ class Pass:
     num_ar_rows: int
     logit_rows_R: Tensor
     block_size: int = 0
+    is_prompt: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -80,20 +82,22 @@ class Pass:
         )
 
 
-def _causal(token_ids_BT: Tensor, lengths: list[int], first_logit_row: int = 0) -> Pass:
+def _causal(
+    token_ids_BT: Tensor, lengths: list[int], first_logit_row: int = 0, *, is_prompt: bool = False
+) -> Pass:
     """AR rows that continue each history; slot = position."""
     num_rows, device = token_ids_BT.shape[1], token_ids_BT.device
     starts_B1 = torch.tensor(lengths, device=device)[:, None]
     slots_BT = starts_B1 + torch.arange(num_rows, device=device)
     visible_BTS = torch.arange(max(lengths) + num_rows, device=device) <= slots_BT[..., None]
     logit_rows_R = torch.arange(first_logit_row, num_rows, device=device)
-    return Pass(token_ids_BT, slots_BT, slots_BT, visible_BTS, num_rows, logit_rows_R)
+    return Pass(token_ids_BT, slots_BT, slots_BT, visible_BTS, num_rows, logit_rows_R, is_prompt=is_prompt)
 
 
 def prefill(token_ids_BT: Tensor, lengths: list[int], *, last: bool = True) -> Pass:
     """A chunk of the prompt; only the `last` chunk projects, and only its last row."""
     num_rows = token_ids_BT.shape[1]
-    return _causal(token_ids_BT, lengths, num_rows - int(last))
+    return _causal(token_ids_BT, lengths, num_rows - int(last), is_prompt=True)
 
 
 def ar_step(token_ids_B1: Tensor, lengths: list[int]) -> Pass:

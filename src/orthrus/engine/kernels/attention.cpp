@@ -1,18 +1,18 @@
 // Attention of the few rows of a decoding pass to the slots that each of them sees, in float32 or bfloat16.
 //
-// All sums are in float32 and in the order of the slots, and slots that a row does not see count zero. So a row
-// comes out alike to the last bit in whatever pass it stands and wherever its past lies in the cache, as long as
-// later tokens lie behind earlier ones: a drafted token's row as a tree's node or alone.
+// All sums are in float32 and in the order of the slots, and slots that a row does not see count zero, as long as
+// they hold numbers. So a row comes out alike to the last bit in whatever pass it stands and wherever its past lies
+// in the cache, if later tokens lie behind earlier ones: a drafted token's row as a tree's node or alone.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "vectors.h"
@@ -113,14 +113,21 @@ float exponentials(float* scores, int64_t padded, Floats most) {
   using Vec = at::vec::Vectorized<float>;
   using Longs = VectorOf<int64_t>::type;
   constexpr float kOne = 1 << 30;
+  // Below it weights are zero; and within it a number's exponential hangs on no other one's, on any processor.
+  constexpr float kLeast = -87.0f;
   float largest = most[0];
   for (int i = 1; i < kLanes; ++i) largest = std::max(largest, static_cast<float>(most[i]));
-  const Vec top(largest);
   Longs sums = {};
   for (int64_t s = 0; s < padded; s += kLanes) {
+    const Floats below = floats(scores + s) - largest;
+    store(below < kLeast ? all(kLeast) : below, scores + s);
     for (int64_t part = s; part < s + kLanes; part += Vec::size())
-      (Vec::loadu(scores + part) - top).exp_u20().store(scores + part);
-    sums += __builtin_convertvector(__builtin_convertvector(floats(scores + s) * kOne, Ints), Longs);
+      Vec::loadu(scores + part).exp_u20().store(scores + part);
+    Floats weight = below < kLeast ? Floats{} : floats(scores + s);
+    // What is no number stays none.
+    weight = below == below ? weight : below;
+    store(weight, scores + s);
+    sums += __builtin_convertvector(__builtin_convertvector(weight * kOne + 0.5f, Ints), Longs);
   }
   int64_t sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += sums[i];
@@ -153,18 +160,18 @@ template <typename T>
 void attend(
     const Head<T>& head, const float* queries, const int64_t* rows, int64_t num, float* sums, float* totals) {
   const int64_t padded = whole(head.slots, kSlots), width = whole(head.value_size, kLanes);
-  std::vector<float> scores(num * padded);
+  const auto scores = std::make_unique_for_overwrite<float[]>(num * padded);
   std::vector<Floats> most(num);
-  score(head, queries, rows, num, scores.data(), padded, most.data());
-  for (int64_t q = 0; q < num; ++q) totals[q] = exponentials(scores.data() + q * padded, padded, most[q]);
+  score(head, queries, rows, num, scores.get(), padded, most.data());
+  for (int64_t q = 0; q < num; ++q) totals[q] = exponentials(scores.get() + q * padded, padded, most[q]);
   const bool in_place = std::is_same_v<T, float> || num <= kValueRows;
   if (in_place && width == head.value_size) {
-    weigh(num, scores.data(), padded, head.values, head.value_step, head.slots, width, sums);
+    weigh(num, scores.get(), padded, head.values, head.value_step, head.slots, width, sums);
     return;
   }
   std::vector<float> values(head.slots * width);
   widen(head.values, head.value_step, head.slots, head.value_size, values.data(), width);
-  weigh(num, scores.data(), padded, values.data(), width, head.slots, width, sums);
+  weigh(num, scores.get(), padded, values.data(), width, head.slots, width, sums);
 }
 
 template <typename T>
@@ -216,8 +223,15 @@ void attend_heads(
 at::Tensor attention(
     const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& visible,
     double scale) {
-  TORCH_CHECK(query.size(0) == 1 && query.stride(3) == 1 && keys.stride(3) == 1 && values.stride(3) == 1);
-  TORCH_CHECK(visible.stride(-1) == 1 && visible.size(-1) <= keys.size(2) && visible.size(-2) == query.size(2));
+  TORCH_CHECK(query.size(0) == 1 && keys.size(0) == 1 && values.size(0) == 1, "attention: one sequence only");
+  TORCH_CHECK(query.stride(3) == 1 && keys.stride(3) == 1 && values.stride(3) == 1, "attention: strided numbers");
+  TORCH_CHECK(
+      query.size(3) == keys.size(3) && query.size(1) % keys.size(1) == 0 && values.size(1) == keys.size(1),
+      "attention: heads that do not fit");
+  TORCH_CHECK(
+      visible.stride(-1) == 1 && visible.size(-2) == query.size(2) &&
+          visible.size(-1) <= std::min(keys.size(2), values.size(2)),
+      "attention: a mask that does not fit");
   at::Tensor out = at::empty({1, query.size(2), query.size(1), values.size(3)}, query.options());
   if (query.scalar_type() == at::kFloat)
     attend_heads<float>(query, keys, values, visible, static_cast<float>(scale), out);

@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import tempfile
 from functools import cache
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthrus.base.provenance import cpu_model
+from orthrus.base.provenance import processor
 from orthrus.base.storage import cache_dir
 
 SOURCES = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".cpp", ".h"))
+FLAGS = ["-Wno-psabi", "-fno-unsafe-math-optimizations"]
 
 
 @cache
@@ -26,16 +26,23 @@ def load_kernels() -> None:
     Raises what goes wrong: no compiler, or one that refuses.
     """
     folder = cache_dir() / "compiled"
-    sources = [path.read_bytes() for path in SOURCES]
-    parts = (sources, torch.__version__, platform.machine(), cpu_model())
+    sources = [path.read_bytes() for path in (Path(__file__), *SOURCES)]
+    parts = (sources, FLAGS, torch.__version__, processor(), os.environ.get("CXX"))
     path = folder / f"kernels-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            os.replace(_build(Path(scratch)), path)
-    # Compiled layers find the functions by their names.
-    ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    torch.ops.load_library(path)
+    for last in (False, True):
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                os.replace(_build(Path(scratch)), path)
+        try:
+            # Compiled layers find the functions by their names; loading registers the operators too.
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+            break
+        except OSError:
+            # Damaged: it is made anew, once.
+            if last:
+                raise
+            path.unlink(missing_ok=True)
     torch.library.register_fake("orthrus::few_rows_linear", _shape_of_linear)
     torch.library.register_fake("orthrus::few_rows_attention", _shape_of_attention)
 
@@ -46,9 +53,7 @@ def _build(folder: Path) -> str:
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     copies = [str(shutil.copy(source, folder)) for source in SOURCES]
-    # A product and its sum in one step: half the time, and one rounding less.
-    flags = ["-ffp-contract=fast", "-Wno-psabi"]
-    options = CppTorchOptions(pick_vec_isa(), include_pytorch=True, extra_flags=flags)
+    options = CppTorchOptions(pick_vec_isa(), include_pytorch=True, extra_flags=FLAGS)
     sources = [copy for copy in copies if copy.endswith(".cpp")]
     builder = CppBuilder("kernels", sources, options, output_dir=str(folder))
     builder.build()

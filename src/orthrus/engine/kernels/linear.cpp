@@ -15,7 +15,6 @@
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <vector>
 
 #include "vectors.h"
@@ -98,17 +97,19 @@ void tiles(
 // A row rounded to int8 by a scale of its own, as `Int8Linear` does; `to` has room for `filled` numbers.
 template <typename To>
 float round_row(const float* x, int64_t inputs, To* to, int64_t filled) {
-  Ints most = {};
+  // Magnitudes order as the whole numbers that their bits are, and what is no number is the largest.
+  constexpr int32_t kMagnitude = 0x7fffffff;
+  Ints most_each = {};
   int64_t k = 0;
-  // Magnitudes order as the whole numbers that their bits are.
   for (; k + kLanes <= inputs; k += kLanes) {
-    const Ints magnitude = read<Ints>(x + k) & 0x7fffffff;
-    most = most > magnitude ? most : magnitude;
+    const Ints magnitude = read<Ints>(x + k) & kMagnitude;
+    most_each = most_each > magnitude ? most_each : magnitude;
   }
-  float largest = 0;
-  for (int i = 0; i < kLanes; ++i) largest = std::max(largest, bits<float>(static_cast<int32_t>(most[i])));
-  for (int64_t i = k; i < inputs; ++i) largest = std::max(largest, std::fabs(x[i]));
-  const float scale = std::max(largest / kLargestInt8, kLeastScale);
+  int32_t most = 0;
+  for (int i = 0; i < kLanes; ++i) most = std::max<int32_t>(most, most_each[i]);
+  for (int64_t i = k; i < inputs; ++i) most = std::max(most, bits<int32_t>(x[i]) & kMagnitude);
+  const float largest = bits<float>(most) / kLargestInt8;
+  const float scale = largest < kLeastScale ? kLeastScale : largest;
   // Adding it leaves no room for a fraction: the sum is rounded, ties to even.
   constexpr float kWhole = 12582912.0f;
   for (k = 0; k + kLanes <= inputs; k += kLanes) {
@@ -170,24 +171,30 @@ void bfloat16_rows(
 at::Tensor linear(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scales,
     const std::optional<at::Tensor>& bias, int64_t columns) {
-  const auto x_2d = x.contiguous();
-  const int64_t inputs = x.size(-1), rows = inputs ? x.numel() / inputs : 0;
+  const auto whole = x.contiguous();
+  const int64_t inputs = x.size(-1), blocks = weight.size(0), width = weight.size(2);
+  const int64_t packed = weight.dim() == 4 ? weight.size(1) * weight.size(3) : weight.size(1);
+  TORCH_CHECK(inputs > 0 && packed >= inputs && packed - inputs < 4, "linear: inputs that do not fit the weight");
+  TORCH_CHECK(columns <= blocks * width, "linear: outputs that do not fit the weight");
+  for (const auto& each : {scales, bias})
+    TORCH_CHECK(!each || each->numel() >= blocks * width, "linear: scales and bias must be filled up to blocks");
+  const int64_t rows = x.numel() / inputs;
   auto sizes = x.sizes().vec();
   sizes.back() = columns;
   at::Tensor out = at::empty(sizes, x.options());
-  TORCH_CHECK(weight.dim() == 4 || weight.size(2) == kPlainWidth, "a weight packed for another processor");
-  TORCH_CHECK(weight.dim() == 3 || weight.size(2) <= kMostWidth, "tiles too wide");
+  TORCH_CHECK(weight.dim() == 4 || width == kPlainWidth, "linear: a weight packed for another processor");
+  TORCH_CHECK(width <= kMostWidth && width % kLanes == 0, "linear: blocks of a wrong width");
   const Finish f{
       scales ? scales->const_data_ptr<float>() : nullptr, nullptr, bias ? bias->const_data_ptr<float>() : nullptr};
   for (int64_t first = 0; first < rows; first += kMostRows) {
     const int64_t num = std::min(rows - first, kMostRows);
     if (weight.scalar_type() == at::kBFloat16) {
       bfloat16_rows(
-          x_2d.const_data_ptr<at::BFloat16>() + first * inputs, weight,
+          whole.const_data_ptr<at::BFloat16>() + first * inputs, weight,
           out.mutable_data_ptr<at::BFloat16>() + first * columns, num, inputs, columns, f);
       continue;
     }
-    const float* here = x_2d.const_data_ptr<float>() + first * inputs;
+    const float* here = whole.const_data_ptr<float>() + first * inputs;
     float* there = out.mutable_data_ptr<float>() + first * columns;
     if (weight.scalar_type() == at::kChar)
       int8_rows(here, weight, there, num, inputs, columns, f);
@@ -197,7 +204,7 @@ at::Tensor linear(
   return out;
 }
 
-std::optional<at::Tensor> optional(const AtenTensorHandle* handle) {
+std::optional<at::Tensor> tensor_or_none(const AtenTensorHandle* handle) {
   if (handle == nullptr) return std::nullopt;
   return *torch::aot_inductor::tensor_handle_to_tensor_pointer(*handle);
 }
@@ -220,6 +227,6 @@ extern "C" AOTITorchError aoti_torch_cpu_few_rows_linear(
       return *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle);
     };
     *out = torch::aot_inductor::new_tensor_handle(
-        linear(tensor(x), tensor(weight), optional(scales), optional(bias), columns));
+        linear(tensor(x), tensor(weight), tensor_or_none(scales), tensor_or_none(bias), columns));
   });
 }

@@ -10,33 +10,36 @@ from torch.nn.functional import pad
 from orthrus.model.int8_linear import Int8Linear
 
 TILE_WIDTH = 32
-"""Outputs that the kernel for AMX takes at once."""
+"""Outputs that oneDNN's kernel takes at once."""
 _TILE_DEPTH = {torch.bfloat16: 2, torch.int8: 4}
-"""Inputs that AMX adds up in one step."""
+"""Inputs that lie side by side for it."""
 
 
 @cache
 def has_tiles(dtype: torch.dtype) -> bool:
-    """Whether AMX multiplies numbers of this dtype here, and rightly."""
+    """Whether oneDNN's kernels multiply numbers of this dtype here, and rightly: with AMX, mostly."""
     if dtype not in _TILE_DEPTH or not torch.backends.mkldnn.is_available():
         return False
-    weight_NC = (torch.arange(TILE_WIDTH * 64).view(TILE_WIDTH, 64) % 11 - 5).to(dtype)
-    # Whole numbers, of which the largest is 127: int8 rounds nothing.
-    x = (torch.arange(3 * 64).view(3, 64) % 7 * 1.0).index_fill(1, torch.tensor([0]), 127.0)
+    # Whole numbers, of which the largest in a row is 127: int8 rounds nothing.
+    weight_NC = (torch.arange(TILE_WIDTH * 70).view(TILE_WIDTH, 70) % 11 - 5.0).to(dtype)
+    x = (torch.arange(17 * 70).view(17, 70) % 13 - 6.0).index_fill(1, torch.tensor([0]), 127.0)
     scales = torch.ones(TILE_WIDTH) if dtype == torch.int8 else None
     given = x.to(dtype) if dtype.is_floating_point else x
+    packed = _tiles(weight_NC)
     try:
-        out = torch.ops.orthrus.few_rows_linear(given, _tiles(weight_NC), scales, None, TILE_WIDTH)
+        for rows, expected in ((given, x), (given[:1], x[:1])):
+            out = torch.ops.orthrus.few_rows_linear(rows, packed, scales, None, TILE_WIDTH)
+            if not torch.equal(out, (expected @ weight_NC.float().T).to(given.dtype)):
+                return False
     except RuntimeError:
         return False
-    expected = x @ weight_NC.float().T
-    return torch.equal(out, expected.to(given.dtype))
+    return True
 
 
 def pack(weight_NC: Tensor, *, tiles: bool | None = None) -> Tensor:
-    """A weight of float32, bfloat16 or int8, laid out for the kernel; tiles: left out, where AMX has them."""
+    """A weight of float32, bfloat16 or int8, laid out for the kernel; tiles: left out, where they run."""
     if tiles is None:
-        # bfloat16 rows are taken as they come, and AMX takes two inputs at a time.
+        # bfloat16 rows are taken as they come, two inputs at a time.
         fits = weight_NC.dtype == torch.int8 or weight_NC.shape[1] % 2 == 0
         tiles = fits and has_tiles(weight_NC.dtype)
     if tiles:
@@ -55,7 +58,8 @@ def _tiles(weight_NC: Tensor) -> Tensor:
 
 def _filled(weight_NC: Tensor, width: int, depth: int = 1) -> Tensor:
     outputs, inputs = weight_NC.shape
-    return pad(weight_NC, (0, -inputs % depth, 0, -outputs % width))
+    missing = (0, -inputs % depth, 0, -outputs % width)
+    return pad(weight_NC, missing) if any(missing) else weight_NC
 
 
 class FewRowsLinear(nn.Module):
@@ -78,6 +82,7 @@ class FewRowsLinear(nn.Module):
         packed = pack(weight_NC, tiles=tiles)
         filled = packed.shape[0] * packed.shape[2] - self.out_features
         self.is_int8 = scales_N is not None
+        # The kernel adds the bias in float32; after int8 it is added as `Int8Linear` does.
         in_kernel = None if bias_N is None or self.is_int8 else pad(bias_N.float(), (0, filled))
         self.register_buffer("weight", packed, persistent=False)
         self.register_buffer(

@@ -1,11 +1,13 @@
 // Vectors of the compiler's own, as long as the processor's, and the product that all kernels are made of.
 #pragma once
 
+#include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <type_traits>
 
 namespace orthrus {
@@ -45,6 +47,17 @@ V read(const void* from) {
 
 inline Floats all(float value) { return value - Floats{}; }
 
+// A product and a sum, rounded once: written out, since a compiler may do it in one function and not in the next.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+  struct Parts {
+    at::vec::Vectorized<float> part[kLanes / at::vec::Vectorized<float>::size()];
+  };
+  const auto x = bits<Parts>(a), y = bits<Parts>(b), z = bits<Parts>(c);
+  Parts out;
+  for (size_t i = 0; i < std::size(out.part); ++i) out.part[i] = at::vec::fmadd(x.part[i], y.part[i], z.part[i]);
+  return bits<Floats>(out);
+}
+
 inline Floats floats(const float* from) { return read<Floats>(from); }
 inline Floats floats(const int8_t* from) { return __builtin_convertvector(read<Vector<int8_t>>(from), Floats); }
 inline Floats floats(const c10::BFloat16* from) {
@@ -62,7 +75,7 @@ inline void store(Floats value, c10::BFloat16* to) {
 }
 
 // Rows x (kM, inputs) times weight (inputs, kV vectors of numbers), each sum in the order of the inputs: it is
-// the same to the last bit whatever rows and columns are beside it, and an input of zero changes nothing.
+// the same to the last bit whatever rows and columns are beside it, and a zero in x changes nothing.
 // Rows of x, weight and sums lie `x_step`, `weight_step` and `sums_step` numbers apart. next:
 // what is wanted afterwards, `next_step` bytes an input. int8: sums are whole numbers, and stored as such.
 template <int kM, int kV, typename T>
@@ -82,7 +95,7 @@ void multiply(
 #pragma GCC unroll 8
       for (int m = 0; m < kM; ++m) {
         const Floats a = all(x[m * x_step + k]);
-        for (int v = 0; v < kV; ++v) acc[m][v] += a * w[v];
+        for (int v = 0; v < kV; ++v) acc[m][v] = multiply_add(a, w[v], acc[m][v]);
       }
     }
     for (int m = 0; m < kM; ++m)
