@@ -90,8 +90,13 @@ def layer_code(layer: nn.Module, example: Arguments, folder: Path, *, config: An
 
 @cache
 def _loaded(path: Path) -> LayerCode:
-    """Once a process: each loading unpacks a library of its own."""
-    return torch._inductor.aoti_load_package(str(path)).loader.run
+    """Once a process: each loading unpacks a library of its own.
+
+    `aoti_load_package` would first spend two seconds on finding out what this processor is; our names tell.
+    """
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    run: LayerCode = loader.run
+    return run
 
 
 @cache
