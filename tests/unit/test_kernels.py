@@ -132,6 +132,8 @@ def made_damaged(folder):
     (folder / "damaged.so").write_bytes(b"damaged")
     return str(folder / "damaged.so")
 build._build = made_damaged
+with pytest.raises(OSError):
+    build.load_kernels()
 build.load_kernels()
 others = "not made_anew and not nothing_behind"
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {__file__!r}, "-k", others]))

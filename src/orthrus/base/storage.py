@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from orthrus.base.outputs import disk_problem
 from orthrus.base.provenance import installed_version
@@ -20,6 +20,8 @@ from orthrus.errors import StorageError
 
 Progress = Callable[[str, int, int | None], None]
 """Called as `progress(stage, done, total)`; done and total count bytes, total None when unknown."""
+
+T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 _PACKAGES = ("orthrus", "torch", "transformers", "gguf", "safetensors")
@@ -32,6 +34,23 @@ def cache_dir() -> Path:
         return Path(own).expanduser().absolute()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared).expanduser() if shared else Path.home() / ".cache").absolute() / "orthrus"
+
+
+def kept_file(path: Path, make: Callable[[Path], str | Path], load: Callable[[Path], T]) -> T:
+    """What `load` makes of a file, which `make` writes somewhere into a folder that it is given.
+
+    It is made where it is missing, and anew where it does not load: damaged, or made for another system.
+    Raises what making, or loading what was just made, raises.
+    """
+    if path.exists():
+        try:
+            return load(path)
+        except Exception:
+            path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        os.replace(make(Path(scratch)), path)
+    return load(path)
 
 
 def sha256_file(path: Path, progress: Progress | None = None, stage: str = "checking") -> str:

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from orthrus.base.provenance import processor
+from orthrus.base.storage import kept_file
 from orthrus.engine import fast_layers, layer_attention
 from orthrus.engine.kernels import build, linear
 from orthrus.model import int8_linear, twin
@@ -71,21 +71,17 @@ def layer_code(layer: nn.Module, example: Arguments, folder: Path, *, config: An
     anew. config: the model's, part of the name that the code is kept under.
     """
     path = folder / f"{_digest(layer, example, config)}.pt2"
-    if path.exists():
-        try:
-            return _loaded(path)
-        except Exception:
-            # Damaged, or made for another system: it is made anew.
-            path.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    options = {**_OPTIONS, "aot_inductor.custom_ops_to_c_shims": build.c_functions()}
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, _compiling_in(Path(scratch)):
-        made = Path(scratch) / path.name
-        torch._inductor.aoti_compile_and_package(
-            _exported(layer, example), package_path=str(made), inductor_configs=options
-        )
-        os.replace(made, path)
-    return _loaded(path)
+
+    def make(scratch: Path) -> Path:
+        made = scratch / path.name
+        options = {**_OPTIONS, "aot_inductor.custom_ops_to_c_shims": build.c_functions()}
+        with _compiling_in(scratch):
+            torch._inductor.aoti_compile_and_package(
+                _exported(layer, example), package_path=str(made), inductor_configs=options
+            )
+        return made
+
+    return kept_file(path, make, _loaded)
 
 
 @cache

@@ -4,7 +4,6 @@ import ctypes
 import hashlib
 import os
 import shutil
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from orthrus.base.provenance import processor
-from orthrus.base.storage import cache_dir
+from orthrus.base.storage import cache_dir, kept_file
 
 SOURCES = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".cpp", ".h"))
 FLAGS = ["-Wno-psabi", "-fno-unsafe-math-optimizations"]
@@ -29,22 +28,14 @@ def load_kernels() -> None:
     sources = [path.read_bytes() for path in (Path(__file__), *SOURCES)]
     parts = (sources, FLAGS, torch.__version__, processor(), os.environ.get("CXX"))
     path = folder / f"kernels-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
-    for last in (False, True):
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                os.replace(_build(Path(scratch)), path)
-        try:
-            # Compiled layers find the functions by their names; loading registers the operators too.
-            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-            break
-        except OSError:
-            # Damaged: it is made anew, once.
-            if last:
-                raise
-            path.unlink(missing_ok=True)
+    kept_file(path, _build, _load)
     torch.library.register_fake("orthrus::few_rows_linear", _shape_of_linear)
     torch.library.register_fake("orthrus::few_rows_attention", _shape_of_attention)
+
+
+def _load(path: Path) -> None:
+    # Compiled layers find the functions by their names; loading registers the operators too.
+    ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 def _build(folder: Path) -> str:
