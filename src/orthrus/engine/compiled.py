@@ -74,6 +74,9 @@ class CompiledRunner:
 
     Passes of one sequence only, and no long chunks of a prompt: others run through the stock layers. The
     weights are packed when it is made; what changes them later is not seen.
+
+    Where the stock forward hands each layer just what the one before it returned, as the first pass shows,
+    layers only take note of their call, and the last one runs them all without a way back to Python between.
     """
 
     def __init__(self, dual: DualView) -> None:
@@ -81,7 +84,7 @@ class CompiledRunner:
         self._layers = list(decoder_layers(dual.base))
         self._code: dict[tuple[int, bool], LayerCode] = {}
         fast = [fast_layer(layer) for layer in self._layers]
-        self._tensors = [list(named_tensors(layer).values()) for layer in fast]
+        self._compiled = torch.classes.orthrus.Layers([list(named_tensors(layer).values()) for layer in fast])
         kinds: dict[Any, int] = {}
         self._kinds = [kinds.setdefault(kind(layer), i) for i, layer in enumerate(fast)]
         self._examples = {first: fast[first] for first in kinds.values()}
@@ -89,10 +92,8 @@ class CompiledRunner:
         self.draft_head = None if dual.draft_head is None else fast_linear([dual.draft_head])
         # Built once, since setting up thirty closures a pass would show.
         self._forwards = [self._forward(i) for i in range(len(self._layers))]
-        self._pass: Pass | None = None
-        self._cache: SlotCache | None = None
-        self._marker: Tensor | None = None
-        self._flat: dict[tuple[int, ...], tuple[dict[str, Any], list[Tensor], Any]] = {}
+        self._chained: bool | None = None
+        self._now: _Running | None = None
 
     @contextmanager
     def __call__(self, p: Pass, cache: SlotCache) -> Iterator[dict[str, Any]]:
@@ -103,52 +104,77 @@ class CompiledRunner:
             with folded_heads(self._dual.base.config, self._dual.device) as more:
                 yield more
             return
-        mixed = p.num_ar_rows < p.num_rows
-        self._pass, self._cache = p, cache
-        self._marker = torch.empty(p.num_ar_rows + 1, 0) if mixed else None
+        # A finished request's cache is to be freed, so all that belongs to a pass ends with it.
+        self._now = _Running(p, cache)
         for layer, forward in zip(self._layers, self._forwards, strict=True):
             layer.__dict__["forward"] = forward
         try:
             yield {}
+            if self._chained is None:
+                self._chained = self._now.is_chain
         finally:
             for layer in self._layers:
                 del layer.__dict__["forward"]
-            # A finished request's cache is to be freed.
-            self._pass = self._cache = self._marker = None
-            self._flat = {}
+            self._now = None
 
     def _forward(self, index: int) -> Callable[..., Tensor]:
-        tensors, first = self._tensors[index], self._kinds[index]
+        first_alike, is_last = self._kinds[index], index == len(self._layers) - 1
 
         def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-            assert self._pass is not None and self._cache is not None
-            key = first, self._marker is not None
-            given, flat, _ = self._given(kwargs)
-            keys, values = self._cache.keys[index], self._cache.values[index]
-            arguments = Arguments(
-                hidden_states.contiguous(), given, self._pass.slots_BT[0], keys, values, self._marker
-            )
-            code = self._code.get(key) or self._make(key, arguments)
-            return code([*tensors, *arguments.flat(flat)])[0]
+            now = self._now
+            assert now is not None
+            now.is_chain &= index == 0 or hidden_states is now.hidden_1TC
+            arguments, flat = now.arguments(index, hidden_states, kwargs)
+            key = first_alike, now.marker is not None
+            if key not in self._code:
+                self._make(key, arguments)
+            now.codes.append(self._code[key])
+            now.flat.append(flat)
+            now.hidden_1TC = hidden_states
+            if self._chained and not is_last:
+                return hidden_states
+            assert now.is_chain or not self._chained, "the stock forward has changed its way between layers"
+            first = index + 1 - len(now.codes)
+            now.hidden_1TC = self._compiled.run(first, now.codes, hidden_states.contiguous(), now.flat)
+            now.codes, now.flat = [], []
+            return now.hidden_1TC
 
         return forward
 
-    def _make(self, key: tuple[int, bool], arguments: Arguments) -> LayerCode:
+    def _make(self, key: tuple[int, bool], arguments: Arguments) -> None:
         """The code of a kind of layers, when the first of them is called; `_prepare` sees to all."""
         folder, config = cache_dir() / "compiled", self._dual.base.config
         self._code[key] = layer_code(self._examples[key[0]], arguments, folder, config=config)
-        return self._code[key]
 
-    def _given(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor], Any]:
-        """Only what is computed with, and the same flattened: once a pass for layers that share it.
 
-        The arguments themselves are kept too, so that nothing else can take their ids.
-        """
+class _Running:
+    """One pass on its way through the layers: their codes and arguments as far as they have been called and
+    not run; hidden_1TC: what the last one was called with, or has returned; is_chain: whether each was called
+    with just what the one before it returned."""
+
+    def __init__(self, p: Pass, cache: SlotCache) -> None:
+        self._slots_T, self._cache = p.slots_BT[0], cache
+        mixed = p.num_ar_rows < p.num_rows
+        self.marker = torch.empty(p.num_ar_rows + 1, 0) if mixed else None
+        self.codes: list[LayerCode] = []
+        self.flat: list[list[Tensor]] = []
+        self.hidden_1TC: Tensor | None = None
+        self.is_chain = True
+        self._given: dict[tuple[int, ...], tuple[dict[str, Any], list[Tensor], Any]] = {}
+
+    def arguments(
+        self, index: int, hidden_1TC: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Arguments, list[Tensor]]:
+        """A layer's arguments, and all but the hidden states flattened."""
+        # Flattened once for layers that share them; kept themselves, so that nothing else can take their ids.
         key = tuple(map(id, kwargs.values()))
-        if key not in self._flat:
+        if key not in self._given:
             given: dict[str, Any] = {n: v for n, v in kwargs.items() if isinstance(v, Tensor | tuple)}
-            self._flat[key] = given, flatten(given), kwargs
-        return self._flat[key]
+            self._given[key] = given, flatten(given), kwargs
+        given, flat, _ = self._given[key]
+        keys, values = self._cache.keys[index], self._cache.values[index]
+        arguments = Arguments(hidden_1TC, given, self._slots_T, keys, values, self.marker)
+        return arguments, arguments.flat(flat)
 
 
 def compile_problem(dual: DualView) -> str | None:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -23,8 +23,9 @@ from orthrus.engine.kernels import build, linear
 from orthrus.model import int8_linear, twin
 from orthrus.model.twin import RowSplit, Twin
 
-LayerCode = Callable[[list[Tensor]], list[Tensor]]
-"""(a layer's tensors, then those of `Arguments.flat`) -> [hidden_1TC]."""
+LayerCode = Any
+"""Of a kind of layers, for `torch.classes.orthrus.Layers`: (a layer's tensors, hidden_1TC, those of
+`Arguments.flat`) -> hidden_1TC."""
 
 
 def named_tensors(layer: nn.Module) -> dict[str, Tensor]:
@@ -52,9 +53,9 @@ class Arguments(NamedTuple):
     marker: Tensor | None
 
     def flat(self, given: list[Tensor]) -> list[Tensor]:
-        """All tensors in a row; `given`, flattened, is handed in since most layers of a pass share it."""
+        """All tensors but the hidden states; `given`, flattened, is handed in: layers of a pass share it."""
         rest = [] if self.marker is None else [self.marker]
-        return [self.hidden_1TC, *given, self.slots_T, self.keys, self.values, *rest]
+        return [*given, self.slots_T, self.keys, self.values, *rest]
 
 
 def flatten(given: dict[str, Any]) -> list[Tensor]:
@@ -90,9 +91,7 @@ def _loaded(path: Path) -> LayerCode:
 
     `aoti_load_package` would first spend two seconds on finding out what this processor is; our names tell.
     """
-    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
-    run: LayerCode = loader.run
-    return run
+    return torch.classes.orthrus.LayerCode(str(path))
 
 
 @cache
@@ -182,7 +181,7 @@ def _exported(layer: nn.Module, example: Arguments) -> torch.export.ExportedProg
     tensors = list(named_tensors(layer).values())
     return torch.export.export(
         Layer(),
-        (*tensors, *example.flat(flatten(example.given))),
+        (*tensors, example.hidden_1TC, *example.flat(flatten(example.given))),
         dynamic_shapes={"flat": (*[None] * len(tensors), *_open_sizes(example))},
         prefer_deferred_runtime_asserts_over_guards=True,
     )
