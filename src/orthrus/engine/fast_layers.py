@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from orthrus.engine.kernels.linear import fast_linear
+from orthrus.engine.kernels.linear import fast_linear, fast_twin
 from orthrus.model.int8_linear import Int8Linear
 from orthrus.model.twin import Twin
 
@@ -57,6 +57,10 @@ def fast_layer(layer: nn.Module) -> nn.Module:
         for name, child in list(parent.named_children()):
             if type(child) in (nn.Linear, Int8Linear) and (packed := fast_linear([child])) is not None:
                 setattr(parent, name, packed)
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is Twin and (fast := fast_twin(child.ar, child.diffusion, child.split)) is not None:
+                setattr(parent, name, fast)
     return twin
 
 
@@ -65,10 +69,8 @@ def _joined_linear(members: list[Any]) -> _Joined | None:
     if all(type(member) is Twin and member.row_dim == -2 for member in members):
         ar = fast_linear([member.ar for member in members])
         diffusion = fast_linear([member.diffusion for member in members])
-        if ar is None or diffusion is None:
-            return None
-        sizes = [member.ar.out_features for member in members]
-        return _Joined(Twin(ar, diffusion, members[0].split), sizes)
+        twin = fast_twin(ar, diffusion, members[0].split)
+        return None if twin is None else _Joined(twin, [member.ar.out_features for member in members])
     if not all(isinstance(member, nn.Module) for member in members):
         return None
     linear = fast_linear(members)

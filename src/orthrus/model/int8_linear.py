@@ -42,7 +42,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows_RC = x.flatten(0, -2).float()
         scales_R1 = (rows_RC.abs().amax(-1, keepdim=True) / _LARGEST_INT8).clamp_min(_LEAST_SCALE)
-        int8_RC = (rows_RC / scales_R1).round().to(torch.int8)
+        int8_RC = (rows_RC * scales_R1.reciprocal()).round().to(torch.int8)
         out_RN = (self._products(int8_RC) * scales_R1).to(x.dtype)
         out = out_RN.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias  # type: ignore[operator]

@@ -30,6 +30,7 @@ def load_kernels() -> None:
     path = folder / f"kernels-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
     kept_file(path, _build, _load)
     torch.library.register_fake("orthrus::few_rows_linear", _shape_of_linear)
+    torch.library.register_fake("orthrus::few_rows_twin_linear", _shape_of_twin_linear)
     torch.library.register_fake("orthrus::few_rows_attention", _shape_of_attention)
 
 
@@ -57,6 +58,10 @@ def _shape_of_linear(
     return x.new_empty((*x.shape[:-1], columns))
 
 
+def _shape_of_twin_linear(x: Tensor, *weights_and_columns: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weights_and_columns[-1]))
+
+
 def _shape_of_attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
     return query.new_empty((1, query.shape[2], query.shape[1], values.shape[3]))
 
@@ -67,6 +72,11 @@ def c_functions() -> dict[Any, list[str]]:
         torch.ops.orthrus.few_rows_linear.default: [
             "AOTITorchError aoti_torch_cpu_few_rows_linear(AtenTensorHandle, AtenTensorHandle, "
             "AtenTensorHandle*, AtenTensorHandle*, int64_t, AtenTensorHandle*)"
+        ],
+        torch.ops.orthrus.few_rows_twin_linear.default: [
+            "AOTITorchError aoti_torch_cpu_few_rows_twin_linear(AtenTensorHandle, int64_t, AtenTensorHandle, "
+            "AtenTensorHandle*, AtenTensorHandle*, AtenTensorHandle, AtenTensorHandle*, AtenTensorHandle*, "
+            "int64_t, AtenTensorHandle*)"
         ],
         torch.ops.orthrus.few_rows_attention.default: [
             "AOTITorchError aoti_torch_cpu_few_rows_attention(AtenTensorHandle, AtenTensorHandle, "

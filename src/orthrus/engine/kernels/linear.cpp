@@ -1,97 +1,124 @@
 // Linears for the few rows of a decoding pass: x (rows, in) times a packed weight, in float32, bfloat16 or int8.
 //
 // Libraries tune for one row or for hundreds; between them they read each weight once and then wait for it.
-// Here every weight is read once from memory, the next ones are asked for while these are multiplied, and each
-// sum runs over the inputs in order: a row comes out alike to the last bit whatever rows are beside it.
+// Here every weight is read once from memory, and each sum runs over the inputs in order: a row comes out alike
+// to the last bit whatever rows are beside it.
 //
-// Two layouts of a weight (out, in), both zero-filled to whole blocks of outputs:
+// Two layouts of a weight (out, in), both zero-filled to whole blocks:
 //   plain  (blocks, in, width)           any processor, vectors of the compiler
-//   tiles  (blocks, in / v, width, v)    bfloat16 (v = 2) and int8 (v = 4) for AMX, products by oneDNN's kernels
+//   tiles  (blocks, in / v, width, v)    bfloat16 (v = 2) and int8 (v = 4) for AMX
+//
+// A twin's linear multiplies its first rows with one weight and the others with another, in one go.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/library.h>
 
 #include <vector>
 
+#include "tiles.h"
 #include "vectors.h"
 
 namespace {
 
 using namespace orthrus;
 constexpr int kVectors = 3;
-constexpr int64_t kPlainWidth = kLanes * kVectors, kMostWidth = 64, kMostRows = 128;
+constexpr int64_t kPlainWidth = kLanes * kVectors;
 constexpr float kLargestInt8 = 127.0f, kLeastScale = 1e-12f;
 
-// How an output is finished: sum * scale of its column * scale of its row + bias of its column.
-struct Finish {
-  const float* column_scales;
-  const float* row_scales;
-  const float* bias;
+// Rows [first, first + rows) of a linear, which share a packed weight. An output is its sum * scale of its column
+// * scale of its row + bias of its column.
+struct Side {
+  int64_t first, rows;
+  at::Tensor weight;
+  const float *column_scales, *bias;
 };
 
-// `sums` (rows, width) of one block, into columns [first, first + width) of `out` (rows, columns).
+// Outputs (rows, columns), and the scales of rows.
+template <typename Out>
+struct Target {
+  Out* out;
+  int64_t columns;
+  const float* row_scales;
+};
+
+// `sums` (rows, width) of a block of columns, to the outputs from row `row` and column `first` on.
 template <typename Sum, typename Out>
-void finish(const Sum* sums, int64_t rows, int64_t width, Out* out, int64_t first, int64_t columns, Finish f) {
-  const int64_t valid = std::min(width, columns - first);
-  for (int64_t row = 0; row < rows; ++row) {
-    const Sum* from = sums + row * width;
-    Out* to = out + row * columns + first;
+void finish(
+    const Sum* sums, int64_t row, int64_t rows, int64_t first, int64_t width, const Side& side, const Target<Out>& to) {
+  const int64_t valid = std::min(width, to.columns - first);
+  for (const int64_t end = row + rows; row < end; ++row, sums += width) {
+    Out* here = to.out + row * to.columns + first;
     for (int64_t n = 0; n < valid; n += kLanes) {
       // Scales and bias are filled up to whole blocks, so only the output may end within a vector.
-      Floats value = std::is_same_v<Sum, float> ? read<Floats>(from + n)
-                                                : __builtin_convertvector(read<Ints>(from + n), Floats);
-      if (f.column_scales) value = value * floats(f.column_scales + first + n) * f.row_scales[row];
-      if (f.bias) value += floats(f.bias + first + n);
+      Floats value = std::is_same_v<Sum, float> ? read<Floats>(sums + n)
+                                                : __builtin_convertvector(read<Ints>(sums + n), Floats);
+      if (side.column_scales) value = value * floats(side.column_scales + first + n) * to.row_scales[row];
+      if (side.bias) value += floats(side.bias + first + n);
       if (valid - n >= kLanes) {
-        store(value, to + n);
+        store(value, here + n);
       } else {
         Out last[kLanes];
         store(value, last);
-        std::copy_n(last, valid - n, to + n);
+        std::copy_n(last, valid - n, here + n);
       }
     }
   }
 }
 
 template <typename T, typename Out>
-void plain(
-    const float* x, const T* weight, Out* out, int64_t rows, int64_t inputs, int64_t columns, int64_t blocks, Finish f) {
+void plain(const float* x, int64_t inputs, const std::vector<Side>& sides, const Target<Out>& to) {
   using Sum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
-  const int64_t parts = (rows + kRows - 1) / kRows, block = inputs * kPlainWidth;
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    float sums[kMostRows * kPlainWidth];
-    for (int64_t b = begin; b < end; ++b) {
-      const T* here = weight + b * block;
-      // Each part of the rows asks for its share of the next block.
-      const int64_t step = b + 1 < end ? kPlainWidth * static_cast<int64_t>(sizeof(T)) / parts : 0;
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
-        multiply_rows<kRows, kVectors>(
-            last - first, x + first * inputs, inputs, here, kPlainWidth, inputs, sums + first * kPlainWidth,
-            kPlainWidth, reinterpret_cast<const char*>(here + block) + part * inputs * step, step);
+  const int64_t block = inputs * kPlainWidth;
+  at::parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
+    float sums[kRows * kPlainWidth];
+    for (const Side& side : sides) {
+      const int64_t parts = (side.rows + kRows - 1) / kRows;
+      for (int64_t b = begin; b < end; ++b) {
+        const T* here = side.weight.const_data_ptr<T>() + b * block;
+        const char* next = reinterpret_cast<const char*>(here + block);
+        // Each part of the rows asks for its share of the next block.
+        const int64_t step = b + 1 < end ? kPlainWidth * static_cast<int64_t>(sizeof(T)) / parts : 0;
+        evenly(side.rows, kRows, [&](int64_t first, int64_t rows) {
+          first += side.first;
+          multiply_rows<kRows, kVectors>(
+              rows, x + first * inputs, inputs, here, kPlainWidth, inputs, sums, kPlainWidth, next, step);
+          next += inputs * step;
+          finish(reinterpret_cast<const Sum*>(sums), first, rows, b * kPlainWidth, kPlainWidth, side, to);
+        });
       }
-      finish(reinterpret_cast<const Sum*>(sums), rows, kPlainWidth, out, b * kPlainWidth, columns, f);
     }
   });
 }
 
-template <typename X, typename T, typename Sum, typename Out>
-void tiles(
-    const X* x, const T* weight, Out* out, int64_t rows, int64_t inputs, int64_t columns, int64_t blocks, int64_t width,
-    Finish f) {
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    alignas(64) Sum sums[kMostRows * kMostWidth];
-    for (int64_t b = begin; b < end; ++b) {
-      at::native::cpublas::brgemm(
-          rows, width, inputs, inputs, width, width, false, x, weight + b * inputs * width, sums);
-      finish(sums, rows, width, out, b * width, columns, f);
+// x: rows filled up to whole steps of the tiles.
+template <typename T, typename Out>
+void tiles(const T* x, int64_t filled, const std::vector<Side>& sides, const Target<Out>& to) {
+#if ORTHRUS_TILES
+  using Sum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
+  const int64_t bytes = filled * static_cast<int64_t>(sizeof(T)), steps = bytes / kTileBytes;
+  at::parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
+    alignas(64) Sum sums[kTileMostRows * kTileColumns];
+    for (const Side& side : sides) {
+      // Parts of equal size, the last of which may compute some rows again: so registers are set up once.
+      const int64_t parts = (side.rows + kTileMostRows - 1) / kTileMostRows, size = (side.rows + parts - 1) / parts;
+      const auto multiply = size > kTileRows ? &multiply_tiles<T, true> : &multiply_tiles<T, false>;
+      const Tiles set(size);
+      for (int64_t b = begin; b < end; ++b)
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t first = side.first + std::min(part * size, side.rows - size);
+          multiply(
+              reinterpret_cast<const char*>(x + first * filled), bytes,
+              reinterpret_cast<const char*>(side.weight.const_data_ptr<T>() + b * filled * kTileColumns), steps, sums);
+          finish(sums, first, size, b * kTileColumns, kTileColumns, side, to);
+        }
     }
-    at::native::cpublas::brgemm_release();
   });
+#else
+  TORCH_CHECK(false, "linear: a weight packed for another processor");
+#endif
 }
 
 // A row rounded to int8 by a scale of its own, as `Int8Linear` does; `to` has room for `filled` numbers.
@@ -109,15 +136,15 @@ float round_row(const float* x, int64_t inputs, To* to, int64_t filled) {
   for (int i = 0; i < kLanes; ++i) most = std::max<int32_t>(most, most_each[i]);
   for (int64_t i = k; i < inputs; ++i) most = std::max(most, bits<int32_t>(x[i]) & kMagnitude);
   const float largest = bits<float>(most) / kLargestInt8;
-  const float scale = largest < kLeastScale ? kLeastScale : largest;
+  const float scale = largest < kLeastScale ? kLeastScale : largest, inverse = 1.0f / scale;
   // Adding it leaves no room for a fraction: the sum is rounded, ties to even.
   constexpr float kWhole = 12582912.0f;
   for (k = 0; k + kLanes <= inputs; k += kLanes) {
-    const Floats whole = (floats(x + k) / all(scale) + kWhole) - kWhole;
+    const Floats whole = (floats(x + k) * all(inverse) + kWhole) - kWhole;
     const auto narrow = __builtin_convertvector(__builtin_convertvector(whole, Ints), Vector<To>);
     std::memcpy(to + k, &narrow, sizeof(narrow));
   }
-  for (; k < inputs; ++k) to[k] = static_cast<To>((x[k] / scale + kWhole) - kWhole);
+  for (; k < inputs; ++k) to[k] = static_cast<To>((x[k] * inverse + kWhole) - kWhole);
   std::fill(to + inputs, to + filled, To{});
   return scale;
 }
@@ -132,101 +159,148 @@ std::vector<float> round_rows(const float* x, int64_t rows, int64_t inputs, To* 
   return scales;
 }
 
-// Up to kMostRows rows of float32 x with int8 weights.
-void int8_rows(
-    const float* x, const at::Tensor& weight, float* out, int64_t rows, int64_t inputs, int64_t columns, Finish f) {
-  const auto* packed = weight.const_data_ptr<int8_t>();
-  const int64_t blocks = weight.size(0);
+void int8_rows(const float* x, int64_t rows, int64_t inputs, const std::vector<Side>& sides, Target<float> to) {
+  const at::Tensor& weight = sides[0].weight;
   if (weight.dim() == 4) {
     const int64_t filled = weight.size(1) * weight.size(3);
     std::vector<int8_t> whole(rows * filled);
     const auto scales = round_rows(x, rows, inputs, whole.data(), filled);
-    f.row_scales = scales.data();
-    tiles<signed char, signed char, int32_t>(
-        reinterpret_cast<const signed char*>(whole.data()), reinterpret_cast<const signed char*>(packed), out, rows,
-        filled, columns, blocks, weight.size(2), f);
+    to.row_scales = scales.data();
+    tiles(whole.data(), filled, sides, to);
   } else {
     std::vector<float> whole(rows * inputs);
     const auto scales = round_rows(x, rows, inputs, whole.data(), inputs);
-    f.row_scales = scales.data();
-    plain(whole.data(), packed, out, rows, inputs, columns, blocks, f);
+    to.row_scales = scales.data();
+    plain<int8_t>(whole.data(), inputs, sides, to);
   }
 }
 
 void bfloat16_rows(
-    const at::BFloat16* x, const at::Tensor& weight, at::BFloat16* out, int64_t rows, int64_t inputs, int64_t columns,
-    Finish f) {
-  const auto* packed = weight.const_data_ptr<at::BFloat16>();
-  if (weight.dim() == 4) {
-    tiles<at::BFloat16, at::BFloat16, float>(
-        x, packed, out, rows, inputs, columns, weight.size(0), weight.size(2), f);
+    const at::BFloat16* x, int64_t rows, int64_t inputs, const std::vector<Side>& sides,
+    const Target<at::BFloat16>& to) {
+  const at::Tensor& weight = sides[0].weight;
+  if (weight.dim() != 4) {
+    const std::vector<float> wide(x, x + rows * inputs);
+    plain<at::BFloat16>(wide.data(), inputs, sides, to);
     return;
   }
-  const std::vector<float> wide(x, x + rows * inputs);
-  plain(wide.data(), packed, out, rows, inputs, columns, weight.size(0), f);
+  const int64_t filled = weight.size(1) * weight.size(3);
+  if (filled == inputs) {
+    tiles(x, filled, sides, to);
+    return;
+  }
+  std::vector<at::BFloat16> whole(rows * filled);
+  for (int64_t row = 0; row < rows; ++row) std::copy_n(x + row * inputs, inputs, whole.data() + row * filled);
+  tiles(whole.data(), filled, sides, to);
+}
+
+using Given = std::optional<at::Tensor>;
+
+Side side_of(
+    int64_t first, int64_t rows, int64_t inputs, int64_t columns, const at::Tensor& weight, const Given& scales,
+    const Given& bias) {
+  const bool tiled = weight.dim() == 4;
+  const int64_t packed = tiled ? weight.size(1) * weight.size(3) : weight.size(1);
+  const int64_t step = tiled ? kTileBytes / weight.element_size() : 1;
+  TORCH_CHECK(packed == (inputs + step - 1) / step * step, "linear: inputs that do not fit the weight");
+  TORCH_CHECK(
+      weight.size(2) == (tiled ? kTileColumns : kPlainWidth), "linear: a weight packed for another processor");
+  const int64_t room = weight.size(0) * weight.size(2);
+  TORCH_CHECK(columns <= room, "linear: outputs that do not fit the weight");
+  for (const auto& each : {scales, bias})
+    TORCH_CHECK(!each || each->numel() >= room, "linear: scales and bias must be filled up to blocks");
+  return {
+      first, rows, weight, scales ? scales->const_data_ptr<float>() : nullptr,
+      bias ? bias->const_data_ptr<float>() : nullptr};
+}
+
+at::Tensor products(const at::Tensor& x, int64_t columns, const std::vector<Side>& sides) {
+  const auto whole = x.contiguous();
+  const int64_t inputs = x.size(-1), rows = x.numel() / inputs;
+  auto sizes = x.sizes().vec();
+  sizes.back() = columns;
+  at::Tensor out = at::empty(sizes, x.options());
+  if (rows == 0) return out;
+  const auto dtype = sides[0].weight.scalar_type();
+  if (dtype == at::kBFloat16) {
+    bfloat16_rows(
+        whole.const_data_ptr<at::BFloat16>(), rows, inputs, sides,
+        {out.mutable_data_ptr<at::BFloat16>(), columns, nullptr});
+    return out;
+  }
+  const Target<float> to{out.mutable_data_ptr<float>(), columns, nullptr};
+  const float* from = whole.const_data_ptr<float>();
+  if (dtype == at::kChar)
+    int8_rows(from, rows, inputs, sides, to);
+  else
+    plain<float>(from, inputs, sides, to);
+  return out;
 }
 
 // x (..., in) of float32 or bfloat16, in the dtype of the weight, float32 for int8; returns (..., out) like x.
 // scales: of int8 outputs; scales and bias are float32, filled up to whole blocks.
 at::Tensor linear(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scales,
-    const std::optional<at::Tensor>& bias, int64_t columns) {
-  const auto whole = x.contiguous();
-  const int64_t inputs = x.size(-1), blocks = weight.size(0), width = weight.size(2);
-  const int64_t packed = weight.dim() == 4 ? weight.size(1) * weight.size(3) : weight.size(1);
-  TORCH_CHECK(inputs > 0 && packed >= inputs && packed - inputs < 4, "linear: inputs that do not fit the weight");
-  TORCH_CHECK(columns <= blocks * width, "linear: outputs that do not fit the weight");
-  for (const auto& each : {scales, bias})
-    TORCH_CHECK(!each || each->numel() >= blocks * width, "linear: scales and bias must be filled up to blocks");
-  const int64_t rows = x.numel() / inputs;
-  auto sizes = x.sizes().vec();
-  sizes.back() = columns;
-  at::Tensor out = at::empty(sizes, x.options());
-  TORCH_CHECK(weight.dim() == 4 || width == kPlainWidth, "linear: a weight packed for another processor");
-  TORCH_CHECK(width <= kMostWidth && width % kLanes == 0, "linear: blocks of a wrong width");
-  const Finish f{
-      scales ? scales->const_data_ptr<float>() : nullptr, nullptr, bias ? bias->const_data_ptr<float>() : nullptr};
-  for (int64_t first = 0; first < rows; first += kMostRows) {
-    const int64_t num = std::min(rows - first, kMostRows);
-    if (weight.scalar_type() == at::kBFloat16) {
-      bfloat16_rows(
-          whole.const_data_ptr<at::BFloat16>() + first * inputs, weight,
-          out.mutable_data_ptr<at::BFloat16>() + first * columns, num, inputs, columns, f);
-      continue;
-    }
-    const float* here = whole.const_data_ptr<float>() + first * inputs;
-    float* there = out.mutable_data_ptr<float>() + first * columns;
-    if (weight.scalar_type() == at::kChar)
-      int8_rows(here, weight, there, num, inputs, columns, f);
-    else
-      plain(here, weight.const_data_ptr<float>(), there, num, inputs, columns, weight.size(0), f);
-  }
-  return out;
+    const at::Tensor& x, const at::Tensor& weight, const Given& scales, const Given& bias, int64_t columns) {
+  const int64_t inputs = x.size(-1);
+  TORCH_CHECK(inputs > 0, "linear: no inputs");
+  return products(x, columns, {side_of(0, x.numel() / inputs, inputs, columns, weight, scales, bias)});
 }
 
-std::optional<at::Tensor> tensor_or_none(const AtenTensorHandle* handle) {
+// The same for rows x (1, rows, in) of which the first `num` have a weight of their own.
+at::Tensor twin_linear(
+    const at::Tensor& x, int64_t num, const at::Tensor& weight, const Given& scales, const Given& bias,
+    const at::Tensor& other, const Given& other_scales, const Given& other_bias, int64_t columns) {
+  const int64_t inputs = x.size(-1), rows = x.size(-2);
+  TORCH_CHECK(x.numel() == rows * inputs && 0 < num && num < rows, "linear: one sequence, and rows for both weights");
+  TORCH_CHECK(
+      weight.sizes() == other.sizes() && weight.scalar_type() == other.scalar_type(),
+      "linear: weights that are no twins");
+  return products(
+      x, columns,
+      {side_of(0, num, inputs, columns, weight, scales, bias),
+       side_of(num, rows - num, inputs, columns, other, other_scales, other_bias)});
+}
+
+at::Tensor tensor(AtenTensorHandle handle) { return *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle); }
+
+Given tensor_or_none(const AtenTensorHandle* handle) {
   if (handle == nullptr) return std::nullopt;
-  return *torch::aot_inductor::tensor_handle_to_tensor_pointer(*handle);
+  return tensor(*handle);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(orthrus, library) {
   library.def("few_rows_linear(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int columns) -> Tensor");
+  library.def(
+      "few_rows_twin_linear(Tensor x, SymInt num, Tensor weight, Tensor? scales, Tensor? bias, Tensor other, "
+      "Tensor? other_scales, Tensor? other_bias, int columns) -> Tensor");
   library.def("plain_width() -> int", [] { return kPlainWidth; });
+  library.def("has_tiles() -> bool", [] { return has_tiles(); });
 }
 
-TORCH_LIBRARY_IMPL(orthrus, CPU, library) { library.impl("few_rows_linear", &linear); }
+TORCH_LIBRARY_IMPL(orthrus, CPU, library) {
+  library.impl("few_rows_linear", &linear);
+  library.impl("few_rows_twin_linear", &twin_linear);
+}
 
 // What compiled layers call.
 extern "C" AOTITorchError aoti_torch_cpu_few_rows_linear(
     AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* scales, AtenTensorHandle* bias, int64_t columns,
     AtenTensorHandle* out) {
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    const auto tensor = [](AtenTensorHandle handle) {
-      return *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle);
-    };
     *out = torch::aot_inductor::new_tensor_handle(
         linear(tensor(x), tensor(weight), tensor_or_none(scales), tensor_or_none(bias), columns));
+  });
+}
+
+extern "C" AOTITorchError aoti_torch_cpu_few_rows_twin_linear(
+    AtenTensorHandle x, int64_t num, AtenTensorHandle weight, AtenTensorHandle* scales, AtenTensorHandle* bias,
+    AtenTensorHandle other, AtenTensorHandle* other_scales, AtenTensorHandle* other_bias, int64_t columns,
+    AtenTensorHandle* out) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    *out = torch::aot_inductor::new_tensor_handle(twin_linear(
+        tensor(x), num, tensor(weight), tensor_or_none(scales), tensor_or_none(bias), tensor(other),
+        tensor_or_none(other_scales), tensor_or_none(other_bias), columns));
   });
 }

@@ -1,65 +1,36 @@
 """Linears for the few rows of a pass on a CPU, by kernels of our own: `linear.cpp` says why and how."""
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from orthrus.model.int8_linear import Int8Linear
+from orthrus.model.twin import RowSplit, Twin
 
-TILE_WIDTH = 32
-"""Outputs that oneDNN's kernel takes at once."""
-_TILE_DEPTH = {torch.bfloat16: 2, torch.int8: 4}
-"""Inputs that lie side by side for it."""
+_TILE_WIDTH, _TILE_BYTES, _NUMBER_BYTES = 32, 64, 4
+"""Of a block for AMX (`tiles.h`): its outputs; a step of its inputs; and the inputs of an output side by side."""
 
 
-@cache
-def has_tiles(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's kernels multiply numbers of this dtype here, and rightly: with AMX, mostly."""
-    if dtype not in _TILE_DEPTH or not torch.backends.mkldnn.is_available():
-        return False
-    # Whole numbers, of which the largest in a row is 127: int8 rounds nothing.
-    weight_NC = (torch.arange(TILE_WIDTH * 70).view(TILE_WIDTH, 70) % 11 - 5.0).to(dtype)
-    x = (torch.arange(17 * 70).view(17, 70) % 13 - 6.0).index_fill(1, torch.tensor([0]), 127.0)
-    scales = torch.ones(TILE_WIDTH) if dtype == torch.int8 else None
-    given = x.to(dtype) if dtype.is_floating_point else x
-    packed = _tiles(weight_NC)
-    try:
-        for rows, expected in ((given, x), (given[:1], x[:1])):
-            out = torch.ops.orthrus.few_rows_linear(rows, packed, scales, None, TILE_WIDTH)
-            if not torch.equal(out, (expected @ weight_NC.float().T).to(given.dtype)):
-                return False
-    except RuntimeError:
-        return False
-    return True
+def has_tiles() -> bool:
+    """Whether the processor multiplies bfloat16 and int8 numbers by AMX, and the kernels were made for it."""
+    return bool(torch.ops.orthrus.has_tiles())
 
 
 def pack(weight_NC: Tensor, *, tiles: bool | None = None) -> Tensor:
     """A weight of float32, bfloat16 or int8, laid out for the kernel; tiles: left out, where they run."""
     if tiles is None:
-        # bfloat16 rows are taken as they come, two inputs at a time.
-        fits = weight_NC.dtype == torch.int8 or weight_NC.shape[1] % 2 == 0
-        tiles = fits and has_tiles(weight_NC.dtype)
-    if tiles:
-        return _tiles(weight_NC)
-    width = torch.ops.orthrus.plain_width()
-    blocks: Tensor = _filled(weight_NC, width).unflatten(0, (-1, width))
-    return blocks.transpose(1, 2).contiguous()
-
-
-def _tiles(weight_NC: Tensor) -> Tensor:
-    depth = _TILE_DEPTH[weight_NC.dtype]
-    filled = _filled(weight_NC, TILE_WIDTH, depth)
-    blocks: Tensor = filled.unflatten(0, (-1, TILE_WIDTH)).unflatten(2, (-1, depth))
-    return blocks.transpose(1, 2).contiguous()
-
-
-def _filled(weight_NC: Tensor, width: int, depth: int = 1) -> Tensor:
+        tiles = weight_NC.dtype != torch.float32 and has_tiles()
+    width = _TILE_WIDTH if tiles else torch.ops.orthrus.plain_width()
+    step = _TILE_BYTES // weight_NC.itemsize if tiles else 1
     outputs, inputs = weight_NC.shape
-    missing = (0, -inputs % depth, 0, -outputs % width)
-    return pad(weight_NC, missing) if any(missing) else weight_NC
+    missing = (0, -inputs % step, 0, -outputs % width)
+    filled = pad(weight_NC, missing) if any(missing) else weight_NC
+    blocks: Tensor = filled.unflatten(0, (-1, width))
+    if tiles:
+        blocks = blocks.unflatten(2, (-1, _NUMBER_BYTES // weight_NC.itemsize))
+    return blocks.transpose(1, 2).contiguous()
 
 
 class FewRowsLinear(nn.Module):
@@ -97,6 +68,38 @@ class FewRowsLinear(nn.Module):
             given, self.weight, self.scales, self.kernel_bias, self.out_features
         ).to(x.dtype)
         return out if self.bias is None else out + self.bias  # type: ignore[operator]
+
+
+class FewRowsTwin(Twin):
+    """A twin of two such linears: both weights are read in one go. x: (1, T, in)."""
+
+    def __init__(self, ar: FewRowsLinear, diffusion: FewRowsLinear, split: RowSplit) -> None:
+        super().__init__(ar, diffusion, split)
+        assert ar.bias is None and diffusion.bias is None, "added after the product"
+
+    def forward(self, x: Tensor) -> Tensor:
+        num_ar, num_diffusion = self._num_rows(x)
+        if num_ar == 0 or num_diffusion == 0:
+            return super().forward(x)
+        ar, diffusion = self.ar, self.diffusion
+        out: Tensor = torch.ops.orthrus.few_rows_twin_linear(
+            x.float() if ar.is_int8 else x,
+            num_ar,
+            *(ar.weight, ar.scales, ar.kernel_bias),
+            *(diffusion.weight, diffusion.scales, diffusion.kernel_bias),
+            ar.out_features,
+        )
+        return out.to(x.dtype)
+
+
+def fast_twin(ar: nn.Module | None, diffusion: nn.Module | None, split: RowSplit) -> Twin | None:
+    """A twin of two linears that `fast_linear` has made, in one go where they are alike; None without them."""
+    if not isinstance(ar, FewRowsLinear) or not isinstance(diffusion, FewRowsLinear):
+        return None
+    alike = ar.weight.shape == diffusion.weight.shape and ar.weight.dtype == diffusion.weight.dtype
+    if alike and ar.bias is None and diffusion.bias is None:
+        return FewRowsTwin(ar, diffusion, split)
+    return Twin(ar, diffusion, split)
 
 
 def fast_linear(linears: Sequence[nn.Module]) -> FewRowsLinear | None:
