@@ -33,6 +33,13 @@ struct Head {
   int64_t key_step, value_step, key_size, value_size, slots;
   const bool* visible;
   int64_t visible_step;
+
+  // Slots that a row sees all of, before the first that it does not.
+  int64_t seen(int64_t row) const {
+    const bool* sees = visible + row * visible_step;
+    const void* hidden = std::memchr(sees, false, slots);
+    return hidden == nullptr ? slots : static_cast<const bool*>(hidden) - sees;
+  }
 };
 
 // Rows (count, size) of numbers, `from_step` apart, as float32, `to_step` apart, times `scale`.
@@ -82,6 +89,8 @@ void score(
     Floats* most) {
   std::vector<float> wide(std::is_same_v<T, float> ? 0 : kSlots * head.key_size), keys(head.key_size * kSlots);
   std::fill_n(most, num, all(-std::numeric_limits<float>::infinity()));
+  std::vector<int64_t> seen(num);
+  for (int64_t q = 0; q < num; ++q) seen[q] = q > 0 && rows[q] == rows[q - 1] ? seen[q - 1] : head.seen(rows[q]);
   for (int64_t first = 0; first < head.slots; first += kSlots) {
     const int64_t count = std::min(kSlots, head.slots - first);
     turned(head, first, count, wide.data(), keys.data());
@@ -93,7 +102,7 @@ void score(
     for (int64_t q = 0; q < num; ++q) {
       const bool* sees = head.visible + rows[q] * head.visible_step + first;
       float* here = scores + q * padded + first;
-      if (count < kSlots || std::memchr(sees, false, kSlots) != nullptr) {
+      if (seen[q] < first + kSlots) {
         for (int64_t s = 0; s < kSlots; ++s)
           if (s >= count || !sees[s]) here[s] = -std::numeric_limits<float>::infinity();
       }
