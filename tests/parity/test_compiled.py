@@ -206,6 +206,36 @@ def test_wide_passes_are_compiled_too() -> None:
         assert torch.equal(states(dual, history_1T, verify_tree(two_1T, [0], [9]))[1][0, 1], together[0, row])
 
 
+@torch.inference_mode()
+def test_layers_wait_for_the_last_one_only_where_nothing_lies_between() -> None:
+    dual = compiled(tiny_dual("llama", disturb=0.3))
+    runner = dual._accelerated
+    assert isinstance(runner, CompiledRunner)
+    (history_1T, p), *_ = random_passes(seed=4, num=2)
+    at_once = states(dual, history_1T, p)
+    assert runner._chained
+    runner._chained = False
+    for one, other in zip(states(dual, history_1T, p), at_once, strict=True):
+        assert torch.equal(one, other)
+
+
+@torch.inference_mode()
+def test_a_stock_forward_that_computes_between_layers() -> None:
+    def between(dual: DualView) -> DualView:
+        layers = dual.base.get_decoder().layers
+        layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 0.5, *args[1:]))
+        return dual
+
+    slow, fast = (between(tiny_dual("llama", disturb=0.3)) for _ in range(2))
+    for history_1T, p in random_passes(seed=4, num=4):
+        for stock, ours in zip(states(slow, history_1T, p), states(compiled(fast), history_1T, p), strict=True):
+            torch.testing.assert_close(ours, stock, atol=5e-5, rtol=5e-5)
+    # One that turns up later is noticed.
+    late = compiled(tiny_dual("llama", disturb=0.3))
+    with pytest.raises(AssertionError, match="changed its way"):
+        states(between(late), history_1T, p)
+
+
 def test_other_batches_run_through_the_stock_layers() -> None:
     slow, fast = tiny_dual("llama", disturb=0.3), compiled(tiny_dual("llama", disturb=0.3))
     ids_BT = torch.randint(3, MASK, (2, 7))

@@ -12,8 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from orthrus.engine.kernels import build
 from orthrus.engine.kernels.build import load_kernels
-from orthrus.engine.kernels.linear import FewRowsLinear, fast_linear, has_tiles
+from orthrus.engine.kernels.linear import FewRowsLinear, FewRowsTwin, fast_linear, fast_twin, has_tiles
 from orthrus.model.int8_linear import Int8Linear
+from orthrus.model.twin import RowSplit, Twin
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 # Whole blocks of outputs and not, an odd number of inputs, more inputs than int8 sums hold in float32.
@@ -140,6 +141,31 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {__file__!r}, "-k", others
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "passed" in done.stdout
+
+
+@LAYOUTS
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_a_twin_is_both_of_its_linears(bias: bool, kind: str, tiles: bool) -> None:
+    bias = bias and kind != "int8"
+    torch.manual_seed(3)
+    ar, diffusion = (fast(linear(70, 48, kind, bias), tiles) for _ in range(2))
+    diffusion.weight = diffusion.weight.flip(0)
+    split = RowSplit()
+    twin = fast_twin(ar, diffusion, split)
+    assert isinstance(twin, FewRowsTwin)
+    for num, num_ar in ((9, 1), (9, 9), (9, 0), (50, 3), (70, 36), (5, 4)):
+        x = rows(num, 48, kind)[None]
+        with split.at(num_ar):
+            together = twin(x)
+        assert torch.equal(together, torch.cat([ar(x[:, :num_ar]), diffusion(x[:, num_ar:])], 1))
+
+
+def test_unlike_linears_make_a_twin_of_two_products() -> None:
+    ar, diffusion = fast(linear(70, 48, "float32"), False), fast(linear(70, 48, "int8"), False)
+    twin = fast_twin(ar, diffusion, RowSplit())
+    assert type(twin) is Twin
+    assert fast_twin(ar, None, RowSplit()) is None
 
 
 @pytest.mark.parametrize("kind", DTYPES)

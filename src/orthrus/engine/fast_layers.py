@@ -53,15 +53,22 @@ def fast_layer(layer: nn.Module) -> nn.Module:
             if joined is not None:
                 for index, name in enumerate(names):
                     setattr(parent, name, _Part(joined, index))
-    for parent in list(twin.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) in (nn.Linear, Int8Linear) and (packed := fast_linear([child])) is not None:
-                setattr(parent, name, packed)
-    for parent in list(twin.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is Twin and (fast := fast_twin(child.ar, child.diffusion, child.split)) is not None:
-                setattr(parent, name, fast)
+    _pack(twin)
     return twin
+
+
+def _pack(parent: nn.Module) -> None:
+    """Lay out what is left of linears, those of a twin together where they can be."""
+    for name, child in list(parent.named_children()):
+        fast: nn.Module | None = None
+        if type(child) is Twin:
+            fast = fast_twin(fast_linear([child.ar]), fast_linear([child.diffusion]), child.split)
+        elif type(child) in (nn.Linear, Int8Linear):
+            fast = fast_linear([child])
+        if fast is None:
+            _pack(child)
+        else:
+            setattr(parent, name, fast)
 
 
 def _joined_linear(members: list[Any]) -> _Joined | None:

@@ -75,6 +75,7 @@ void plain(const float* x, int64_t inputs, const std::vector<Side>& sides, const
   at::parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
     float sums[kRows * kPlainWidth];
     for (const Side& side : sides) {
+      if (side.rows == 0) continue;
       const int64_t parts = (side.rows + kRows - 1) / kRows;
       for (int64_t b = begin; b < end; ++b) {
         const T* here = side.weight.const_data_ptr<T>() + b * block;
@@ -102,6 +103,7 @@ void tiles(const T* x, int64_t filled, const std::vector<Side>& sides, const Tar
   at::parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
     alignas(64) Sum sums[kTileMostRows * kTileColumns];
     for (const Side& side : sides) {
+      if (side.rows == 0) continue;
       // Parts of equal size, the last of which may compute some rows again: so registers are set up once.
       const int64_t parts = (side.rows + kTileMostRows - 1) / kTileMostRows, size = (side.rows + parts - 1) / parts;
       const auto multiply = size > kTileRows ? &multiply_tiles<T, true> : &multiply_tiles<T, false>;
@@ -251,7 +253,7 @@ at::Tensor twin_linear(
     const at::Tensor& x, int64_t num, const at::Tensor& weight, const Given& scales, const Given& bias,
     const at::Tensor& other, const Given& other_scales, const Given& other_bias, int64_t columns) {
   const int64_t inputs = x.size(-1), rows = x.size(-2);
-  TORCH_CHECK(x.numel() == rows * inputs && 0 < num && num < rows, "linear: one sequence, and rows for both weights");
+  TORCH_CHECK(x.numel() == rows * inputs && 0 <= num && num <= rows, "linear: one sequence only");
   TORCH_CHECK(
       weight.sizes() == other.sizes() && weight.scalar_type() == other.scalar_type(),
       "linear: weights that are no twins");
