@@ -228,7 +228,8 @@ def test_a_stock_forward_that_computes_between_layers() -> None:
 
     slow, fast = (between(tiny_dual("llama", disturb=0.3)) for _ in range(2))
     for history_1T, p in random_passes(seed=4, num=4):
-        for stock, ours in zip(states(slow, history_1T, p), states(compiled(fast), history_1T, p), strict=True):
+        expected = states(slow, history_1T, p)
+        for stock, ours in zip(expected, states(compiled(fast), history_1T, p), strict=True):
             torch.testing.assert_close(ours, stock, atol=5e-5, rtol=5e-5)
     # One that turns up later is noticed.
     late = compiled(tiny_dual("llama", disturb=0.3))

@@ -39,7 +39,6 @@ def linear(outputs: int, inputs: int, kind: str, bias: bool = True) -> nn.Linear
 
 
 def fast(slow: nn.Linear | Int8Linear, tiles: bool) -> FewRowsLinear:
-    kind = torch.int8 if isinstance(slow, Int8Linear) else slow.weight.dtype
     if tiles and not has_tiles():
         pytest.skip("needs AMX")
     if isinstance(slow, Int8Linear):

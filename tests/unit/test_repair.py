@@ -15,7 +15,7 @@ from orthrus.decoding.tree import Candidates
 from orthrus.engine.state import DecodeState
 from orthrus.errors import CheckpointError
 from orthrus.model.dual_view import DualView
-from orthrus.model.repair import RepairHead
+from orthrus.model.repair import RepairHead, RepairTables
 from orthrus.model.view_config import ViewConfig
 
 FAMILIES = ["llama", "llama-tied", "gemma2", "gemma3", "phi3"]
@@ -89,8 +89,15 @@ def slow_proposal(state: DecodeState, hidden_DC: torch.Tensor, first_position: i
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("params", SETTINGS.values(), ids=SETTINGS)
-def test_a_proposal_is_that_of_a_loop_over_parents_and_children(name: str, params: SamplingParams) -> None:
+@pytest.mark.parametrize("tables", [False, True], ids=["computed", "tables"])
+def test_a_proposal_is_that_of_a_loop_over_parents_and_children(
+    name: str, params: SamplingParams, tables: bool
+) -> None:
     dual = tiny_dual(name, disturb=0.3, repair_rank=6)
+    if tables:
+        dual.repair_tables = RepairTables.of(dual)
+        # Capped logits are no sums.
+        assert (dual.repair_tables is None) == (name == "gemma2")
     state = state_of(dual, params)
     hidden_DC = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():

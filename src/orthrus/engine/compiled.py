@@ -25,6 +25,7 @@ from orthrus.engine.layer_code import Arguments, LayerCode, flatten, kind, layer
 from orthrus.model.attention import folded_heads
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass, fused, verify_chain
+from orthrus.model.repair import RepairTables
 from orthrus.model.slot_cache import SlotCache
 
 MOST_PROMPT_ROWS = 128
@@ -41,7 +42,8 @@ def compile_passes(dual: DualView, on_progress: Progress | None = None) -> None:
         _say(on_progress, 0)
         load_kernels()
         compiled = CompiledRunner(dual)
-        dual.accelerate("compiled", compiled, compiled.head, compiled.draft_head)
+        tables = RepairTables.of(dual)
+        dual.accelerate("compiled", compiled, compiled.head, compiled.draft_head, repair_tables=tables)
         _prepare(dual, on_progress)
     except Exception:
         dual.accelerate("eager")

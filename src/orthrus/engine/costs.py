@@ -34,7 +34,7 @@ BLOCKS, BESIDE = (1, 2, 3, 4), 8
 """Numbers of blocks that are timed, beside that many AR rows."""
 HISTORY = 256
 """Committed tokens that timed passes read: about as many as in the middle of an answer."""
-TABLE_VERSION = 5
+TABLE_VERSION = 6
 """Of what a stored table means: raised when passes come to do more, or less, beside their layers."""
 TREE = 24
 """Nodes of the tree whose making is timed with a draft's."""

@@ -13,7 +13,7 @@ from orthrus.base.families import Family, sliding_window
 from orthrus.errors import CheckpointError
 from orthrus.model.attention import folded_heads
 from orthrus.model.passes import MASK_EMBEDDING, Pass
-from orthrus.model.repair import RepairHead
+from orthrus.model.repair import RepairHead, RepairTables
 from orthrus.model.slot_cache import SlotCache
 from orthrus.model.twin import inject, stock, twins
 from orthrus.model.view_config import ViewConfig
@@ -61,6 +61,7 @@ class DualView(nn.Module):
         if config.repair_rank is not None:
             self.add_repair(config.repair_rank, seed)
         self.draft_head: nn.Module | None = None
+        self.repair_tables: RepairTables | None = None
         self._window = sliding_window(base.config)
         self._accelerated: Accelerated | None = None
         self._whole_passes: WholePasses | None = None
@@ -157,16 +158,18 @@ class DualView(nn.Module):
         draft_head: nn.Module | None = None,
         *,
         passes: WholePasses | None = None,
+        repair_tables: RepairTables | None = None,
     ) -> None:
         """From now on run passes inside the context `layers(pass, cache)`, and project with `head`.
 
         draft_head: the same for a head that drafts have to themselves. passes: is asked first, for the whole
-        of a pass before the head. All must compute what the stock modules do, up to rounding. Whoever uses
-        `base` directly gets the stock modules as ever.
+        of a pass before the head. repair_tables: what stands for the repair head. All must compute what the
+        stock modules do, up to rounding. Whoever uses `base` directly gets the stock modules as ever.
         """
         self.runner, self._accelerated = runner, layers
         self._packed_head, self._packed_draft_head = head, draft_head
         self._whole_passes, self._spare_cache = passes, None
+        self.repair_tables = repair_tables
 
     def head(self, hidden: Tensor, *, drafts: bool = False) -> Tensor:
         """Final hidden states (..., C) to logits (..., V), as the stock model projects them.

@@ -10,7 +10,7 @@ from orthrus.model.int8_linear import Int8Linear
 from orthrus.model.twin import RowSplit, Twin
 
 _TILE_WIDTH, _TILE_BYTES, _NUMBER_BYTES = 32, 64, 4
-"""Of a block for AMX (`tiles.h`): its outputs; a step of its inputs; and the inputs of an output side by side."""
+"""Of a block for AMX (`tiles.h`): its outputs; a step of its inputs; what lies side by side of an output."""
 
 
 def has_tiles() -> bool:
@@ -93,7 +93,7 @@ class FewRowsTwin(Twin):
 
 
 def fast_twin(ar: nn.Module | None, diffusion: nn.Module | None, split: RowSplit) -> Twin | None:
-    """A twin of two linears that `fast_linear` has made, in one go where they are alike; None without them."""
+    """A twin of two linears made by `fast_linear`, in one go where they are alike; None without them."""
     if not isinstance(ar, FewRowsLinear) or not isinstance(diffusion, FewRowsLinear):
         return None
     alike = ar.weight.shape == diffusion.weight.shape and ar.weight.dtype == diffusion.weight.dtype
