@@ -105,7 +105,8 @@ def test_costs_are_measured_by_the_first_starts_and_kept_on_disk(measured: list[
     assert later[-1] == later[-2]
     for name in ("body_ms", "head_ms"):
         assert getattr(later[-1], name) == tuple(map(min, *(getattr(table, name) for table in measured)))
-    assert later[-1].draft_ms == min(table.draft_ms for table in measured)
+    for name in ("draft_pass_ms", "draft_ms"):
+        assert getattr(later[-1], name) == min(getattr(table, name) for table in measured)
     with_blocks = [[ms + table.body_ms[3] for ms in table.block_ms] for table in measured]
     expected = [max(0.0, min(ms) - later[-1].body_ms[3]) for ms in zip(*with_blocks, strict=True)]
     assert later[-1].block_ms == pytest.approx(expected)

@@ -14,7 +14,8 @@ ROWS = (1, 8, 16, 32, 64)
 def table(body_ms: tuple[float, ...], head_ms: tuple[float, ...]) -> CostTable:
     """Block rows cost what AR rows do."""
     added = tuple(ms - body_ms[0] for ms in body_ms)
-    return CostTable(ROWS, body_ms, head_ms, tuple(n - 1 for n in ROWS), added, head_ms[0])
+    draft_pass_ms = body_ms[0] + added[1]
+    return CostTable(ROWS, body_ms, head_ms, tuple(n - 1 for n in ROWS), added, draft_pass_ms, head_ms[0])
 
 
 FLAT = table((10.0, 10.1, 10.2, 10.4, 10.8), (0.1, 0.1, 0.1, 0.1, 0.1))
@@ -44,18 +45,20 @@ def verify(
 
 
 def test_costs_interpolate_and_extrapolate() -> None:
-    costs = CostTable((1, 3, 5), (10.0, 14.0, 24.0), (1.0, 1.0, 2.0), (2, 4), (3.0, 7.0), 0.5)
+    costs = CostTable((1, 3, 5), (10.0, 14.0, 24.0), (1.0, 1.0, 2.0), (2, 4), (3.0, 7.0), 12.0, 0.5)
     assert costs(1) == pytest.approx(11.0)
     assert costs(2) == pytest.approx(13.0)
     assert costs(4) == pytest.approx(19.0 + 1.5)
     assert costs(7) == pytest.approx(34.0 + 3.0)
     # Block rows cost their body, and a head beside that of the AR rows where they are projected.
-    assert costs(1, 2) == pytest.approx(10.0 + 1.0 + 3.0)
+    assert costs(3, 2) == pytest.approx(14.0 + 1.0 + 3.0)
+    # But the pass that most drafts come from is known.
+    assert costs(1, 2) == pytest.approx(12.0 + 1.0)
     assert costs(1, 3, 3) == pytest.approx(10.0 + 1.5 + 5.0)
 
 
 def test_guesses_share_the_head_while_they_are_few_and_have_none_of_their_own() -> None:
-    costs = CostTable((1, 33), (10.0, 10.0), (1.0, 33.0), (8, 80), (0.0, 0.0), 0.5)
+    costs = CostTable((1, 33), (10.0, 10.0), (1.0, 33.0), (8, 80), (0.0, 0.0), 10.0, 0.5)
     shared, own = (Policy(costs, 8, 24, 5, own_head=own) for own in (False, True))
     assert shared.pass_ms(3, 3) == pytest.approx(10.0 + 4 + 18)
     # 30 guesses wait until one block has been chosen; its product is part of making a draft then.

@@ -38,8 +38,9 @@ class CostTable:
     """Milliseconds of a pass by its rows: `body_ms` of AR rows, and `head_ms` of projecting as many.
 
     What block rows add is told apart, since they read weights of their own: `block_ms`, by `block_rows`,
-    beside a few AR rows, and `draft_ms` of making a draft of one block. Rows ascend; between the entries
-    costs are interpolated, beyond the last one extrapolated.
+    beside a few AR rows; `draft_pass_ms` of the pass that most drafts come from, one AR row and one block;
+    and `draft_ms` of making a draft of one block. Rows ascend; between the entries costs are interpolated,
+    beyond the last one extrapolated.
     """
 
     rows: tuple[int, ...]
@@ -47,12 +48,16 @@ class CostTable:
     head_ms: tuple[float, ...]
     block_rows: tuple[int, ...]
     block_ms: tuple[float, ...]
+    draft_pass_ms: float
     draft_ms: float
 
     def __call__(self, num_ar: int, num_block: int = 0, num_projected: int = 0) -> float:
         """A pass of AR rows, all projected, and block rows, of which `num_projected` are."""
-        cost = _at(self.rows, self.body_ms, num_ar) + _at(self.rows, self.head_ms, num_ar + num_projected)
-        return cost + (_at(self.block_rows, self.block_ms, num_block) if num_block else 0.0)
+        head_ms = _at(self.rows, self.head_ms, num_ar + num_projected)
+        if num_ar == 1 and num_block and num_block == self.block_rows[0]:
+            return head_ms + self.draft_pass_ms
+        added_ms = _at(self.block_rows, self.block_ms, num_block) if num_block else 0.0
+        return head_ms + _at(self.rows, self.body_ms, num_ar) + added_ms
 
 
 def joint_guesses(num_blocks: int, block_size: int, *, own_head: bool) -> int:
@@ -120,6 +125,8 @@ class Policy:
     _block_trust: _Average = field(default_factory=lambda: _Average(1.0))
     _plain_tokens: int = 0
     _patience: int = PATIENCE
+    _pass_ms: dict[tuple[int, int], float] = field(default_factory=dict)
+    _draft_rate: float | None = None
 
     def __post_init__(self) -> None:
         self._nodes = _Average(float(self.block_size))
@@ -128,16 +135,22 @@ class Policy:
     @property
     def plain_rate(self) -> float:
         """Tokens a millisecond of plain decoding."""
-        return 1.0 / self.costs(1)
+        return 1.0 / self.pass_ms(0, 0)
 
     def pass_ms(self, num_nodes: int, num_blocks: int) -> float:
         """A verification with blocks beside it; without nodes, a draft pass."""
-        num_guesses = joint_guesses(num_blocks, self.block_size, own_head=self.own_head)
-        return self.costs(1 + num_nodes, num_blocks * self.block_size, num_guesses)
+        key = num_nodes, num_blocks
+        if key not in self._pass_ms:
+            num_guesses = joint_guesses(num_blocks, self.block_size, own_head=self.own_head)
+            self._pass_ms[key] = self.costs(1 + num_nodes, num_blocks * self.block_size, num_guesses)
+        return self._pass_ms[key]
 
     def draft_rate(self) -> float:
         """Tokens a millisecond of drafting and verifying, with the number of blocks that makes most of it."""
-        return max(self._steady_rate(m) for m in range(self.max_blocks + 1))
+        # Asked many times a cycle, and another one only when something has been learnt.
+        if self._draft_rate is None:
+            self._draft_rate = max(self._steady_rate(m) for m in range(self.max_blocks + 1))
+        return self._draft_rate
 
     def rate(self) -> float:
         """The best rate known: what a millisecond is worth."""
@@ -196,6 +209,22 @@ class Policy:
     ) -> None:
         """Take note of a verification: its nodes, how many stood, and whether their draft was a late one; the
         chances that the path would end at its blocks, and what draft it left."""
+        self._learn(log_probs, num_accepted, block_probs, late=late, left=left)
+        self._draft_rate = None
+        if self._plain_tokens >= self._patience:
+            worth = self.draft_rate() > MARGIN * self.plain_rate
+            self._patience = PATIENCE if worth else min(2 * self._patience, MAX_PATIENCE)
+        self._plain_tokens = 0
+
+    def _learn(
+        self,
+        log_probs: Sequence[float],
+        num_accepted: int,
+        block_probs: Sequence[float],
+        *,
+        late: bool,
+        left: Left,
+    ) -> None:
         verified = sum(exp(log_prob) for log_prob in log_probs)
         if block_probs:
             hit = float(left == "fresh")
@@ -215,14 +244,10 @@ class Policy:
                 self._late_trust.add(0.0, 0.0)
                 self._late.value += (1 - MEMORY) * (LATE_SHARE * self._fresh.value - self._late.value)
         self._nodes.add(num_nodes)
-        if self._plain_tokens >= self._patience:
-            worth = self.draft_rate() > MARGIN * self.plain_rate
-            self._patience = PATIENCE if worth else min(2 * self._patience, MAX_PATIENCE)
-        self._plain_tokens = 0
 
     def _most_worth(self, expected: Sequence[float], rate: float) -> int:
         """The number of nodes that makes most of its time, where n of them bring expected[n] drafts."""
-        return _best([tokens - rate * self.costs(1 + n) for n, tokens in enumerate(expected)])
+        return _best([tokens - rate * self.pass_ms(n, 0) for n, tokens in enumerate(expected)])
 
     def _worth(self, *, late: bool) -> float:
         """Tokens that a draft at hand is worth: it saves the draft pass, but also the one token which that

@@ -97,6 +97,7 @@ def measure_costs(
     beside_1T, chain = ids_1T[:, :BESIDE], range(BESIDE - 1)
     # Larger passes run through other code; two are needed to tell what a row costs.
     blocks = [m for m in BLOCKS if m < 3 or BESIDE + m * size <= MOST_FOLDED_ROWS]
+    passes[1, 1] = fused(ids_1T[:, :1], [], [HISTORY], [0], size, dual.mask_token_id)
     for m in blocks:
         passes[BESIDE, m] = fused(beside_1T, chain, [HISTORY], range(m), size, dual.mask_token_id)
     clock = _Clock(dual)
@@ -132,6 +133,7 @@ def measure_costs(
         head_ms=_ascending([least["head", (n, 0)] for n in ROWS]),
         block_rows=tuple(m * size for m in blocks),
         block_ms=_ascending([max(0.0, least["body", (BESIDE, m)] - alone) for m in blocks]),
+        draft_pass_ms=least["body", (1, 1)],
         draft_ms=least["draft", (1, 0)],
     )
 
@@ -148,6 +150,7 @@ def _least(a: CostTable, b: CostTable) -> CostTable:
         head_ms=tuple(map(min, a.head_ms, b.head_ms)),
         block_rows=a.block_rows,
         block_ms=tuple(max(0.0, min(pair) - body_ms[beside]) for pair in zip(*mixed_ms, strict=True)),
+        draft_pass_ms=min(a.draft_pass_ms, b.draft_pass_ms),
         draft_ms=min(a.draft_ms, b.draft_ms),
     )
 
