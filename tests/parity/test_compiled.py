@@ -1,7 +1,7 @@
 """Compiled passes against the stock forward, over all kinds of passes, without compiling anew."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -10,7 +10,7 @@ import torch
 from tests.tiny import VOCAB, tiny_dual
 from tests.tiny_orthrus import tiny_orthrus
 from tests.ways import EVERY_WAY
-from torch import Tensor
+from torch import Tensor, nn
 
 from orthrus.api import Orthrus, decode_config
 from orthrus.base.families import decoder_layers
@@ -219,22 +219,45 @@ def test_layers_wait_for_the_last_one_only_where_nothing_lies_between() -> None:
         assert torch.equal(one, other)
 
 
-@torch.inference_mode()
-def test_a_stock_forward_that_computes_between_layers() -> None:
-    def between(dual: DualView) -> DualView:
-        layers = dual.base.get_decoder().layers
-        layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 0.5, *args[1:]))
-        return dual
+def changes_input(layer: nn.Module) -> None:
+    layer.register_forward_pre_hook(lambda _, args: (args[0] * 0.5, *args[1:]))
 
-    slow, fast = (between(tiny_dual("llama", disturb=0.3)) for _ in range(2))
+
+def changes_output_in_place(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda _, args, out: out.mul_(0.5))
+
+
+@pytest.mark.parametrize("hook", [changes_input, changes_output_in_place])
+@pytest.mark.parametrize("early", [True, False], ids=["early", "late"])
+@torch.inference_mode()
+def test_hooks_between_layers(hook: Callable[[nn.Module], None], early: bool) -> None:
+    """From the start, or once the runner has seen that nothing lies between."""
+    slow, fast = (tiny_dual("llama", disturb=0.3) for _ in range(2))
+    hook(slow.base.get_decoder().layers[1])
+    if not early:
+        compiled(fast)
+    hook(fast.base.get_decoder().layers[1])
+    if early:
+        compiled(fast)
     for history_1T, p in random_passes(seed=4, num=4):
         expected = states(slow, history_1T, p)
-        for stock, ours in zip(expected, states(compiled(fast), history_1T, p), strict=True):
+        for stock, ours in zip(expected, states(fast, history_1T, p), strict=True):
             torch.testing.assert_close(ours, stock, atol=5e-5, rtol=5e-5)
-    # One that turns up later is noticed.
-    late = compiled(tiny_dual("llama", disturb=0.3))
-    with pytest.raises(AssertionError, match="changed its way"):
-        states(between(late), history_1T, p)
+
+
+@torch.inference_mode()
+def test_a_forward_that_leaves_out_layers_is_no_silent_mistake() -> None:
+    dual = compiled(tiny_dual("llama", disturb=0.3))
+    (history_1T, p), *_ = random_passes(seed=4, num=2)
+    layers = dual.base.get_decoder().layers
+    expected = states(dual, history_1T, p)
+    for without, message in ((layers[:-1], "left out the last layer"), (layers[1:], "changed its way")):
+        dual.base.get_decoder().layers = without
+        with pytest.raises(RuntimeError, match=message):
+            states(dual, history_1T, p)
+    dual.base.get_decoder().layers = layers
+    for one, other in zip(states(dual, history_1T, p), expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_other_batches_run_through_the_stock_layers() -> None:

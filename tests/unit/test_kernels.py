@@ -112,6 +112,8 @@ def test_what_does_not_fit_is_refused() -> None:
     ours = fast(linear(20, 32, "int8"), tiles=False)
     with pytest.raises(RuntimeError, match="inputs that do not fit"):
         ours(torch.ones(2, 40))
+    with pytest.raises(RuntimeError, match="packed for another processor"):
+        fast(linear(20, 32, "float32"), tiles=True)(torch.ones(2, 32))
     query, keys, values, visible, scale = attention_of(SHAPES[0], torch.float32)
     with pytest.raises(RuntimeError, match="a mask that does not fit"):
         torch.ops.orthrus.few_rows_attention(query, keys, values, visible[:, :, :3], scale)
@@ -153,7 +155,7 @@ def test_a_twin_is_both_of_its_linears(bias: bool, kind: str, tiles: bool) -> No
     split = RowSplit()
     twin = fast_twin(ar, diffusion, split)
     assert isinstance(twin, FewRowsTwin)
-    for num, num_ar in ((9, 1), (9, 9), (9, 0), (50, 3), (70, 36), (5, 4)):
+    for num, num_ar in ((9, 1), (9, 9), (9, 0), (50, 3), (70, 36), (5, 4), (80, 16), (96, 32)):
         x = rows(num, 48, kind)[None]
         with split.at(num_ar):
             together = twin(x)

@@ -117,6 +117,20 @@ def test_a_proposal_is_that_of_a_loop_over_parents_and_children(
     assert any(row != table[0] for table in fast.pairs_DPC[1:] for row in table), "parents make no difference"
 
 
+def test_tables_in_bfloat16() -> None:
+    dual = tiny_dual(disturb=0.3, repair_rank=6).to(torch.bfloat16)
+    hidden_DC = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.inference_mode():
+        computed = state_of(dual, SamplingParams()).propose(hidden_DC, 9)
+        dual.repair_tables = RepairTables.of(dual)
+        found = state_of(dual, SamplingParams()).propose(hidden_DC, 9)
+    assert found.token_ids_DC == computed.token_ids_DC
+    for ours, theirs in zip(found.pairs_DPC or [], computed.pairs_DPC or [], strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=2e-2, rtol=2e-2)
+    dual.add_repair(4)
+    assert dual.repair_tables is None
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_head_without_rows_to_read_is_used_whole(name: str) -> None:
     """Such as a quantised one; the same proposal."""

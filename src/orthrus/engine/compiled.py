@@ -7,13 +7,13 @@ layers of a kind share it, so compiling takes seconds, and sizes are dynamic, so
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orthrus.base.families import decoder_layers
 from orthrus.base.quantised import quantisation
@@ -78,7 +78,8 @@ class CompiledRunner:
     weights are packed when it is made; what changes them later is not seen.
 
     Where the stock forward hands each layer just what the one before it returned, as the first pass shows,
-    layers only take note of their call, and the last one runs them all without a way back to Python between.
+    layers only take note of their call, and the last one runs them all without a way back to Python between;
+    unless somebody has hooks on them.
     """
 
     def __init__(self, dual: DualView) -> None:
@@ -107,13 +108,16 @@ class CompiledRunner:
                 yield more
             return
         # A finished request's cache is to be freed, so all that belongs to a pass ends with it.
-        self._now = _Running(p, cache)
+        waits = bool(self._chained) and not _hooked(self._layers)
+        self._now = now = _Running(p, cache, waits)
         for layer, forward in zip(self._layers, self._forwards, strict=True):
             layer.__dict__["forward"] = forward
         try:
             yield {}
+            if now.codes:
+                raise RuntimeError("the stock forward has left out the last layer.")
             if self._chained is None:
-                self._chained = self._now.is_chain
+                self._chained = now.is_chain and now.num_called == len(self._layers)
         finally:
             for layer in self._layers:
                 del layer.__dict__["forward"]
@@ -125,7 +129,10 @@ class CompiledRunner:
         def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
             now = self._now
             assert now is not None
-            now.is_chain &= index == 0 or hidden_states is now.hidden_1TC
+            now.is_chain &= index == now.num_called and (index == 0 or hidden_states is now.hidden_1TC)
+            now.num_called += 1
+            if now.waits and not now.is_chain:
+                raise RuntimeError("the stock forward has changed its way from layer to layer.")
             arguments, flat = now.arguments(index, hidden_states, kwargs)
             key = first_alike, now.marker is not None
             if key not in self._code:
@@ -133,9 +140,8 @@ class CompiledRunner:
             now.codes.append(self._code[key])
             now.flat.append(flat)
             now.hidden_1TC = hidden_states
-            if self._chained and not is_last:
+            if now.waits and not is_last:
                 return hidden_states
-            assert now.is_chain or not self._chained, "the stock forward has changed its way between layers"
             first = index + 1 - len(now.codes)
             now.hidden_1TC = self._compiled.run(first, now.codes, hidden_states.contiguous(), now.flat)
             now.codes, now.flat = [], []
@@ -149,18 +155,28 @@ class CompiledRunner:
         self._code[key] = layer_code(self._examples[key[0]], arguments, folder, config=config)
 
 
+def _hooked(layers: Sequence[nn.Module]) -> bool:
+    """Whether somebody looks at what layers get and return, or changes it."""
+    every = torch.nn.modules.module
+    if every._global_forward_hooks or every._global_forward_pre_hooks:
+        return True
+    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+
+
 class _Running:
     """One pass on its way through the layers: their codes and arguments as far as they have been called and
-    not run; hidden_1TC: what the last one was called with, or has returned; is_chain: whether each was called
-    with just what the one before it returned."""
+    not run; hidden_1TC: what the last one was called with, or has returned; is_chain: whether all were called
+    in turn, each with just what the one before it returned. waits: none runs before the last is called."""
 
-    def __init__(self, p: Pass, cache: SlotCache) -> None:
+    def __init__(self, p: Pass, cache: SlotCache, waits: bool) -> None:
+        self.waits = waits
         self._slots_T, self._cache = p.slots_BT[0], cache
         mixed = p.num_ar_rows < p.num_rows
         self.marker = torch.empty(p.num_ar_rows + 1, 0) if mixed else None
         self.codes: list[LayerCode] = []
         self.flat: list[list[Tensor]] = []
         self.hidden_1TC: Tensor | None = None
+        self.num_called = 0
         self.is_chain = True
         self._given: dict[tuple[int, ...], tuple[dict[str, Any], list[Tensor], Any]] = {}
 
@@ -193,6 +209,7 @@ def compile_problem(dual: DualView) -> str | None:
 
 
 def fits_twice(dual: DualView) -> bool:
-    """Whether there is memory for packed weights beside the stock ones."""
+    """Whether there is memory for packed weights beside the stock ones, and for a repair head's tables."""
     num_bytes = sum(t.nbytes for t in (*dual.base.parameters(), *dual.base.buffers()))
+    num_bytes += 2 * dual.vocab_size * (dual.config.repair_rank or 0) * dual.dtype.itemsize
     return bool(psutil.virtual_memory().available > 1.2 * num_bytes)

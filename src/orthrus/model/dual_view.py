@@ -58,10 +58,10 @@ class DualView(nn.Module):
         if config.mask_token_id is None:
             self.mask_embedding = nn.Parameter(_initial_mask_embedding(base))
         self.repair: RepairHead | None = None
+        self.repair_tables: RepairTables | None = None
         if config.repair_rank is not None:
             self.add_repair(config.repair_rank, seed)
         self.draft_head: nn.Module | None = None
-        self.repair_tables: RepairTables | None = None
         self._window = sliding_window(base.config)
         self._accelerated: Accelerated | None = None
         self._whole_passes: WholePasses | None = None
@@ -74,7 +74,7 @@ class DualView(nn.Module):
         """Give the view a repair head, which changes nothing before it is trained."""
         size = int(self.base.get_input_embeddings().weight.shape[1])  # type: ignore[index]
         self.config = replace(self.config, repair_rank=rank)
-        self.repair = RepairHead(size, rank, seed).to(self.device, self.dtype)
+        self.repair, self.repair_tables = RepairHead(size, rank, seed).to(self.device, self.dtype), None
 
     @property
     def device(self) -> torch.device:

@@ -68,7 +68,7 @@ class RepairTables(NamedTuple):
         if dual.repair is None or rows_VC is None or _cap(dual) is not None:
             return None
         dtype = dual.repair.hidden.weight.dtype
-        ids_V = torch.arange(len(rows_VC), device=rows_VC.device)
+        ids_V = torch.arange(dual.vocab_size, device=rows_VC.device)
         # In slices: embeddings of a large vocabulary would take as much memory again.
         parents = [
             dual.repair.before(dual.base.get_input_embeddings()(ids), dual.repair.parent)
@@ -79,7 +79,7 @@ class RepairTables(NamedTuple):
     def changes(self, repair: RepairHead, hidden_DC: Tensor, parent_ids: Tensor, child_ids: Tensor) -> Tensor:
         """As `pair_changes`."""
         before_DPr = repair.before(hidden_DC, repair.hidden)[:, None] + self.parents_Vr[parent_ids]
-        return (F.silu(before_DPr) @ self.children_Vr[child_ids].mT).float()
+        return F.silu(before_DPr).float() @ self.children_Vr[child_ids].float().mT
 
 
 def pair_changes(dual: "DualView", hidden_DC: Tensor, parent_ids_DP: Tensor, child_ids_DM: Tensor) -> Tensor:

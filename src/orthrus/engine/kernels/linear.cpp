@@ -1,8 +1,8 @@
 // Linears for the few rows of a decoding pass: x (rows, in) times a packed weight, in float32, bfloat16 or int8.
 //
 // Libraries tune for one row or for hundreds; between them they read each weight once and then wait for it.
-// Here every weight is read once from memory, and each sum runs over the inputs in order: a row comes out alike
-// to the last bit whatever rows are beside it.
+// Here every weight is read once from memory, and each sum runs over the inputs in one order: a row comes out
+// alike to the last bit whatever rows are beside it.
 //
 // Two layouts of a weight (out, in), both zero-filled to whole blocks:
 //   plain  (blocks, in, width)           any processor, vectors of the compiler
@@ -202,6 +202,8 @@ Side side_of(
     int64_t first, int64_t rows, int64_t inputs, int64_t columns, const at::Tensor& weight, const Given& scales,
     const Given& bias) {
   const bool tiled = weight.dim() == 4;
+  const auto dtype = weight.scalar_type();
+  TORCH_CHECK(!tiled || (has_tiles() && dtype != at::kFloat), "linear: a weight packed for another processor");
   const int64_t packed = tiled ? weight.size(1) * weight.size(3) : weight.size(1);
   const int64_t step = tiled ? kTileBytes / weight.element_size() : 1;
   TORCH_CHECK(packed == (inputs + step - 1) / step * step, "linear: inputs that do not fit the weight");
@@ -253,6 +255,7 @@ at::Tensor twin_linear(
     const at::Tensor& x, int64_t num, const at::Tensor& weight, const Given& scales, const Given& bias,
     const at::Tensor& other, const Given& other_scales, const Given& other_bias, int64_t columns) {
   const int64_t inputs = x.size(-1), rows = x.size(-2);
+  TORCH_CHECK(inputs > 0, "linear: no inputs");
   TORCH_CHECK(x.numel() == rows * inputs && 0 <= num && num <= rows, "linear: one sequence only");
   TORCH_CHECK(
       weight.sizes() == other.sizes() && weight.scalar_type() == other.scalar_type(),

@@ -4,6 +4,7 @@
 #include <ATen/cpu/Utils.h>
 #include <c10/util/BFloat16.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
