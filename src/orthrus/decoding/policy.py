@@ -209,22 +209,6 @@ class Policy:
     ) -> None:
         """Take note of a verification: its nodes, how many stood, and whether their draft was a late one; the
         chances that the path would end at its blocks, and what draft it left."""
-        self._learn(log_probs, num_accepted, block_probs, late=late, left=left)
-        self._draft_rate = None
-        if self._plain_tokens >= self._patience:
-            worth = self.draft_rate() > MARGIN * self.plain_rate
-            self._patience = PATIENCE if worth else min(2 * self._patience, MAX_PATIENCE)
-        self._plain_tokens = 0
-
-    def _learn(
-        self,
-        log_probs: Sequence[float],
-        num_accepted: int,
-        block_probs: Sequence[float],
-        *,
-        late: bool,
-        left: Left,
-    ) -> None:
         verified = sum(exp(log_prob) for log_prob in log_probs)
         if block_probs:
             hit = float(left == "fresh")
@@ -244,6 +228,11 @@ class Policy:
                 self._late_trust.add(0.0, 0.0)
                 self._late.value += (1 - MEMORY) * (LATE_SHARE * self._fresh.value - self._late.value)
         self._nodes.add(num_nodes)
+        self._draft_rate = None
+        if self._plain_tokens >= self._patience:
+            worth = self.draft_rate() > MARGIN * self.plain_rate
+            self._patience = PATIENCE if worth else min(2 * self._patience, MAX_PATIENCE)
+        self._plain_tokens = 0
 
     def _most_worth(self, expected: Sequence[float], rate: float) -> int:
         """The number of nodes that makes most of its time, where n of them bring expected[n] drafts."""
