@@ -68,7 +68,7 @@ def _prepare(dual: DualView, on_progress: Progress | None) -> None:
 
 def _say(on_progress: Progress | None, done: int) -> None:
     if on_progress is not None:
-        on_progress("preparing compiled code (the first time: under a minute)", done, 3)
+        on_progress("preparing compiled code (the first time: about a minute)", done, 3)
 
 
 class CompiledRunner:

@@ -20,7 +20,7 @@ FLAGS = ["-Wno-psabi", "-fno-unsafe-math-optimizations"]
 
 @cache
 def load_kernels() -> None:
-    """Make `torch.ops.orthrus` of them: compiled here (ten seconds, once), or taken from the cache folder.
+    """Make `torch.ops.orthrus` of them: compiled here (half a minute, once), or taken from the cache folder.
 
     Raises what goes wrong: no compiler, or one that refuses.
     """
