@@ -138,7 +138,7 @@ class Policy:
         return 1.0 / self.pass_ms(0, 0)
 
     def pass_ms(self, num_nodes: int, num_blocks: int) -> float:
-        """A verification with blocks beside it; without nodes, a draft pass."""
+        """A verification with blocks beside it; without nodes a draft pass, without either a plain one."""
         key = num_nodes, num_blocks
         if key not in self._pass_ms:
             num_guesses = joint_guesses(num_blocks, self.block_size, own_head=self.own_head)

@@ -90,6 +90,11 @@ class DualView(nn.Module):
         return len(self.base.get_input_embeddings().weight)  # type: ignore[arg-type]
 
     @property
+    def logit_cap(self) -> float | None:
+        """What this family squeezes the head's logits into, by a tanh; None for most."""
+        return getattr(self.base.config, "final_logit_softcapping", None)
+
+    @property
     def mask_token_id(self) -> int:
         """What mask rows carry in a pass: the mask token's id, or the stand-in for the trained embedding."""
         return MASK_EMBEDDING if self.config.mask_token_id is None else self.config.mask_token_id
@@ -180,7 +185,7 @@ class DualView(nn.Module):
         if drafts and self.draft_head is not None:
             head = self._packed_draft_head or self.draft_head
         logits: Tensor = head(hidden)
-        cap = getattr(self.base.config, "final_logit_softcapping", None)
+        cap = self.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def embed(self, token_ids_BT: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class RepairTables(NamedTuple):
     def of(dual: "DualView") -> "RepairTables | None":
         """None without a repair head, or where the head has no rows to read, or caps its logits."""
         rows_VC = _head_rows(dual)
-        if dual.repair is None or rows_VC is None or _cap(dual) is not None:
+        if dual.repair is None or rows_VC is None or dual.logit_cap is not None:
             return None
         dtype = dual.repair.hidden.weight.dtype
         ids_V = torch.arange(dual.vocab_size, device=rows_VC.device)
@@ -97,7 +97,7 @@ def pair_changes(dual: "DualView", hidden_DC: Tensor, parent_ids_DP: Tensor, chi
         return changes_DPV.gather(-1, child_ids_DM[:, None].expand(-1, parent_ids_DP.shape[1], -1))
     rows_DMC = weight_VC[child_ids_DM].float()
     changes_DPM = _change(dual, hidden_DC[:, None], parent_ids_DP).float() @ rows_DMC.mT
-    if (cap := _cap(dual)) is None:
+    if (cap := dual.logit_cap) is None:
         return changes_DPM
     before_D1M = torch.einsum("dc,dmc->dm", hidden_DC.float(), rows_DMC)[:, None]
     return cap * (torch.tanh((before_D1M + changes_DPM) / cap) - torch.tanh(before_D1M / cap))
@@ -110,10 +110,6 @@ def _head_rows(dual: "DualView") -> Tensor | None:
     source = dual.base.get_input_embeddings() if tied else dual.base.get_output_embeddings()
     weight_VC: Tensor | None = getattr(source, "weight", None)
     return weight_VC if type(weight_VC) is nn.Parameter and weight_VC.is_floating_point() else None
-
-
-def _cap(dual: "DualView") -> float | None:
-    return getattr(dual.base.config, "final_logit_softcapping", None)
 
 
 def _change(dual: "DualView", hidden: Tensor, parent_ids: Tensor) -> Tensor:

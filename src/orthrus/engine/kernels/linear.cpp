@@ -161,32 +161,27 @@ std::vector<float> round_rows(const float* x, int64_t rows, int64_t inputs, To* 
   return scales;
 }
 
-void int8_rows(const float* x, int64_t rows, int64_t inputs, const std::vector<Side>& sides, Target<float> to) {
-  const at::Tensor& weight = sides[0].weight;
-  if (weight.dim() == 4) {
-    const int64_t filled = weight.size(1) * weight.size(3);
-    std::vector<int8_t> whole(rows * filled);
-    const auto scales = round_rows(x, rows, inputs, whole.data(), filled);
-    to.row_scales = scales.data();
+// Rows rounded to numbers of type To: int8 for tiles, float32 of whole numbers for vectors.
+template <typename To>
+void int8_rows(
+    const float* x, int64_t rows, int64_t inputs, int64_t filled, const std::vector<Side>& sides, Target<float> to) {
+  std::vector<To> whole(rows * filled);
+  const auto scales = round_rows(x, rows, inputs, whole.data(), filled);
+  to.row_scales = scales.data();
+  if constexpr (std::is_same_v<To, int8_t>)
     tiles(whole.data(), filled, sides, to);
-  } else {
-    std::vector<float> whole(rows * inputs);
-    const auto scales = round_rows(x, rows, inputs, whole.data(), inputs);
-    to.row_scales = scales.data();
+  else
     plain<int8_t>(whole.data(), inputs, sides, to);
-  }
 }
 
 void bfloat16_rows(
-    const at::BFloat16* x, int64_t rows, int64_t inputs, const std::vector<Side>& sides,
+    const at::BFloat16* x, int64_t rows, int64_t inputs, int64_t filled, bool tiled, const std::vector<Side>& sides,
     const Target<at::BFloat16>& to) {
-  const at::Tensor& weight = sides[0].weight;
-  if (weight.dim() != 4) {
+  if (!tiled) {
     const std::vector<float> wide(x, x + rows * inputs);
     plain<at::BFloat16>(wide.data(), inputs, sides, to);
     return;
   }
-  const int64_t filled = weight.size(1) * weight.size(3);
   if (filled == inputs) {
     tiles(x, filled, sides, to);
     return;
@@ -198,15 +193,17 @@ void bfloat16_rows(
 
 using Given = std::optional<at::Tensor>;
 
+// Inputs of a packed weight, filled up where it is made for tiles.
+int64_t inputs_of(const at::Tensor& weight) { return weight.size(1) * (weight.dim() == 4 ? weight.size(3) : 1); }
+
 Side side_of(
     int64_t first, int64_t rows, int64_t inputs, int64_t columns, const at::Tensor& weight, const Given& scales,
     const Given& bias) {
   const bool tiled = weight.dim() == 4;
   const auto dtype = weight.scalar_type();
   TORCH_CHECK(!tiled || (has_tiles() && dtype != at::kFloat), "linear: a weight packed for another processor");
-  const int64_t packed = tiled ? weight.size(1) * weight.size(3) : weight.size(1);
   const int64_t step = tiled ? kTileBytes / weight.element_size() : 1;
-  TORCH_CHECK(packed == (inputs + step - 1) / step * step, "linear: inputs that do not fit the weight");
+  TORCH_CHECK(inputs_of(weight) == (inputs + step - 1) / step * step, "linear: inputs that do not fit the weight");
   TORCH_CHECK(
       weight.size(2) == (tiled ? kTileColumns : kPlainWidth), "linear: a weight packed for another processor");
   const int64_t room = weight.size(0) * weight.size(2);
@@ -225,19 +222,23 @@ at::Tensor products(const at::Tensor& x, int64_t columns, const std::vector<Side
   sizes.back() = columns;
   at::Tensor out = at::empty(sizes, x.options());
   if (rows == 0) return out;
-  const auto dtype = sides[0].weight.scalar_type();
-  if (dtype == at::kBFloat16) {
+  const at::Tensor& weight = sides[0].weight;
+  const int64_t filled = inputs_of(weight);
+  const bool tiled = weight.dim() == 4;
+  if (weight.scalar_type() == at::kBFloat16) {
     bfloat16_rows(
-        whole.const_data_ptr<at::BFloat16>(), rows, inputs, sides,
+        whole.const_data_ptr<at::BFloat16>(), rows, inputs, filled, tiled, sides,
         {out.mutable_data_ptr<at::BFloat16>(), columns, nullptr});
     return out;
   }
   const Target<float> to{out.mutable_data_ptr<float>(), columns, nullptr};
   const float* from = whole.const_data_ptr<float>();
-  if (dtype == at::kChar)
-    int8_rows(from, rows, inputs, sides, to);
-  else
+  if (weight.scalar_type() != at::kChar)
     plain<float>(from, inputs, sides, to);
+  else if (tiled)
+    int8_rows<int8_t>(from, rows, inputs, filled, sides, to);
+  else
+    int8_rows<float>(from, rows, inputs, filled, sides, to);
   return out;
 }
 
