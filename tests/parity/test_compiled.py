@@ -207,16 +207,21 @@ def test_wide_passes_are_compiled_too() -> None:
 
 
 @torch.inference_mode()
-def test_layers_wait_for_the_last_one_only_where_nothing_lies_between() -> None:
-    dual = compiled(tiny_dual("llama", disturb=0.3))
-    runner = dual._accelerated
-    assert isinstance(runner, CompiledRunner)
-    (history_1T, p), *_ = random_passes(seed=4, num=2)
-    at_once = states(dual, history_1T, p)
-    assert runner._chained
-    runner._chained = False
-    for one, other in zip(states(dual, history_1T, p), at_once, strict=True):
-        assert torch.equal(one, other)
+def test_one_call_stands_for_all_layers_only_where_they_are_called_alike() -> None:
+    ways = {}
+    for family in FAMILIES:
+        dual = compiled(tiny_dual(family, disturb=0.3))
+        runner = dual._accelerated
+        assert isinstance(runner, CompiledRunner)
+        ways[family] = runner._way
+        (history_1T, p), *_ = random_passes(seed=4, num=2)
+        at_once = states(dual, history_1T, p)
+        for way in ("each", "waiting"):
+            runner._way = way  # type: ignore[assignment]
+            for one, other in zip(states(dual, history_1T, p), at_once, strict=True):
+                assert torch.equal(one, other)
+    # Every other layer of Gemma 3 is given another mask.
+    assert ways == {"llama": "alike", "gemma3": "waiting", "phi3": "alike"}
 
 
 def changes_input(layer: nn.Module) -> None:
@@ -256,6 +261,11 @@ def test_a_forward_that_leaves_out_layers_is_no_silent_mistake() -> None:
         with pytest.raises(RuntimeError, match=message):
             states(dual, history_1T, p)
     dual.base.get_decoder().layers = layers
+    # Where one call stands for all, nobody may ask for some.
+    dual.base.config.num_hidden_layers -= 1
+    with pytest.raises(RuntimeError, match="left out a layer"):
+        states(dual, history_1T, p)
+    dual.base.config.num_hidden_layers += 1
     for one, other in zip(states(dual, history_1T, p), expected, strict=True):
         assert torch.equal(one, other)
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -71,6 +71,10 @@ def _say(on_progress: Progress | None, done: int) -> None:
         on_progress("preparing compiled code (the first time: about a minute)", done, 3)
 
 
+Way = Literal["each", "waiting", "alike"]
+"""How layers are run: each when it is called; all when the last one is called; all by one call."""
+
+
 class CompiledRunner:
     """Stands in for the decoder layers of a model during a pass; see `DualView.accelerate`.
 
@@ -79,11 +83,13 @@ class CompiledRunner:
 
     Where the stock forward hands each layer just what the one before it returned, as the first pass shows,
     layers only take note of their call, and the last one runs them all without a way back to Python between;
-    unless somebody has hooks on them.
+    where it gives all of them the same besides, one call stands for all. Unless somebody has hooks on them.
     """
 
     def __init__(self, dual: DualView) -> None:
         self._dual = dual
+        self._decoder = dual.base.get_decoder()
+        self._list = self._decoder._modules["layers"]
         self._layers = list(decoder_layers(dual.base))
         self._code: dict[tuple[int, bool], LayerCode] = {}
         fast = [fast_layer(layer) for layer in self._layers]
@@ -95,7 +101,8 @@ class CompiledRunner:
         self.draft_head = None if dual.draft_head is None else fast_linear([dual.draft_head])
         # Built once, since setting up thirty closures a pass would show.
         self._forwards = [self._forward(i) for i in range(len(self._layers))]
-        self._chained: bool | None = None
+        self._stack = _Stack(len(self._layers), self._all)
+        self._way: Way | None = None
         self._now: _Running | None = None
 
     @contextmanager
@@ -107,52 +114,96 @@ class CompiledRunner:
             with folded_heads(self._dual.base.config, self._dual.device) as more:
                 yield more
             return
+        modules = self._decoder._modules
+        found, way = modules["layers"], self._way or "each"
+        if _hooked(self._layers):
+            way = "each"
+        elif way == "alike" and found is not self._list:
+            way = "waiting"
         # A finished request's cache is to be freed, so all that belongs to a pass ends with it.
-        waits = bool(self._chained) and not _hooked(self._layers)
-        self._now = now = _Running(p, cache, waits)
-        for layer, forward in zip(self._layers, self._forwards, strict=True):
-            layer.__dict__["forward"] = forward
+        self._now = now = _Running(p, cache, way)
+        if way == "alike":
+            modules["layers"] = self._stack
+        else:
+            for layer, forward in zip(self._layers, self._forwards, strict=True):
+                layer.__dict__["forward"] = forward
         try:
             yield {}
-            if now.codes:
+            if now.codes or (way == "alike" and not now.num_called):
                 raise RuntimeError("the stock forward has left out the last layer.")
-            if self._chained is None:
-                self._chained = now.is_chain and now.num_called == len(self._layers)
+            if self._way is None:
+                self._way = now.seen(len(self._layers))
         finally:
+            modules["layers"] = found
             for layer in self._layers:
-                del layer.__dict__["forward"]
+                layer.__dict__.pop("forward", None)
             self._now = None
 
     def _forward(self, index: int) -> Callable[..., Tensor]:
-        first_alike, is_last = self._kinds[index], index == len(self._layers) - 1
+        """What stands for a layer that is called for itself."""
+        is_last = index == len(self._layers) - 1
 
         def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
             now = self._now
             assert now is not None
-            now.is_chain &= index == now.num_called and (index == 0 or hidden_states is now.hidden_1TC)
-            now.num_called += 1
-            if now.waits and not now.is_chain:
-                raise RuntimeError("the stock forward has changed its way from layer to layer.")
-            arguments, flat = now.arguments(index, hidden_states, kwargs)
-            key = first_alike, now.marker is not None
-            if key not in self._code:
-                self._make(key, arguments)
-            now.codes.append(self._code[key])
-            now.flat.append(flat)
-            now.hidden_1TC = hidden_states
-            if now.waits and not is_last:
+            given = now.take(index, hidden_states, kwargs)
+            now.codes.append(self._code_of(index, hidden_states, given))
+            if now.way == "waiting" and not is_last:
                 return hidden_states
-            first = index + 1 - len(now.codes)
-            now.hidden_1TC = self._compiled.run(first, now.codes, hidden_states.contiguous(), now.flat)
-            now.codes, now.flat = [], []
+            codes, now.codes = now.codes, []
+            now.hidden_1TC = self._run(index + 1 - len(codes), codes, hidden_states, now.given[-len(codes) :])
             return now.hidden_1TC
 
         return forward
+
+    def _all(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """What stands for all layers."""
+        now = self._now
+        assert now is not None
+        given = now.take(0, hidden_states, kwargs)
+        codes = [self._code_of(i, hidden_states, given) for i in range(len(self._layers))]
+        return self._run(0, codes, hidden_states, now.given)
+
+    def _run(
+        self, first: int, codes: list[LayerCode], hidden_1TC: Tensor, given: list[list[Tensor]]
+    ) -> Tensor:
+        now = self._now
+        assert now is not None
+        stores = now.cache.keys, now.cache.values
+        rest = [] if now.marker is None else [now.marker]
+        out: Tensor = self._compiled.run(
+            first, codes, hidden_1TC.contiguous(), given, now.slots_T, *stores, rest
+        )
+        return out
+
+    def _code_of(self, index: int, hidden_1TC: Tensor, given: dict[str, Any]) -> LayerCode:
+        now = self._now
+        assert now is not None
+        key = self._kinds[index], now.marker is not None
+        if key not in self._code:
+            stores = now.cache.keys[index], now.cache.values[index]
+            self._make(key, Arguments(hidden_1TC, given, now.slots_T, *stores, now.marker))
+        return self._code[key]
 
     def _make(self, key: tuple[int, bool], arguments: Arguments) -> None:
         """The code of a kind of layers, when the first of them is called; `_prepare` sees to all."""
         folder, config = cache_dir() / "compiled", self._dual.base.config
         self._code[key] = layer_code(self._examples[key[0]], arguments, folder, config=config)
+
+
+class _Stack(nn.ModuleList):
+    """A list of layers of which one call stands for all."""
+
+    def __init__(self, num_layers: int, run: Callable[..., Tensor]) -> None:
+        stand_in = nn.Module()
+        stand_in.__dict__["forward"] = run
+        super().__init__([stand_in])
+        self._every = range(num_layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if self._every[index] != self._every:
+            raise RuntimeError("the stock forward has left out a layer.")
+        return self
 
 
 def _hooked(layers: Sequence[nn.Module]) -> bool:
@@ -164,35 +215,43 @@ def _hooked(layers: Sequence[nn.Module]) -> bool:
 
 
 class _Running:
-    """One pass on its way through the layers: their codes and arguments as far as they have been called and
-    not run; hidden_1TC: what the last one was called with, or has returned; is_chain: whether all were called
-    in turn, each with just what the one before it returned. waits: none runs before the last is called."""
+    """One pass on its way through the layers: given, what each has been called with besides hidden states,
+    flattened; codes, of those that have not been run yet; hidden_1TC, what the last one was called with, or
+    has returned; is_chain: whether all were called in turn, each with just what the one before it returned."""
 
-    def __init__(self, p: Pass, cache: SlotCache, waits: bool) -> None:
-        self.waits = waits
-        self._slots_T, self._cache = p.slots_BT[0], cache
+    def __init__(self, p: Pass, cache: SlotCache, way: Way) -> None:
+        self.cache, self.way = cache, way
+        self.slots_T = p.slots_BT[0]
         mixed = p.num_ar_rows < p.num_rows
         self.marker = torch.empty(p.num_ar_rows + 1, 0) if mixed else None
         self.codes: list[LayerCode] = []
-        self.flat: list[list[Tensor]] = []
+        self.given: list[list[Tensor]] = []
         self.hidden_1TC: Tensor | None = None
         self.num_called = 0
         self.is_chain = True
         self._given: dict[tuple[int, ...], tuple[dict[str, Any], list[Tensor], Any]] = {}
 
-    def arguments(
-        self, index: int, hidden_1TC: Tensor, kwargs: dict[str, Any]
-    ) -> tuple[Arguments, list[Tensor]]:
-        """A layer's arguments, and all but the hidden states flattened."""
+    def take(self, index: int, hidden_1TC: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take note of a layer's call; returns the tensors that it was given by name."""
+        self.is_chain &= index == self.num_called and (index == 0 or hidden_1TC is self.hidden_1TC)
+        self.num_called += 1
+        if self.way != "each" and not self.is_chain:
+            raise RuntimeError("the stock forward has changed its way from layer to layer.")
+        self.hidden_1TC = hidden_1TC
         # Flattened once for layers that share them; kept themselves, so that nothing else can take their ids.
         key = tuple(map(id, kwargs.values()))
         if key not in self._given:
             given: dict[str, Any] = {n: v for n, v in kwargs.items() if isinstance(v, Tensor | tuple)}
             self._given[key] = given, flatten(given), kwargs
         given, flat, _ = self._given[key]
-        keys, values = self._cache.keys[index], self._cache.values[index]
-        arguments = Arguments(hidden_1TC, given, self._slots_T, keys, values, self.marker)
-        return arguments, arguments.flat(flat)
+        self.given.append(flat)
+        return given
+
+    def seen(self, num_layers: int) -> Way:
+        """How the layers of such a forward can be run."""
+        if not self.is_chain or self.num_called != num_layers:
+            return "each"
+        return "alike" if len(self._given) == 1 else "waiting"
 
 
 def compile_problem(dual: DualView) -> str | None:

@@ -52,10 +52,10 @@ class Arguments(NamedTuple):
     values: Tensor
     marker: Tensor | None
 
-    def flat(self, given: list[Tensor]) -> list[Tensor]:
-        """All tensors but the hidden states; `given`, flattened, is handed in: layers of a pass share it."""
+    def flat(self) -> list[Tensor]:
+        """All tensors but the hidden states, in the order of `torch.classes.orthrus.Layers`."""
         rest = [] if self.marker is None else [self.marker]
-        return [*given, self.slots_T, self.keys, self.values, *rest]
+        return [*flatten(self.given), self.slots_T, self.keys, self.values, *rest]
 
 
 def flatten(given: dict[str, Any]) -> list[Tensor]:
@@ -181,7 +181,7 @@ def _exported(layer: nn.Module, example: Arguments) -> torch.export.ExportedProg
     tensors = list(named_tensors(layer).values())
     return torch.export.export(
         Layer(),
-        (*tensors, example.hidden_1TC, *example.flat(flatten(example.given))),
+        (*tensors, example.hidden_1TC, *example.flat()),
         dynamic_shapes={"flat": (*[None] * len(tensors), *_open_sizes(example))},
         prefer_deferred_runtime_asserts_over_guards=True,
     )

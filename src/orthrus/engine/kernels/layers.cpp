@@ -20,19 +20,26 @@ struct LayerCode : torch::CustomClassHolder {
 struct Layers : torch::CustomClassHolder {
   explicit Layers(std::vector<std::vector<at::Tensor>> given) : tensors(std::move(given)) {}
 
-  // Layers first, first + 1, ... by one code and one list of arguments each; returns the last one's hidden state.
+  // Layers first, first + 1, ... by one code each; returns the last one's hidden state. given: what the stock
+  // forward gives to each, or to all alike; after it come slots, the layer's keys and values, and `rest`.
   at::Tensor run(
       int64_t first, const std::vector<c10::intrusive_ptr<LayerCode>>& codes, at::Tensor hidden,
-      const std::vector<std::vector<at::Tensor>>& arguments) {
+      const std::vector<std::vector<at::Tensor>>& given, const at::Tensor& slots, const std::vector<at::Tensor>& keys,
+      const std::vector<at::Tensor>& values, const std::vector<at::Tensor>& rest) {
     TORCH_CHECK(
-        first >= 0 && first + codes.size() <= tensors.size() && codes.size() == arguments.size(),
-        "layers: ", codes.size(), " codes and ", arguments.size(), " lists of arguments from layer ", first, " of ",
+        first >= 0 && first + codes.size() <= tensors.size() && (given.size() == 1 || given.size() == codes.size()) &&
+            keys.size() == tensors.size() && values.size() == tensors.size(),
+        "layers: ", codes.size(), " codes and ", given.size(), " lists of arguments from layer ", first, " of ",
         tensors.size());
     std::vector<at::Tensor> inputs;
     for (size_t i = 0; i < codes.size(); ++i) {
-      inputs = tensors[first + i];
+      const size_t layer = first + i;
+      const auto& own = given[given.size() == 1 ? 0 : i];
+      inputs = tensors[layer];
       inputs.push_back(std::move(hidden));
-      inputs.insert(inputs.end(), arguments[i].begin(), arguments[i].end());
+      inputs.insert(inputs.end(), own.begin(), own.end());
+      inputs.insert(inputs.end(), {slots, keys[layer], values[layer]});
+      inputs.insert(inputs.end(), rest.begin(), rest.end());
       hidden = std::move(codes[i]->loader.run(inputs)[0]);
     }
     return hidden;
