@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from orthrus.engine.kernels import build
+from orthrus.engine.kernels import best, build
 from orthrus.engine.kernels.build import load_kernels
 from orthrus.engine.kernels.linear import FewRowsLinear, FewRowsTwin, fast_linear, fast_twin, has_tiles
 from orthrus.model.int8_linear import Int8Linear
@@ -123,7 +123,7 @@ def test_damaged_kernels_are_made_anew(tmp_path: Path) -> None:
     """And on shorter vectors, as other processors have them, all of the above holds."""
     program = f"""
 import sys, pytest, torch._inductor.config
-from orthrus.engine.kernels import build
+from orthrus.engine.kernels import best, build
 torch._inductor.config.cpp.simdlen = 256
 build.FLAGS += ["-mno-avx512f"] * torch.cpu._is_avx512_supported()
 made = build._build
@@ -248,3 +248,36 @@ def test_sources_that_do_not_compile_leave_nothing_behind(
     with pytest.raises(Exception, match="compile"):
         load_kernels.__wrapped__()
     assert list((tmp_path / "cache" / "compiled").iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [5, 16, 300, 4097])
+@pytest.mark.parametrize("num", [1, 3, 16])
+def test_best_tokens_are_those_of_topk(size: int, num: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(size + num)
+    num = min(num, size)
+    scores_RV = torch.randn(4, size) * 4
+    # All candidates in one chunk; what a filter has left over; nothing but what it has thrown away.
+    scores_RV[1] = torch.linspace(3, -3, size)
+    scores_RV[2, num:] = -torch.inf
+    scores_RV[3] = -torch.inf
+    values_RN, ids_RN, totals_R1 = best.best_tokens(scores_RV, num)
+    assert torch.equal(values_RN, scores_RV.gather(1, ids_RN))
+    monkeypatch.setattr(best, "kernels_loaded", lambda: False)
+    slow_RN, _, slow_R1 = best.best_tokens(scores_RV, num)
+    assert torch.equal(values_RN, slow_RN)
+    torch.testing.assert_close(totals_R1, slow_R1)
+    assert all(len(set(row)) == num for row in ids_RN.tolist())
+
+
+def test_best_tokens_of_equal_scores_are_the_first_ones() -> None:
+    scores_RV = torch.randint(0, 3, (5, 700), generator=torch.Generator().manual_seed(0)).float()
+    _, ids_RN, _ = best.best_tokens(scores_RV, 16)
+    assert torch.equal(ids_RN, scores_RV.sort(dim=1, descending=True, stable=True).indices[:, :16])
+
+
+def test_best_tokens_leave_out_what_is_no_number() -> None:
+    scores_RV = torch.full((2, 300), torch.nan)
+    scores_RV[0, [7, 200]] = torch.tensor([1.0, 2.0])
+    values_RN, ids_RN, _ = best.best_tokens(scores_RV, 3)
+    assert ids_RN[0, :2].tolist() == [200, 7]
+    assert values_RN.isnan().tolist() == [[False, False, True], [True, True, True]]

@@ -216,8 +216,8 @@ def _hooked(layers: Sequence[nn.Module]) -> bool:
 
 class _Running:
     """One pass on its way through the layers: given, what each has been called with besides hidden states,
-    flattened; codes, of those that have not been run yet; hidden_1TC, what the last one was called with, or
-    has returned; is_chain: whether all were called in turn, each with just what the one before it returned."""
+    flattened; codes, of those that have not been run yet; hidden_1TC, what the last one was called with or
+    has returned; is_chain: whether all were called in turn, each with just what the one before returned."""
 
     def __init__(self, p: Pass, cache: SlotCache, way: Way) -> None:
         self.cache, self.way = cache, way

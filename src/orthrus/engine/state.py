@@ -13,6 +13,7 @@ from orthrus.decoding.pairs import given_the_prefix, pair_log_probs
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise, filtered_probs, greedy_tokens
 from orthrus.decoding.tree import Candidates
+from orthrus.engine.kernels.best import best_tokens
 from orthrus.model.dual_view import DualView
 from orthrus.model.repair import pair_changes
 from orthrus.model.slot_cache import SlotCache
@@ -69,19 +70,19 @@ class DecodeState:
         dual = self.dual
         logits_DV = dual.head(hidden_DC, drafts=True) if logits_DV is None else logits_DV
         scores_DV = self._scores(logits_DV, first_position)
-        top = scores_DV.topk(min(self.num_candidates, scores_DV.shape[-1]), dim=-1)
-        all_D1 = scores_DV.logsumexp(-1, keepdim=True)
-        num_rows, width = top.values.shape
-        log_probs_DC = top.values - all_D1
+        width = min(self.num_candidates, scores_DV.shape[-1])
+        best_DC, ids_DC, all_D1 = best_tokens(scores_DV, width)
+        num_rows = len(ids_DC)
+        log_probs_DC = best_DC - all_D1
         log_probs_DC[1:] = given_the_prefix(log_probs_DC[1:])
-        tables = [top.indices, log_probs_DC]
+        tables = [ids_DC, log_probs_DC]
         if dual.repair is not None:
-            anchors_1P = top.indices.new_full((1, width), self.anchor_id)
-            parents_DP = torch.cat([anchors_1P, top.indices[:-1]])
-            changes_DPM = pair_changes(dual, hidden_DC, parents_DP, top.indices)
+            anchors_1P = ids_DC.new_full((1, width), self.anchor_id)
+            parents_DP = torch.cat([anchors_1P, ids_DC[:-1]])
+            changes_DPM = pair_changes(dual, hidden_DC, parents_DP, ids_DC)
             if not self.sampling.greedy:
                 changes_DPM = changes_DPM / self.sampling.temperature
-            given_DPC = pair_log_probs(top.values, all_D1, changes_DPM)
+            given_DPC = pair_log_probs(best_DC, all_D1, changes_DPM)
             log_probs_DC[0] = given_DPC[0, 0]
             tables.append(given_the_prefix(given_DPC[1:]))
         # Ids are exact in float32 (below 2**24), so one copy brings everything to the host.

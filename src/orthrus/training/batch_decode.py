@@ -13,6 +13,9 @@ from orthrus.model.dual_view import DualView
 from orthrus.model.passes import ar_step, prefill
 from orthrus.model.slot_cache import SlotCache
 
+_ADMITTED = 16
+"""Prompts that are fed in together: one at a time would take longer than their answers."""
+
 
 class Request(NamedTuple):
     """A prompt and how to answer it; `key` comes back with the answer."""
@@ -56,11 +59,15 @@ def decode_batch(
     cache = dual.new_cache(max_prompt_tokens + max_new_tokens, batch_size)
     generator = torch.Generator(device=dual.device).manual_seed(seed)
     rows: list[_Row | None] = [None] * batch_size
+    least = min(_ADMITTED, max(1, batch_size // 4))
     while True:
-        for i in range(batch_size):
-            if rows[i] is None and (request := next(waiting, None)) is not None:
-                rows[i] = _admit(dual, cache.row(i), request)
-                cache.lengths[i] = len(request.prompt_ids) - 1
+        free = [i for i, row in enumerate(rows) if row is None]
+        if len(free) == batch_size or len(free) >= least:
+            for i in range(0, len(free), _ADMITTED):
+                found = list(zip(free[i : i + _ADMITTED], waiting, strict=False))
+                _admit(dual, cache, found)
+                for place, request in found:
+                    rows[place] = _Row(request, request.prompt_ids[-1])
         active = [row for row in rows if row is not None]
         if not active:
             return
@@ -80,14 +87,23 @@ def decode_batch(
                 cache.lengths[i] = 0
 
 
-def _admit(dual: DualView, cache: SlotCache, request: Request) -> _Row:
-    """Feed all but the last prompt token into one row of the cache; the last one is the first step's."""
-    cache.lengths[0] = 0
-    *head, last = request.prompt_ids
-    if head:
-        ids_1T = torch.tensor([head], device=dual.device)
-        dual.run(prefill(ids_1T, cache.lengths, last=False), cache)
-    return _Row(request, last)
+def _admit(dual: DualView, cache: SlotCache, requests: list[tuple[int, Request]]) -> None:
+    """Feed all but the last prompt token of each request into its row of the cache, together; the last one is
+    the first step's. What fills shorter prompts up lies in scratch, where the first steps overwrite it."""
+    heads = [request.prompt_ids[:-1] for _, request in requests]
+    for (row, _), head in zip(requests, heads, strict=True):
+        cache.lengths[row] = len(head)
+    longest = max(map(len, heads), default=0)
+    if not longest:
+        return
+    ids_AT = torch.tensor([head + [0] * (longest - len(head)) for head in heads], device=dual.device)
+    part = dual.new_cache(longest, len(heads))
+    dual.run(prefill(ids_AT, part.lengths, last=False), part)
+    rows_A = torch.tensor([row for row, _ in requests], device=dual.device)
+    for whole, new in zip((*cache.keys, *cache.values), (*part.keys, *part.values), strict=True):
+        whole[rows_A, :, :longest] = new
+    for ledger, new in ((cache.positions_BS, part.positions_BS), (cache.writers_BS, part.writers_BS)):
+        ledger[rows_A, :longest] = new
 
 
 def _choose(logits_BV: Tensor, rows: list[_Row | None], generator: torch.Generator) -> list[int]:

@@ -34,6 +34,11 @@ def load_kernels() -> None:
     torch.library.register_fake("orthrus::few_rows_attention", _shape_of_attention)
 
 
+def kernels_loaded() -> bool:
+    """Whether `load_kernels` has been called, and `torch.ops.orthrus` is there."""
+    return load_kernels.cache_info().currsize > 0
+
+
 def _load(path: Path) -> None:
     # Compiled layers find the functions by their names; loading registers the operators too.
     ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)

@@ -1,0 +1,109 @@
+// The best tokens of draft rows: float32 scores over a vocabulary, of which a draft looks at a dozen.
+//
+// PyTorch's topk moves pairs of numbers about, one at a time; here one look finds the largest score of each chunk
+// of a row, and only the few chunks that can hold one of the best are looked into.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+using namespace orthrus;
+constexpr int64_t kChunk = 16 * kLanes;
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+// The sum of exp(score - most) over a row, in float64, since there are many.
+double total(const float* scores, int64_t size, float most) {
+  using Vec = at::vec::Vectorized<float>;
+  double sum = 0.0;
+  for (int64_t first = 0; first < size; first += kChunk) {
+    Vec part(0.0f);
+    const int64_t end = std::min(first + kChunk, size);
+    for (int64_t i = first; i < end; i += Vec::size()) {
+      const int64_t count = std::min<int64_t>(Vec::size(), end - i);
+      const Vec found = (Vec::loadu(scores + i, count) - Vec(most)).exp_u20();
+      part = part + (count < Vec::size() ? Vec::set(Vec(0.0f), found, count) : found);
+    }
+    float each[Vec::size()];
+    part.store(each);
+    for (const float number : each) sum += number;
+  }
+  return sum;
+}
+
+// Fills values and ids with the `num` best of a row, best first, equal ones by their ids; returns the log of the
+// row's sum of exponentials. What is no number is never among the best, unless there is nothing else.
+float best_of_row(const float* scores, int64_t size, int64_t num, float* values, int64_t* ids) {
+  const int64_t chunks = (size + kChunk - 1) / kChunk;
+  std::vector<float> most(chunks);
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t end = std::min((c + 1) * kChunk, size);
+    Floats largest = all(kNone);
+    int64_t i = c * kChunk;
+    for (; i + kLanes <= end; i += kLanes) {
+      const Floats found = floats(scores + i);
+      largest = found > largest ? found : largest;
+    }
+    most[c] = kNone;
+    for (int lane = 0; lane < kLanes; ++lane) most[c] = std::max(most[c], static_cast<float>(largest[lane]));
+    for (; i < end; ++i) most[c] = std::max(most[c], scores[i]);
+  }
+  // The best lie in chunks whose largest is among the `num` largest, and are no smaller than the last of these.
+  std::vector<float> ranked = most;
+  const int64_t last = std::min(num, chunks) - 1;
+  std::nth_element(ranked.begin(), ranked.begin() + last, ranked.end(), std::greater<>());
+  const float least = num > chunks ? kNone : ranked[last];
+  std::vector<std::pair<float, int64_t>> found;
+  for (int64_t c = 0; c < chunks; ++c) {
+    if (most[c] < least) continue;
+    for (int64_t i = c * kChunk; i < std::min((c + 1) * kChunk, size); ++i)
+      if (scores[i] >= least) found.emplace_back(-scores[i], i);
+  }
+  const int64_t here = std::min<int64_t>(num, found.size());
+  std::partial_sort(found.begin(), found.begin() + here, found.end());
+  for (int64_t n = 0; n < num; ++n) {
+    values[n] = n < here ? -found[n].first : std::numeric_limits<float>::quiet_NaN();
+    ids[n] = n < here ? found[n].second : 0;
+  }
+  const float top = values[0];
+  // Scores of nothing but -inf, or with an infinite one among them, have no other total.
+  if (!(std::abs(top) < std::numeric_limits<float>::infinity())) return top;
+  return top + static_cast<float>(std::log(total(scores, size, top)));
+}
+
+// scores (rows, V) float32 -> values and ids (rows, num), best first, and totals (rows, 1): log-sum-exp.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> best_tokens(const at::Tensor& scores, int64_t num) {
+  TORCH_CHECK(scores.dim() == 2 && scores.scalar_type() == at::kFloat, "best_tokens: rows of float32");
+  const int64_t rows = scores.size(0), size = scores.size(1);
+  TORCH_CHECK(0 < num && num <= size, "best_tokens: ", num, " of ", size);
+  const at::Tensor whole = scores.contiguous();
+  at::Tensor values = at::empty({rows, num}, scores.options()), totals = at::empty({rows, 1}, scores.options());
+  at::Tensor ids = at::empty({rows, num}, scores.options().dtype(at::kLong));
+  const float* from = whole.const_data_ptr<float>();
+  auto* to = values.mutable_data_ptr<float>();
+  auto* total_of = totals.mutable_data_ptr<float>();
+  auto* id = ids.mutable_data_ptr<int64_t>();
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      total_of[r] = best_of_row(from + r * size, size, num, to + r * num, id + r * num);
+  });
+  return {values, ids, totals};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(orthrus, library) {
+  library.def("best_tokens(Tensor scores, int num) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(orthrus, CPU, library) { library.impl("best_tokens", &best_tokens); }
