@@ -61,25 +61,28 @@ void divided(const float* sums, int64_t size, float total, T* to) {
   for (; d < size; ++d) to[d] = static_cast<T>(sums[d] / total);
 }
 
-// Keys [first, first + count) as (size, kSlots) float32, zeros behind the last; `wide` has room for them.
+// Keys [first, first + count) as (size filled up, kSlots) float32, zeros where there is none.
 template <typename T>
-void turned(const Head<T>& head, int64_t first, int64_t count, float* wide, float* out) {
-  const T* from = head.keys + first * head.key_step;
-  const float* keys = wide;
-  int64_t step = head.key_size;
-  if constexpr (std::is_same_v<T, float>) {
-    keys = from;
-    step = head.key_step;
-  } else {
-    widen(from, head.key_step, count, head.key_size, wide, step);
-  }
-  if (count < kSlots) std::fill_n(out, head.key_size * kSlots, 0.0f);
-  constexpr int64_t kSquare = at::vec::Vectorized<float>::size();
-  for (int64_t s = 0; s < count; s += kSquare)
-    for (int64_t d = 0; d < head.key_size; d += kSquare)
-      at::vec::transpose_mxn<float>(
-          keys + s * step + d, step, out + d * kSlots + s, kSlots, static_cast<int>(std::min(kSquare, count - s)),
-          static_cast<int>(std::min(kSquare, head.key_size - d)));
+void turned(const Head<T>& head, int64_t first, int64_t count, float* out) {
+  for (int64_t s = 0; s < kSlots; s += kLanes)
+    for (int64_t d = 0; d < head.key_size; d += kLanes) {
+      Floats square[kLanes];
+      const int64_t width = std::min<int64_t>(kLanes, head.key_size - d);
+      const T* from = head.keys + (first + s) * head.key_step + d;
+      if (s + kLanes <= count && width == kLanes) {
+#pragma GCC unroll 16
+        for (int row = 0; row < kLanes; ++row) square[row] = floats(from + row * head.key_step);
+      } else {
+        for (int64_t row = 0; row < kLanes; ++row) {
+          float some[kLanes] = {};
+          if (s + row < count) widen(from + row * head.key_step, 0, 1, width, some, 0);
+          square[row] = floats(some);
+        }
+      }
+      turn(square);
+#pragma GCC unroll 16
+      for (int row = 0; row < kLanes; ++row) store(square[row], out + (d + row) * kSlots + s);
+    }
 }
 
 // Scores (num, padded) of queries (num, key size), -inf where the row does not see; most: the largest of each.
@@ -87,56 +90,55 @@ template <typename T>
 void score(
     const Head<T>& head, const float* queries, const int64_t* rows, int64_t num, float* scores, int64_t padded,
     Floats* most) {
-  std::vector<float> wide(std::is_same_v<T, float> ? 0 : kSlots * head.key_size), keys(head.key_size * kSlots);
-  std::fill_n(most, num, all(-std::numeric_limits<float>::infinity()));
-  std::vector<int64_t> seen(num);
-  for (int64_t q = 0; q < num; ++q) seen[q] = q > 0 && rows[q] == rows[q - 1] ? seen[q - 1] : head.seen(rows[q]);
+  const auto keys = std::make_unique_for_overwrite<float[]>(whole(head.key_size, kLanes) * kSlots);
   for (int64_t first = 0; first < head.slots; first += kSlots) {
-    const int64_t count = std::min(kSlots, head.slots - first);
-    turned(head, first, count, wide.data(), keys.data());
+    turned(head, first, std::min(kSlots, head.slots - first), keys.get());
     evenly(num, kRows, [&](int64_t q, int64_t rows_here) {
       multiply_rows<kRows, kKeyVectors>(
-          rows_here, queries + q * head.key_size, head.key_size, keys.data(), kSlots, head.key_size,
+          rows_here, queries + q * head.key_size, head.key_size, keys.get(), kSlots, head.key_size,
           scores + q * padded + first, padded);
     });
-    for (int64_t q = 0; q < num; ++q) {
-      const bool* sees = head.visible + rows[q] * head.visible_step + first;
-      float* here = scores + q * padded + first;
-      if (seen[q] < first + kSlots) {
-        for (int64_t s = 0; s < kSlots; ++s)
-          if (s >= count || !sees[s]) here[s] = -std::numeric_limits<float>::infinity();
-      }
-      Floats largest = most[q];
-      for (int64_t s = 0; s < kSlots; s += kLanes) {
-        const Floats found = floats(here + s);
-        largest = largest > found ? largest : found;
-      }
-      most[q] = largest;
+  }
+  int64_t seen = 0;
+  for (int64_t q = 0; q < num; ++q) {
+    if (q == 0 || rows[q] != rows[q - 1]) seen = head.seen(rows[q]);
+    const bool* sees = head.visible + rows[q] * head.visible_step;
+    float* here = scores + q * padded;
+    for (int64_t s = seen; s < head.slots; ++s)
+      if (!sees[s]) here[s] = -std::numeric_limits<float>::infinity();
+    std::fill(here + head.slots, here + padded, -std::numeric_limits<float>::infinity());
+    Floats largest = all(-std::numeric_limits<float>::infinity());
+    for (int64_t s = 0; s < padded; s += kLanes) {
+      const Floats found = floats(here + s);
+      largest = largest > found ? largest : found;
     }
+    most[q] = largest;
   }
 }
 
-// Scores to weights, the largest of which is one; returns their sum. It is taken in whole numbers of 2^-30, so
+// Scores to weights, the largest of which is one; returns their sum. It is taken in whole numbers of 2^-27, so
 // it does not depend on an order.
 float exponentials(float* scores, int64_t padded, Floats most) {
-  using Vec = at::vec::Vectorized<float>;
-  using Longs = VectorOf<int64_t>::type;
-  constexpr float kOne = 1 << 30;
+  constexpr float kOne = 1 << 27;
+  // As many sums of them as 32 bits have room for.
+  constexpr int64_t kVectors = 8;
   // Below it weights are zero; and within it a number's exponential hangs on no other one's, on any processor.
   constexpr float kLeast = -87.0f;
   float largest = most[0];
   for (int i = 1; i < kLanes; ++i) largest = std::max(largest, static_cast<float>(most[i]));
-  Longs sums = {};
-  for (int64_t s = 0; s < padded; s += kLanes) {
-    const Floats below = floats(scores + s) - largest;
-    store(below < kLeast ? all(kLeast) : below, scores + s);
-    for (int64_t part = s; part < s + kLanes; part += Vec::size())
-      Vec::loadu(scores + part).exp_u20().store(scores + part);
-    Floats weight = below < kLeast ? Floats{} : floats(scores + s);
-    // What is no number stays none.
-    weight = below == below ? weight : below;
-    store(weight, scores + s);
-    sums += __builtin_convertvector(__builtin_convertvector(weight * kOne + 0.5f, Ints), Longs);
+  VectorOf<int64_t>::type sums = {};
+  for (int64_t first = 0; first < padded; first += kVectors * kLanes) {
+    Ints part = {};
+    for (int64_t s = first; s < std::min(first + kVectors * kLanes, padded); s += kLanes) {
+      const Floats below = floats(scores + s) - largest;
+      Floats weight = exponential(below < kLeast ? all(kLeast) : below);
+      weight = below < kLeast ? Floats{} : weight;
+      // What is no number stays none.
+      weight = below == below ? weight : below;
+      store(weight, scores + s);
+      part += __builtin_convertvector(weight * kOne + 0.5f, Ints);
+    }
+    sums += __builtin_convertvector(part, VectorOf<int64_t>::type);
   }
   int64_t sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += sums[i];
@@ -190,23 +192,23 @@ void attend_heads(
   const int64_t num_heads = query.size(1), num_rows = query.size(2), num_kv = keys.size(1);
   const int64_t group = num_heads / num_kv, num_queries = group * num_rows;
   const int64_t key_size = keys.size(3), value_size = values.size(3), width = whole(value_size, kLanes);
-  // Enough parts for all threads, none too large for the cache.
-  const int64_t wanted = (2 * at::get_num_threads() + num_kv - 1) / num_kv;
-  const int64_t parts = std::max(
-      (num_queries + kMostQueries - 1) / kMostQueries, std::min((num_queries + kRows - 1) / kRows, wanted));
   const T* from = query.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
-  at::parallel_for(0, num_kv * parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> queries(kMostQueries * key_size), sums(kMostQueries * width), totals(kMostQueries);
-    std::vector<int64_t> rows(kMostQueries);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t kv = task / parts, part = task % parts;
-      const int64_t first = num_queries * part / parts, num = num_queries * (part + 1) / parts - first;
+  // Threads share the queries in the order of the heads of keys, few of which they share.
+  at::parallel_for(0, num_kv * num_queries, kRows, [&](int64_t begin, int64_t end) {
+    const int64_t most = std::min(kMostQueries, end - begin);
+    const auto scratch = std::make_unique_for_overwrite<float[]>(most * (key_size + width + 1));
+    float *queries = scratch.get(), *sums = queries + most * key_size, *totals = sums + most * width;
+    int64_t rows[kMostQueries];
+    for (int64_t num; begin < end; begin += num) {
+      const int64_t kv = begin / num_queries, first = begin % num_queries;
+      const int64_t left = std::min(end - begin, num_queries - first), parts = (left + most - 1) / most;
+      num = (left + parts - 1) / parts;
       const auto head_of = [&](int64_t q) { return kv * group + (first + q) % group; };
       for (int64_t q = 0; q < num; ++q) {
         rows[q] = (first + q) / group;
         const T* here = from + head_of(q) * query.stride(1) + rows[q] * query.stride(2);
-        widen(here, 0, 1, key_size, queries.data() + q * key_size, 0, scale);
+        widen(here, 0, 1, key_size, queries + q * key_size, 0, scale);
       }
       const Head<T> head{
           keys.const_data_ptr<T>() + kv * keys.stride(1),
@@ -218,10 +220,10 @@ void attend_heads(
           visible.size(-1),
           visible.const_data_ptr<bool>(),
           visible.stride(-2)};
-      attend(head, queries.data(), rows.data(), num, sums.data(), totals.data());
+      attend(head, queries, rows, num, sums, totals);
       for (int64_t q = 0; q < num; ++q) {
         T* there = to + (rows[q] * num_heads + head_of(q)) * value_size;
-        divided(sums.data() + q * width, value_size, totals[q], there);
+        divided(sums + q * width, value_size, totals[q], there);
       }
     }
   });

@@ -24,19 +24,14 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 // The sum of exp(score - most) over a row, in float64, since there are many.
 double total(const float* scores, int64_t size, float most) {
-  using Vec = at::vec::Vectorized<float>;
   double sum = 0.0;
   for (int64_t first = 0; first < size; first += kChunk) {
-    Vec part(0.0f);
     const int64_t end = std::min(first + kChunk, size);
-    for (int64_t i = first; i < end; i += Vec::size()) {
-      const int64_t count = std::min<int64_t>(Vec::size(), end - i);
-      const Vec found = (Vec::loadu(scores + i, count) - Vec(most)).exp_u20();
-      part = part + (count < Vec::size() ? Vec::set(Vec(0.0f), found, count) : found);
-    }
-    float each[Vec::size()];
-    part.store(each);
-    for (const float number : each) sum += number;
+    Floats part = {};
+    int64_t i = first;
+    for (; i + kLanes <= end; i += kLanes) part += exponential(floats(scores + i) - most);
+    for (; i < end; ++i) sum += std::exp(scores[i] - most);
+    for (int lane = 0; lane < kLanes; ++lane) sum += part[lane];
   }
   return sum;
 }

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <iterator>
 #include <type_traits>
+#include <utility>
 
 namespace orthrus {
 
@@ -47,11 +48,20 @@ V read(const void* from) {
 
 inline Floats all(float value) { return value - Floats{}; }
 
+// The same numbers as vectors of PyTorch's.
+struct Parts {
+  at::vec::Vectorized<float> part[kLanes / at::vec::Vectorized<float>::size()];
+};
+
+// e to the power of numbers, to 20 units in the last place.
+inline Floats exponential(Floats power) {
+  auto parts = bits<Parts>(power);
+  for (auto& part : parts.part) part = part.exp_u20();
+  return bits<Floats>(parts);
+}
+
 // A product and a sum, rounded once: written out, since a compiler may do it in one function and not in the next.
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
-  struct Parts {
-    at::vec::Vectorized<float> part[kLanes / at::vec::Vectorized<float>::size()];
-  };
   const auto x = bits<Parts>(a), y = bits<Parts>(b), z = bits<Parts>(c);
   Parts out;
   for (size_t i = 0; i < std::size(out.part); ++i) out.part[i] = at::vec::fmadd(x.part[i], y.part[i], z.part[i]);
@@ -72,6 +82,36 @@ inline void store(Floats value, c10::BFloat16* to) {
   rounded = value == value ? rounded : Vector<uint32_t>{} + 0x7fc0u;
   const auto narrow = __builtin_convertvector(rounded, Vector<uint16_t>);
   std::memcpy(to, &narrow, sizeof(narrow));
+}
+
+// The places of two vectors that one takes from both, so that squares of kWidth numbers change places.
+template <int kWidth, bool second, int... kPlaces>
+inline Floats exchanged(Floats a, Floats b, std::integer_sequence<int, kPlaces...>) {
+  constexpr auto from = [](int place) {
+    if (second) return place & kWidth ? kLanes + place : place + kWidth;
+    return place & kWidth ? kLanes + place - kWidth : place;
+  };
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, from(kPlaces)...);
+#else
+  return __builtin_shuffle(a, b, Ints{from(kPlaces)...});
+#endif
+}
+
+// Turns a square of numbers, kLanes rows of as many: by squares of one number, then of two, four, ...
+template <int kWidth = 1>
+inline void turn(Floats* rows) {
+  if constexpr (kWidth < kLanes) {
+    constexpr auto places = std::make_integer_sequence<int, kLanes>();
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes; ++row) {
+      if (row & kWidth) continue;
+      const Floats a = rows[row], b = rows[row + kWidth];
+      rows[row] = exchanged<kWidth, false>(a, b, places);
+      rows[row + kWidth] = exchanged<kWidth, true>(a, b, places);
+    }
+    turn<2 * kWidth>(rows);
+  }
 }
 
 // Rows x (kM, inputs) times weight (inputs, kV vectors of numbers), each sum in the order of the inputs: it is
