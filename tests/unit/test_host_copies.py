@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,6 +92,30 @@ def test_a_pass_copies_to_the_host_what_was_chosen_and_what_was_proposed(
     assert asked.count("choose") <= num_passes
     assert asked.count("propose") <= num_passes
     assert (asked.count("propose") > 0) == (strategy != "ar")
+
+
+@pytest.mark.parametrize("repair_rank", [None, 4], ids=["no head", "repair head"])
+@EVERY_WAY
+def test_where_reads_are_dear_a_pass_copies_once(
+    strategy: Strategy, floor: bool, repair_rank: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And makes the same passes, drafts and text: the host that knows everything is the oracle."""
+    made = []
+    for dear in (False, True):
+        monkeypatch.setattr("orthrus.engine.stream.reads_are_dear", lambda _, dear=dear: dear)
+        config = DecodeConfig(max_new_tokens=40, strategy=strategy, floor=floor, block_budget=3)
+        dual = tiny_dual("llama", disturb=0.1, repair_rank=repair_rank)
+        running = TokenStream(dual, tiny_prompt(9), config, eos_token_ids=frozenset(), context_length=256)
+        with host_copies(monkeypatch) as copies:
+            records = [replace(record, elapsed_ms=0.0) for record in running]
+        made.append((records, copies))
+    (known, _), (asked, copies) = made
+    assert asked == known
+    num_passes = sum(c.num_passes for c in asked)
+    # The paper's draft pass has no AR row, and is looked at all the same.
+    assert copies == ["tolist"] * num_passes
+    if strategy != "ar":
+        assert sum(c.num_accepted for c in asked) > 0
 
 
 def test_the_counter_of_host_copies_sees_hidden_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from orthrus.decoding.policy import joint_guesses
-from orthrus.decoding.tree import EMPTY_TREE, DraftTree, accepted_rows
+from orthrus.decoding.tree import EMPTY_TREE, Candidates, DraftTree, accepted_rows
 from orthrus.engine.state import DecodeState
 from orthrus.model.passes import draft_block, fused, prefill, verify_tree
 
@@ -48,7 +48,8 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
     Commits the longest path that the AR view would have written, and its own token after it. Of the blocks
     on that path, the one nearest to its end becomes `state.drafts`: what it guessed for tokens that the AR
     view has just decided is dropped, at least its first guess. Few guesses (`joint_guesses`) share the
-    product with the head that the AR rows need; many wait until it is known which block serves.
+    product with the head that the AR rows need; many wait until it is known which block serves. Where the
+    host should read once only (`DecodeState.asks_once`), the device knows it first.
     """
     length, num_ar = state.length, 1 + tree.num_nodes
     ids_1T = torch.tensor([[state.anchor_id, *tree.token_ids]], device=state.dual.device)
@@ -69,7 +70,14 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
     hidden_TC = state.dual.hidden(p, state.cache)[0]
 
     logits_RV = state.dual.head(hidden_TC[p.logit_rows_R] if joint else hidden_TC[:num_ar])
-    own_ids = state.choose(logits_RV[:num_ar], [length + d + 1 for d in depths], tree.paths_of_tokens())
+    ahead: Candidates | None = None
+    if blocks and state.asks_once:
+        shape = len(blocks), size - 2
+        hidden_BDC = hidden_TC[num_ar:].unflatten(0, (-1, size))[:, 1:-1]
+        logits_BDV = logits_RV[num_ar:].unflatten(0, shape) if joint else None
+        own_ids, ahead = state.choose_and_propose(logits_RV[:num_ar], tree, rows, hidden_BDC, logits_BDV)
+    else:
+        own_ids = state.choose(logits_RV[:num_ar], [length + d + 1 for d in depths], tree.paths_of_tokens())
     path = accepted_rows(tree, own_ids)
     last = path[-1] if path else 0
     token_ids = [*(tree.token_ids[row - 1] for row in path), own_ids[last]]
@@ -81,7 +89,9 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
     if on_path:
         index = max(on_path, key=lambda i: depths[blocks[i].row])
         num_known = depths[last] - depths[blocks[index].row] + 1
-        if num_known < size - 1:
+        if num_known < size - 1 and ahead is not None:
+            state.drafts, state.late = ahead, num_known > 1
+        elif num_known < size - 1:
             first, end = index * (size - 2) + num_known - 1, (index + 1) * (size - 2)
             hidden_DC = hidden_TC[guesses[first] : guesses[end - 1] + 1]
             logits_DV = logits_RV[num_ar + first : num_ar + end] if joint else None

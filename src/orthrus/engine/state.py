@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from orthrus.config import SamplingParams
+from orthrus.decoding.acceptance import serving_block
 from orthrus.decoding.noise import exponential_noise
 from orthrus.decoding.pairs import given_the_prefix, pair_log_probs
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise, filtered_probs, greedy_tokens
-from orthrus.decoding.tree import Candidates
+from orthrus.decoding.tree import Candidates, DraftTree
 from orthrus.engine.kernels.best import best_tokens
 from orthrus.model.dual_view import DualView
 from orthrus.model.repair import pair_changes
@@ -25,7 +26,7 @@ class DecodeState:
     """One stream. The anchor, its last committed token, is not in the cache yet: it stands at position
     `length`. drafts: what the diffusion view proposes after the anchor, None where it has not been asked;
     late: their block stood further back, so it has not seen all of the text before them.
-    eos_token_ids end the text: no pass is spent on what comes after one."""
+    eos_token_ids end the text: no pass is spent on what comes after one. dear_reads: `reads_are_dear`."""
 
     dual: DualView
     cache: SlotCache
@@ -37,6 +38,7 @@ class DecodeState:
     context_length: int
     eos_token_ids: frozenset[int] = frozenset()
     num_candidates: int = 8
+    dear_reads: bool = False
     anchor_id: int = 0
     drafts: Candidates | None = None
     late: bool = False
@@ -45,6 +47,11 @@ class DecodeState:
     @property
     def length(self) -> int:
         return self.cache.lengths[0]
+
+    @property
+    def asks_once(self) -> bool:
+        """Whether a pass may propose before the host knows what the AR view chose: see `reads_are_dear`."""
+        return self.dear_reads and self.sampling.greedy and not self.rules.active
 
     def choose(
         self, logits_RV: Tensor, positions: Sequence[int], paths: Sequence[Sequence[int]]
@@ -61,10 +68,54 @@ class DecodeState:
         return draw_with_noise(probs_RV, self._noise_at(positions, probs_RV.shape[-1])).tolist()
 
     def propose(self, hidden_DC: Tensor, first_position: int, logits_DV: Tensor | None = None) -> Candidates:
-        """The best candidates of each draft row, the first of which decides `first_position`.
+        """The best candidates of each draft row; the first decides `first_position`, after the anchor.
 
-        hidden_DC: before the head; logits_DV: after it, where they are at hand. The anchor comes before the
-        first row. A repair head lets it know the anchor, and each further candidate the one before it: see
+        hidden_DC: before the head; logits_DV: after it, where they are at hand.
+        """
+        ranked = self._rank(hidden_DC, first_position, logits_DV, slice(0, 1), self.anchor_id)
+        return ranked.candidates(ranked.flat().tolist(), 0)
+
+    def choose_and_propose(
+        self,
+        logits_RV: Tensor,
+        tree: DraftTree,
+        blocks: Sequence[int],
+        hidden_BDC: Tensor,
+        logits_BDV: Tensor | None,
+    ) -> tuple[list[int], Candidates]:
+        """`choose` and `propose` with one read by the host, where `asks_once`: the device finds out which of
+        the blocks, anchored at rows of the tree, the text goes on from. No candidates where it is none.
+
+        hidden_BDC: of each block's guesses, that of its first row left out; logits_BDV: the same after the
+        head, where they are at hand.
+        """
+        own_ids_R = greedy_tokens(logits_RV)
+        serving = serving_block(tree, blocks, own_ids_R)
+        num_guesses = hidden_BDC.shape[1]
+        ranked = self._rank(
+            hidden_BDC[serving.index_1][0],
+            0,
+            None if logits_BDV is None else logits_BDV[serving.index_1][0],
+            serving.first_1.clamp_max(num_guesses - 1),
+            serving.anchor_1,
+        )
+        # Numbers up to 2**24 are exact in float32: ids and places are below.
+        first_1 = serving.first_1.float()
+        first, *read = torch.cat([first_1, own_ids_R.float(), ranked.flat()]).tolist()
+        own_ids = [int(i) for i in read[: len(own_ids_R)]]
+        return own_ids, ranked.candidates(read[len(own_ids_R) :], int(first))
+
+    def _rank(
+        self,
+        hidden_DC: Tensor,
+        first_position: int,
+        logits_DV: Tensor | None,
+        first: slice | Tensor,
+        anchor: int | Tensor,
+    ) -> "_Ranked":
+        """The best candidates of draft rows, of which `first` follows the anchor; those before mean nothing.
+
+        A repair head lets that row know the anchor, and each further candidate the one before it: see
         `Candidates.pairs_DPC`.
         """
         dual = self.dual
@@ -72,29 +123,19 @@ class DecodeState:
         scores_DV = self._scores(logits_DV, first_position)
         width = min(self.num_candidates, scores_DV.shape[-1])
         best_DC, ids_DC, all_D1 = best_tokens(scores_DV, width)
-        num_rows = len(ids_DC)
-        log_probs_DC = best_DC - all_D1
-        log_probs_DC[1:] = given_the_prefix(log_probs_DC[1:])
-        tables = [ids_DC, log_probs_DC]
-        if dual.repair is not None:
-            anchors_1P = ids_DC.new_full((1, width), self.anchor_id)
-            parents_DP = torch.cat([anchors_1P, ids_DC[:-1]])
-            changes_DPM = pair_changes(dual, hidden_DC, parents_DP, ids_DC)
-            if not self.sampling.greedy:
-                changes_DPM = changes_DPM / self.sampling.temperature
-            given_DPC = pair_log_probs(best_DC, all_D1, changes_DPM)
-            log_probs_DC[0] = given_DPC[0, 0]
-            tables.append(given_the_prefix(given_DPC[1:]))
-        # Ids are exact in float32 (below 2**24), so one copy brings everything to the host.
-        flat = torch.cat([table.float().flatten() for table in tables]).tolist()
-        rows = [flat[i : i + width] for i in range(0, len(flat), width)]
-        pairs = rows[2 * num_rows :]
-        pairs_DPC = [[], *(pairs[i : i + width] for i in range(0, len(pairs), width))]
-        return Candidates(
-            [[int(i) for i in row] for row in rows[:num_rows]],
-            rows[num_rows : 2 * num_rows],
-            None if dual.repair is None else pairs_DPC,
-        )
+        alone_DC = best_DC - all_D1
+        log_probs_DC = given_the_prefix(alone_DC)
+        if dual.repair is None:
+            log_probs_DC[first] = alone_DC[first]
+            return _Ranked(ids_DC, log_probs_DC, None)
+        parents_DP = ids_DC.roll(1, 0)
+        parents_DP[first] = anchor
+        changes_DPM = pair_changes(dual, hidden_DC, parents_DP, ids_DC)
+        if not self.sampling.greedy:
+            changes_DPM = changes_DPM / self.sampling.temperature
+        given_DPC = pair_log_probs(best_DC, all_D1, changes_DPM)
+        log_probs_DC[first] = given_DPC[first][:, 0]
+        return _Ranked(ids_DC, log_probs_DC, given_the_prefix(given_DPC))
 
     def _scores(self, logits_DV: Tensor, first_position: int) -> Tensor:
         """Unnormalised log probs, scores_DV float32, by which draft rows rank their guesses.
@@ -122,6 +163,39 @@ class DecodeState:
             rows = exponential_noise(self.seed, new, vocab_size, self.dual.device)
             self._noise |= zip(new, rows, strict=True)
         return [self._noise[p] for p in positions]
+
+
+class _Ranked(NamedTuple):
+    """Candidates as they lie on the device: ids_DC, log_probs_DC, pairs_DPC."""
+
+    ids_DC: Tensor
+    log_probs_DC: Tensor
+    pairs_DPC: Tensor | None
+
+    def flat(self) -> Tensor:
+        """All tables in a row, so that one copy brings everything to the host. Ids are exact in float32."""
+        return torch.cat([table.float().flatten() for table in self if table is not None])
+
+    def candidates(self, flat: list[float], first: int) -> Candidates:
+        """What `flat` has become on the host, without the rows before `first`."""
+        num_rows, width = self.ids_DC.shape
+        rows = [flat[i : i + width] for i in range(0, len(flat), width)]
+        pairs = rows[2 * num_rows :]
+        return Candidates(
+            [[int(i) for i in row] for row in rows[first:num_rows]],
+            rows[num_rows + first : 2 * num_rows],
+            [[], *(pairs[i : i + width] for i in range((first + 1) * width, len(pairs), width))]
+            if pairs
+            else None,
+        )
+
+
+def reads_are_dear(device: torch.device) -> bool:
+    """Whether the host waits for all that was launched when it reads a number: then it asks once a pass.
+
+    The device decides on the way; on a CPU that would compute guesses which are known to be of no use.
+    """
+    return device.type != "cpu"
 
 
 def num_candidates(dual: DualView) -> int:

@@ -14,7 +14,7 @@ from orthrus.engine.costs import pass_costs
 from orthrus.engine.cycles import PLAIN, auto_cycle, decode_cycle, fixed_plan
 from orthrus.engine.detokenize import Decoder, Detokenizer
 from orthrus.engine.passes import prefill_pass
-from orthrus.engine.state import DecodeState, Step, num_candidates
+from orthrus.engine.state import DecodeState, Step, num_candidates, reads_are_dear
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.types import Cycle, FinishReason, GenerationResult
@@ -180,6 +180,7 @@ class TokenStream(Iterator[Cycle]):
             context_length=self._context_length,
             eos_token_ids=self._rules.eos_token_ids,
             num_candidates=num_candidates(dual),
+            dear_reads=reads_are_dear(dual.device),
         )
 
     def _head_room(self) -> int:

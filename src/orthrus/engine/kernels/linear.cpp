@@ -16,6 +16,7 @@
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/library.h>
 
+#include <memory>
 #include <vector>
 
 #include "tiles.h"
@@ -165,13 +166,13 @@ std::vector<float> round_rows(const float* x, int64_t rows, int64_t inputs, To* 
 template <typename To>
 void int8_rows(
     const float* x, int64_t rows, int64_t inputs, int64_t filled, const std::vector<Side>& sides, Target<float> to) {
-  std::vector<To> whole(rows * filled);
-  const auto scales = round_rows(x, rows, inputs, whole.data(), filled);
+  const auto whole = std::make_unique_for_overwrite<To[]>(rows * filled);
+  const auto scales = round_rows(x, rows, inputs, whole.get(), filled);
   to.row_scales = scales.data();
   if constexpr (std::is_same_v<To, int8_t>)
-    tiles(whole.data(), filled, sides, to);
+    tiles(whole.get(), filled, sides, to);
   else
-    plain<int8_t>(whole.data(), inputs, sides, to);
+    plain<int8_t>(whole.get(), inputs, sides, to);
 }
 
 void bfloat16_rows(
