@@ -46,6 +46,7 @@ class Orthrus:
         *,
         runner: str | None = None,
         draft_dtype: str | None = None,
+        draft_vocab: int | None = None,
         revision: str | None = None,
         attn_implementation: str | None = None,
         on_progress: Progress | None = None,
@@ -54,9 +55,10 @@ class Orthrus:
 
         view: "default" (the checkpoint's own or the shipped one; a fresh one where there is none), "fresh"
         (AR-initialised), a view folder, or a hub id. dtype: "float32", "bfloat16", "float16", "auto", or
-        "int8" on a CPU. draft_dtype: "int8" for the drafts alone, which leaves the text as it is. runner:
-        "eager", "compiled", "captured" (see `engine.runners.use_runner`), or "auto", the default, which
-        compiles where that works; the environment's ORTHRUS_RUNNER stands for None.
+        "int8" on a CPU. draft_dtype: "int8" for the drafts alone, which leaves the text as it is.
+        draft_vocab: how many of the most frequent ids drafts may propose, None for all. runner: "eager",
+        "compiled", "captured" (see `engine.runners.use_runner`), or "auto", the default, which compiles where
+        that works; the environment's ORTHRUS_RUNNER stands for None.
         Raises the subclasses of OrthrusError, each a sentence with the cause and the next step.
         """
         runner = runner or os.environ.get("ORTHRUS_RUNNER") or "auto"
@@ -68,6 +70,7 @@ class Orthrus:
             dtype=dtype,
             device=device,
             draft_dtype=draft_dtype,
+            draft_vocab=draft_vocab,
             attn_implementation=attn_implementation,
             on_progress=on_progress,
         )
@@ -130,6 +133,7 @@ class Orthrus:
             "family": self.base.family.name,
             "dtype": self.dual.precision or str(self.dual.dtype).removeprefix("torch."),
             "draft_dtype": self.dual.draft_precision,
+            "draft_vocab": None if self.dual.draft_ids_N is None else len(self.dual.draft_ids_N),
             "runner": self.dual.runner,
             "device": str(self.dual.device),
             "attention": self.dual.base.config._attn_implementation,

@@ -27,6 +27,7 @@ def audit(
     view: options.View = "default",
     dtype: options.Dtype = None,
     draft_dtype: options.DraftDtype = None,
+    draft_vocab: options.DraftVocab = None,
     runner: options.Runner = None,
     device: options.Device = None,
     format_: options.FormatOption = "table",
@@ -54,7 +55,13 @@ def audit(
 
     chosen = load_prompts(prompts, tuple(domain or ()), limit)
     orthrus = load_orthrus(
-        model, view=view, dtype=dtype, draft_dtype=draft_dtype, runner=runner, device=device
+        model,
+        view=view,
+        dtype=dtype,
+        draft_dtype=draft_dtype,
+        draft_vocab=draft_vocab,
+        runner=runner,
+        device=device,
     )
     settings = AuditOptions(prompts=chosen, against=against, strategies=chosen_strategies, **decode)
     with ProgressDisplay(count=True) as on_progress:

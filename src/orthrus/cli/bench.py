@@ -53,6 +53,7 @@ def bench(
     view: options.View = "default",
     dtype: options.Dtype = None,
     draft_dtype: options.DraftDtype = None,
+    draft_vocab: options.DraftVocab = None,
     runner: options.Runner = None,
     device: options.Device = None,
     format_: options.FormatOption = "table",
@@ -89,7 +90,13 @@ def bench(
 
     chosen = load_prompts(prompts, tuple(domain or ()), limit)
     orthrus = load_orthrus(
-        model, view=view, dtype=dtype, draft_dtype=draft_dtype, runner=runner, device=device
+        model,
+        view=view,
+        dtype=dtype,
+        draft_dtype=draft_dtype,
+        draft_vocab=draft_vocab,
+        runner=runner,
+        device=device,
     )
     time_passes(orthrus, chosen_strategies, temperatures)
     settings = BenchOptions(

@@ -34,6 +34,14 @@ DraftDtype = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+DraftVocab = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Drafts propose the N most frequent token ids only: a smaller head for them, the same text.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Runner = Annotated[
     str | None,
     typer.Option(

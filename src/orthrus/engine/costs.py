@@ -194,7 +194,8 @@ def _key(dual: DualView, greedy: bool) -> dict[str, object]:
         "table": TABLE_VERSION,
         "dtype": str(dual.dtype),
         "attention": config._attn_implementation,
-        "runner": [dual.runner, dual.precision, dual.draft_precision, sources_digest()],
+        "drafts": [dual.draft_precision, None if dual.draft_ids_N is None else len(dual.draft_ids_N)],
+        "runner": [dual.runner, dual.precision, sources_digest()],
     }
 
 

@@ -35,7 +35,8 @@ class DualView(nn.Module):
     when `config` names a mask token, layers or twins that this base does not have.
 
     precision: "int8" where linears have been quantised after loading, else None; draft_precision: the same of
-    what block rows run through. runner: "eager", "compiled" or "captured", how passes run.
+    what block rows run through. draft_ids_N: the ids that drafts may propose, None for all. runner: "eager",
+    "compiled" or "captured", how passes run.
     """
 
     precision: str | None = None
@@ -62,6 +63,7 @@ class DualView(nn.Module):
         if config.repair_rank is not None:
             self.add_repair(config.repair_rank, seed)
         self.draft_head: nn.Module | None = None
+        self.draft_ids_N: Tensor | None = None
         self._window = sliding_window(base.config)
         self._accelerated: Accelerated | None = None
         self._whole_passes: WholePasses | None = None
@@ -179,14 +181,20 @@ class DualView(nn.Module):
     def head(self, hidden: Tensor, *, drafts: bool = False) -> Tensor:
         """Final hidden states (..., C) to logits (..., V), as the stock model projects them.
 
-        drafts: of block rows, which may have a head of lower precision.
+        drafts: of block rows, which may have a head of lower precision, or of some ids only: the others have
+        minus infinity.
         """
         head = self._packed_head or self.base.get_output_embeddings()
         if drafts and self.draft_head is not None:
             head = self._packed_draft_head or self.draft_head
         logits: Tensor = head(hidden)
         cap = self.logit_cap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        if not drafts or self.draft_ids_N is None:
+            return logits
+        every = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
+        return every.index_copy_(-1, self.draft_ids_N, logits)
 
     def embed(self, token_ids_BT: Tensor) -> Tensor:
         """Token embeddings (B, T, C), the mask embedding where a row asks for it."""

@@ -17,6 +17,7 @@ from orthrus.base.resolve import Source, resolve
 from orthrus.base.storage import Progress
 from orthrus.errors import CheckpointError, OrthrusWarning, UserInputError
 from orthrus.model.checkpoint import CONFIG_FILE, fresh_view, load_view, read_json
+from orthrus.model.draft_vocab import limit_drafts
 from orthrus.model.dual_view import DualView
 from orthrus.model.int8_linear import check_int8
 from orthrus.model.merged import folder_kind, load_released
@@ -36,13 +37,15 @@ def load_dual(
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
     draft_dtype: str | None = None,
+    draft_vocab: int | None = None,
     attn_implementation: str | None = None,
     on_progress: Progress | None = None,
 ) -> tuple[Base, DualView]:
     """Load `model` and put `view` on it.
 
     dtype: as `load_base` takes it, or "int8" (on a CPU): loaded in float32, its linears quantised then.
-    draft_dtype: "int8" lets the block rows alone run in it, None like all other rows.
+    draft_dtype: "int8" lets the block rows alone run in it, None like all other rows. draft_vocab: how
+    many of the most frequent ids drafts may propose, None for all.
 
     model: "default", a hub id, a GGUF file, or a folder that holds a stock base, a view (its base is loaded
     too), a merged checkpoint, or one of the released Orthrus-Qwen3 layout. view: "default" is the
@@ -71,6 +74,8 @@ def load_dual(
         quantise(dual)
     elif draft_dtype == INT8:
         quantise_drafts(dual)
+    if draft_vocab is not None:
+        limit_drafts(dual, draft_vocab, base.eos_token_ids)
     return base, dual
 
 

@@ -1,0 +1,44 @@
+"""A draft vocabulary: drafts are projected to the most frequent ids alone, which costs less than to all.
+
+The text stays as it is: an id that no draft may propose is one that the AR view writes by itself.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from orthrus.errors import UserInputError
+from orthrus.model.dual_view import DualView
+from orthrus.model.int8_linear import Int8Linear
+
+LEAST_IDS = 16
+
+
+def limit_drafts(dual: DualView, num_ids: int, also: frozenset[int] = frozenset()) -> None:
+    """Let drafts propose the `num_ids` most frequent ids only, and those of `also` (what ends a text).
+
+    Tokenizers number their entries in the order in which training added them, the most frequent first, so
+    the lowest ids are taken. UserInputError for a number that leaves too little to choose from or nothing
+    out, and for a head that has no rows to take.
+    """
+    if not LEAST_IDS <= num_ids < dual.vocab_size:
+        raise UserInputError(
+            f"draft_vocab must lie between {LEAST_IDS} and {dual.vocab_size - 1} here, not {num_ids}."
+        )
+    ids_N = torch.tensor(sorted({*range(num_ids), *also}), device=dual.device)
+    head = dual.draft_head or dual.base.get_output_embeddings()
+    dual.draft_head, dual.draft_ids_N = _rows(head, ids_N), ids_N
+
+
+def _rows(head: nn.Module | None, ids_N: Tensor) -> nn.Module:
+    """The linear that projects to some of a head's outputs."""
+    if type(head) is Int8Linear:
+        scales_V, bias_V = (getattr(head, name) for name in ("scales_N", "bias"))
+        bias_N = None if bias_V is None else bias_V[ids_N]
+        return Int8Linear(head.int8_weight()[ids_N], scales_V[ids_N], bias_N)
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
+        raise UserInputError("this model's head is quantised or of its own kind: leave out draft_vocab.")
+    rows = nn.Linear(head.in_features, len(ids_N), bias=head.bias is not None, device="meta")
+    rows.weight = nn.Parameter(head.weight.detach()[ids_N], requires_grad=False)
+    if head.bias is not None:
+        rows.bias = nn.Parameter(head.bias.detach()[ids_N], requires_grad=False)
+    return rows
