@@ -281,3 +281,37 @@ def test_best_tokens_leave_out_what_is_no_number() -> None:
     values_RN, ids_RN, _ = best.best_tokens(scores_RV, 3)
     assert ids_RN[0, :2].tolist() == [200, 7]
     assert values_RN.isnan().tolist() == [[False, False, True], [True, True, True]]
+
+
+@pytest.mark.parametrize("size", [1, 16, 300, 4097])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_best_is_that_of_argmax(size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(size)
+    scores_RV = (torch.randn(6, size) * 4).to(dtype)
+    scores_RV[1] = scores_RV[1].round()
+    scores_RV[2] = -torch.inf
+    scores_RV[3] = torch.linspace(-3, 3, size)
+    scores_RV[4, : size // 2] = torch.nan
+    found_R = best.first_best(scores_RV)
+    expected_R = scores_RV.nan_to_num(-torch.inf, torch.inf, -torch.inf).sort(
+        dim=1, descending=True, stable=True
+    )
+    assert torch.equal(found_R, expected_R.indices[:, 0])
+    assert best.first_best(scores_RV[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_slots_move_as_they_are_indexed(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    # One of them a window on a longer store.
+    stores = [torch.randn(2, 3, 20, 5).to(dtype), torch.randn(2, 1, 40, 7).to(dtype)[:, :, 3:30]]
+    expected = [store.clone() for store in stores]
+    slots = [8, 9, 13, 14, 19]
+    for store in expected:
+        store[1, :, 8:13] = store[1, :, slots]
+    torch.ops.orthrus.move_slots(stores, 1, 8, slots)
+    for store, other in zip(stores, expected, strict=True):
+        assert torch.equal(store, other)
+    for row, start, wrong in ((0, 8, [7]), (0, 8, [9, 9]), (0, 8, [12, 20]), (2, 8, [9])):
+        with pytest.raises(RuntimeError, match="move_slots"):
+            torch.ops.orthrus.move_slots(stores, row, start, wrong)

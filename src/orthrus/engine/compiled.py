@@ -43,7 +43,10 @@ def compile_passes(dual: DualView, on_progress: Progress | None = None) -> None:
         load_kernels()
         compiled = CompiledRunner(dual)
         tables = RepairTables.of(dual)
-        dual.accelerate("compiled", compiled, compiled.head, compiled.draft_head, repair_tables=tables)
+        move = torch.ops.orthrus.move_slots
+        dual.accelerate(
+            "compiled", compiled, compiled.head, compiled.draft_head, repair_tables=tables, move=move
+        )
         _prepare(dual, on_progress)
     except Exception:
         dual.accelerate("eager")

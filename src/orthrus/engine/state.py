@@ -12,9 +12,9 @@ from orthrus.decoding.acceptance import serving_block
 from orthrus.decoding.noise import exponential_noise
 from orthrus.decoding.pairs import given_the_prefix, pair_log_probs
 from orthrus.decoding.processors import LogitRules
-from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise, filtered_probs, greedy_tokens
+from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise, filtered_probs
 from orthrus.decoding.tree import Candidates, DraftTree
-from orthrus.engine.kernels.best import best_tokens
+from orthrus.engine.kernels.best import best_tokens, first_best
 from orthrus.model.dual_view import DualView
 from orthrus.model.repair import pair_changes
 from orthrus.model.slot_cache import SlotCache
@@ -63,7 +63,7 @@ class DecodeState:
         """
         logits_RV = self.rules(logits_RV, paths)
         if self.sampling.greedy:
-            return greedy_tokens(logits_RV).tolist()
+            return first_best(logits_RV).tolist()
         probs_RV = filtered_probs(logits_RV, self.sampling)
         return draw_with_noise(probs_RV, self._noise_at(positions, probs_RV.shape[-1])).tolist()
 
@@ -89,7 +89,7 @@ class DecodeState:
         hidden_BDC: of each block's guesses, that of its first row left out; logits_BDV: the same after the
         head, where they are at hand.
         """
-        own_ids_R = greedy_tokens(logits_RV)
+        own_ids_R = first_best(logits_RV)
         serving = serving_block(tree, blocks, own_ids_R)
         num_guesses = hidden_BDC.shape[1]
         ranked = self._rank(

@@ -14,7 +14,7 @@ from orthrus.errors import CheckpointError
 from orthrus.model.attention import folded_heads
 from orthrus.model.passes import MASK_EMBEDDING, Pass
 from orthrus.model.repair import RepairHead, RepairTables
-from orthrus.model.slot_cache import SlotCache
+from orthrus.model.slot_cache import Move, SlotCache
 from orthrus.model.twin import inject, stock, twins
 from orthrus.model.view_config import ViewConfig
 
@@ -68,6 +68,7 @@ class DualView(nn.Module):
         self._accelerated: Accelerated | None = None
         self._whole_passes: WholePasses | None = None
         self._spare_cache: SlotCache | None = None
+        self._move: Move | None = None
         self._num_view_parameters: int | None = None
         self._packed_head: nn.Module | None = None
         self._packed_draft_head: nn.Module | None = None
@@ -110,9 +111,11 @@ class DualView(nn.Module):
             spare.max_slots = max(num_slots, spare.num_slots)
             spare.ensure(num_slots)
             return spare
-        return SlotCache(
+        cache = SlotCache(
             self.base.config, num_slots, batch_size=batch_size, dtype=self.dtype, device=self.device
         )
+        cache.move = self._move
+        return cache
 
     def hand_on(self, cache: SlotCache) -> None:
         """Take back the cache of a finished request, for the next one, where a runner keeps records on it."""
@@ -166,17 +169,19 @@ class DualView(nn.Module):
         *,
         passes: WholePasses | None = None,
         repair_tables: RepairTables | None = None,
+        move: Move | None = None,
     ) -> None:
         """From now on run passes inside the context `layers(pass, cache)`, and project with `head`.
 
         draft_head: the same for a head that drafts have to themselves. passes: is asked first, for the whole
-        of a pass before the head. repair_tables: what stands for the repair head. All must compute what the
-        stock modules do, up to rounding. Whoever uses `base` directly gets the stock modules as ever.
+        of a pass before the head. repair_tables: what stands for the repair head. move: what new caches
+        gather accepted paths with. All must compute what the stock modules do, up to rounding. Whoever uses
+        `base` directly gets the stock modules as ever.
         """
         self.runner, self._accelerated = runner, layers
         self._packed_head, self._packed_draft_head = head, draft_head
         self._whole_passes, self._spare_cache = passes, None
-        self.repair_tables = repair_tables
+        self.repair_tables, self._move = repair_tables, move
 
     def head(self, hidden: Tensor, *, drafts: bool = False) -> Tensor:
         """Final hidden states (..., C) to logits (..., V), as the stock model projects them.

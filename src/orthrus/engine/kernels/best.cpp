@@ -1,4 +1,4 @@
-// The best tokens of draft rows: float32 scores over a vocabulary, of which a draft looks at a dozen.
+// The best tokens of rows of scores over a vocabulary: a dozen of a draft's, the first of an AR row's.
 //
 // PyTorch's topk moves pairs of numbers about, one at a time; here one look finds the largest score of each chunk
 // of a row, and only the few chunks that can hold one of the best are looked into.
@@ -36,23 +36,26 @@ double total(const float* scores, int64_t size, float most) {
   return sum;
 }
 
+// The largest of the scores [first, end), -inf where none is a number.
+template <typename T>
+float largest_of(const T* scores, int64_t first, int64_t end) {
+  Floats largest = all(kNone);
+  for (; first + kLanes <= end; first += kLanes) {
+    const Floats found = floats(scores + first);
+    largest = found > largest ? found : largest;
+  }
+  float most = kNone;
+  for (int lane = 0; lane < kLanes; ++lane) most = std::max(most, static_cast<float>(largest[lane]));
+  for (; first < end; ++first) most = std::max(most, static_cast<float>(scores[first]));
+  return most;
+}
+
 // Fills values and ids with the `num` best of a row, best first, equal ones by their ids; returns the log of the
 // row's sum of exponentials. What is no number is never among the best, unless there is nothing else.
 float best_of_row(const float* scores, int64_t size, int64_t num, float* values, int64_t* ids) {
   const int64_t chunks = (size + kChunk - 1) / kChunk;
   std::vector<float> most(chunks);
-  for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t end = std::min((c + 1) * kChunk, size);
-    Floats largest = all(kNone);
-    int64_t i = c * kChunk;
-    for (; i + kLanes <= end; i += kLanes) {
-      const Floats found = floats(scores + i);
-      largest = found > largest ? found : largest;
-    }
-    most[c] = kNone;
-    for (int lane = 0; lane < kLanes; ++lane) most[c] = std::max(most[c], static_cast<float>(largest[lane]));
-    for (; i < end; ++i) most[c] = std::max(most[c], scores[i]);
-  }
+  for (int64_t c = 0; c < chunks; ++c) most[c] = largest_of(scores, c * kChunk, std::min((c + 1) * kChunk, size));
   // The best lie in chunks whose largest is among the `num` largest, and are no smaller than the last of these.
   std::vector<float> ranked = most;
   const int64_t last = std::min(num, chunks) - 1;
@@ -95,10 +98,48 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> best_tokens(const at::Tensor& sco
   return {values, ids, totals};
 }
 
+// The first of the largest scores of each row, ids (rows).
+template <typename T>
+void first_of_rows(const at::Tensor& scores, at::Tensor& ids) {
+  const int64_t size = scores.size(1);
+  const T* from = scores.const_data_ptr<T>();
+  auto* id = ids.mutable_data_ptr<int64_t>();
+  at::parallel_for(0, scores.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const T* row = from + r * size;
+      float most = kNone;
+      int64_t chunk = 0;
+      for (int64_t first = 0; first < size; first += kChunk) {
+        const float found = largest_of(row, first, std::min(first + kChunk, size));
+        if (found > most) most = found, chunk = first;
+      }
+      const int64_t last = std::min(chunk + kChunk, size);
+      const T* place = std::find_if(row + chunk, row + last, [&](T score) { return static_cast<float>(score) == most; });
+      id[r] = place == row + last ? 0 : place - row;
+    }
+  });
+}
+
+// scores (rows, V) of float32 or bfloat16 -> ids (rows): the first of the largest of each.
+at::Tensor first_best(const at::Tensor& scores) {
+  TORCH_CHECK(scores.dim() == 2 && scores.size(1) > 0, "first_best: rows of scores");
+  const at::Tensor whole = scores.contiguous();
+  at::Tensor ids = at::empty({scores.size(0)}, scores.options().dtype(at::kLong));
+  if (scores.scalar_type() == at::kFloat)
+    first_of_rows<float>(whole, ids);
+  else
+    first_of_rows<at::BFloat16>(whole, ids);
+  return ids;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(orthrus, library) {
+  library.def("first_best(Tensor scores) -> Tensor");
   library.def("best_tokens(Tensor scores, int num) -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(orthrus, CPU, library) { library.impl("best_tokens", &best_tokens); }
+TORCH_LIBRARY_IMPL(orthrus, CPU, library) {
+  library.impl("best_tokens", &best_tokens);
+  library.impl("first_best", &first_best);
+}

@@ -1,8 +1,9 @@
-"""The best tokens of draft rows, by a kernel of our own where it has been loaded: `best.cpp` says how."""
+"""The best tokens of rows of scores, by a kernel of our own where it has been loaded: `best.cpp` says how."""
 
 import torch
 from torch import Tensor
 
+from orthrus.decoding.sampling import greedy_tokens
 from orthrus.engine.kernels.build import kernels_loaded
 
 
@@ -13,3 +14,12 @@ def best_tokens(scores_RV: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
         return values_RN, ids_RN, totals_R1
     top = scores_RV.topk(num, dim=-1)
     return top.values, top.indices, scores_RV.logsumexp(-1, keepdim=True)
+
+
+def first_best(logits_RV: Tensor) -> Tensor:
+    """As `greedy_tokens`: the most probable token of each row, token_ids_R; ties go to the lowest id."""
+    known = logits_RV.dtype in (torch.float32, torch.bfloat16)
+    if logits_RV.device.type == "cpu" and known and kernels_loaded():
+        ids_R: Tensor = torch.ops.orthrus.first_best(logits_RV)
+        return ids_R
+    return greedy_tokens(logits_RV)
