@@ -102,14 +102,19 @@ def test_answers_are_the_bases_own_and_shares_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-sliding", "gemma3"])
-def test_greedy_rows_of_a_batch_equal_single_rows(name: str) -> None:
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_greedy_rows_of_a_batch_equal_single_rows(
+    name: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dual = tiny_dual(name)
     prompts = [tiny_prompt(length, seed) for seed, length in enumerate((3, 14, 7, 1, 9))]
     requests = [Request(i, ids, SamplingParams()) for i, ids in enumerate(prompts)]
     # Sampled neighbours must not disturb greedy rows.
     requests.insert(2, Request(99, tiny_prompt(5), SamplingParams(temperature=1.0)))
     options = {"max_new_tokens": 15, "max_prompt_tokens": 14, "eos_token_ids": frozenset({7, 20}), "seed": 0}
-    found = {a.key: a for a in decode_batch(dual, requests, batch_size=3, **options)}  # type: ignore[arg-type]
+    # Some at a time, as soon as one or two rows are free; and all at once, with rows that nobody wants.
+    monkeypatch.setattr("orthrus.training.batch_decode._ADMITTED", 2)
+    found = {a.key: a for a in decode_batch(dual, requests, batch_size=batch_size, **options)}  # type: ignore[arg-type]
     assert len(found) == 6
     for key, prompt_ids in enumerate(prompts):
         decode = DecodeConfig(max_new_tokens=15, strategy="ar")

@@ -3,9 +3,12 @@
 import random
 
 import torch
+from tests.tiny import VOCAB, tiny_dual
 
-from orthrus.decoding.acceptance import accepted_on_device, serving_block
+from orthrus.config import SamplingParams
+from orthrus.decoding.acceptance import TreeOnDevice
 from orthrus.decoding.tree import DraftTree, accepted_rows
+from orthrus.engine.state import timed_request
 
 
 def random_tree(generator: random.Random, num_nodes: int) -> DraftTree:
@@ -33,12 +36,13 @@ def test_the_device_accepts_what_the_host_does() -> None:
                 own_ids[parent] = token_id
         path = [0, *accepted_rows(tree, own_ids)]
         own_ids_R = torch.tensor(own_ids)
-        assert accepted_on_device(tree, own_ids_R).nonzero().flatten().tolist() == path
+        blocks = sorted(generator.sample(range(tree.num_nodes + 1), generator.randint(1, tree.num_nodes + 1)))
+        sent = TreeOnDevice(tree, blocks, own_ids_R.device)
+        assert sent.accepted(own_ids_R).nonzero().flatten().tolist() == path
         lengths.add(len(path))
 
-        blocks = sorted(generator.sample(range(tree.num_nodes + 1), generator.randint(1, tree.num_nodes + 1)))
         on_path = [i for i, row in enumerate(blocks) if row in path]
-        serving = serving_block(tree, blocks, own_ids_R)
+        serving = sent.serving(own_ids_R)
         assert serving.anchor_1.tolist() == [own_ids[path[-1]]]
         if on_path:
             depths = [0, *tree.depths()]
@@ -48,3 +52,15 @@ def test_the_device_accepts_what_the_host_does() -> None:
             served += 1
     assert lengths >= {1, 2, 3, 4, 5}
     assert served > 200
+
+
+@torch.inference_mode()
+def test_a_block_that_does_not_serve_does_no_harm() -> None:
+    """Its anchor was turned down, and so deep that nothing of it could be counted from where the path ends."""
+    dual = tiny_dual(repair_rank=4)
+    state = timed_request(dual, dual.new_cache(32), SamplingParams(), 32)
+    tree = DraftTree([3, 4, 5, 6], [0, 1, 2, 3], [0.0] * 4)
+    logits_RV = torch.zeros(5, VOCAB)
+    logits_RV[:, 9] = 1.0
+    sent = TreeOnDevice(tree, [4], logits_RV.device)
+    assert state.choose_and_propose(logits_RV, sent, torch.randn(1, 2, 32), None)[0] == [9] * 5

@@ -11,7 +11,7 @@ from orthrus.config import Strategy
 from orthrus.engine.kernels.build import load_kernels
 from orthrus.engine.kernels.linear import fast_linear
 from orthrus.errors import UserInputError
-from orthrus.model.draft_vocab import limit_drafts
+from orthrus.model.draft_vocab import limit_drafts, single_characters
 from orthrus.model.dual_view import DualView
 from orthrus.model.quantise import quantise, quantise_drafts
 
@@ -81,3 +81,11 @@ def test_a_head_of_its_own_kind() -> None:
     dual.base.set_output_embeddings(torch.nn.Sequential(dual.base.get_output_embeddings()))
     with pytest.raises(UserInputError, match="leave out draft_vocab"):
         limit_drafts(dual, NUM)
+
+
+def test_single_characters_are_found_wherever_they_stand() -> None:
+    class Tokenizer:
+        def get_vocab(self) -> dict[str, int]:
+            return {"the": 0, "\u2581the": 1, "\u2581": 50, ",": 51, "\u0120a": 52, "\u4e2d": 53, "ab": 54}
+
+    assert single_characters(Tokenizer()) == {50, 51, 52}  # type: ignore[arg-type]

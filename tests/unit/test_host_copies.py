@@ -95,15 +95,22 @@ def test_a_pass_copies_to_the_host_what_was_chosen_and_what_was_proposed(
 
 
 @pytest.mark.parametrize("repair_rank", [None, 4], ids=["no head", "repair head"])
+@pytest.mark.parametrize("block_size", [4, 8])
 @EVERY_WAY
 def test_where_reads_are_dear_a_pass_copies_once(
-    strategy: Strategy, floor: bool, repair_rank: int | None, monkeypatch: pytest.MonkeyPatch
+    strategy: Strategy,
+    floor: bool,
+    block_size: int,
+    repair_rank: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And makes the same passes, drafts and text: the host that knows everything is the oracle."""
     made = []
     for dear in (False, True):
         monkeypatch.setattr("orthrus.engine.stream.reads_are_dear", lambda _, dear=dear: dear)
-        config = DecodeConfig(max_new_tokens=40, strategy=strategy, floor=floor, block_budget=3)
+        config = DecodeConfig(
+            max_new_tokens=40, strategy=strategy, floor=floor, block_size=block_size, block_budget=2
+        )
         dual = tiny_dual("llama", disturb=0.1, repair_rank=repair_rank)
         running = TokenStream(dual, tiny_prompt(9), config, eos_token_ids=frozenset(), context_length=256)
         with host_copies(monkeypatch) as copies:

@@ -63,7 +63,7 @@ class CostTable:
 def joint_guesses(num_blocks: int, block_size: int, *, own_head: bool) -> int:
     """How many guesses of a pass's blocks are projected with its AR rows: all or none.
 
-    own_head: drafts have a head of their own, of lower precision.
+    own_head: drafts have a head of their own, of lower precision or of fewer ids.
     """
     num_guesses = num_blocks * max(0, block_size - 2)
     return 0 if own_head or num_guesses > MOST_JOINT else num_guesses

@@ -92,7 +92,6 @@ class CompiledRunner:
     def __init__(self, dual: DualView) -> None:
         self._dual = dual
         self._decoder = dual.base.get_decoder()
-        self._list = self._decoder._modules["layers"]
         self._layers = list(decoder_layers(dual.base))
         self._code: dict[tuple[int, bool], LayerCode] = {}
         fast = [fast_layer(layer) for layer in self._layers]
@@ -121,7 +120,7 @@ class CompiledRunner:
         found, way = modules["layers"], self._way or "each"
         if _hooked(self._layers):
             way = "each"
-        elif way == "alike" and found is not self._list:
+        elif way == "alike" and list(found.children()) != self._layers:
             way = "waiting"
         # A finished request's cache is to be freed, so all that belongs to a pass ends with it.
         self._now = now = _Running(p, cache, way)

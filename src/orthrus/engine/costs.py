@@ -34,7 +34,7 @@ BLOCKS, BESIDE = (1, 2, 3, 4), 8
 """Numbers of blocks that are timed, beside that many AR rows."""
 HISTORY = 256
 """Committed tokens that timed passes read: about as many as in the middle of an answer."""
-TABLE_VERSION = 6
+TABLE_VERSION = 7
 """Of what a stored table means: raised when passes come to do more, or less, beside their layers."""
 TREE = 24
 """Nodes of the tree whose making is timed with a draft's."""
@@ -123,7 +123,7 @@ def measure_costs(
             drafts = state.propose(hidden_TC[:num_guesses], HISTORY + 1, joint_DV)
             tree = best_first_tree(drafts, TREE)
             verify_tree(ids_1T[:, : 1 + tree.num_nodes], tree.parents, [HISTORY])
-            cache.compact([HISTORY, HISTORY + tree.num_nodes])
+            cache.compact(sorted({HISTORY, HISTORY + tree.num_nodes}))
         cache.lengths = [HISTORY]
     least = clock.least
     alone = least["body", (BESIDE, 0)]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from orthrus.decoding.acceptance import TreeOnDevice
 from orthrus.decoding.policy import joint_guesses
 from orthrus.decoding.tree import EMPTY_TREE, Candidates, DraftTree, accepted_rows
 from orthrus.engine.state import DecodeState
@@ -56,8 +57,9 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
     depths = [0, *tree.depths()]
     size = min(state.block_size, state.context_length - length - max(depths))
     blocks = blocks if size > 2 else ()
+    rows = [block.row for block in blocks]
+    sent = TreeOnDevice(tree, rows, state.dual.device) if blocks and state.asks_once else None
     if blocks:
-        rows = [block.row for block in blocks]
         p = fused(ids_1T, tree.parents, state.cache.lengths, rows, size, state.dual.mask_token_id)
     else:
         p = verify_tree(ids_1T, tree.parents, state.cache.lengths)
@@ -71,11 +73,11 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
 
     logits_RV = state.dual.head(hidden_TC[p.logit_rows_R] if joint else hidden_TC[:num_ar])
     ahead: Candidates | None = None
-    if blocks and state.asks_once:
+    if sent is not None:
         shape = len(blocks), size - 2
         hidden_BDC = hidden_TC[num_ar:].unflatten(0, (-1, size))[:, 1:-1]
         logits_BDV = logits_RV[num_ar:].unflatten(0, shape) if joint else None
-        own_ids, ahead = state.choose_and_propose(logits_RV[:num_ar], tree, rows, hidden_BDC, logits_BDV)
+        own_ids, ahead = state.choose_and_propose(logits_RV[:num_ar], sent, hidden_BDC, logits_BDV)
     else:
         own_ids = state.choose(logits_RV[:num_ar], [length + d + 1 for d in depths], tree.paths_of_tokens())
     path = accepted_rows(tree, own_ids)

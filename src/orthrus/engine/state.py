@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from orthrus.config import SamplingParams
-from orthrus.decoding.acceptance import serving_block
+from orthrus.decoding.acceptance import TreeOnDevice
 from orthrus.decoding.noise import exponential_noise
 from orthrus.decoding.pairs import given_the_prefix, pair_log_probs
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise, filtered_probs
-from orthrus.decoding.tree import Candidates, DraftTree
+from orthrus.decoding.tree import Candidates
 from orthrus.engine.kernels.best import best_tokens, first_best
 from orthrus.model.dual_view import DualView
 from orthrus.model.repair import pair_changes
@@ -76,34 +76,29 @@ class DecodeState:
         return ranked.candidates(ranked.flat().tolist(), 0)
 
     def choose_and_propose(
-        self,
-        logits_RV: Tensor,
-        tree: DraftTree,
-        blocks: Sequence[int],
-        hidden_BDC: Tensor,
-        logits_BDV: Tensor | None,
+        self, logits_RV: Tensor, tree: TreeOnDevice, hidden_BDC: Tensor, logits_BDV: Tensor | None
     ) -> tuple[list[int], Candidates]:
         """`choose` and `propose` with one read by the host, where `asks_once`: the device finds out which of
-        the blocks, anchored at rows of the tree, the text goes on from. No candidates where it is none.
+        the blocks the text goes on from. Where that is none the candidates mean nothing.
 
         hidden_BDC: of each block's guesses, that of its first row left out; logits_BDV: the same after the
         head, where they are at hand.
         """
         own_ids_R = first_best(logits_RV)
-        serving = serving_block(tree, blocks, own_ids_R)
-        num_guesses = hidden_BDC.shape[1]
+        serving = tree.serving(own_ids_R)
         ranked = self._rank(
             hidden_BDC[serving.index_1][0],
             0,
             None if logits_BDV is None else logits_BDV[serving.index_1][0],
-            serving.first_1.clamp_max(num_guesses - 1),
+            # Beyond the guesses nothing is left of the block, before them it does not serve.
+            serving.first_1.clamp(0, hidden_BDC.shape[1] - 1),
             serving.anchor_1,
         )
         # Numbers up to 2**24 are exact in float32: ids and places are below.
-        first_1 = serving.first_1.float()
-        first, *read = torch.cat([first_1, own_ids_R.float(), ranked.flat()]).tolist()
-        own_ids = [int(i) for i in read[: len(own_ids_R)]]
-        return own_ids, ranked.candidates(read[len(own_ids_R) :], int(first))
+        own_R, first_1 = own_ids_R.float(), serving.first_1.clamp_min(0).float()
+        first, *read = torch.cat([first_1, own_R, ranked.flat()]).tolist()
+        own_ids = [int(i) for i in read[: len(own_R)]]
+        return own_ids, ranked.candidates(read[len(own_R) :], int(first))
 
     def _rank(
         self,
@@ -217,6 +212,7 @@ def timed_request(
         floor=True,
         context_length=context_length,
         num_candidates=num_candidates(dual),
+        dear_reads=reads_are_dear(dual.device),
     )
 
 

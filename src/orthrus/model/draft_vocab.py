@@ -5,6 +5,7 @@ The text stays as it is: an id that no draft may propose is one that the AR view
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
@@ -14,10 +15,10 @@ LEAST_IDS = 16
 
 
 def limit_drafts(dual: DualView, num_ids: int, also: frozenset[int] = frozenset()) -> None:
-    """Let drafts propose the `num_ids` most frequent ids only, and those of `also` (what ends a text).
+    """Let drafts propose the `num_ids` most frequent ids only, and those of `also`.
 
-    Tokenizers number their entries in the order in which training added them, the most frequent first, so
-    the lowest ids are taken. UserInputError for a number that leaves too little to choose from or nothing
+    Tokenizers number what they merged in the order of merging, the most frequent first, so the lowest ids are
+    taken. UserInputError for a number that leaves too little to choose from or nothing
     out, and for a head that has no rows to take.
     """
     if not LEAST_IDS <= num_ids < dual.vocab_size:
@@ -27,6 +28,12 @@ def limit_drafts(dual: DualView, num_ids: int, also: frozenset[int] = frozenset(
     ids_N = torch.tensor(sorted({*range(num_ids), *also}), device=dual.device)
     head = dual.draft_head or dual.base.get_output_embeddings()
     dual.draft_head, dual.draft_ids_N = _rows(head, ids_N), ids_N
+
+
+def single_characters(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of single ASCII characters, with a space before them or alone: SentencePiece puts them last."""
+    pieces = ((piece.strip("\u2581\u0120"), i) for piece, i in tokenizer.get_vocab().items())
+    return frozenset(i for piece, i in pieces if len(piece) <= 1 and piece.isascii())
 
 
 def _rows(head: nn.Module | None, ids_N: Tensor) -> nn.Module:

@@ -17,7 +17,7 @@ from orthrus.base.resolve import Source, resolve
 from orthrus.base.storage import Progress
 from orthrus.errors import CheckpointError, OrthrusWarning, UserInputError
 from orthrus.model.checkpoint import CONFIG_FILE, fresh_view, load_view, read_json
-from orthrus.model.draft_vocab import limit_drafts
+from orthrus.model.draft_vocab import limit_drafts, single_characters
 from orthrus.model.dual_view import DualView
 from orthrus.model.int8_linear import check_int8
 from orthrus.model.merged import folder_kind, load_released
@@ -75,7 +75,7 @@ def load_dual(
     elif draft_dtype == INT8:
         quantise_drafts(dual)
     if draft_vocab is not None:
-        limit_drafts(dual, draft_vocab, base.eos_token_ids)
+        limit_drafts(dual, draft_vocab, base.eos_token_ids | single_characters(base.tokenizer))
     return base, dual
 
 

@@ -141,7 +141,7 @@ class SlotCache:
         self.lengths[row] -= num_tokens
 
     def compact(self, slots: list[int], row: int = 0) -> None:
-        """Gather an accepted tree path, scattered over scratch `slots`, into the history and commit it."""
+        """Gather an accepted tree path, in scratch `slots` that ascend, into the history and commit it."""
         start = self.lengths[row]
         assert all(slot >= start for slot in slots), "an accepted path lies in scratch"
         # What lies in its place already need not move: a chain, and the first of a tree's branches.

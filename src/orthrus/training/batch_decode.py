@@ -62,7 +62,7 @@ def decode_batch(
     least = min(_ADMITTED, max(1, batch_size // 4))
     while True:
         free = [i for i, row in enumerate(rows) if row is None]
-        if len(free) == batch_size or len(free) >= least:
+        if len(free) >= least:
             for i in range(0, len(free), _ADMITTED):
                 found = list(zip(free[i : i + _ADMITTED], waiting, strict=False))
                 _admit(dual, cache, found)
@@ -101,9 +101,9 @@ def _admit(dual: DualView, cache: SlotCache, requests: list[tuple[int, Request]]
     dual.run(prefill(ids_AT, part.lengths, last=False), part)
     rows_A = torch.tensor([row for row, _ in requests], device=dual.device)
     for whole, new in zip((*cache.keys, *cache.values), (*part.keys, *part.values), strict=True):
-        whole[rows_A, :, :longest] = new
+        whole[rows_A, :, :longest] = new[:, :, :longest]
     for ledger, new in ((cache.positions_BS, part.positions_BS), (cache.writers_BS, part.writers_BS)):
-        ledger[rows_A, :longest] = new
+        ledger[rows_A, :longest] = new[:, :longest]
 
 
 def _choose(logits_BV: Tensor, rows: list[_Row | None], generator: torch.Generator) -> list[int]:

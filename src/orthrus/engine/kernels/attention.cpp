@@ -90,7 +90,7 @@ template <typename T>
 void score(
     const Head<T>& head, const float* queries, const int64_t* rows, int64_t num, float* scores, int64_t padded,
     Floats* most) {
-  const auto keys = std::make_unique_for_overwrite<float[]>(whole(head.key_size, kLanes) * kSlots);
+  const auto keys = room<float>(whole(head.key_size, kLanes) * kSlots);
   for (int64_t first = 0; first < head.slots; first += kSlots) {
     turned(head, first, std::min(kSlots, head.slots - first), keys.get());
     evenly(num, kRows, [&](int64_t q, int64_t rows_here) {
@@ -116,12 +116,12 @@ void score(
   }
 }
 
-// Scores to weights, the largest of which is one; returns their sum. It is taken in whole numbers of 2^-27, so
+// Scores to weights, the largest of which is one; returns their sum. It is taken in whole numbers of 2^-28, so
 // it does not depend on an order.
 float exponentials(float* scores, int64_t padded, Floats most) {
-  constexpr float kOne = 1 << 27;
-  // As many sums of them as 32 bits have room for.
-  constexpr int64_t kVectors = 8;
+  constexpr float kOne = 1 << 28;
+  // So many of them fit into 32 bits.
+  constexpr int64_t kVectors = 4;
   // Below it weights are zero; and within it a number's exponential hangs on no other one's, on any processor.
   constexpr float kLeast = -87.0f;
   float largest = most[0];
@@ -132,11 +132,10 @@ float exponentials(float* scores, int64_t padded, Floats most) {
     for (int64_t s = first; s < std::min(first + kVectors * kLanes, padded); s += kLanes) {
       const Floats below = floats(scores + s) - largest;
       Floats weight = exponential(below < kLeast ? all(kLeast) : below);
-      weight = below < kLeast ? Floats{} : weight;
-      // What is no number stays none.
-      weight = below == below ? weight : below;
-      store(weight, scores + s);
+      weight = below >= kLeast ? weight : Floats{};
       part += __builtin_convertvector(weight * kOne + 0.5f, Ints);
+      // What is no number stays none.
+      store(below == below ? weight : below, scores + s);
     }
     sums += __builtin_convertvector(part, VectorOf<int64_t>::type);
   }
@@ -171,7 +170,7 @@ template <typename T>
 void attend(
     const Head<T>& head, const float* queries, const int64_t* rows, int64_t num, float* sums, float* totals) {
   const int64_t padded = whole(head.slots, kSlots), width = whole(head.value_size, kLanes);
-  const auto scores = std::make_unique_for_overwrite<float[]>(num * padded);
+  const auto scores = room<float>(num * padded);
   std::vector<Floats> most(num);
   score(head, queries, rows, num, scores.get(), padded, most.data());
   for (int64_t q = 0; q < num; ++q) totals[q] = exponentials(scores.get() + q * padded, padded, most[q]);
@@ -195,9 +194,9 @@ void attend_heads(
   const T* from = query.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
   // Threads share the queries in the order of the heads of keys, few of which they share.
-  at::parallel_for(0, num_kv * num_queries, kRows, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, num_kv * num_queries, std::min<int64_t>(kRows, num_queries), [&](int64_t begin, int64_t end) {
     const int64_t most = std::min(kMostQueries, end - begin);
-    const auto scratch = std::make_unique_for_overwrite<float[]>(most * (key_size + width + 1));
+    const auto scratch = room<float>(most * (key_size + width + 1));
     float *queries = scratch.get(), *sums = queries + most * key_size, *totals = sums + most * width;
     int64_t rows[kMostQueries];
     for (int64_t num; begin < end; begin += num) {

@@ -63,10 +63,13 @@ float best_of_row(const float* scores, int64_t size, int64_t num, float* values,
   const float least = num > chunks ? kNone : ranked[last];
   std::vector<std::pair<float, int64_t>> found;
   for (int64_t c = 0; c < chunks; ++c) {
-    if (most[c] < least) continue;
+    if (most[c] < least || most[c] == kNone) continue;
     for (int64_t i = c * kChunk; i < std::min((c + 1) * kChunk, size); ++i)
-      if (scores[i] >= least) found.emplace_back(-scores[i], i);
+      if (scores[i] >= least && scores[i] != kNone) found.emplace_back(-scores[i], i);
   }
+  // What filters have thrown away comes last, and only where there is too little else.
+  for (int64_t i = 0; i < size && static_cast<int64_t>(found.size()) < num; ++i)
+    if (scores[i] == kNone) found.emplace_back(-kNone, i);
   const int64_t here = std::min<int64_t>(num, found.size());
   std::partial_sort(found.begin(), found.begin() + here, found.end());
   for (int64_t n = 0; n < num; ++n) {

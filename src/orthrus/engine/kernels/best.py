@@ -17,7 +17,10 @@ def best_tokens(scores_RV: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def first_best(logits_RV: Tensor) -> Tensor:
-    """As `greedy_tokens`: the most probable token of each row, token_ids_R; ties go to the lowest id."""
+    """As `greedy_tokens`: the most probable token of each row, token_ids_R; ties go to the lowest id.
+
+    What is no number is not chosen, where PyTorch would choose the first of it.
+    """
     known = logits_RV.dtype in (torch.float32, torch.bfloat16)
     if logits_RV.device.type == "cpu" and known and kernels_loaded():
         ids_R: Tensor = torch.ops.orthrus.first_best(logits_RV)

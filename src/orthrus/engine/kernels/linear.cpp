@@ -16,7 +16,6 @@
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/library.h>
 
-#include <memory>
 #include <vector>
 
 #include "tiles.h"
@@ -166,7 +165,7 @@ std::vector<float> round_rows(const float* x, int64_t rows, int64_t inputs, To* 
 template <typename To>
 void int8_rows(
     const float* x, int64_t rows, int64_t inputs, int64_t filled, const std::vector<Side>& sides, Target<float> to) {
-  const auto whole = std::make_unique_for_overwrite<To[]>(rows * filled);
+  const auto whole = room<To>(rows * filled);
   const auto scales = round_rows(x, rows, inputs, whole.get(), filled);
   to.row_scales = scales.data();
   if constexpr (std::is_same_v<To, int8_t>)

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <memory>
 #include <type_traits>
 #include <utility>
 
@@ -21,6 +22,13 @@ constexpr int kLanes = 8, kRows = 4;
 constexpr int64_t kCacheLine = 64;
 // Sums of products of int8 numbers are whole, and exact in float32 up to this many.
 constexpr int64_t kExactInputs = 1024;
+
+// GCC has had this one since 12.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define ORTHRUS_SHUFFLES 1
+#endif
+#endif
 
 template <typename T>
 struct VectorOf {
@@ -44,6 +52,12 @@ V read(const void* from) {
   V out;
   std::memcpy(&out, from, sizeof(V));
   return out;
+}
+
+// Memory for numbers, not filled with anything.
+template <typename T>
+std::unique_ptr<T[]> room(int64_t size) {
+  return std::unique_ptr<T[]>(new T[size]);
 }
 
 inline Floats all(float value) { return value - Floats{}; }
@@ -91,7 +105,7 @@ inline Floats exchanged(Floats a, Floats b, std::integer_sequence<int, kPlaces..
     if (second) return place & kWidth ? kLanes + place : place + kWidth;
     return place & kWidth ? kLanes + place - kWidth : place;
   };
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#if ORTHRUS_SHUFFLES
   return __builtin_shufflevector(a, b, from(kPlaces)...);
 #else
   return __builtin_shuffle(a, b, Ints{from(kPlaces)...});
