@@ -56,7 +56,7 @@ def test_the_device_accepts_what_the_host_does() -> None:
 
 @torch.inference_mode()
 def test_a_block_that_does_not_serve_does_no_harm() -> None:
-    """Its anchor was turned down, and so deep that nothing of it could be counted from where the path ends."""
+    """Its anchor was turned down, deeper than the block has guesses below the end of the path."""
     dual = tiny_dual(repair_rank=4)
     state = timed_request(dual, dual.new_cache(32), SamplingParams(), 32)
     tree = DraftTree([3, 4, 5, 6], [0, 1, 2, 3], [0.0] * 4)
