@@ -18,14 +18,16 @@ def limit_drafts(dual: DualView, num_ids: int, also: frozenset[int] = frozenset(
     """Let drafts propose the `num_ids` most frequent ids only, and those of `also`.
 
     Tokenizers number what they merged in the order of merging, the most frequent first, so the lowest ids are
-    taken. UserInputError for a number that leaves too little to choose from or nothing
-    out, and for a head that has no rows to take.
+    taken. UserInputError for a number that leaves too little to choose from or nothing out, and for a head
+    that has no rows to take.
     """
     if not LEAST_IDS <= num_ids < dual.vocab_size:
         raise UserInputError(
             f"draft_vocab must lie between {LEAST_IDS} and {dual.vocab_size - 1} here, not {num_ids}."
         )
-    ids_N = torch.tensor(sorted({*range(num_ids), *also}), device=dual.device)
+    # A tokenizer may know ids that the model has no row for.
+    ids = sorted(i for i in {*range(num_ids), *also} if i < dual.vocab_size)
+    ids_N = torch.tensor(ids, device=dual.device)
     head = dual.draft_head or dual.base.get_output_embeddings()
     dual.draft_head, dual.draft_ids_N = _rows(head, ids_N), ids_N
 
