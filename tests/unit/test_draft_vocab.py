@@ -12,7 +12,6 @@ from orthrus.engine.kernels.build import load_kernels
 from orthrus.engine.kernels.linear import fast_linear
 from orthrus.errors import UserInputError
 from orthrus.model.draft_vocab import limit_drafts, single_characters
-from orthrus.model.dual_view import DualView
 from orthrus.model.quantise import quantise, quantise_drafts
 
 NUM = 30
@@ -43,12 +42,8 @@ def test_the_text_stays_and_drafts_are_of_the_vocabulary(
     assert not set(some.token_ids) <= {*range(NUM), VOCAB - 2}
 
 
-def int8(dual: DualView) -> None:
-    quantise(dual)
-
-
 @pytest.mark.parametrize("name", ["llama-tied", "gemma2"])
-@pytest.mark.parametrize("quantised", [None, int8, quantise_drafts], ids=["plain", "int8", "int8 drafts"])
+@pytest.mark.parametrize("quantised", [None, quantise, quantise_drafts], ids=["plain", "int8", "int8 drafts"])
 @pytest.mark.parametrize("packed", [False, True], ids=["stock", "packed"])
 @torch.inference_mode()
 def test_it_is_the_head_without_the_other_ids(name: str, quantised: object, packed: bool) -> None:

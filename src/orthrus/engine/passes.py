@@ -91,14 +91,13 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
     if on_path:
         index = max(on_path, key=lambda i: depths[blocks[i].row])
         num_known = depths[last] - depths[blocks[index].row] + 1
-        if num_known < size - 1 and ahead is not None:
+        if num_known < size - 1:
+            if ahead is None:
+                first, end = index * (size - 2) + num_known - 1, (index + 1) * (size - 2)
+                hidden_DC = hidden_TC[guesses[first] : guesses[end - 1] + 1]
+                logits_DV = logits_RV[num_ar + first : num_ar + end] if joint else None
+                ahead = state.propose(hidden_DC, state.length + 1, logits_DV)
             state.drafts, state.late = ahead, num_known > 1
-        elif num_known < size - 1:
-            first, end = index * (size - 2) + num_known - 1, (index + 1) * (size - 2)
-            hidden_DC = hidden_TC[guesses[first] : guesses[end - 1] + 1]
-            logits_DV = logits_RV[num_ar + first : num_ar + end] if joint else None
-            state.drafts = state.propose(hidden_DC, state.length + 1, logits_DV)
-            state.late = num_known > 1
     return Committed(token_ids, len(path), p.num_rows)
 
 
