@@ -55,10 +55,10 @@ class Orthrus:
 
         view: "default" (the checkpoint's own or the shipped one; a fresh one where there is none), "fresh"
         (AR-initialised), a view folder, or a hub id. dtype: "float32", "bfloat16", "float16", "auto", or
-        "int8" on a CPU. draft_dtype: "int8" for the drafts alone, which leaves the text as it is.
-        draft_vocab: how many of the most frequent ids drafts may propose, None for all. runner: "eager",
-        "compiled", "captured" (see `engine.runners.use_runner`), or "auto", the default, which compiles where
-        that works; the environment's ORTHRUS_RUNNER stands for None.
+        "int8" or "int4" on a CPU. draft_dtype: "int8" or "int4" for the drafts alone, which leaves the text
+        as it is. draft_vocab: how many of the most frequent ids drafts may propose, None for all. runner:
+        "eager", "compiled", "captured" (see `engine.runners.use_runner`), or "auto", the default, which
+        compiles where that works; the environment's ORTHRUS_RUNNER stands for None.
         Raises the subclasses of OrthrusError, each a sentence with the cause and the next step.
         """
         runner = runner or os.environ.get("ORTHRUS_RUNNER") or "auto"

@@ -13,6 +13,7 @@ from tests.ways import EVERY_WAY
 from torch import Tensor, nn
 
 from orthrus.api import Orthrus, decode_config
+from orthrus.base.devices import QUANTISED
 from orthrus.base.families import decoder_layers
 from orthrus.config import Strategy
 from orthrus.engine.compiled import CompiledRunner
@@ -146,11 +147,12 @@ def test_two_models_do_not_share_code() -> None:
         assert (other - ours).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("part", [quantise, quantise_drafts])
-def test_compiled_int8(part: object) -> None:
+def test_compiled_quantised(part: object, precision: str) -> None:
     slow, fast = (tiny_dual("llama", disturb=0.3) for _ in range(2))
     for dual in (slow, fast):
-        part(dual)  # type: ignore[operator]
+        part(dual, precision)  # type: ignore[operator]
     compiled(fast)
     for history_1T, p in random_passes(seed=5, num=12):
         for stock, ours in zip(states(slow, history_1T, p), states(fast, history_1T, p), strict=True):
@@ -166,13 +168,14 @@ def test_compiled_int8(part: object) -> None:
         ("bfloat16", "llama"),
         ("bfloat16", "gemma3"),
         ("int8", "llama"),
+        ("int4", "llama"),
     ],
 )
 def test_compiled_rows_are_alike_to_the_last_bit(kind: str, name: str) -> None:
     """In a tree, beside blocks, with its past scattered over the cache: a row is what it is one by one."""
     dual = tiny_dual(name, disturb=0.3)
-    if kind == "int8":
-        quantise(dual)
+    if kind in QUANTISED:
+        quantise(dual, kind)  # type: ignore[arg-type]
     dual = compiled(dual.to(torch.bfloat16) if kind == "bfloat16" else dual)
     generator, num_compared = random.Random(3), 0
     for _ in range(12):
@@ -276,7 +279,7 @@ def test_other_batches_run_through_the_stock_layers() -> None:
     outs = []
     with torch.inference_mode():
         for dual in (slow, fast):
-            outs.append(dual.run(prefill(ids_BT, [0, 0]), dual.new_cache(32, batch_size=2)))
+            outs.append(dual.hidden(prefill(ids_BT, [0, 0]), dual.new_cache(32, batch_size=2)))
     assert torch.equal(*outs)
 
 

@@ -49,7 +49,7 @@ def test_the_text_stays_and_drafts_are_of_the_vocabulary(
 def test_it_is_the_head_without_the_other_ids(name: str, quantised: object, packed: bool) -> None:
     dual = tiny_dual(name)
     if callable(quantised):
-        quantised(dual)
+        quantised(dual, "int8")
     whole_RV = dual.head(torch.ones(3, 32).cumsum(0), drafts=True)
     limit_drafts(dual, NUM, frozenset({VOCAB - 2, VOCAB + 5}))
     if packed:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +14,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from orthrus.engine.kernels import best, build
 from orthrus.engine.kernels.build import load_kernels
 from orthrus.engine.kernels.linear import FewRowsLinear, FewRowsTwin, fast_linear, fast_twin, has_tiles
+from orthrus.model.int4_linear import Int4Linear
 from orthrus.model.int8_linear import Int8Linear
 from orthrus.model.twin import RowSplit, Twin
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+QUANTISED: dict[str, Any] = {"int8": Int8Linear, "int4": Int4Linear}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KINDS = [*DTYPES, *QUANTISED]
 # Whole blocks of outputs and not, an odd number of inputs, more inputs than int8 sums hold in float32.
-SIZES = [(48, 96), (33, 17), (70, 48), (5, 3000)]
+SIZES = [(48, 96), (33, 17), (70, 48), (5, 3008)]
 LAYOUTS = pytest.mark.parametrize(
     ("kind", "tiles"),
-    [*((kind, False) for kind in DTYPES), ("bfloat16", True), ("int8", True)],
+    [*((kind, False) for kind in KINDS), ("bfloat16", True), ("int8", True)],
     ids=lambda value: ["plain", "tiles"][value] if isinstance(value, bool) else value,
 )
 
@@ -31,20 +35,19 @@ def kernels() -> None:
     load_kernels()
 
 
-def linear(outputs: int, inputs: int, kind: str, bias: bool = True) -> nn.Linear | Int8Linear:
+def linear(outputs: int, inputs: int, kind: str, bias: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    if kind == "int8":
-        return Int8Linear.of(nn.Linear(inputs, outputs, bias=bias))
+    if kind in QUANTISED:
+        # Four bits take whole groups of inputs.
+        inputs = inputs if kind == "int8" else -(-inputs // 32) * 32
+        return QUANTISED[kind].of(nn.Linear(inputs, outputs, bias=bias))
     return nn.Linear(inputs, outputs, bias=bias, dtype=DTYPES[kind])
 
 
-def fast(slow: nn.Linear | Int8Linear, tiles: bool) -> FewRowsLinear:
+def fast(slow: nn.Module, tiles: bool) -> FewRowsLinear:
     if tiles and not has_tiles():
         pytest.skip("needs AMX")
-    if isinstance(slow, Int8Linear):
-        return FewRowsLinear(slow.int8_weight(), slow.bias, slow.scales_N, tiles=tiles)  # type: ignore[arg-type]
-    bias = None if slow.bias is None else slow.bias.detach()
-    return FewRowsLinear(slow.weight.detach(), bias, tiles=tiles)
+    return FewRowsLinear.of([slow], tiles=tiles)
 
 
 def rows(num: int, size: int, kind: str) -> Tensor:
@@ -59,6 +62,7 @@ def rows(num: int, size: int, kind: str) -> Tensor:
 def test_it_is_the_linear(outputs: int, inputs: int, bias: bool, tiles: bool, kind: str) -> None:
     slow = linear(outputs, inputs, kind, bias)
     ours = fast(slow, tiles)
+    inputs = ours.in_features
     for num in (0, 1, 2, 7, 33, 150):
         x = rows(num, inputs, kind)
         assert ours(x).shape == (num, outputs)
@@ -91,10 +95,11 @@ def test_int8_in_a_model_of_bfloat16() -> None:
 @LAYOUTS
 @torch.inference_mode()
 def test_what_is_no_number_stays_none(kind: str, tiles: bool) -> None:
-    x = rows(2, 33, kind)
+    ours = fast(linear(20, 33, kind), tiles=tiles)
+    x = rows(2, ours.in_features, kind)
     for place in (3, 32):
         x[0, place] = torch.nan
-        out = fast(linear(20, 33, kind), tiles=tiles)(x)
+        out = ours(x)
         assert out[0].isnan().all()
         assert out[1].isfinite().all()
         x[0, place] = 1.0
@@ -112,8 +117,13 @@ def test_what_does_not_fit_is_refused() -> None:
     ours = fast(linear(20, 32, "int8"), tiles=False)
     with pytest.raises(RuntimeError, match="inputs that do not fit"):
         ours(torch.ones(2, 40))
+    with pytest.raises(RuntimeError, match="inputs that do not fit"):
+        fast(linear(20, 64, "int4"), tiles=False)(torch.ones(2, 50))
+    packed = ours.weight.transpose(2, 3).contiguous()  # type: ignore[operator]
     with pytest.raises(RuntimeError, match="packed for another processor"):
-        fast(linear(20, 32, "float32"), tiles=True)(torch.ones(2, 32))
+        torch.ops.orthrus.few_rows_linear(torch.ones(2, 32), packed, ours.scales, None, 20)
+    with pytest.raises(RuntimeError, match="scales are for weights of int8"):
+        torch.ops.orthrus.few_rows_linear(torch.ones(2, 32), ours.weight, None, None, 20)
     query, keys, values, visible, scale = attention_of(SHAPES[0], torch.float32)
     with pytest.raises(RuntimeError, match="a mask that does not fit"):
         torch.ops.orthrus.few_rows_attention(query, keys, values, visible[:, :, :3], scale)
@@ -148,15 +158,15 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {__file__!r}, "-k", others
 @pytest.mark.parametrize("bias", [True, False])
 @torch.inference_mode()
 def test_a_twin_is_both_of_its_linears(bias: bool, kind: str, tiles: bool) -> None:
-    bias = bias and kind != "int8"
+    bias = bias and kind not in QUANTISED
     torch.manual_seed(3)
-    ar, diffusion = (fast(linear(70, 48, kind, bias), tiles) for _ in range(2))
+    ar, diffusion = (fast(linear(70, 64, kind, bias), tiles) for _ in range(2))
     diffusion.weight = diffusion.weight.flip(0)
     split = RowSplit()
     twin = fast_twin(ar, diffusion, split)
     assert isinstance(twin, FewRowsTwin)
     for num, num_ar in ((9, 1), (9, 9), (9, 0), (50, 3), (70, 36), (5, 4), (80, 16), (96, 32)):
-        x = rows(num, 48, kind)[None]
+        x = rows(num, 64, kind)[None]
         with split.at(num_ar):
             together = twin(x)
         assert torch.equal(together, torch.cat([ar(x[:, :num_ar]), diffusion(x[:, num_ar:])], 1))
@@ -169,13 +179,13 @@ def test_unlike_linears_make_a_twin_of_two_products() -> None:
     assert fast_twin(ar, None, RowSplit()) is None
 
 
-@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_joined_linears_are_those_linears_side_by_side(kind: str) -> None:
-    parts = [linear(size, 48, kind, bias) for size, bias in ((40, True), (8, False), (16, True))]
+    parts = [linear(size, 64, kind, bias) for size, bias in ((40, True), (8, False), (16, True))]
     joined = fast_linear(parts)
     assert joined is not None
-    x = rows(3, 48, kind)
+    x = rows(3, 64, kind)
     expected = torch.cat([part(x) for part in parts], -1)
     torch.testing.assert_close(
         joined(x), expected, rtol=0 if kind == "int8" else None, atol=0 if kind == "int8" else None
@@ -187,6 +197,7 @@ def test_what_cannot_be_laid_out_is_left() -> None:
     assert fast_linear([half]) is None
     assert fast_linear([linear(8, 8, "float32"), linear(8, 8, "bfloat16")]) is None
     assert fast_linear([linear(8, 8, "float32"), linear(8, 8, "int8")]) is None
+    assert fast_linear([linear(8, 32, "int4"), linear(8, 32, "int8")]) is None
     assert fast_linear([nn.Identity()]) is None
 
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
-INT8 = "int8"
+QUANTISED = ("int8", "int4")
 """Asked for as a dtype: the linears are quantised once the model is loaded in float32."""
 ATTENTION = ("eager", "sdpa", "flex_attention")
 

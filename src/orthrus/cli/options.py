@@ -22,15 +22,15 @@ View = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16, float16, auto (as stored), or int8 (on a CPU). Left out: float32 on a CPU, "
-        "else auto.",
+        help="float32, bfloat16, float16, auto (as stored), int8 or int4 (on a CPU). Left out: float32 on a "
+        "CPU, else auto.",
         rich_help_panel=_MODEL,
     ),
 ]
 DraftDtype = Annotated[
     str | None,
     typer.Option(
-        help="int8: only the drafts run in it, which leaves the text as it is (on a CPU).",
+        help="int8 or int4: only the drafts run in it, which leaves the text as it is (on a CPU).",
         rich_help_panel=_MODEL,
     ),
 ]

@@ -20,7 +20,7 @@ from orthrus.base.provenance import processor
 from orthrus.base.storage import kept_file
 from orthrus.engine import fast_layers, layer_attention
 from orthrus.engine.kernels import build, linear
-from orthrus.model import int8_linear, twin
+from orthrus.model import int4_linear, int8_linear, twin
 from orthrus.model.twin import RowSplit, Twin
 
 LayerCode = Any
@@ -97,7 +97,7 @@ def _loaded(path: Path) -> LayerCode:
 @cache
 def sources_digest() -> str:
     """Of the code that decides what compiled layers compute, and so what they cost."""
-    modules = (fast_layers, linear, layer_attention, int8_linear, twin)
+    modules = (fast_layers, linear, layer_attention, int4_linear, int8_linear, twin)
     paths = [Path(__file__), *build.SOURCES, *(Path(module.__file__ or "") for module in (build, *modules))]
     return hashlib.sha256(b"".join([path.read_bytes() for path in paths])).hexdigest()
 

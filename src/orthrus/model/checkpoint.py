@@ -108,9 +108,10 @@ def save_view(
 def check_unquantised(dual: DualView) -> None:
     """CheckpointError for a model whose linears were quantised after loading: their weights are gone."""
     if dual.precision or dual.draft_precision:
+        precision = dual.precision or dual.draft_precision
         raise CheckpointError(
-            "the model was loaded in int8, which keeps no weights to write: load it in another dtype, and "
-            "without an int8 draft dtype, to save it."
+            f"the model was loaded in {precision}, which keeps no weights to write: load it in another "
+            "dtype, and without a draft dtype, to save it."
         )
 
 

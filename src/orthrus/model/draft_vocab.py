@@ -43,7 +43,7 @@ def _rows(head: nn.Module | None, ids_N: Tensor) -> nn.Module:
     if type(head) is Int8Linear:
         scales_V, bias_V = (getattr(head, name) for name in ("scales_N", "bias"))
         bias_N = None if bias_V is None else bias_V[ids_N]
-        return Int8Linear(head.int8_weight()[ids_N], scales_V[ids_N], bias_N)
+        return Int8Linear(head.weight[ids_N], scales_V[ids_N], bias_N)
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
         raise UserInputError("this model's head is quantised or of its own kind: leave out draft_vocab.")
     rows = nn.Linear(head.in_features, len(ids_N), bias=head.bias is not None, device="meta")

@@ -34,9 +34,9 @@ class DualView(nn.Module):
     for views without a mask token id. seed: of what starts random in low-rank twins. Raises CheckpointError
     when `config` names a mask token, layers or twins that this base does not have.
 
-    precision: "int8" where linears have been quantised after loading, else None; draft_precision: the same of
-    what block rows run through. draft_ids_N: the ids that drafts may propose, None for all. runner: "eager",
-    "compiled" or "captured", how passes run.
+    precision: "int8" or "int4" where linears have been quantised after loading, else None; draft_precision:
+    the same of what block rows run through. draft_ids_N: the ids that drafts may propose, None for all.
+    runner: "eager", "compiled" or "captured", how passes run.
     """
 
     precision: str | None = None
@@ -253,7 +253,7 @@ class DualView(nn.Module):
         return found
 
     def num_view_parameters(self) -> int:
-        """Of the view as it was loaded: int8 linears hold none."""
+        """Of the view as it was loaded: quantised linears hold none."""
         if self._num_view_parameters is not None:
             return self._num_view_parameters
         return sum(p.numel() for p in self.view_parameters().values())

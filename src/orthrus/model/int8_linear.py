@@ -1,11 +1,16 @@
 """A linear in int8, by PyTorch's own kernels: what quantised models run eagerly."""
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from orthrus.errors import UserInputError
 
 _LARGEST_INT8 = 127
+_EXACT_INPUTS = 1024
+"""float32 holds the sums of so many products of two int8 numbers."""
 _LEAST_SCALE = 1e-12
 
 
@@ -14,27 +19,34 @@ class Int8Linear(nn.Module):
 
     One scale per row: a row's result does not depend on the rows beside it, which losslessness needs. The
     products are summed in whole numbers, so it does not depend on their number either. Returns the dtype of
-    its input. Raises UserInputError for weights that are on no CPU, or where PyTorch lacks oneDNN.
+    its input. Raises UserInputError for weights that are on no CPU.
 
-    A single row is computed twice: for one alone oneDNN takes ten times as long.
+    Summed by oneDNN where the processor has instructions for it. Without, oneDNN adds two products in 16
+    bits, which do not hold them; there they are summed in float32, which is exact, and slow.
     """
+
+    weight: Tensor
+    scales_N: Tensor
+    prepacked: Tensor | None
 
     def __init__(self, weight_NC: Tensor, scales_N: Tensor, bias_N: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight_NC.shape
-        self.register_buffer("weight", torch.ops.onednn.qlinear_prepack(weight_NC, None), persistent=False)
+        self.register_buffer("weight", weight_NC, persistent=False)
         self.register_buffer("scales_N", scales_N, persistent=False)
+        self.register_buffer("bias", bias_N, persistent=False)
+        # For oneDNN, made when first needed: compiled code packs the weights for itself.
+        self.register_buffer("prepacked", None, persistent=False)
         self.register_buffer("zeros_N", torch.zeros(len(scales_N), dtype=torch.int32), persistent=False)
         # Rows come rounded already: for oneDNN their scale is one.
         self.register_buffer("one", torch.tensor(1.0), persistent=False)
         self.register_buffer("zero", torch.tensor(0, dtype=torch.int32), persistent=False)
-        self.register_buffer("bias", bias_N, persistent=False)
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "Int8Linear":
         """A linear's weights, rounded."""
         weight_NC = linear.weight.detach()
-        check_int8(weight_NC.device)
+        check_quantised("int8", weight_NC.device)
         scales_N = (weight_NC.float().abs().amax(1) / _LARGEST_INT8).clamp_min(_LEAST_SCALE)
         int8_NC = (weight_NC.float() / scales_N[:, None]).round().to(torch.int8)
         return cls(int8_NC, scales_N, None if linear.bias is None else linear.bias.detach())
@@ -47,25 +59,24 @@ class Int8Linear(nn.Module):
         out = out_RN.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias  # type: ignore[operator]
 
-    def int8_weight(self) -> Tensor:
-        """The weights (N, C) before they were packed, bit by bit: what unit rows are taken to."""
-        unit_CC = torch.eye(self.in_features, dtype=torch.int8)
-        scales_N: Tensor = self.scales_N  # type: ignore[assignment]
-        # In slices: at once it would take four bytes a weight.
-        columns = [(self._products(rows) / scales_N).round().to(torch.int8) for rows in unit_CC.split(256)]
-        return torch.cat(columns).t().contiguous()
-
     def _products(self, int8_RC: Tensor) -> Tensor:
         """Rows times weights in float32, scaled per output; the sums are whole numbers, exact."""
+        if not _onednn_is_exact():
+            parts = zip(int8_RC.split(_EXACT_INPUTS, 1), self.weight.split(_EXACT_INPUTS, 1), strict=True)
+            sums = [(rows.float() @ weight.float().t()).int() for rows, weight in parts]
+            return torch.stack(sums).sum(0).float() * self.scales_N
+        # A single row is computed twice: for one alone oneDNN takes ten times as long.
         if int8_RC.shape[0] < 2:
             if not int8_RC.shape[0]:
                 return torch.empty(0, self.out_features)
             return self._products(int8_RC.expand(2, -1))[:1]
+        if self.prepacked is None:
+            self.prepacked = torch.ops.onednn.qlinear_prepack(self.weight, None)
         return torch.ops.onednn.qlinear_pointwise.tensor(  # type: ignore[no-any-return]
             int8_RC,
             self.one,
             self.zero,
-            self.weight,
+            self.prepacked,
             self.scales_N,
             self.zeros_N,
             None,
@@ -78,11 +89,17 @@ class Int8Linear(nn.Module):
         )
 
 
-def check_int8(device: torch.device) -> None:
-    """UserInputError unless int8 linears can run on this device here."""
+@cache
+def _onednn_is_exact() -> bool:
+    # Not there in older releases of PyTorch.
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    has_sums = any(has.get(name) for name in ("avx_vnni", "avx512_vnni", "amx_int8"))
+    return has_sums and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")
+
+
+def check_quantised(precision: str, device: torch.device) -> None:
+    """UserInputError unless linears of ours in int8 or four bits can run on this device."""
     if device.type != "cpu":
         raise UserInputError(
-            f"int8 runs on CPUs only, not on {device.type}: choose device 'cpu', or leave int8 out."
+            f"{precision} runs on CPUs only, not on {device.type}: choose device 'cpu', or another dtype."
         )
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")):
-        raise UserInputError("int8 needs a PyTorch with oneDNN: leave it out here.")

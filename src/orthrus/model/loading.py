@@ -3,13 +3,13 @@
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from orthrus.base import hub
-from orthrus.base.devices import INT8, pick_device
+from orthrus.base.devices import QUANTISED, pick_device
 from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base, load_base
 from orthrus.base.quantised import quantisation
@@ -19,9 +19,9 @@ from orthrus.errors import CheckpointError, OrthrusWarning, UserInputError
 from orthrus.model.checkpoint import CONFIG_FILE, fresh_view, load_view, read_json
 from orthrus.model.draft_vocab import limit_drafts, single_characters
 from orthrus.model.dual_view import DualView
-from orthrus.model.int8_linear import check_int8
+from orthrus.model.int8_linear import check_quantised
 from orthrus.model.merged import folder_kind, load_released
-from orthrus.model.quantise import quantise, quantise_drafts
+from orthrus.model.quantise import Precision, quantise, quantise_drafts
 from orthrus.model.view_config import ViewConfig
 
 DEFAULT_VIEW = "default"
@@ -43,37 +43,39 @@ def load_dual(
 ) -> tuple[Base, DualView]:
     """Load `model` and put `view` on it.
 
-    dtype: as `load_base` takes it, or "int8" (on a CPU): loaded in float32, its linears quantised then.
-    draft_dtype: "int8" lets the block rows alone run in it, None like all other rows. draft_vocab: how
-    many of the most frequent ids drafts may propose, None for all.
+    dtype: as `load_base` takes it, or "int8" or "int4" (on a CPU): loaded in float32, its linears quantised
+    then. draft_dtype: "int8" or "int4" lets the block rows alone run in it, None like all other rows.
+    draft_vocab: how many of the most frequent ids drafts may propose, None for all.
 
     model: "default", a hub id, a GGUF file, or a folder that holds a stock base, a view (its base is loaded
     too), a merged checkpoint, or one of the released Orthrus-Qwen3 layout. view: "default" is the
     checkpoint's own, else the one shipped for the base, else a fresh one with a warning; "fresh" an
     AR-initialised one.
     """
-    if draft_dtype not in (None, INT8):
-        raise UserInputError(f"draft_dtype must be 'int8' or left out, not {draft_dtype!r}.")
-    if INT8 in (dtype, draft_dtype):
-        check_int8(torch.device(pick_device(device)))
+    if draft_dtype not in (None, *QUANTISED):
+        raise UserInputError(f"draft_dtype must be 'int8', 'int4' or left out, not {draft_dtype!r}.")
+    quantised = [name for name in QUANTISED if name in (dtype, draft_dtype)]
+    for name in quantised:
+        check_quantised(name, torch.device(pick_device(device)))
     base, dual = _load(
         model,
         view,
         revision=revision,
         on_progress=on_progress,
-        dtype="float32" if dtype == INT8 else dtype,
+        dtype="float32" if dtype in QUANTISED else dtype,
         device=device,
         attn_implementation=attn_implementation,
     )
     method = quantisation(base.model.config)
-    if INT8 in (dtype, draft_dtype) and method is not None:
-        raise UserInputError(f"{model} is quantised already ({method}): leave out int8.")
-    if INT8 in (dtype, draft_dtype) and on_progress is not None:
-        on_progress("quantising to int8", 0, None)
-    if dtype == INT8:
-        quantise(dual)
-    elif draft_dtype == INT8:
-        quantise_drafts(dual)
+    if quantised and method is not None:
+        raise UserInputError(f"{model} is quantised already ({method}): leave out {quantised[0]}.")
+    if quantised and on_progress is not None:
+        on_progress(f"quantising to {' and '.join(quantised)}", 0, None)
+    # Drafts first: they are made of the weights as they were loaded.
+    if draft_dtype is not None and draft_dtype != dtype:
+        quantise_drafts(dual, cast(Precision, draft_dtype))
+    if dtype in QUANTISED:
+        quantise(dual, cast(Precision, dtype))
     if draft_vocab is not None:
         limit_drafts(dual, draft_vocab, base.eos_token_ids | single_characters(base.tokenizer))
     return base, dual

@@ -1,39 +1,46 @@
-"""int8 in place of a loaded model's linears: for both views, or for the drafts alone."""
+"""int8 or four bits in place of a loaded model's linears: for both views, or for the drafts alone."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 from torch import nn
 
 from orthrus.base.families import decoder_layers
 from orthrus.model.dual_view import DualView
-from orthrus.model.int8_linear import Int8Linear, check_int8
+from orthrus.model.int4_linear import Int4Linear, fits_groups
+from orthrus.model.int8_linear import Int8Linear, check_quantised
 from orthrus.model.twin import LowRank, Twin, twins
 
+Precision = Literal["int8", "int4"]
 
-def quantise(dual: DualView) -> None:
-    """Make every linear of the decoder layers and the head an `Int8Linear`, those of both views.
 
-    Weights that are in no linear (experts) stay. What was loaded is the base no longer: the int8 model is,
-    and lossless means equal to it, decoded plainly. UserInputError where int8 does not run.
+def quantise(dual: DualView, precision: Precision) -> None:
+    """Quantise every linear of the decoder layers and the head, those of both views.
+
+    int4: the head, the diffusion twins, which draft worse in four bits, and linears whose inputs are no whole
+    groups become int8. Weights that are in no linear (experts) stay. What was loaded is the base no longer:
+    the quantised model is, and lossless means equal to it, decoded plainly. UserInputError where it does not
+    run.
     """
-    check_int8(dual.device)
+    check_quantised(precision, dual.device)
     dual.count_view_parameters()
     for layer in decoder_layers(dual.base):
         for parent, name, linear in list(_linears(layer)):
-            setattr(parent, name, Int8Linear.of(linear))
+            is_diffusion = isinstance(parent, Twin) and linear is parent.diffusion
+            setattr(parent, name, _quantised(linear, "int8" if is_diffusion else precision))
     head = dual.base.get_output_embeddings()
     if type(head) is nn.Linear:
         dual.base.set_output_embeddings(Int8Linear.of(head))
-    dual.precision = "int8"
+    dual.precision = precision
 
 
-def quantise_drafts(dual: DualView) -> None:
-    """Let block rows run through int8 copies of all linears; AR rows, and so the text, stay as they are.
+def quantise_drafts(dual: DualView, precision: Precision) -> None:
+    """Let block rows run through quantised copies of all linears; AR rows, and so the text, stay as they are.
 
-    Low-rank twins share their AR projection with all rows and stay as they are too. UserInputError where int8
-    does not run.
+    Twins become int8 in either precision, as in `quantise`. Low-rank twins share their AR projection with all
+    rows and stay as they are. UserInputError where it does not run.
     """
-    check_int8(dual.device)
+    check_quantised(precision, dual.device)
     dual.count_view_parameters()
     for twin in twins(dual.base).values():
         if type(twin.diffusion) is nn.Linear:
@@ -41,11 +48,17 @@ def quantise_drafts(dual: DualView) -> None:
     for layer in decoder_layers(dual.base):
         for parent, name, linear in list(_linears(layer)):
             if not isinstance(parent, Twin | LowRank):
-                setattr(parent, name, Twin(linear, Int8Linear.of(linear), dual.split))
+                setattr(parent, name, Twin(linear, _quantised(linear, precision), dual.split))
     head = dual.base.get_output_embeddings()
     if type(head) is nn.Linear:
         dual.draft_head = Int8Linear.of(head)
-    dual.draft_precision = "int8"
+    dual.draft_precision = precision
+
+
+def _quantised(linear: nn.Linear, precision: Precision) -> nn.Module:
+    if precision == "int4" and fits_groups(linear):
+        return Int4Linear.of(linear)
+    return Int8Linear.of(linear)
 
 
 def _linears(layer: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

@@ -1,12 +1,15 @@
-// Linears for the few rows of a decoding pass: x (rows, in) times a packed weight, in float32, bfloat16 or int8.
+// Linears for the few rows of a decoding pass: x (rows, in) times a packed weight, in float32, bfloat16, int8 or
+// four bits.
 //
 // Libraries tune for one row or for hundreds; between them they read each weight once and then wait for it.
 // Here every weight is read once from memory, and each sum runs over the inputs in one order: a row comes out
 // alike to the last bit whatever rows are beside it.
 //
-// Two layouts of a weight (out, in), both zero-filled to whole blocks:
-//   plain  (blocks, in, width)           any processor, vectors of the compiler
-//   tiles  (blocks, in / v, width, v)    bfloat16 (v = 2) and int8 (v = 4) for AMX
+// Layouts of a weight (out, in), all zero-filled to whole blocks:
+//   floats  (blocks, in, width)           float32 and bfloat16 on any processor
+//   pairs   (blocks, in / 2, width, 2)    int8 likewise (`whole.h`)
+//   groups  (blocks, in / 32, bytes)      four bits likewise
+//   tiles   (blocks, in / v, width, v)    bfloat16 (v = 2) and int8 (v = 4) for AMX (`tiles.h`)
 //
 // A twin's linear multiplies its first rows with one weight and the others with another, in one go.
 
@@ -18,15 +21,16 @@
 
 #include <vector>
 
+#include "rounding.h"
 #include "tiles.h"
 #include "vectors.h"
+#include "whole.h"
 
 namespace {
 
 using namespace orthrus;
 constexpr int kVectors = 3;
 constexpr int64_t kPlainWidth = kLanes * kVectors;
-constexpr float kLargestInt8 = 127.0f, kLeastScale = 1e-12f;
 
 // Rows [first, first + rows) of a linear, which share a packed weight. An output is its sum * scale of its column
 // * scale of its row + bias of its column.
@@ -68,30 +72,40 @@ void finish(
   }
 }
 
-template <typename T, typename Out>
-void plain(const float* x, int64_t inputs, const std::vector<Side>& sides, const Target<Out>& to) {
-  using Sum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
-  const int64_t block = inputs * kPlainWidth;
+// Calls multiply(known rows, first row, block of weights, what comes next, share of it, sums) for all products, no
+// more than kMost rows at a time, and writes the sums (rows, width) to the outputs.
+template <int kMost, typename Sum, typename Out, typename Multiply>
+void products_of(int64_t width, const std::vector<Side>& sides, const Target<Out>& to, const Multiply& multiply) {
+  const int64_t bytes = sides[0].weight.nbytes() / sides[0].weight.size(0);
   at::parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
-    float sums[kRows * kPlainWidth];
+    const auto sums = room<Sum>(kMost * width);
     for (const Side& side : sides) {
       if (side.rows == 0) continue;
-      const int64_t parts = (side.rows + kRows - 1) / kRows;
+      const int64_t parts = (side.rows + kMost - 1) / kMost;
       for (int64_t b = begin; b < end; ++b) {
-        const T* here = side.weight.const_data_ptr<T>() + b * block;
-        const char* next = reinterpret_cast<const char*>(here + block);
-        // Each part of the rows asks for its share of the next block.
-        const int64_t step = b + 1 < end ? kPlainWidth * static_cast<int64_t>(sizeof(T)) / parts : 0;
-        evenly(side.rows, kRows, [&](int64_t first, int64_t rows) {
+        const char* here = static_cast<const char*>(side.weight.const_data_ptr()) + b * bytes;
+        // Each part of the rows may ask for its share of the next block.
+        const int64_t share = b + 1 < end ? bytes / parts : 0;
+        const char* next = here + bytes;
+        evenly(side.rows, kMost, [&](int64_t first, int64_t rows) {
           first += side.first;
-          multiply_rows<kRows, kVectors>(
-              rows, x + first * inputs, inputs, here, kPlainWidth, inputs, sums, kPlainWidth, next, step);
-          next += inputs * step;
-          finish(reinterpret_cast<const Sum*>(sums), first, rows, b * kPlainWidth, kPlainWidth, side, to);
+          with_known<kMost>(rows, [&](auto known) { multiply(known, first, here, next, share, sums.get()); });
+          next += share;
+          finish(sums.get(), first, rows, b * width, width, side, to);
         });
       }
     }
   });
+}
+
+template <typename T, typename Out>
+void float_rows(const float* x, int64_t inputs, const std::vector<Side>& sides, const Target<Out>& to) {
+  products_of<kRows, float>(
+      kPlainWidth, sides, to, [&](auto rows, int64_t first, const char* here, const char* next, int64_t share, float* sums) {
+        multiply<decltype(rows)::value, kVectors>(
+            x + first * inputs, inputs, reinterpret_cast<const T*>(here), kPlainWidth, inputs, sums, kPlainWidth, next,
+            share / inputs);
+      });
 }
 
 // x: rows filled up to whole steps of the tiles.
@@ -123,55 +137,30 @@ void tiles(const T* x, int64_t filled, const std::vector<Side>& sides, const Tar
 #endif
 }
 
-// A row rounded to int8 by a scale of its own, as `Int8Linear` does; `to` has room for `filled` numbers.
-template <typename To>
-float round_row(const float* x, int64_t inputs, To* to, int64_t filled) {
-  // Magnitudes order as the whole numbers that their bits are, and what is no number is the largest.
-  constexpr int32_t kMagnitude = 0x7fffffff;
-  Ints most_each = {};
-  int64_t k = 0;
-  for (; k + kLanes <= inputs; k += kLanes) {
-    const Ints magnitude = read<Ints>(x + k) & kMagnitude;
-    most_each = most_each > magnitude ? most_each : magnitude;
-  }
-  int32_t most = 0;
-  for (int i = 0; i < kLanes; ++i) most = std::max<int32_t>(most, most_each[i]);
-  for (int64_t i = k; i < inputs; ++i) most = std::max(most, bits<int32_t>(x[i]) & kMagnitude);
-  const float largest = bits<float>(most) / kLargestInt8;
-  const float scale = largest < kLeastScale ? kLeastScale : largest, inverse = 1.0f / scale;
-  // Adding it leaves no room for a fraction: the sum is rounded, ties to even.
-  constexpr float kWhole = 12582912.0f;
-  for (k = 0; k + kLanes <= inputs; k += kLanes) {
-    const Floats whole = (floats(x + k) * all(inverse) + kWhole) - kWhole;
-    const auto narrow = __builtin_convertvector(__builtin_convertvector(whole, Ints), Vector<To>);
-    std::memcpy(to + k, &narrow, sizeof(narrow));
-  }
-  for (; k < inputs; ++k) to[k] = static_cast<To>((x[k] * inverse + kWhole) - kWhole);
-  std::fill(to + inputs, to + filled, To{});
-  return scale;
-}
-
-template <typename To>
-std::vector<float> round_rows(const float* x, int64_t rows, int64_t inputs, To* to, int64_t filled) {
-  std::vector<float> scales(rows);
-  at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      scales[row] = round_row(x + row * inputs, inputs, to + row * filled, filled);
-  });
-  return scales;
-}
-
-// Rows rounded to numbers of type To: int8 for tiles, float32 of whole numbers for vectors.
-template <typename To>
 void int8_rows(
-    const float* x, int64_t rows, int64_t inputs, int64_t filled, const std::vector<Side>& sides, Target<float> to) {
-  const auto whole = room<To>(rows * filled);
-  const auto scales = round_rows(x, rows, inputs, whole.get(), filled);
-  to.row_scales = scales.data();
-  if constexpr (std::is_same_v<To, int8_t>)
-    tiles(whole.get(), filled, sides, to);
-  else
-    plain<int8_t>(whole.get(), inputs, sides, to);
+    const float* x, int64_t rows, int64_t inputs, int64_t filled, bool tiled, const std::vector<Side>& sides,
+    Target<float> to) {
+  if (tiled) {
+    const RoundedRows<int8_t> rounded(x, rows, inputs, filled);
+    to.row_scales = rounded.scales.data();
+    tiles(rounded.x.get(), filled, sides, to);
+    return;
+  }
+  const RoundedRows<int16_t> rounded(x, rows, inputs, filled);
+  to.row_scales = rounded.scales.data();
+  products_of<kPairRows, int32_t>(
+      kPairWidth, sides, to, [&](auto num, int64_t first, const char* here, const char*, int64_t, int32_t* sums) {
+        multiply_pairs<decltype(num)::value>(rounded.x.get() + first * filled, filled, here, filled, sums);
+      });
+}
+
+void int4_rows(
+    const float* x, int64_t rows, int64_t inputs, const std::vector<Side>& sides, const Target<float>& to) {
+  const GroupedRows grouped(x, rows, inputs);
+  products_of<kGroupRows, float>(
+      kGroupWidth, sides, to, [&](auto num, int64_t first, const char* here, const char*, int64_t, float* sums) {
+        multiply_groups<decltype(num)::value>(grouped, first, here, inputs, sums);
+      });
 }
 
 void bfloat16_rows(
@@ -179,7 +168,7 @@ void bfloat16_rows(
     const Target<at::BFloat16>& to) {
   if (!tiled) {
     const std::vector<float> wide(x, x + rows * inputs);
-    plain<at::BFloat16>(wide.data(), inputs, sides, to);
+    float_rows<at::BFloat16>(wide.data(), inputs, sides, to);
     return;
   }
   if (filled == inputs) {
@@ -193,21 +182,35 @@ void bfloat16_rows(
 
 using Given = std::optional<at::Tensor>;
 
-// Inputs of a packed weight, filled up where it is made for tiles.
-int64_t inputs_of(const at::Tensor& weight) { return weight.size(1) * (weight.dim() == 4 ? weight.size(3) : 1); }
+// How a packed weight is laid out, by its dtype and sizes.
+struct Layout {
+  int64_t inputs, width, step;
+  bool tiled;
+
+  explicit Layout(const at::Tensor& weight) {
+    const auto dtype = weight.scalar_type();
+    const int64_t side_by_side = weight.dim() == 4 ? weight.size(3) : 1;
+    tiled = weight.dim() == 4 && (dtype == at::kBFloat16 || side_by_side == 4);
+    inputs = weight.size(1) * (dtype == at::kByte ? kGroup : side_by_side);
+    step = tiled ? kTileBytes / weight.element_size() : dtype == at::kByte ? kGroup : side_by_side;
+    width = tiled ? kTileColumns : dtype == at::kChar ? kPairWidth : dtype == at::kByte ? kGroupWidth : kPlainWidth;
+    const bool whole = dtype == at::kByte ? weight.size(2) == kGroupBytes : weight.size(2) == width;
+    const bool known = tiled ? has_tiles() : weight.dim() == 3 || (dtype == at::kChar && side_by_side == 2);
+    TORCH_CHECK(whole && known && weight.is_contiguous(), "linear: a weight packed for another processor");
+  }
+};
 
 Side side_of(
     int64_t first, int64_t rows, int64_t inputs, int64_t columns, const at::Tensor& weight, const Given& scales,
     const Given& bias) {
-  const bool tiled = weight.dim() == 4;
-  const auto dtype = weight.scalar_type();
-  TORCH_CHECK(!tiled || (has_tiles() && dtype != at::kFloat), "linear: a weight packed for another processor");
-  const int64_t step = tiled ? kTileBytes / weight.element_size() : 1;
-  TORCH_CHECK(inputs_of(weight) == (inputs + step - 1) / step * step, "linear: inputs that do not fit the weight");
+  const Layout layout(weight);
+  const bool fits = layout.inputs == (inputs + layout.step - 1) / layout.step * layout.step;
   TORCH_CHECK(
-      weight.size(2) == (tiled ? kTileColumns : kPlainWidth), "linear: a weight packed for another processor");
-  const int64_t room = weight.size(0) * weight.size(2);
+      fits && (weight.scalar_type() != at::kByte || layout.inputs == inputs), "linear: inputs that do not fit the weight");
+  const int64_t room = weight.size(0) * layout.width;
   TORCH_CHECK(columns <= room, "linear: outputs that do not fit the weight");
+  TORCH_CHECK(
+      scales.has_value() == (weight.scalar_type() == at::kChar), "linear: scales are for weights of int8, and they need them");
   for (const auto& each : {scales, bias})
     TORCH_CHECK(!each || each->numel() >= room, "linear: scales and bias must be filled up to blocks");
   return {
@@ -223,27 +226,26 @@ at::Tensor products(const at::Tensor& x, int64_t columns, const std::vector<Side
   at::Tensor out = at::empty(sizes, x.options());
   if (rows == 0) return out;
   const at::Tensor& weight = sides[0].weight;
-  const int64_t filled = inputs_of(weight);
-  const bool tiled = weight.dim() == 4;
+  const Layout layout(weight);
   if (weight.scalar_type() == at::kBFloat16) {
     bfloat16_rows(
-        whole.const_data_ptr<at::BFloat16>(), rows, inputs, filled, tiled, sides,
+        whole.const_data_ptr<at::BFloat16>(), rows, inputs, layout.inputs, layout.tiled, sides,
         {out.mutable_data_ptr<at::BFloat16>(), columns, nullptr});
     return out;
   }
   const Target<float> to{out.mutable_data_ptr<float>(), columns, nullptr};
   const float* from = whole.const_data_ptr<float>();
-  if (weight.scalar_type() != at::kChar)
-    plain<float>(from, inputs, sides, to);
-  else if (tiled)
-    int8_rows<int8_t>(from, rows, inputs, filled, sides, to);
+  if (weight.scalar_type() == at::kFloat)
+    float_rows<float>(from, inputs, sides, to);
+  else if (weight.scalar_type() == at::kChar)
+    int8_rows(from, rows, inputs, layout.inputs, layout.tiled, sides, to);
   else
-    int8_rows<float>(from, rows, inputs, filled, sides, to);
+    int4_rows(from, rows, inputs, sides, to);
   return out;
 }
 
-// x (..., in) of float32 or bfloat16, in the dtype of the weight, float32 for int8; returns (..., out) like x.
-// scales: of int8 outputs; scales and bias are float32, filled up to whole blocks.
+// x (..., in) of float32 or bfloat16, in the dtype of the weight, float32 for int8 and four bits; returns (..., out)
+// like x. scales: of int8 outputs; scales and bias are float32, filled up to whole blocks.
 at::Tensor linear(
     const at::Tensor& x, const at::Tensor& weight, const Given& scales, const Given& bias, int64_t columns) {
   const int64_t inputs = x.size(-1);
@@ -281,7 +283,8 @@ TORCH_LIBRARY_FRAGMENT(orthrus, library) {
   library.def(
       "few_rows_twin_linear(Tensor x, SymInt num, Tensor weight, Tensor? scales, Tensor? bias, Tensor other, "
       "Tensor? other_scales, Tensor? other_bias, int columns) -> Tensor");
-  library.def("plain_width() -> int", [] { return kPlainWidth; });
+  // Columns of a block of floats, pairs and groups.
+  library.def("block_widths() -> int[]", [] { return std::vector<int64_t>{kPlainWidth, kPairWidth, kGroupWidth}; });
   library.def("has_tiles() -> bool", [] { return has_tiles(); });
 }
 

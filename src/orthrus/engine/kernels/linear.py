@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from orthrus.model.int4_linear import Int4Linear
 from orthrus.model.int8_linear import Int8Linear
 from orthrus.model.twin import RowSplit, Twin
 
@@ -22,52 +23,89 @@ def pack(weight_NC: Tensor, *, tiles: bool | None = None) -> Tensor:
     """A weight of float32, bfloat16 or int8, laid out for the kernel; tiles: left out, where they run."""
     if tiles is None:
         tiles = weight_NC.dtype != torch.float32 and has_tiles()
-    width = _TILE_WIDTH if tiles else torch.ops.orthrus.plain_width()
-    step = _TILE_BYTES // weight_NC.itemsize if tiles else 1
-    outputs, inputs = weight_NC.shape
-    missing = (0, -inputs % step, 0, -outputs % width)
-    filled = pad(weight_NC, missing) if any(missing) else weight_NC
-    blocks: Tensor = filled.unflatten(0, (-1, width))
+    floats, pairs, _ = torch.ops.orthrus.block_widths()
+    width, step, beside = floats, 1, 1
     if tiles:
-        blocks = blocks.unflatten(2, (-1, _NUMBER_BYTES // weight_NC.itemsize))
+        width, step = _TILE_WIDTH, _TILE_BYTES // weight_NC.itemsize
+        beside = _NUMBER_BYTES // weight_NC.itemsize
+    elif weight_NC.dtype == torch.int8:
+        width, step, beside = pairs, 2, 2
+    blocks: Tensor = _filled(weight_NC, width, step).unflatten(0, (-1, width))
+    if beside > 1:
+        blocks = blocks.unflatten(2, (-1, beside))
     return blocks.transpose(1, 2).contiguous()
 
 
-class FewRowsLinear(nn.Module):
-    """A linear of float32, bfloat16 or int8 weights; a row's result does not depend on the rows beside it.
+def pack_groups(four_bits_NC: Tensor, steps_NG: Tensor, least_NG: Tensor) -> Tensor:
+    """Weights 0 to 15 (uint8) and their groups' float16 steps and least values, laid out for the kernel."""
+    width = torch.ops.orthrus.block_widths()[2]
+    # (blocks, width, groups, half, quarter, 4): halves of a group share bytes.
+    blocks = _filled(four_bits_NC, width, 1).unflatten(0, (-1, width)).unflatten(2, (-1, 2, 4, 4))
+    bytes_BWG44 = blocks[:, :, :, 0] | blocks[:, :, :, 1] << 4
+    parts = [bytes_BWG44.permute(0, 2, 3, 1, 4).flatten(2)]
+    for each_NG in (least_NG, steps_NG):
+        each_BGW = _filled(each_NG, width, 1).unflatten(0, (-1, width)).transpose(1, 2).contiguous()
+        parts.insert(0, each_BGW.view(torch.uint8))
+    return torch.cat(parts, dim=2)
 
-    scales_N: of int8 weights, whose rows are rounded as `Int8Linear` rounds them. x: (..., in) of the
-    weight's dtype, of any for int8; returns (..., out) of the same. `load_kernels` must have been called.
+
+def _filled(weight_NC: Tensor, width: int, step: int) -> Tensor:
+    """Zeros after the last output and input, up to whole blocks and steps."""
+    missing = (0, -weight_NC.shape[1] % step, 0, -weight_NC.shape[0] % width)
+    return pad(weight_NC, missing) if any(missing) else weight_NC
+
+
+class FewRowsLinear(nn.Module):
+    """A linear of packed weights (`of`); a row's result does not depend on the rows beside it.
+
+    x: (..., in) of the weight's dtype, of any where rows are rounded; returns (..., out) of the same.
+    `load_kernels` must have been called.
     """
 
     def __init__(
-        self,
-        weight_NC: Tensor,
-        bias_N: Tensor | None = None,
-        scales_N: Tensor | None = None,
-        *,
-        tiles: bool | None = None,
+        self, packed: Tensor, sizes: tuple[int, int], bias_N: Tensor | None, scales_N: Tensor | None = None
     ) -> None:
+        """sizes: out and in; scales_N: of int8 weights, whose rows are rounded as by `Int8Linear`."""
         super().__init__()
-        self.out_features, self.in_features = weight_NC.shape
-        packed = pack(weight_NC, tiles=tiles)
-        filled = packed.shape[0] * packed.shape[2] - self.out_features
-        self.is_int8 = scales_N is not None
-        # The kernel adds the bias in float32; after int8 it is added as `Int8Linear` does.
-        in_kernel = None if bias_N is None or self.is_int8 else pad(bias_N.float(), (0, filled))
+        self.out_features, self.in_features = sizes
+        self.rounds_rows = packed.dtype in (torch.int8, torch.uint8)
+        filled = packed.shape[0] * _block_width(packed) - self.out_features
+        # The kernel adds the bias in float32; after rounded rows it is added as the eager linears do.
+        in_kernel = None if bias_N is None or self.rounds_rows else pad(bias_N.float(), (0, filled))
         self.register_buffer("weight", packed, persistent=False)
         self.register_buffer(
             "scales", None if scales_N is None else pad(scales_N, (0, filled)), persistent=False
         )
         self.register_buffer("kernel_bias", in_kernel, persistent=False)
-        self.register_buffer("bias", bias_N if self.is_int8 else None, persistent=False)
+        self.register_buffer("bias", bias_N if self.rounds_rows else None, persistent=False)
+
+    @classmethod
+    def of(cls, linears: Sequence[nn.Module], *, tiles: bool | None = None) -> "FewRowsLinear":
+        """Linears of one kind that read the same input, their outputs side by side."""
+        bias_N = _joined_bias(linears)
+        outputs = [int(linear.out_features) for linear in linears]  # type: ignore[arg-type]
+        sizes = sum(outputs), int(linears[0].in_features)  # type: ignore[arg-type]
+        if isinstance(linears[0], Int4Linear):
+            parts = [linear.parts() for linear in linears]  # type: ignore[operator]
+            return cls(pack_groups(*map(torch.cat, zip(*parts, strict=True))), sizes, bias_N)
+        weight_NC = torch.cat([linear.weight.detach() for linear in linears])  # type: ignore[operator]
+        scales_N = None
+        if isinstance(linears[0], Int8Linear):
+            scales_N = torch.cat([linear.get_buffer("scales_N") for linear in linears])
+        return cls(pack(weight_NC, tiles=tiles), sizes, bias_N, scales_N)
 
     def forward(self, x: Tensor) -> Tensor:
-        given = x.float() if self.is_int8 else x
+        given = x.float() if self.rounds_rows else x
         out: Tensor = torch.ops.orthrus.few_rows_linear(
             given, self.weight, self.scales, self.kernel_bias, self.out_features
         ).to(x.dtype)
         return out if self.bias is None else out + self.bias  # type: ignore[operator]
+
+
+def _block_width(packed: Tensor) -> int:
+    if packed.dtype == torch.uint8:
+        return int(torch.ops.orthrus.block_widths()[2])
+    return packed.shape[2]
 
 
 class FewRowsTwin(Twin):
@@ -83,7 +121,7 @@ class FewRowsTwin(Twin):
             return super().forward(x)
         ar, diffusion = self.ar, self.diffusion
         out: Tensor = torch.ops.orthrus.few_rows_twin_linear(
-            x.float() if ar.is_int8 else x,
+            x.float() if ar.rounds_rows else x,
             num_ar,
             *(ar.weight, ar.scales, ar.kernel_bias),
             *(diffusion.weight, diffusion.scales, diffusion.kernel_bias),
@@ -105,18 +143,16 @@ def fast_twin(ar: nn.Module | None, diffusion: nn.Module | None, split: RowSplit
 def fast_linear(linears: Sequence[nn.Module]) -> FewRowsLinear | None:
     """One linear for several that read the same input, their outputs side by side, laid out for few rows.
 
-    None unless all of them are plain linears of one dtype that the kernels know, or all int8 ones.
+    None unless all of them are plain linears of one dtype that the kernels know, or quantised ones of a kind.
     """
-    if all(type(linear) is Int8Linear for linear in linears):
-        scales_N = torch.cat([linear.scales_N for linear in linears])  # type: ignore[misc]
-        weight_NC = torch.cat([linear.int8_weight() for linear in linears])  # type: ignore[operator]
-        return FewRowsLinear(weight_NC, _joined_bias(linears), scales_N)
+    kinds = {type(linear) for linear in linears}
+    if kinds in ({Int8Linear}, {Int4Linear}):
+        return FewRowsLinear.of(linears)
     if not all(_is_known(linear) for linear in linears):
         return None
-    weights = [linear.weight.detach() for linear in linears]  # type: ignore[operator]
-    if len({weight.dtype for weight in weights}) > 1:
+    if len({linear.weight.dtype for linear in linears}) > 1:
         return None
-    return FewRowsLinear(torch.cat(weights), _joined_bias(linears))
+    return FewRowsLinear.of(linears)
 
 
 def _joined_bias(linears: Sequence[nn.Module]) -> Tensor | None:

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "vectors.h"
+
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__)
 #include <immintrin.h>
 #define ORTHRUS_TILES 1
@@ -19,8 +21,6 @@ namespace orthrus {
 
 // A register's rows and the bytes of one; columns of a block of weights, rows that are multiplied at once.
 constexpr int64_t kTileRows = 16, kTileBytes = 64, kTileColumns = 32, kTileMostRows = 2 * kTileRows;
-// Bytes of weights that are asked for ahead: a processor does not look beyond a page by itself.
-constexpr int64_t kAhead = 4096;
 
 // Whether this processor has AMX, and the system lets us use it; asks for that.
 inline bool has_tiles() {
@@ -71,7 +71,7 @@ void multiply_tiles(const char* x, int64_t x_bytes, const char* weight, int64_t 
   }
   for (int64_t step = 0; step < steps; ++step) {
     const char* here = weight + step * kStep;
-    for (int64_t byte = kAhead; byte < kAhead + kStep; byte += kTileBytes) __builtin_prefetch(here + byte);
+    ask_ahead(here, kStep);
     _tile_loadd(4, x + step * kTileBytes, x_bytes);
     _tile_loadd(6, here, kWeightBytes);
     _tile_loadd(7, here + kTileBytes, kWeightBytes);

@@ -20,8 +20,6 @@ constexpr int kLanes = 16, kRows = 8;
 constexpr int kLanes = 8, kRows = 4;
 #endif
 constexpr int64_t kCacheLine = 64;
-// Sums of products of int8 numbers are whole, and exact in float32 up to this many.
-constexpr int64_t kExactInputs = 1024;
 
 // GCC has had this one since 12.
 #if defined(__has_builtin)
@@ -54,10 +52,23 @@ V read(const void* from) {
   return out;
 }
 
+// By value, so that an array of vectors can stay in registers.
+template <typename V>
+void write(V value, void* to) {
+  std::memcpy(to, &value, sizeof(V));
+}
+
 // Memory for numbers, not filled with anything.
 template <typename T>
 std::unique_ptr<T[]> room(int64_t size) {
   return std::unique_ptr<T[]>(new T[size]);
+}
+
+// Bytes of weights that are asked for ahead: a processor does not look beyond a page by itself.
+constexpr int64_t kAhead = 4096;
+
+inline void ask_ahead(const char* from, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += kCacheLine) __builtin_prefetch(from + kAhead + byte);
 }
 
 inline Floats all(float value) { return value - Floats{}; }
@@ -83,7 +94,6 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 }
 
 inline Floats floats(const float* from) { return read<Floats>(from); }
-inline Floats floats(const int8_t* from) { return __builtin_convertvector(read<Vector<int8_t>>(from), Floats); }
 inline Floats floats(const c10::BFloat16* from) {
   return bits<Floats>(__builtin_convertvector(read<Vector<uint16_t>>(from), Vector<uint32_t>) << 16);
 }
@@ -128,40 +138,44 @@ inline void turn(Floats* rows) {
   }
 }
 
+// Calls part with a number of rows from 1 to kMost that the compiler knows.
+template <int kMost, typename Part>
+void with_known(int64_t rows, const Part& part) {
+  if (rows == kMost)
+    part(std::integral_constant<int, kMost>{});
+  else if constexpr (kMost > 1)
+    with_known<kMost - 1>(rows, part);
+}
+
 // Rows x (kM, inputs) times weight (inputs, kV vectors of numbers), each sum in the order of the inputs: it is
 // the same to the last bit whatever rows and columns are beside it, and a zero in x changes nothing.
 // Rows of x, weight and sums lie `x_step`, `weight_step` and `sums_step` numbers apart. next:
-// what is wanted afterwards, `next_step` bytes an input. int8: sums are whole numbers, and stored as such.
+// what is wanted afterwards, `next_step` bytes an input.
 template <int kM, int kV, typename T>
 void multiply(
     const float* x, int64_t x_step, const T* weight, int64_t weight_step, int64_t inputs, float* sums,
     int64_t sums_step, const char* next = nullptr, int64_t next_step = 0) {
-  Floats done[kM][kV] = {};
-  const int64_t chunk = std::is_same_v<T, int8_t> ? kExactInputs : inputs;
-  for (int64_t start = 0; start < inputs; start += chunk) {
-    Floats acc[kM][kV] = {};
-    const int64_t end = std::min(start + chunk, inputs);
-    for (int64_t k = start; k < end; ++k) {
-      Floats w[kV];
-      for (int v = 0; v < kV; ++v) w[v] = floats(weight + k * weight_step + v * kLanes);
-      for (int64_t byte = 0; byte < next_step; byte += kCacheLine)
-        __builtin_prefetch(next + k * next_step + byte, 0, 2);
+  Floats acc[kM][kV] = {};
+  const auto add = [&](int64_t k) {
+    Floats w[kV];
+    for (int v = 0; v < kV; ++v) w[v] = floats(weight + k * weight_step + v * kLanes);
 #pragma GCC unroll 8
-      for (int m = 0; m < kM; ++m) {
-        const Floats a = all(x[m * x_step + k]);
-        for (int v = 0; v < kV; ++v) acc[m][v] = multiply_add(a, w[v], acc[m][v]);
-      }
+    for (int m = 0; m < kM; ++m) {
+      const Floats a = all(x[m * x_step + k]);
+      for (int v = 0; v < kV; ++v) acc[m][v] = multiply_add(a, w[v], acc[m][v]);
     }
-    for (int m = 0; m < kM; ++m)
-      for (int v = 0; v < kV; ++v) {
-        if constexpr (std::is_same_v<T, int8_t>)
-          done[m][v] = bits<Floats>(bits<Ints>(done[m][v]) + __builtin_convertvector(acc[m][v], Ints));
-        else
-          done[m][v] = acc[m][v];
-      }
+  };
+  constexpr int64_t kSteps = 4;
+  int64_t k = 0;
+  for (; k + kSteps <= inputs; k += kSteps) {
+    for (int64_t byte = k * next_step; byte < (k + kSteps) * next_step; byte += kCacheLine)
+      __builtin_prefetch(next + byte, 0, 2);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kSteps; ++i) add(k + i);
   }
+  for (; k < inputs; ++k) add(k);
   for (int m = 0; m < kM; ++m)
-    for (int v = 0; v < kV; ++v) std::memcpy(sums + m * sums_step + v * kLanes, &done[m][v], sizeof(Floats));
+    for (int v = 0; v < kV; ++v) write(acc[m][v], sums + m * sums_step + v * kLanes);
 }
 
 // The same for any number of rows up to kMost.
@@ -169,13 +183,10 @@ template <int kMost, int kV, typename T>
 void multiply_rows(
     int64_t rows, const float* x, int64_t x_step, const T* weight, int64_t weight_step, int64_t inputs, float* sums,
     int64_t sums_step, const char* next = nullptr, int64_t next_step = 0) {
-  if constexpr (kMost > 0) {
-    if (rows == kMost)
-      multiply<kMost, kV>(x, x_step, weight, weight_step, inputs, sums, sums_step, next, next_step);
-    else
-      multiply_rows<kMost - 1, kV>(
-          rows, x, x_step, weight, weight_step, inputs, sums, sums_step, next, next_step);
-  }
+  with_known<kMost>(rows, [&](auto known) {
+    multiply<decltype(known)::value, kV>(
+        x, x_step, weight, weight_step, inputs, sums, sums_step, next, next_step);
+  });
 }
 
 // Calls part(first, count) for parts of `num` that are as alike as can be, none larger than `most`.

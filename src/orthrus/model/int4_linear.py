@@ -1,0 +1,111 @@
+"""A linear in four bits, by PyTorch's own kernels: what the compiled one is checked against."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+GROUP = 32
+"""Inputs that share a step and a least value, as in GGUF's Q4_0 and Q4_1."""
+_LARGEST_INT8, _LEAST_SCALE = 127, 1e-12
+_MOST, _EXACT = 15, 1e-3
+
+
+class Int4Linear(nn.Module):
+    """A linear with weights of four bits, and rows rounded to int8 by a scale for each group of 32 inputs.
+
+    A weight is its group's least value + 0 to 15 of its steps, both in float16. Weights that lie on such a
+    grid already, as those of a GGUF file of type Q4_0 or Q4_1, stay as they are; others are rounded to
+    fifteen steps between the least and the largest of their group. A row's result does not depend on the
+    rows beside it. Returns the dtype of its input. Weights are unpacked at every call, which is slow.
+    """
+
+    packed: Tensor
+    steps_NG: Tensor
+    least_NG: Tensor
+
+    def __init__(
+        self, four_bits_NC: Tensor, steps_NG: Tensor, least_NG: Tensor, bias_N: Tensor | None
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = four_bits_NC.shape
+        packed = four_bits_NC[:, ::2] | four_bits_NC[:, 1::2] << 4
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("steps_NG", steps_NG, persistent=False)
+        self.register_buffer("least_NG", least_NG, persistent=False)
+        self.register_buffer("bias", bias_N, persistent=False)
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "Int4Linear":
+        """A linear's weights, rounded where they need it. Raises ValueError for inputs in no whole groups."""
+        if not fits_groups(linear):
+            raise ValueError(f"{linear.in_features} inputs are no groups of {GROUP}")
+        groups_NG32 = linear.weight.detach().float().unflatten(1, (-1, GROUP))
+        steps_NG, least_NG = _grids(groups_NG32)
+        # Where all are equal, any step will do.
+        per_step_NG = torch.where(steps_NG == 0, 0.0, 1.0 / steps_NG.float())
+        above_NG32 = (groups_NG32 - least_NG.float()[..., None]) * per_step_NG[..., None]
+        four_bits_NC = above_NG32.round().clamp(0, _MOST).to(torch.uint8).flatten(1)
+        return cls(four_bits_NC, steps_NG, least_NG, None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups_RG32 = x.flatten(0, -2).float().unflatten(1, (-1, GROUP))
+        scales_RG1 = (groups_RG32.abs().amax(-1, keepdim=True) / _LARGEST_INT8).clamp_min(_LEAST_SCALE)
+        rounded_RC = ((groups_RG32 * scales_RG1.reciprocal()).round() * scales_RG1).flatten(1)
+        out: Tensor = linear(rounded_RC, self.unpacked()).to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias  # type: ignore[operator]
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights 0 to 15 (N, C) uint8; steps and least values (N, G) float16, G groups of inputs."""
+        four_bits_NC = torch.stack((self.packed & _MOST, self.packed >> 4), dim=2).flatten(1)
+        return four_bits_NC, self.steps_NG, self.least_NG
+
+    def unpacked(self) -> Tensor:
+        """The weights (N, C) in float32."""
+        four_bits_NC, steps_NG, least_NG = self.parts()
+        groups_NG32 = four_bits_NC.unflatten(1, (-1, GROUP)).float()
+        groups_NG32 = groups_NG32 * steps_NG.float()[..., None] + least_NG.float()[..., None]
+        return groups_NG32.flatten(1)
+
+
+def fits_groups(linear: nn.Linear) -> bool:
+    """Whether a linear's inputs are whole groups."""
+    return linear.in_features % GROUP == 0
+
+
+def _grids(groups_NG32: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps and least values (N, G) in float16 of the grids that groups lie on, or of fifteen steps."""
+    low_NG, high_NG = groups_NG32.aminmax(dim=-1)
+    counts_NG = torch.full_like(low_NG, _MOST)
+    # A few rows tell whether the weights lie on grids at all.
+    if (_counts(groups_NG32[:64]) > 0).float().mean() > 0.5:
+        counts_NG = _counts(groups_NG32)
+        counts_NG[counts_NG == 0] = _MOST
+    steps_NG = ((high_NG - low_NG) / counts_NG).half()
+    # The grid may begin below the least value; float16 holds one of its beginnings, as a rule.
+    best_NG = low_NG.half()
+    error_NG = (best_NG.float() - low_NG).abs()
+    for below in range(1, _MOST):
+        start_NG = low_NG - below * steps_NG.float()
+        error = (start_NG.half().float() - start_NG).abs()
+        better = (error < error_NG) & (counts_NG + below <= _MOST)
+        best_NG, error_NG = (
+            torch.where(better, start_NG.half(), best_NG),
+            torch.where(better, error, error_NG),
+        )
+    return steps_NG, best_NG
+
+
+def _counts(groups_NG32: Tensor) -> Tensor:
+    """How many equal steps, at most 15, groups lie on from their least to their largest; 0 for none."""
+    low_NG1, high_NG1 = (each[..., None] for each in groups_NG32.aminmax(dim=-1))
+    counts_NG = torch.zeros_like(low_NG1[..., 0])
+    left_NG = torch.ones_like(counts_NG, dtype=torch.bool)
+    for count in range(_MOST, 0, -1):
+        above_L32, width_L1 = (groups_NG32 - low_NG1)[left_NG], (high_NG1 - low_NG1)[left_NG]
+        places_L32 = above_L32 * (count / width_L1.clamp_min(torch.finfo(torch.float32).tiny))
+        found_L = ((places_L32 - places_L32.round()).abs() < _EXACT).all(-1)
+        counts_NG[left_NG] = torch.where(found_L, float(count), 0.0)
+        left_NG[left_NG.clone()] = ~found_L
+        if not left_NG.any():
+            break
+    return counts_NG
