@@ -53,8 +53,11 @@ def load(folder: Path, view: str | Path = "fresh", **options: Any) -> Orthrus:
         return Orthrus.load(str(folder), str(view), device="cpu", **options)
 
 
-def assert_same_text(orthrus: Orthrus) -> None:
-    """Greedy, token for token, and drafts are accepted: a broken drafter gives right text too."""
+def assert_same_text(orthrus: Orthrus, kind: str) -> None:
+    """Greedy, token for token, and drafts are accepted: a broken drafter gives right text too.
+
+    Rounded activations leave near-ties, which fall one way on one processor and another way on another.
+    """
     with orthrus.stock() as model:
         assert not twins(model)
         model.generation_config.eos_token_id = None
@@ -64,8 +67,22 @@ def assert_same_text(orthrus: Orthrus) -> None:
     for strategy, floor in WAYS:
         config = DecodeConfig(max_new_tokens=NUM_NEW, strategy=strategy, floor=floor, ignore_eos=True)
         result = orthrus.stream_ids(PROMPT, config).drain()
-        assert list(result.token_ids) == expected, strategy
+        found = list(result.token_ids)
+        if found != expected and kind.endswith("activations"):
+            assert_near_tie(orthrus, expected, found)
+        else:
+            assert found == expected, strategy
         assert (result.stats.num_accepted > 0) == (strategy != "ar")
+
+
+@torch.inference_mode()
+def assert_near_tie(orthrus: Orthrus, expected: list[int], found: list[int]) -> None:
+    """The first tokens that differ have all but equal scores."""
+    place = next(i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
+    with orthrus.stock() as model:
+        scores_V = model(torch.tensor([PROMPT + expected[:place]])).logits[0, -1].float()
+    gap = scores_V.max() - scores_V[[expected[place], found[place]]].min()
+    assert gap < 0.05 * scores_V.std(), (place, gap, scores_V.std())
 
 
 @EVERY_KIND
@@ -75,7 +92,7 @@ def test_every_strategy_writes_the_quantised_models_own_text(
 ) -> None:
     orthrus = load(folders[kind], folders.get(view, view))
     assert orthrus.describe()["quantised"] == KINDS[kind]
-    assert_same_text(orthrus)
+    assert_same_text(orthrus, kind)
 
 
 @EVERY_KIND
@@ -83,7 +100,7 @@ def test_low_rank_twins_leave_the_quantised_projection_in_place(folders: dict[st
     base = load_base(str(folders[kind]), device="cpu")
     dual = fresh_view(base, rank=4)
     disturb_view(dual, 0.1)
-    assert_same_text(Orthrus(base, dual))
+    assert_same_text(Orthrus(base, dual), kind)
 
 
 @EVERY_KIND
@@ -238,4 +255,4 @@ def test_bitsandbytes(tmp_path: Path, bits: int, monkeypatch: pytest.MonkeyPatch
     orthrus = load(save_quantised(base, tmp_path / "bnb", config=config))
     disturb_view(orthrus.dual, 0.02)
     assert orthrus.describe()["quantised"].startswith(f"bitsandbytes {bits}-bit")
-    assert_same_text(orthrus)
+    assert_same_text(orthrus, f"bitsandbytes {bits}")

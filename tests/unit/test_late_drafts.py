@@ -24,7 +24,7 @@ def view(kind: str) -> DualView:
         with torch.no_grad():
             dual.repair.out.weight.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(1))
     if kind == "own head":
-        quantise_drafts(dual)
+        quantise_drafts(dual, "int8")
     return dual
 
 

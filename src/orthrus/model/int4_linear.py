@@ -63,8 +63,8 @@ class Int4Linear(nn.Module):
         """The weights (N, C) in float32."""
         four_bits_NC, steps_NG, least_NG = self.parts()
         groups_NG32 = four_bits_NC.unflatten(1, (-1, GROUP)).float()
-        groups_NG32 = groups_NG32 * steps_NG.float()[..., None] + least_NG.float()[..., None]
-        return groups_NG32.flatten(1)
+        weights_NG32: Tensor = groups_NG32 * steps_NG.float()[..., None] + least_NG.float()[..., None]
+        return weights_NG32.flatten(1)
 
 
 def fits_groups(linear: nn.Linear) -> bool:

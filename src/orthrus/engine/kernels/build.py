@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,20 @@ def _build(folder: Path) -> str:
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    copies = [str(shutil.copy(source, folder)) for source in SOURCES]
-    options = CppTorchOptions(pick_vec_isa(), include_pytorch=True, extra_flags=FLAGS)
-    sources = [copy for copy in copies if copy.endswith(".cpp")]
-    builder = CppBuilder("kernels", sources, options, output_dir=str(folder))
-    builder.build()
-    return builder.get_target_file_path()
+    def builder(name: str, sources: list[str], compile_only: bool) -> Any:
+        options = CppTorchOptions(
+            pick_vec_isa(), include_pytorch=True, compile_only=compile_only, extra_flags=FLAGS
+        )
+        return CppBuilder(name, sources, options, output_dir=str(folder))
+
+    copies = [shutil.copy(source, folder) for source in SOURCES]
+    parts = [builder(copy.stem, [str(copy)], True) for copy in copies if copy.suffix == ".cpp"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # Read out, since that raises what a compiler says.
+        list(pool.map(lambda part: part.build(), parts))
+    library = builder("kernels", [part.get_target_file_path() for part in parts], False)
+    library.build()
+    return str(library.get_target_file_path())
 
 
 def _shape_of_linear(
