@@ -56,7 +56,7 @@ def _build(folder: Path) -> str:
         )
         return CppBuilder(name, sources, options, output_dir=str(folder))
 
-    copies = [shutil.copy(source, folder) for source in SOURCES]
+    copies = [Path(shutil.copy(source, folder)) for source in SOURCES]
     parts = [builder(copy.stem, [str(copy)], True) for copy in copies if copy.suffix == ".cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # Read out, since that raises what a compiler says.
