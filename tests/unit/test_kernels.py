@@ -172,6 +172,22 @@ def test_a_twin_is_both_of_its_linears(bias: bool, kind: str, tiles: bool) -> No
         assert torch.equal(together, torch.cat([ar(x[:, :num_ar]), diffusion(x[:, num_ar:])], 1))
 
 
+@pytest.mark.parametrize("kinds", [("int4", "int8"), ("int8", "int4")])
+@torch.inference_mode()
+def test_a_twin_of_two_layouts(kinds: tuple[str, str]) -> None:
+    ar, diffusion = (fast_linear([linear(70, 64, kind, bias=False)]) for kind in kinds)
+    split = RowSplit()
+    twin = fast_twin(ar, diffusion, split)
+    assert isinstance(twin, FewRowsTwin)
+    assert ar is not None
+    assert diffusion is not None
+    for num, num_ar in ((9, 1), (9, 9), (9, 0), (50, 13)):
+        x = rows(num, 64, "int8")[None]
+        with split.at(num_ar):
+            together = twin(x)
+        assert torch.equal(together, torch.cat([ar(x[:, :num_ar]), diffusion(x[:, num_ar:])], 1))
+
+
 def test_unlike_linears_make_a_twin_of_two_products() -> None:
     ar, diffusion = fast(linear(70, 48, "float32"), False), fast(linear(70, 48, "int8"), False)
     twin = fast_twin(ar, diffusion, RowSplit())

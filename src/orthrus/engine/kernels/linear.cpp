@@ -11,7 +11,8 @@
 //   groups  (blocks, in / 32, bytes)      four bits likewise
 //   tiles   (blocks, in / v, width, v)    bfloat16 (v = 2) and int8 (v = 4) for AMX (`tiles.h`)
 //
-// A twin's linear multiplies its first rows with one weight and the others with another, in one go.
+// A twin's linear multiplies its first rows with one weight and the others with another, in one go if they are laid
+// out alike.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -218,29 +219,48 @@ Side side_of(
       bias ? bias->const_data_ptr<float>() : nullptr};
 }
 
-at::Tensor products(const at::Tensor& x, int64_t columns, const std::vector<Side>& sides) {
+// Rows of x (rows, inputs) times the weights of their sides, all of one layout, to out (rows, columns).
+void multiply_sides(
+    const void* x, void* out, int64_t rows, int64_t inputs, int64_t columns, const std::vector<Side>& sides) {
+  const Layout layout(sides[0].weight);
+  const auto dtype = sides[0].weight.scalar_type();
+  if (dtype == at::kBFloat16) {
+    bfloat16_rows(
+        static_cast<const at::BFloat16*>(x), rows, inputs, layout.inputs, layout.tiled, sides,
+        {static_cast<at::BFloat16*>(out), columns, nullptr});
+    return;
+  }
+  const Target<float> to{static_cast<float*>(out), columns, nullptr};
+  const auto* from = static_cast<const float*>(x);
+  if (dtype == at::kFloat)
+    float_rows<float>(from, inputs, sides, to);
+  else if (dtype == at::kChar)
+    int8_rows(from, rows, inputs, layout.inputs, layout.tiled, sides, to);
+  else
+    int4_rows(from, rows, inputs, sides, to);
+}
+
+at::Tensor products(const at::Tensor& x, int64_t columns, std::vector<Side> sides) {
   const auto whole = x.contiguous();
   const int64_t inputs = x.size(-1), rows = x.numel() / inputs;
   auto sizes = x.sizes().vec();
   sizes.back() = columns;
   at::Tensor out = at::empty(sizes, x.options());
   if (rows == 0) return out;
-  const at::Tensor& weight = sides[0].weight;
-  const Layout layout(weight);
-  if (weight.scalar_type() == at::kBFloat16) {
-    bfloat16_rows(
-        whole.const_data_ptr<at::BFloat16>(), rows, inputs, layout.inputs, layout.tiled, sides,
-        {out.mutable_data_ptr<at::BFloat16>(), columns, nullptr});
+  const auto* from = static_cast<const char*>(whole.const_data_ptr());
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
+  const auto is_alike = [&](const Side& side) {
+    return side.weight.scalar_type() == sides[0].weight.scalar_type() && side.weight.sizes() == sides[0].weight.sizes();
+  };
+  if (std::all_of(sides.begin(), sides.end(), is_alike)) {
+    multiply_sides(from, to, rows, inputs, columns, sides);
     return out;
   }
-  const Target<float> to{out.mutable_data_ptr<float>(), columns, nullptr};
-  const float* from = whole.const_data_ptr<float>();
-  if (weight.scalar_type() == at::kFloat)
-    float_rows<float>(from, inputs, sides, to);
-  else if (weight.scalar_type() == at::kChar)
-    int8_rows(from, rows, inputs, layout.inputs, layout.tiled, sides, to);
-  else
-    int4_rows(from, rows, inputs, sides, to);
+  for (Side side : sides) {
+    const int64_t first = std::exchange(side.first, 0), size = x.element_size();
+    if (side.rows > 0)
+      multiply_sides(from + first * inputs * size, to + first * columns * size, side.rows, inputs, columns, {side});
+  }
   return out;
 }
 
@@ -260,8 +280,11 @@ at::Tensor twin_linear(
   const int64_t inputs = x.size(-1), rows = x.size(-2);
   TORCH_CHECK(inputs > 0, "linear: no inputs");
   TORCH_CHECK(x.numel() == rows * inputs && 0 <= num && num <= rows, "linear: one sequence only");
+  const auto rounds_rows = [](const at::Tensor& each) {
+    return each.scalar_type() == at::kChar || each.scalar_type() == at::kByte;
+  };
   TORCH_CHECK(
-      weight.sizes() == other.sizes() && weight.scalar_type() == other.scalar_type(),
+      weight.scalar_type() == other.scalar_type() || (rounds_rows(weight) && rounds_rows(other)),
       "linear: weights that are no twins");
   return products(
       x, columns,

@@ -109,7 +109,7 @@ def _block_width(packed: Tensor) -> int:
 
 
 class FewRowsTwin(Twin):
-    """A twin of two such linears: both weights are read in one go. x: (1, T, in)."""
+    """A twin of two such linears, both multiplied in one call. x: (1, T, in)."""
 
     def __init__(self, ar: FewRowsLinear, diffusion: FewRowsLinear, split: RowSplit) -> None:
         super().__init__(ar, diffusion, split)
@@ -131,11 +131,11 @@ class FewRowsTwin(Twin):
 
 
 def fast_twin(ar: nn.Module | None, diffusion: nn.Module | None, split: RowSplit) -> Twin | None:
-    """A twin of two linears made by `fast_linear`, in one go where they are alike; None without them."""
+    """A twin of two linears made by `fast_linear`, in one call where they take the same; None without them."""
     if not isinstance(ar, FewRowsLinear) or not isinstance(diffusion, FewRowsLinear):
         return None
-    alike = ar.weight.shape == diffusion.weight.shape and ar.weight.dtype == diffusion.weight.dtype
-    if alike and ar.bias is None and diffusion.bias is None:
+    takes_alike = ar.weight.dtype == diffusion.weight.dtype or (ar.rounds_rows and diffusion.rounds_rows)
+    if takes_alike and ar.bias is None and diffusion.bias is None:
         return FewRowsTwin(ar, diffusion, split)
     return Twin(ar, diffusion, split)
 

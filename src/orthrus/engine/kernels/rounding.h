@@ -26,8 +26,9 @@ inline float scale_of(const float* x, int64_t size) {
     const Ints magnitude = read<Ints>(x + k) & kMagnitude;
     most_each = most_each > magnitude ? most_each : magnitude;
   }
-  int32_t most = 0;
-  for (int i = 0; i < kLanes; ++i) most = std::max<int32_t>(most, most_each[i]);
+  int32_t lanes[kLanes], most = 0;
+  write(most_each, lanes);
+  for (int i = 0; i < kLanes; ++i) most = std::max(most, lanes[i]);
   for (; k < size; ++k) most = std::max(most, bits<int32_t>(x[k]) & kMagnitude);
   const float largest = bits<float>(most) / kLargestInt8;
   return largest < kLeastScale ? kLeastScale : largest;
@@ -45,8 +46,9 @@ int32_t round_by(float scale, const float* x, int64_t size, To* to) {
     const auto narrow = __builtin_convertvector(whole, Vector<To>);
     std::memcpy(to + k, &narrow, sizeof(narrow));
   }
-  int32_t sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += sums[i];
+  int32_t lanes[kLanes], sum = 0;
+  write(sums, lanes);
+  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
   for (; k < size; ++k) {
     const float whole = (x[k] * inverse + kWhole) - kWhole;
     to[k] = whole == whole ? static_cast<To>(whole) : To{};

@@ -58,6 +58,15 @@ void write(V value, void* to) {
   std::memcpy(to, &value, sizeof(V));
 }
 
+// Zeros, one by one: an array that is filled at once is taken for memory.
+template <typename V, int kM, int kV>
+void clear(V (&array)[kM][kV]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 16
+    for (int v = 0; v < kV; ++v) array[m][v] = V{};
+}
+
 // Memory for numbers, not filled with anything.
 template <typename T>
 std::unique_ptr<T[]> room(int64_t size) {
@@ -155,7 +164,8 @@ template <int kM, int kV, typename T>
 void multiply(
     const float* x, int64_t x_step, const T* weight, int64_t weight_step, int64_t inputs, float* sums,
     int64_t sums_step, const char* next = nullptr, int64_t next_step = 0) {
-  Floats acc[kM][kV] = {};
+  Floats acc[kM][kV];
+  clear(acc);
   const auto add = [&](int64_t k) {
     Floats w[kV];
     for (int v = 0; v < kV; ++v) w[v] = floats(weight + k * weight_step + v * kLanes);

@@ -20,7 +20,7 @@ namespace orthrus {
 #ifdef __AVX512F__
 constexpr int kPairVectors = 3, kPairRows = 8, kGroupVectors = 2, kGroupRows = 8;
 #else
-constexpr int kPairVectors = 2, kPairRows = 6, kGroupVectors = 2, kGroupRows = 4;
+constexpr int kPairVectors = 2, kPairRows = 6, kGroupVectors = 2, kGroupRows = 6;
 #endif
 constexpr int64_t kPairWidth = kPairVectors * kLanes, kGroupWidth = kGroupVectors * kLanes;
 constexpr int64_t kGroupBytes = kGroupWidth * (2 * 2 + kGroup / 2);
@@ -116,7 +116,8 @@ inline Floats floats(const c10::Half* from) {
 // Rows x (kM, inputs), an even number of them, times a block of int8 weights, to sums (kM, kPairWidth).
 template <int kM>
 void multiply_pairs(const int16_t* x, int64_t x_step, const char* weight, int64_t inputs, int32_t* sums) {
-  Ints acc[kM][kPairVectors] = {};
+  Ints acc[kM][kPairVectors];
+  clear(acc);
   const auto add = [&](int64_t k) {
     const char* here = weight + k * kPairWidth;
     Ints w[kPairVectors];
@@ -144,7 +145,8 @@ void multiply_groups(const GroupedRows& rows, int64_t row, const char* weight, i
   const int8_t* x = rows.x.get() + row * inputs;
   const int64_t groups = inputs / kGroup;
   const float *scales = rows.scales.get() + row * groups, *totals = rows.sums.get() + row * groups;
-  Floats acc[kM][kGroupVectors] = {};
+  Floats acc[kM][kGroupVectors];
+  clear(acc);
   for (int64_t g = 0; g < groups; ++g, weight += kGroupBytes) {
     ask_ahead(weight, kGroupBytes);
     const auto* steps = reinterpret_cast<const c10::Half*>(weight);
