@@ -32,7 +32,8 @@ PRODUCTS = ((960, 576), (576, 576), (3072, 576), (576, 1536))
 NUM_LAYERS, HEADS, KV_HEADS, SIZE = 30, 9, 3, 64
 
 LEGEND = {
-    "pytorch_ms": "nn.Linear (bfloat16: packed for oneDNN; int8: orthrus' Int8Linear over oneDNN) or "
+    "pytorch_ms": "nn.Linear (bfloat16: packed for oneDNN where it takes it; int8: orthrus' Int8Linear, by oneDNN "
+    "where that sums exactly) or "
     "scaled_dot_product_attention with the heads of a group folded; median (min..max) over repeats",
     "ours_ms": "the same by engine/kernels",
     "ratio": "pytorch_ms / ours_ms, repeat by repeat; median",
@@ -61,7 +62,7 @@ def linears(dtype: str) -> Callable[[int], tuple[Job, Job]]:
         for outputs, inputs in PRODUCTS
     ]
     theirs: list[nn.Module] = list(plain)
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         theirs = [Packed(linear) for linear in plain]
     if dtype == "int8":
         theirs = [Int8Linear.of(linear) for linear in plain]

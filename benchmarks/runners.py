@@ -31,6 +31,7 @@ SETTINGS = (
     "float32+int8/compiled",
     "bfloat16/compiled",
     "int8/compiled",
+    "int4/compiled",
 )
 ROWS = (1, 2, 4, 8, 16, 32)
 BLOCKS, BESIDE = (1, 3), 8
