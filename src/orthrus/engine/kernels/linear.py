@@ -131,7 +131,7 @@ class FewRowsTwin(Twin):
 
 
 def fast_twin(ar: nn.Module | None, diffusion: nn.Module | None, split: RowSplit) -> Twin | None:
-    """A twin of two linears made by `fast_linear`, in one call where they take the same; None without them."""
+    """A twin of linears made by `fast_linear`, in one call where they take the same; None without them."""
     if not isinstance(ar, FewRowsLinear) or not isinstance(diffusion, FewRowsLinear):
         return None
     takes_alike = ar.weight.dtype == diffusion.weight.dtype or (ar.rounds_rows and diffusion.rounds_rows)
