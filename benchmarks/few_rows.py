@@ -33,8 +33,8 @@ NUM_LAYERS, HEADS, KV_HEADS, SIZE = 30, 9, 3, 64
 
 LEGEND = {
     "pytorch_ms": "nn.Linear (bfloat16: packed for oneDNN where it takes it; int8: orthrus' Int8Linear, by "
-    "oneDNN where that sums exactly) or scaled_dot_product_attention with the heads of a group folded; median "
-    "(min..max) over repeats",
+    "oneDNN where that sums exactly) or scaled_dot_product_attention with the heads of a group folded; "
+    "median (min..max) over repeats",
     "ours_ms": "the same by engine/kernels",
     "ratio": "pytorch_ms / ours_ms, repeat by repeat; median",
 }

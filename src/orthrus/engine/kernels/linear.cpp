@@ -191,7 +191,7 @@ struct Layout {
   explicit Layout(const at::Tensor& weight) {
     const auto dtype = weight.scalar_type();
     const int64_t side_by_side = weight.dim() == 4 ? weight.size(3) : 1;
-    tiled = weight.dim() == 4 && (dtype == at::kBFloat16 || side_by_side == 4);
+    tiled = dtype == at::kBFloat16 ? weight.dim() == 4 : dtype == at::kChar && side_by_side == 4;
     inputs = weight.size(1) * (dtype == at::kByte ? kGroup : side_by_side);
     step = tiled ? kTileBytes / weight.element_size() : dtype == at::kByte ? kGroup : side_by_side;
     width = tiled ? kTileColumns : dtype == at::kChar ? kPairWidth : dtype == at::kByte ? kGroupWidth : kPlainWidth;
