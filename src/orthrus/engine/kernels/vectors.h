@@ -175,7 +175,11 @@ void multiply(
       for (int v = 0; v < kV; ++v) acc[m][v] = multiply_add(a, w[v], acc[m][v]);
     }
   };
+#ifdef __AVX2__
   constexpr int64_t kSteps = 4;
+#else
+  constexpr int64_t kSteps = 1;
+#endif
   int64_t k = 0;
   for (; k + kSteps <= inputs; k += kSteps) {
     for (int64_t byte = k * next_step; byte < (k + kSteps) * next_step; byte += kCacheLine)

@@ -19,8 +19,11 @@ namespace orthrus {
 // Vectors of columns and rows of x whose sums fit into the registers.
 #ifdef __AVX512F__
 constexpr int kPairVectors = 3, kPairRows = 8, kGroupVectors = 2, kGroupRows = 8;
-#else
+#elif defined(__AVX2__)
 constexpr int kPairVectors = 2, kPairRows = 6, kGroupVectors = 2, kGroupRows = 6;
+#else
+// Compilers take minutes over more, where an instruction here is many there.
+constexpr int kPairVectors = 1, kPairRows = 2, kGroupVectors = 1, kGroupRows = 2;
 #endif
 constexpr int64_t kPairWidth = kPairVectors * kLanes, kGroupWidth = kGroupVectors * kLanes;
 constexpr int64_t kGroupBytes = kGroupWidth * (2 * 2 + kGroup / 2);
