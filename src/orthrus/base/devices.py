@@ -1,7 +1,7 @@
 """Check and fill in where the model runs, in which precision, and with which attention code."""
 
 import difflib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from orthrus.errors import UserInputError
 
@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTISED = ("int8", "int4")
+Precision = Literal["int8", "int4"]
+QUANTISED: tuple[Precision, ...] = get_args(Precision)
 """Asked for as a dtype: the linears are quantised once the model is loaded in float32."""
 ATTENTION = ("eager", "sdpa", "flex_attention")
 

@@ -6,8 +6,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from orthrus.engine.kernels.linear import fast_linear, fast_twin
-from orthrus.model.int4_linear import Int4Linear
-from orthrus.model.int8_linear import Int8Linear
 from orthrus.model.twin import Twin
 
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -64,7 +62,7 @@ def _pack(parent: nn.Module) -> None:
         fast: nn.Module | None = None
         if type(child) is Twin:
             fast = fast_twin(fast_linear([child.ar]), fast_linear([child.diffusion]), child.split)
-        elif type(child) in (nn.Linear, Int8Linear, Int4Linear):
+        else:
             fast = fast_linear([child])
         if fast is None:
             _pack(child)

@@ -107,8 +107,8 @@ def save_view(
 
 def check_unquantised(dual: DualView) -> None:
     """CheckpointError for a model whose linears were quantised after loading: their weights are gone."""
-    if dual.precision or dual.draft_precision:
-        precision = dual.precision or dual.draft_precision
+    precision = dual.precision or dual.draft_precision
+    if precision is not None:
         raise CheckpointError(
             f"the model was loaded in {precision}, which keeps no weights to write: load it in another "
             "dtype, and without a draft dtype, to save it."

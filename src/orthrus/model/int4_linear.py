@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from orthrus.model.int8_linear import rounded
+
 GROUP = 32
 """Inputs that share a step and a least value, as in GGUF's Q4_0 and Q4_1."""
-_LARGEST_INT8, _LEAST_SCALE = 127, 1e-12
 _MOST, _EXACT = 15, 1e-3
 
 
@@ -48,9 +49,8 @@ class Int4Linear(nn.Module):
         return cls(four_bits_NC, steps_NG, least_NG, None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        groups_RG32 = x.flatten(0, -2).float().unflatten(1, (-1, GROUP))
-        scales_RG1 = (groups_RG32.abs().amax(-1, keepdim=True) / _LARGEST_INT8).clamp_min(_LEAST_SCALE)
-        rounded_RC = ((groups_RG32 * scales_RG1.reciprocal()).round() * scales_RG1).flatten(1)
+        whole_RG32, scales_RG1 = rounded(x.flatten(0, -2).float().unflatten(1, (-1, GROUP)))
+        rounded_RC = (whole_RG32 * scales_RG1).flatten(1)
         out: Tensor = linear(rounded_RC, self.unpacked()).to(x.dtype).view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias  # type: ignore[operator]
 
@@ -101,7 +101,8 @@ def _counts(groups_NG32: Tensor) -> Tensor:
     counts_NG = torch.zeros_like(low_NG1[..., 0])
     left_NG = torch.ones_like(counts_NG, dtype=torch.bool)
     for count in range(_MOST, 0, -1):
-        above_L32, width_L1 = (groups_NG32 - low_NG1)[left_NG], (high_NG1 - low_NG1)[left_NG]
+        above_L32 = groups_NG32[left_NG] - low_NG1[left_NG]
+        width_L1 = (high_NG1 - low_NG1)[left_NG]
         places_L32 = above_L32 * (count / width_L1.clamp_min(torch.finfo(torch.float32).tiny))
         found_L = ((places_L32 - places_L32.round()).abs() < _EXACT).all(-1)
         counts_NG[left_NG] = torch.where(found_L, float(count), 0.0)

@@ -52,10 +52,8 @@ class Int8Linear(nn.Module):
         return cls(int8_NC, scales_N, None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        rows_RC = x.flatten(0, -2).float()
-        scales_R1 = (rows_RC.abs().amax(-1, keepdim=True) / _LARGEST_INT8).clamp_min(_LEAST_SCALE)
-        int8_RC = (rows_RC * scales_R1.reciprocal()).round().to(torch.int8)
-        out_RN = (self._products(int8_RC) * scales_R1).to(x.dtype)
+        whole_RC, scales_R1 = rounded(x.flatten(0, -2).float())
+        out_RN = (self._products(whole_RC.to(torch.int8)) * scales_R1).to(x.dtype)
         out = out_RN.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias  # type: ignore[operator]
 
@@ -87,6 +85,12 @@ class Int8Linear(nn.Module):
             [],
             "",
         )
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., C) in whole numbers that fit into int8, and the scales (..., 1) that bring it back."""
+    scales = (x.abs().amax(-1, keepdim=True) / _LARGEST_INT8).clamp_min(_LEAST_SCALE)
+    return (x * scales.reciprocal()).round(), scales
 
 
 @cache

@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -21,7 +21,7 @@ from orthrus.model.draft_vocab import limit_drafts, single_characters
 from orthrus.model.dual_view import DualView
 from orthrus.model.int8_linear import check_quantised
 from orthrus.model.merged import folder_kind, load_released
-from orthrus.model.quantise import Precision, quantise, quantise_drafts
+from orthrus.model.quantise import quantise, quantise_drafts
 from orthrus.model.view_config import ViewConfig
 
 DEFAULT_VIEW = "default"
@@ -73,9 +73,9 @@ def load_dual(
         on_progress(f"quantising to {' and '.join(quantised)}", 0, None)
     # Drafts first: they are made of the weights as they were loaded.
     if draft_dtype is not None and draft_dtype != dtype:
-        quantise_drafts(dual, cast(Precision, draft_dtype))
+        quantise_drafts(dual, draft_dtype)
     if dtype in QUANTISED:
-        quantise(dual, cast(Precision, dtype))
+        quantise(dual, dtype)
     if draft_vocab is not None:
         limit_drafts(dual, draft_vocab, base.eos_token_ids | single_characters(base.tokenizer))
     return base, dual

@@ -1,17 +1,15 @@
 """int8 or four bits in place of a loaded model's linears: for both views, or for the drafts alone."""
 
 from collections.abc import Iterator
-from typing import Literal
 
 from torch import nn
 
+from orthrus.base.devices import Precision
 from orthrus.base.families import decoder_layers
 from orthrus.model.dual_view import DualView
 from orthrus.model.int4_linear import Int4Linear, fits_groups
 from orthrus.model.int8_linear import Int8Linear, check_quantised
 from orthrus.model.twin import LowRank, Twin, twins
-
-Precision = Literal["int8", "int4"]
 
 
 def quantise(dual: DualView, precision: Precision) -> None:

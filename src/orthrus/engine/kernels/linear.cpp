@@ -33,11 +33,30 @@ using namespace orthrus;
 constexpr int kVectors = 3;
 constexpr int64_t kPlainWidth = kLanes * kVectors;
 
+// How a packed weight is laid out, by its dtype and sizes.
+struct Layout {
+  int64_t inputs, width, step;
+  bool tiled;
+
+  explicit Layout(const at::Tensor& weight) {
+    const auto dtype = weight.scalar_type();
+    const int64_t side_by_side = weight.dim() == 4 ? weight.size(3) : 1;
+    tiled = dtype == at::kBFloat16 ? weight.dim() == 4 : dtype == at::kChar && side_by_side == 4;
+    inputs = weight.size(1) * (dtype == at::kByte ? kGroup : side_by_side);
+    step = tiled ? kTileBytes / weight.element_size() : dtype == at::kByte ? kGroup : side_by_side;
+    width = tiled ? kTileColumns : dtype == at::kChar ? kPairWidth : dtype == at::kByte ? kGroupWidth : kPlainWidth;
+    const bool whole = dtype == at::kByte ? weight.size(2) == kGroupBytes : weight.size(2) == width;
+    const bool known = tiled ? has_tiles() : weight.dim() == 3 || (dtype == at::kChar && side_by_side == 2);
+    TORCH_CHECK(whole && known && weight.is_contiguous(), "linear: a weight packed for another processor");
+  }
+};
+
 // Rows [first, first + rows) of a linear, which share a packed weight. An output is its sum * scale of its column
 // * scale of its row + bias of its column.
 struct Side {
   int64_t first, rows;
   at::Tensor weight;
+  Layout layout;
   const float *column_scales, *bias;
 };
 
@@ -74,12 +93,12 @@ void finish(
 }
 
 // Calls multiply(known rows, first row, block of weights, what comes next, share of it, sums) for all products, no
-// more than kMost rows at a time, and writes the sums (rows, width) to the outputs.
-template <int kMost, typename Sum, typename Out, typename Multiply>
-void products_of(int64_t width, const std::vector<Side>& sides, const Target<Out>& to, const Multiply& multiply) {
+// more than kMost rows at a time, and writes the sums (rows, kWidth) to the outputs.
+template <int kMost, int64_t kWidth, typename Sum, typename Out, typename Multiply>
+void products_of(const std::vector<Side>& sides, const Target<Out>& to, const Multiply& multiply) {
   const int64_t bytes = sides[0].weight.nbytes() / sides[0].weight.size(0);
   at::parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
-    const auto sums = room<Sum>(kMost * width);
+    Sum sums[kMost * kWidth];
     for (const Side& side : sides) {
       if (side.rows == 0) continue;
       const int64_t parts = (side.rows + kMost - 1) / kMost;
@@ -90,9 +109,9 @@ void products_of(int64_t width, const std::vector<Side>& sides, const Target<Out
         const char* next = here + bytes;
         evenly(side.rows, kMost, [&](int64_t first, int64_t rows) {
           first += side.first;
-          with_known<kMost>(rows, [&](auto known) { multiply(known, first, here, next, share, sums.get()); });
+          with_known<kMost>(rows, [&](auto known) { multiply(known, first, here, next, share, sums); });
           next += share;
-          finish(sums.get(), first, rows, b * width, width, side, to);
+          finish(sums, first, rows, b * kWidth, kWidth, side, to);
         });
       }
     }
@@ -101,8 +120,8 @@ void products_of(int64_t width, const std::vector<Side>& sides, const Target<Out
 
 template <typename T, typename Out>
 void float_rows(const float* x, int64_t inputs, const std::vector<Side>& sides, const Target<Out>& to) {
-  products_of<kRows, float>(
-      kPlainWidth, sides, to, [&](auto rows, int64_t first, const char* here, const char* next, int64_t share, float* sums) {
+  products_of<kRows, kPlainWidth, float>(
+      sides, to, [&](auto rows, int64_t first, const char* here, const char* next, int64_t share, float* sums) {
         multiply<decltype(rows)::value, kVectors>(
             x + first * inputs, inputs, reinterpret_cast<const T*>(here), kPlainWidth, inputs, sums, kPlainWidth, next,
             share / inputs);
@@ -149,8 +168,8 @@ void int8_rows(
   }
   const RoundedRows<int16_t> rounded(x, rows, inputs, filled);
   to.row_scales = rounded.scales.data();
-  products_of<kPairRows, int32_t>(
-      kPairWidth, sides, to, [&](auto num, int64_t first, const char* here, const char*, int64_t, int32_t* sums) {
+  products_of<kPairRows, kPairWidth, int32_t>(
+      sides, to, [&](auto num, int64_t first, const char* here, const char*, int64_t, int32_t* sums) {
         multiply_pairs<decltype(num)::value>(rounded.x.get() + first * filled, filled, here, filled, sums);
       });
 }
@@ -158,8 +177,8 @@ void int8_rows(
 void int4_rows(
     const float* x, int64_t rows, int64_t inputs, const std::vector<Side>& sides, const Target<float>& to) {
   const GroupedRows grouped(x, rows, inputs);
-  products_of<kGroupRows, float>(
-      kGroupWidth, sides, to, [&](auto num, int64_t first, const char* here, const char*, int64_t, float* sums) {
+  products_of<kGroupRows, kGroupWidth, float>(
+      sides, to, [&](auto num, int64_t first, const char* here, const char*, int64_t, float* sums) {
         multiply_groups<decltype(num)::value>(grouped, first, here, inputs, sums);
       });
 }
@@ -183,46 +202,30 @@ void bfloat16_rows(
 
 using Given = std::optional<at::Tensor>;
 
-// How a packed weight is laid out, by its dtype and sizes.
-struct Layout {
-  int64_t inputs, width, step;
-  bool tiled;
-
-  explicit Layout(const at::Tensor& weight) {
-    const auto dtype = weight.scalar_type();
-    const int64_t side_by_side = weight.dim() == 4 ? weight.size(3) : 1;
-    tiled = dtype == at::kBFloat16 ? weight.dim() == 4 : dtype == at::kChar && side_by_side == 4;
-    inputs = weight.size(1) * (dtype == at::kByte ? kGroup : side_by_side);
-    step = tiled ? kTileBytes / weight.element_size() : dtype == at::kByte ? kGroup : side_by_side;
-    width = tiled ? kTileColumns : dtype == at::kChar ? kPairWidth : dtype == at::kByte ? kGroupWidth : kPlainWidth;
-    const bool whole = dtype == at::kByte ? weight.size(2) == kGroupBytes : weight.size(2) == width;
-    const bool known = tiled ? has_tiles() : weight.dim() == 3 || (dtype == at::kChar && side_by_side == 2);
-    TORCH_CHECK(whole && known && weight.is_contiguous(), "linear: a weight packed for another processor");
-  }
-};
-
 Side side_of(
     int64_t first, int64_t rows, int64_t inputs, int64_t columns, const at::Tensor& weight, const Given& scales,
     const Given& bias) {
   const Layout layout(weight);
   const bool fits = layout.inputs == (inputs + layout.step - 1) / layout.step * layout.step;
   TORCH_CHECK(
-      fits && (weight.scalar_type() != at::kByte || layout.inputs == inputs), "linear: inputs that do not fit the weight");
+      fits && (weight.scalar_type() != at::kByte || layout.inputs == inputs),
+      "linear: inputs that do not fit the weight");
   const int64_t room = weight.size(0) * layout.width;
   TORCH_CHECK(columns <= room, "linear: outputs that do not fit the weight");
   TORCH_CHECK(
-      scales.has_value() == (weight.scalar_type() == at::kChar), "linear: scales are for weights of int8, and they need them");
+      scales.has_value() == (weight.scalar_type() == at::kChar),
+      "linear: scales are for weights of int8, and they need them");
   for (const auto& each : {scales, bias})
     TORCH_CHECK(!each || each->numel() >= room, "linear: scales and bias must be filled up to blocks");
   return {
-      first, rows, weight, scales ? scales->const_data_ptr<float>() : nullptr,
+      first, rows, weight, layout, scales ? scales->const_data_ptr<float>() : nullptr,
       bias ? bias->const_data_ptr<float>() : nullptr};
 }
 
 // Rows of x (rows, inputs) times the weights of their sides, all of one layout, to out (rows, columns).
 void multiply_sides(
     const void* x, void* out, int64_t rows, int64_t inputs, int64_t columns, const std::vector<Side>& sides) {
-  const Layout layout(sides[0].weight);
+  const Layout& layout = sides[0].layout;
   const auto dtype = sides[0].weight.scalar_type();
   if (dtype == at::kBFloat16) {
     bfloat16_rows(

@@ -39,14 +39,16 @@ def pack(weight_NC: Tensor, *, tiles: bool | None = None) -> Tensor:
 def pack_groups(four_bits_NC: Tensor, steps_NG: Tensor, least_NG: Tensor) -> Tensor:
     """Weights 0 to 15 (uint8) and their groups' float16 steps and least values, laid out for the kernel."""
     width = torch.ops.orthrus.block_widths()[2]
+
+    def blocks(each: Tensor) -> Tensor:
+        parts: Tensor = _filled(each, width, 1).unflatten(0, (-1, width))
+        return parts
+
     # (blocks, width, groups, half, quarter, 4): halves of a group share bytes.
-    blocks = _filled(four_bits_NC, width, 1).unflatten(0, (-1, width)).unflatten(2, (-1, 2, 4, 4))
-    bytes_BWG44 = blocks[:, :, :, 0] | blocks[:, :, :, 1] << 4
-    parts = [bytes_BWG44.permute(0, 2, 3, 1, 4).flatten(2)]
-    for each_NG in (least_NG, steps_NG):
-        each_BGW = _filled(each_NG, width, 1).unflatten(0, (-1, width)).transpose(1, 2).contiguous()
-        parts.insert(0, each_BGW.view(torch.uint8))
-    return torch.cat(parts, dim=2)
+    halves = blocks(four_bits_NC).unflatten(2, (-1, 2, 4, 4))
+    bytes_BWG44 = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
+    ranges = [blocks(each).transpose(1, 2).contiguous().view(torch.uint8) for each in (steps_NG, least_NG)]
+    return torch.cat([*ranges, bytes_BWG44.permute(0, 2, 3, 1, 4).flatten(2)], dim=2)
 
 
 def _filled(weight_NC: Tensor, width: int, step: int) -> Tensor:
@@ -145,12 +147,10 @@ def fast_linear(linears: Sequence[nn.Module]) -> FewRowsLinear | None:
 
     None unless all of them are plain linears of one dtype that the kernels know, or quantised ones of a kind.
     """
-    kinds = {type(linear) for linear in linears}
-    if kinds in ({Int8Linear}, {Int4Linear}):
-        return FewRowsLinear.of(linears)
-    if not all(_is_known(linear) for linear in linears):
+    quantised = {type(linear) for linear in linears} in ({Int8Linear}, {Int4Linear})
+    if not quantised and not all(_is_known(linear) for linear in linears):
         return None
-    if len({linear.weight.dtype for linear in linears}) > 1:
+    if not quantised and len({linear.weight.dtype for linear in linears}) > 1:
         return None
     return FewRowsLinear.of(linears)
 

@@ -27,6 +27,7 @@ constexpr int kPairVectors = 1, kPairRows = 2, kGroupVectors = 1, kGroupRows = 2
 #endif
 constexpr int64_t kPairWidth = kPairVectors * kLanes, kGroupWidth = kGroupVectors * kLanes;
 constexpr int64_t kGroupBytes = kGroupWidth * (2 * 2 + kGroup / 2);
+
 // The same four bytes in each lane.
 inline Ints four_bytes(const void* from) { return read<int32_t>(from) - Ints{}; }
 
@@ -59,50 +60,34 @@ inline Ints add_pairs(Ints sum, Ints a, Ints b) {
 }
 
 // Sums, lane by lane, of a group's products of four weights of four bits and four numbers of int8.
-class GroupSums {
- public:
+#if !defined(__AVX512VNNI__) && (defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)))
+// Two products make 3810 at most: those of a group's eight quarters fit into int16.
+typedef int16_t GroupSums __attribute__((vector_size(4 * kLanes)));
+inline Ints total(GroupSums sums) { return add_pairs(Ints{}, bits<Ints>(sums), Ints{} + 0x00010001); }
+#else
+using GroupSums = Ints;
+inline Ints total(GroupSums sums) { return sums; }
+#endif
+
+inline GroupSums add_fours(GroupSums sums, Ints weights, Ints x) {
 #if defined(__AVX512VNNI__)
-  void add(Ints weights, Ints x) {
-    sums_ = bits<Ints>(_mm512_dpbusd_epi32(bits<__m512i>(sums_), bits<__m512i>(weights), bits<__m512i>(x)));
-  }
-  Ints total() const { return sums_; }
-
- private:
-  Ints sums_ = {};
+  return bits<Ints>(_mm512_dpbusd_epi32(bits<__m512i>(sums), bits<__m512i>(weights), bits<__m512i>(x)));
 #elif defined(__AVXVNNI__) && !defined(__AVX512F__)
-  void add(Ints weights, Ints x) {
-    sums_ = bits<Ints>(_mm256_dpbusd_avx_epi32(bits<__m256i>(sums_), bits<__m256i>(weights), bits<__m256i>(x)));
-  }
-  Ints total() const { return sums_; }
-
- private:
-  Ints sums_ = {};
+  return bits<Ints>(_mm256_dpbusd_avx_epi32(bits<__m256i>(sums), bits<__m256i>(weights), bits<__m256i>(x)));
 #elif defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
-  // Two products make 3810 at most: those of a group's eight quarters fit into int16.
-  void add(Ints weights, Ints x) {
 #ifdef __AVX512BW__
-    sums_ += bits<Shorts>(_mm512_maddubs_epi16(bits<__m512i>(weights), bits<__m512i>(x)));
+  sums += bits<GroupSums>(_mm512_maddubs_epi16(bits<__m512i>(weights), bits<__m512i>(x)));
 #else
-    sums_ += bits<Shorts>(_mm256_maddubs_epi16(bits<__m256i>(weights), bits<__m256i>(x)));
+  sums += bits<GroupSums>(_mm256_maddubs_epi16(bits<__m256i>(weights), bits<__m256i>(x)));
 #endif
-    // GCC would collect all of a group's products first, for which there are too few registers.
-    asm("" : "+v"(sums_));
-  }
-  Ints total() const { return add_pairs(Ints{}, bits<Ints>(sums_), Ints{} + 0x00010001); }
-
- private:
-  typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
-  Shorts sums_ = {};
+  // GCC would collect all of a group's products first, for which there are too few registers.
+  asm("" : "+v"(sums));
+  return sums;
 #else
-  void add(Ints weights, Ints x) {
-    for (int byte = 0; byte < 4; ++byte) sums_ += (weights >> (8 * byte) & 255) * (x << (24 - 8 * byte) >> 24);
-  }
-  Ints total() const { return sums_; }
-
- private:
-  Ints sums_ = {};
+  for (int byte = 0; byte < 4; ++byte) sums += (weights >> (8 * byte) & 255) * (x << (24 - 8 * byte) >> 24);
+  return sums;
 #endif
-};
+}
 
 inline Floats floats(const c10::Half* from) {
 #if defined(__AVX512F__)
@@ -156,6 +141,7 @@ void multiply_groups(const GroupedRows& rows, int64_t row, const char* weight, i
     const c10::Half* least = steps + kGroupWidth;
     const char* packed = weight + 4 * kGroupWidth;
     GroupSums found[kM][kGroupVectors];
+    clear(found);
 #pragma GCC unroll 4
     for (int t = 0; t < 4; ++t) {
       Ints both[kGroupVectors];
@@ -167,7 +153,7 @@ void multiply_groups(const GroupedRows& rows, int64_t row, const char* weight, i
 #pragma GCC unroll 8
         for (int m = 0; m < kM; ++m) {
           const Ints four = four_bytes(x + m * inputs + g * kGroup + 16 * half + 4 * t);
-          for (int v = 0; v < kGroupVectors; ++v) found[m][v].add(w[v], four);
+          for (int v = 0; v < kGroupVectors; ++v) found[m][v] = add_fours(found[m][v], w[v], four);
         }
       }
     }
@@ -175,7 +161,7 @@ void multiply_groups(const GroupedRows& rows, int64_t row, const char* weight, i
       const Floats step = floats(steps + v * kLanes), low = floats(least + v * kLanes);
 #pragma GCC unroll 8
       for (int m = 0; m < kM; ++m) {
-        const Floats sum = __builtin_convertvector(found[m][v].total(), Floats);
+        const Floats sum = __builtin_convertvector(total(found[m][v]), Floats);
         acc[m][v] = multiply_add(sum, step * scales[m * groups + g], acc[m][v]);
         acc[m][v] = multiply_add(low, all(totals[m * groups + g]), acc[m][v]);
       }
