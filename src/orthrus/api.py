@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from orthrus.base.loading import Base
 from orthrus.base.storage import Progress
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
-from orthrus.decoding.policy import CostTable
+from orthrus.decoding.cost_table import CostTable
 from orthrus.engine.costs import OnMeasure, pass_costs
 from orthrus.engine.runners import check_runner, use_runner
 from orthrus.engine.stream import TokenStream

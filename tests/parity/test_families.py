@@ -10,7 +10,7 @@ from torch import nn
 from transformers.integrations import flex_attention
 
 from orthrus.base.devices import check_attention
-from orthrus.config import DecodeConfig
+from orthrus.config import DecodeConfig, Strategy
 from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
@@ -213,11 +213,11 @@ def test_flex_attention_is_refused_on_a_cpu_where_its_compiled_form_crashes() ->
     check_attention("sdpa", "cpu")
 
 
-def test_k_2_with_floor_has_no_draft_left_and_says_so() -> None:
+@pytest.mark.parametrize("strategy", ["chain", "fused_tree", "auto"])
+def test_a_view_of_k_2_with_floor_has_no_draft_left_and_says_so(strategy: Strategy) -> None:
     """The anchor's AR row decides what the only draft would: every cycle is a plain one."""
-    result = decode(
-        dual_of("llama"), PROMPTS[0], DecodeConfig(max_new_tokens=NUM_NEW, strategy="chain", block_size=2)
-    )
+    dual = tiny_dual("llama", disturb=0.15, block_size=2)
+    result = decode(dual, PROMPTS[0], DecodeConfig(max_new_tokens=NUM_NEW, strategy=strategy))
     assert result.token_ids == stock_texts("llama")[0]
     assert {c.kind for c in result.cycles[1:]} == {"ar"}
     assert result.stats.num_drafted == 0

@@ -97,7 +97,7 @@ class Remembering:
 
     def __init__(self) -> None:
         self.device, self.mask_token_id = torch.device("cpu"), dual().mask_token_id
-        self.head, self.repair, self.draft_head = dual().head, None, None
+        self.config, self.head, self.repair, self.draft_head = dual().config, dual().head, None, None
         self._known: dict[tuple[object, ...], Tensor] = {}
 
     def hidden(self, p: Pass, history: History) -> Tensor:

@@ -1,6 +1,7 @@
 """The cache: all of a folder or nothing, and one sentence when the disk is in the way."""
 
 import errno
+import os
 import shutil
 import threading
 import time
@@ -40,7 +41,7 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, t
     assert cache_dir() == Path.home() / ".cache" / "orthrus"
 
 
-def test_published_once_and_verified_every_time(cache: Path) -> None:
+def test_published_once_and_verified(cache: Path) -> None:
     folder = publish("key", fill, needed_bytes=10)
     assert left_over(cache) == ["key"]
     assert load_published("key") == folder
@@ -51,15 +52,38 @@ def test_published_once_and_verified_every_time(cache: Path) -> None:
     assert publish("key", never, needed_bytes=10) == folder
 
 
-@pytest.mark.parametrize("damage", ["changed", "truncated", "gone", "manifest"])
-def test_a_damaged_folder_is_seen_and_built_again(cache: Path, damage: str) -> None:
+def test_files_are_read_once_and_again_when_touched(cache: Path) -> None:
     folder = publish("key", fill, needed_bytes=10)
+    reads: list[str] = []
+
+    def read(stage: str, *_: Any) -> None:
+        reads.append(stage)
+
+    load_published("key", read)
+    assert len(reads) == 1
+    load_published("key", read)
+    assert len(reads) == 1
+    (folder / "weights.bin").touch()
+    load_published("key", read)
+    load_published("key", read)
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["new", "checked"])
+@pytest.mark.parametrize("damage", ["changed", "changed, date kept", "truncated", "gone", "manifest"])
+def test_a_damaged_folder_is_seen_and_built_again(cache: Path, damage: str, checked: bool) -> None:
+    folder = publish("key", fill, needed_bytes=10)
+    if checked:
+        assert load_published("key") == folder
+    before = (folder / "weights.bin").stat()
     if damage == "gone":
         (folder / "weights.bin").unlink()
     elif damage == "manifest":
         (folder / "manifest.json").write_text("{")
     else:
-        (folder / "weights.bin").write_bytes(b"1234X" if damage == "changed" else b"1")
+        (folder / "weights.bin").write_bytes(b"1" if damage == "truncated" else b"1234X")
+    if damage == "changed, date kept":
+        os.utime(folder / "weights.bin", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert load_published("key") is None
     publish("key", fill, needed_bytes=10)
     assert load_published("key") == folder

@@ -17,9 +17,10 @@ from orthrus.model.quantise import quantise_drafts
 SIZE = 6
 
 
-def view(kind: str) -> DualView:
+def view(kind: str, trained: int = SIZE) -> DualView:
     """Plain; with a repair head, which reads the hidden states too; with a head of its own for drafts."""
-    dual = tiny_dual("llama", disturb=0.3, repair_rank=4 if kind == "repair" else None)
+    repair_rank = 4 if kind == "repair" else None
+    dual = tiny_dual("llama", disturb=0.3, block_size=trained, repair_rank=repair_rank)
     if dual.repair is not None:
         with torch.no_grad():
             dual.repair.out.weight.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(1))
@@ -56,10 +57,11 @@ def the_models_own(num_tokens: int) -> list[int]:
 @pytest.mark.parametrize("kind", ["plain", "repair", "own head"])
 @pytest.mark.parametrize("num_accepted", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("block_row", [0, 1, 2])
+@pytest.mark.parametrize("trained", [SIZE, SIZE + 2], ids=["whole", "shorter"])
 def test_what_the_nearest_block_on_the_path_guessed_beyond_its_end(
-    kind: str, num_accepted: int, block_row: int
+    kind: str, num_accepted: int, block_row: int, trained: int
 ) -> None:
-    dual, prompt = view(kind), tiny_prompt(9)
+    dual, prompt = view(kind, trained), tiny_prompt(9)
     own = the_models_own(8)
     drafts = own[1:5]
     if num_accepted < 4:
@@ -70,13 +72,14 @@ def test_what_the_nearest_block_on_the_path_guessed_beyond_its_end(
     done = commit_pass(state, tree, [Block(block_row), Block(5)])
     assert done.num_accepted == num_accepted
     assert done.token_ids == own[1 : num_accepted + 2]
-    # Guesses 1 .. SIZE - 1 of the block, of which the pass has decided the first ones.
+    # Of the block's guesses the pass has decided the first ones; the last row of a whole block has none.
+    num_rows = SIZE if trained > SIZE else SIZE - 1
     num_known = num_accepted - block_row + 1
-    if block_row > num_accepted or num_known >= SIZE - 1:
+    if block_row > num_accepted or num_known >= num_rows:
         assert state.drafts is None
         return
     assert state.drafts is not None
-    assert len(state.drafts) == SIZE - 1 - num_known
+    assert len(state.drafts) == num_rows - num_known
     assert state.late == (num_known > 1)
 
     oracle = state_after(dual, prompt)
@@ -85,7 +88,7 @@ def test_what_the_nearest_block_on_the_path_guessed_beyond_its_end(
     anchor_11 = torch.tensor([[own[block_row]]])
     with torch.inference_mode():
         alone = draft_block(anchor_11, oracle.cache.lengths, SIZE, dual.mask_token_id, floor=False)
-        rows_DC = dual.hidden(alone, oracle.cache)[0, num_known : SIZE - 1]
+        rows_DC = dual.hidden(alone, oracle.cache)[0, num_known:num_rows]
         oracle.anchor_id = done.token_ids[-1]
         expected = oracle.propose(rows_DC, 0)
         top = dual.head(rows_DC, drafts=True).log_softmax(-1).topk(8)
@@ -105,7 +108,7 @@ def test_what_the_nearest_block_on_the_path_guessed_beyond_its_end(
 
 
 def test_of_two_blocks_on_the_path_the_nearer_one_counts() -> None:
-    dual, own = tiny_dual("llama", disturb=0.3), the_models_own(8)
+    dual, own = view("plain"), the_models_own(8)
     tree = DraftTree([*own[1:4], 3], [0, 1, 2, 0], [-0.1] * 4)
     for blocks, num_left, late in (
         ([Block(0), Block(3), Block(4)], SIZE - 2, False),

@@ -6,7 +6,8 @@ from math import exp, log
 
 import pytest
 
-from orthrus.decoding.policy import MAX_PATIENCE, PATIENCE, CostTable, Left, Policy
+from orthrus.decoding.cost_table import CostTable
+from orthrus.decoding.policy import MAX_PATIENCE, PATIENCE, Left, Policy
 
 ROWS = (1, 8, 16, 32, 64)
 
@@ -14,8 +15,8 @@ ROWS = (1, 8, 16, 32, 64)
 def table(body_ms: tuple[float, ...], head_ms: tuple[float, ...]) -> CostTable:
     """Block rows cost what AR rows do."""
     added = tuple(ms - body_ms[0] for ms in body_ms)
-    draft_pass_ms = body_ms[0] + added[1]
-    return CostTable(ROWS, body_ms, head_ms, tuple(n - 1 for n in ROWS), added, draft_pass_ms, head_ms[0])
+    block_rows = tuple(n - 1 for n in ROWS)
+    return CostTable(ROWS, body_ms, head_ms, block_rows, added, block_rows, body_ms, head_ms[0])
 
 
 FLAT = table((10.0, 10.1, 10.2, 10.4, 10.8), (0.1, 0.1, 0.1, 0.1, 0.1))
@@ -27,7 +28,13 @@ TABLES = {"flat": FLAT, "middle": MIDDLE, "steep": STEEP}
 
 
 def policy(costs: CostTable, max_nodes: int = 24, max_blocks: int = 3) -> Policy:
-    return Policy(costs, block_size=8, max_nodes=max_nodes, max_blocks=max_blocks)
+    return Policy(costs, most_guesses=6, max_nodes=max_nodes, max_blocks=max_blocks)
+
+
+def nodes(decider: Policy, log_probs: list[float], *, late: bool = False, trying: bool = False) -> int:
+    """Of a chain, and of further nodes as deep as its last one."""
+    depths = [min(i, 6) for i in range(1, len(log_probs) + 1)]
+    return decider.num_nodes(log_probs, depths, 6, late=late, trying=trying)
 
 
 def verify(
@@ -40,12 +47,14 @@ def verify(
     left: Left = "none",
 ) -> None:
     """All nodes of a tree, whatever the policy would have taken."""
-    decider.num_nodes(log_probs, late=late, trying=True)
+    nodes(decider, log_probs, late=late, trying=True)
     decider.observe(log_probs, num_accepted, block_probs, late=late, left=left)
 
 
 def test_costs_interpolate_and_extrapolate() -> None:
-    costs = CostTable((1, 3, 5), (10.0, 14.0, 24.0), (1.0, 1.0, 2.0), (2, 4), (3.0, 7.0), 12.0, 0.5)
+    costs = CostTable(
+        (1, 3, 5), (10.0, 14.0, 24.0), (1.0, 1.0, 2.0), (2, 4), (3.0, 7.0), (1, 2), (11.0, 12.0), 0.5
+    )
     assert costs(1) == pytest.approx(11.0)
     assert costs(2) == pytest.approx(13.0)
     assert costs(4) == pytest.approx(19.0 + 1.5)
@@ -54,12 +63,13 @@ def test_costs_interpolate_and_extrapolate() -> None:
     assert costs(3, 2) == pytest.approx(14.0 + 1.0 + 3.0)
     # But the pass that most drafts come from is known.
     assert costs(1, 2) == pytest.approx(12.0 + 1.0)
+    assert costs(1, 1, 2) == pytest.approx(11.0 + 1.0)
     assert costs(1, 3, 3) == pytest.approx(10.0 + 1.5 + 5.0)
 
 
 def test_guesses_share_the_head_while_they_are_few_and_have_none_of_their_own() -> None:
-    costs = CostTable((1, 33), (10.0, 10.0), (1.0, 33.0), (8, 80), (0.0, 0.0), 10.0, 0.5)
-    shared, own = (Policy(costs, 8, 24, 5, own_head=own) for own in (False, True))
+    costs = CostTable((1, 33), (10.0, 10.0), (1.0, 33.0), (8, 80), (0.0, 0.0), (1, 7), (10.0, 10.0), 0.5)
+    shared, own = (Policy(costs, 6, 24, 5, own_head=own) for own in (False, True))
     assert shared.pass_ms(3, 3) == pytest.approx(10.0 + 4 + 18)
     # 30 guesses wait until one block has been chosen; its product is part of making a draft then.
     assert shared.pass_ms(3, 5) == pytest.approx(10.0 + 4)
@@ -70,7 +80,7 @@ def test_where_rows_are_free_everything_is_drafted() -> None:
     decider = policy(FLAT)
     assert decider.wants_draft()
     log_probs = [log(0.9 * 0.8**i) for i in range(24)]
-    assert decider.num_nodes(log_probs, late=False) == 24
+    assert nodes(decider, log_probs) == 24
     assert decider.num_blocks(24, [0.4, 0.3, 0.2, 0.1]) == 3
 
 
@@ -82,7 +92,7 @@ def test_where_rows_are_dear_decoding_is_plain_but_for_a_chance_now_and_then() -
     assert gaps == sorted(gaps)
     assert gaps[-1] == MAX_PATIENCE + 1
     assert len(chances) / 2000 < 0.01
-    assert decider.num_nodes([log(0.5)] * 24, late=False) == 0
+    assert nodes(decider, [log(0.5)] * 24) == 0
 
 
 def _waste(decider: Policy) -> bool:
@@ -97,12 +107,62 @@ def test_nodes_maximise_tokens_less_the_worth_of_their_time(costs: CostTable) ->
         late = accepted > 3
         trust = (decider._late_trust if late else decider._fresh_trust).value
         log_probs = [log(0.7) + log(0.6) * (i // 3) for i in range(24)]
-        for trying, rate in ((False, decider.rate()), (True, decider.draft_rate())):
+        for trying, rate in ((False, decider.rate()), (True, decider.draft_rate)):
             values = [sum(trust * exp(p) for p in log_probs[:n]) - rate * costs(1 + n) for n in range(25)]
             best = max(range(25), key=values.__getitem__)
-            assert decider.num_nodes(log_probs, late=late, trying=trying) == best
+            assert nodes(decider, log_probs, late=late, trying=trying) == best
         left: Left = "fresh" if accepted > 1 else "none"
         decider.observe(log_probs[:6], accepted, [0.3], late=late, left=left)
+
+
+def chain_of(decider: Policy, stands: float) -> list[float]:
+    """Path log probs of a chain as long as the blocks that the policy asks for, each guess as sure."""
+    return [log(stands) * i for i in range(1, decider.block_size)]
+
+
+def drafted(decider: Policy, stands: float) -> None:
+    """A fresh draft that keeps what it promises."""
+    log_probs = chain_of(decider, stands)
+    depths = range(1, len(log_probs) + 1)
+    num_nodes = decider.num_nodes(log_probs, depths, len(log_probs), late=False, trying=True)
+    num_accepted = round(sum(exp(p) for p in log_probs[:num_nodes]))
+    decider.observe(log_probs[:num_nodes], num_accepted, [], late=False, left="none")
+
+
+def test_blocks_are_long_where_rows_are_free_and_short_where_guesses_fall() -> None:
+    free, costly = policy(FLAT), policy(MIDDLE)
+    for _ in range(30):
+        drafted(free, 0.7)
+        drafted(costly, 0.3)
+    assert free.block_size == 7
+    assert costly.block_size < 4
+
+
+@pytest.mark.parametrize("costs", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("stands", [0.3, 0.6, 0.9])
+def test_the_length_of_blocks_is_what_brute_force_finds(costs: CostTable, stands: float) -> None:
+    decider = policy(costs, max_blocks=0)
+    for _ in range(60):
+        drafted(decider, stands)
+    rates = {}
+    for size in (2, 3, 4, 5, 7):
+        for num_nodes in range(size):
+            tokens = 2 + sum(stands**i for i in range(1, num_nodes + 1))
+            ms = costs(1, size, size - 1) + costs(1 + num_nodes) + costs.draft_ms
+            rates[size, num_nodes] = tokens / ms
+    best = max(rates.values())
+    # What is longer than what was tried is expected to be a little better than it is.
+    assert max(rate for (size, _), rate in rates.items() if size == decider.block_size) > 0.95 * best
+
+
+def test_blocks_grow_again_where_guesses_come_to_stand() -> None:
+    decider = policy(MIDDLE)
+    for _ in range(40):
+        drafted(decider, 0.2)
+    short = decider.block_size
+    for _ in range(40):
+        drafted(decider, 0.95)
+    assert short < 4 < decider.block_size
 
 
 def test_drafts_that_fall_end_drafting_and_drafts_that_stand_bring_it_back() -> None:
@@ -111,7 +171,7 @@ def test_drafts_that_fall_end_drafting_and_drafts_that_stand_bring_it_back() -> 
     for _ in range(40):
         verify(decider, [log(0.6), log(0.4)], 0)
     assert not decider.wants_draft()
-    assert decider.draft_rate() < decider.plain_rate
+    assert decider.draft_rate < decider.plain_rate
     for _ in range(10):
         verify(decider, [log(0.6), log(0.4)], 5)
     assert decider.wants_draft()
@@ -124,7 +184,7 @@ def test_a_view_that_overrates_itself_is_trusted_less() -> None:
         verify(modest, [log(0.6), log(0.4)], 1)
         verify(boastful, [log(0.99), log(0.98)], 1)
     log_probs = [log(0.8 * 0.75**i) for i in range(24)]
-    assert boastful.num_nodes(log_probs, late=False) < modest.num_nodes(log_probs, late=False)
+    assert nodes(boastful, log_probs) < nodes(modest, log_probs)
 
 
 def test_blocks_that_are_never_met_are_left_out() -> None:

@@ -269,9 +269,7 @@ def test_no_budget_changes_the_text(options: Any, strategy: Strategy, floor: boo
     running = stream(strategy, floor, **options)
     result = running.drain()
     assert result.token_ids == FREE
-    # K = 2 leaves one guess: with floor the AR row decides it, so there is nothing to draft.
-    drafts = strategy != "ar" and not (floor and options.get("block_size") == 2)
-    assert (result.stats.num_drafted > 0) == drafts
+    assert (result.stats.num_drafted > 0) == (strategy != "ar")
     if "node_budget" in options and strategy in ("tree", "fused_tree"):
         assert max(c.num_drafted for c in result.cycles) == options["node_budget"]
 

@@ -2,6 +2,7 @@
 
 A folder is built in a private work folder beside its final place and published with one rename, so a
 reader sees all of it or none. `manifest.json` inside records where the files came from and their sha256.
+They are read and compared once, and again whenever a file has been touched since.
 """
 
 import hashlib
@@ -10,11 +11,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orthrus.base.outputs import disk_problem
+from orthrus.base.outputs import disk_problem, write_text_atomic
 from orthrus.base.provenance import installed_version
 from orthrus.errors import StorageError
 
@@ -23,7 +24,7 @@ Progress = Callable[[str, int, int | None], None]
 
 T = TypeVar("T")
 
-MANIFEST = "manifest.json"
+MANIFEST, CHECKED = "manifest.json", "checked.json"
 _PACKAGES = ("orthrus", "torch", "transformers", "gguf", "safetensors")
 
 
@@ -107,6 +108,9 @@ def load_published(key: str, progress: Progress | None = None) -> Path | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files: dict[str, dict[str, Any]] = manifest["files"]
+        marks = [_mark(folder / name) for name in files]
+        if marks == _checked(folder):
+            return folder
         for name, entry in files.items():
             path = folder / name
             if path.stat().st_size != entry["bytes"]:
@@ -115,7 +119,23 @@ def load_published(key: str, progress: Progress | None = None) -> Path | None:
                 return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    with suppress(StorageError, OSError):
+        # In a cache that belongs to somebody else every start checks anew.
+        write_text_atomic(folder / CHECKED, json.dumps(marks) + "\n")
     return folder
+
+
+def _mark(path: Path) -> list[int]:
+    """What changes with a file: not even a tool that sets back its date can keep all of it."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _checked(folder: Path) -> object:
+    try:
+        return json.loads((folder / CHECKED).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def publish(

@@ -1,4 +1,4 @@
-"""Which passes are worth their time: plain steps, drafts, how many nodes, how many blocks beside them.
+"""Which passes are worth their time: plain steps, drafts, how long, how many nodes, how many blocks beside.
 
 All values are in tokens: a pass is worth the tokens it is expected to commit, less what its time would have
 brought at the best rate known (the renewal-reward rule). Expectations are the draft's own probabilities,
@@ -6,12 +6,13 @@ corrected by how they fared so far in this request; times come from a table meas
 the decisions repeat. None of them can change the text: every token is the AR view's own choice.
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import exp
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from orthrus.decoding.cost_table import CostTable, joint_guesses
 
 MEMORY = 0.85
 """Weight of the past in a moving average, for each new observation."""
@@ -19,54 +20,19 @@ MARGIN = 1.05
 """Drafting must promise this much more than plain decoding before it is taken up or kept."""
 PATIENCE, MAX_PATIENCE = 24, 192
 """Plain tokens before drafting gets another chance; doubled whenever the chance was wasted."""
-PROMISED, NUM_PROMISED, LATE_SHARE = 2.0, 2, 0.6
-"""Accepted drafts that a draft is expected to promise before one was made, how many drafts that counts for,
-and the part of it that a late one promises: so a request starts by drafting, unless rows are dear."""
+GOES_ON, NUM_PROMISED, LATE_SHARE = 0.7, 2, 0.6
+"""Chance that a guess stands where those before it did, expected before a draft was made; how many drafts
+that counts for; and the part of what a draft promises that a late one does: so a request starts by drafting,
+unless rows are dear."""
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+"""Tokens that blocks may guess, where they can guess more."""
+STRAYS = 0.1
+"""How far the worth of longer blocks than those that are drafted returns to that expectation, each time."""
 TRUSTED = 2.0
 """How many accepted drafts, all of them promised, are taken for granted: a few say little about promises."""
 
-MOST_JOINT = 24
-"""Guesses of blocks that are projected together with the AR rows of their pass, before it is known which
-block serves: so few rows cost less than reading the head a second time would."""
-
 Left = Literal["fresh", "late", "none"]
 """The draft that a verification leaves: of a block where the path ended, of one further back, or none."""
-
-
-@dataclass(frozen=True, slots=True)
-class CostTable:
-    """Milliseconds of a pass by its rows: `body_ms` of AR rows, and `head_ms` of projecting as many.
-
-    What block rows add is told apart, since they read weights of their own: `block_ms`, by `block_rows`,
-    beside a few AR rows; `draft_pass_ms` of the pass that most drafts come from, one AR row and one block;
-    and `draft_ms` of making a draft of one block. Rows ascend; between the entries costs are interpolated,
-    beyond the last one extrapolated.
-    """
-
-    rows: tuple[int, ...]
-    body_ms: tuple[float, ...]
-    head_ms: tuple[float, ...]
-    block_rows: tuple[int, ...]
-    block_ms: tuple[float, ...]
-    draft_pass_ms: float
-    draft_ms: float
-
-    def __call__(self, num_ar: int, num_block: int = 0, num_projected: int = 0) -> float:
-        """A pass of AR rows, all projected, and block rows, of which `num_projected` are."""
-        head_ms = _at(self.rows, self.head_ms, num_ar + num_projected)
-        if num_ar == 1 and num_block and num_block == self.block_rows[0]:
-            return head_ms + self.draft_pass_ms
-        added_ms = _at(self.block_rows, self.block_ms, num_block) if num_block else 0.0
-        return head_ms + _at(self.rows, self.body_ms, num_ar) + added_ms
-
-
-def joint_guesses(num_blocks: int, block_size: int, *, own_head: bool) -> int:
-    """How many guesses of a pass's blocks are projected with its AR rows: all or none.
-
-    own_head: drafts have a head of their own, of lower precision or of fewer ids.
-    """
-    num_guesses = num_blocks * max(0, block_size - 2)
-    return 0 if own_head or num_guesses > MOST_JOINT else num_guesses
 
 
 @dataclass(slots=True)
@@ -98,84 +64,133 @@ class _Ratio:
         self.promised = MEMORY * self.promised + (1 - MEMORY) * TRUSTED + promised
 
 
+class _Offer(NamedTuple):
+    """Accepted drafts that a draft promises, with as many nodes as are worth their time (on average)."""
+
+    promised: float
+    num_nodes: float
+
+
+@dataclass(slots=True)
+class _Length:
+    """Blocks of one length: what their drafts promise, with as many nodes as drafting would verify."""
+
+    num_guesses: int
+    promised: _Average
+    num_nodes: _Average
+
+    @property
+    def rows(self) -> int:
+        """Those that guess, and the first, whose guess the AR row at the anchor decides."""
+        return 1 + self.num_guesses
+
+
 @dataclass(slots=True)
 class Policy:
-    """The decisions of one request, for block size `block_size` with the AR row in the draft pass.
+    """The decisions of one request, whose blocks guess `most_guesses` tokens at most.
 
     max_nodes and max_blocks bound what a pass may carry. Averages over the request: the accepted drafts that
-    a draft promised, fresh or late (its block had not seen all of the text), with as many nodes as drafting
-    would verify; that number; how much of the promises came true (what stands alone shows little where little
-    is verified); by number of blocks, how often the text went on exactly where one of them stood; and how
-    often a late draft was left where it did not.
+    a draft promised, with as many nodes as drafting would verify, fresh ones by the length of their block,
+    and late ones (their block had not seen all of the text); how much of the promises came true (what stands
+    alone shows little where little is verified); by number of blocks, how often the text went on exactly
+    where one of them stood; and how often a late draft was left where it did not.
     """
 
     costs: CostTable
-    block_size: int
+    most_guesses: int
     max_nodes: int
     max_blocks: int
     own_head: bool = False
-    _fresh: _Average = field(default_factory=lambda: _Average(PROMISED, NUM_PROMISED))
-    _late: _Average = field(default_factory=lambda: _Average(LATE_SHARE * PROMISED))
+    _lengths: list[_Length] = field(init=False)
+    _length: _Length = field(init=False)
+    _late: _Average = field(init=False)
     _left: _Average = field(default_factory=lambda: _Average(0.9))
-    _nodes: _Average = field(init=False)
     _hits: list[_Average] = field(init=False)
     _fresh_trust: _Ratio = field(default_factory=_Ratio)
     _late_trust: _Ratio = field(default_factory=_Ratio)
-    _offer: tuple[float, int] = (0.0, 0)
+    _offers: list[_Offer] = field(default_factory=list)
     _block_trust: _Average = field(default_factory=lambda: _Average(1.0))
     _plain_tokens: int = 0
     _patience: int = PATIENCE
-    _pass_ms: dict[tuple[int, int], float] = field(default_factory=dict)
-    _draft_rate: float | None = None
+    _pass_ms: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    _draft_rate: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self._nodes = _Average(float(self.block_size))
+        sizes = [n for n in LENGTHS if n < self.most_guesses]
+        self._lengths = [
+            _Length(n, _Average(_expected(n), NUM_PROMISED), _Average(1.0 + n))
+            for n in (*sizes, self.most_guesses)
+        ]
+        self._late = _Average(LATE_SHARE * _expected(self.most_guesses))
         self._hits = [_Average(1.0 - 0.8**m) for m in range(self.max_blocks + 1)]
+        self._choose_length()
+
+    @property
+    def block_size(self) -> int:
+        """Rows of the blocks that are to be drafted next."""
+        return self._length.rows
 
     @property
     def plain_rate(self) -> float:
         """Tokens a millisecond of plain decoding."""
         return 1.0 / self.pass_ms(0, 0)
 
-    def pass_ms(self, num_nodes: int, num_blocks: int) -> float:
-        """A verification with blocks beside it; without nodes a draft pass, without either a plain one."""
-        key = num_nodes, num_blocks
-        if key not in self._pass_ms:
-            num_guesses = joint_guesses(num_blocks, self.block_size, own_head=self.own_head)
-            self._pass_ms[key] = self.costs(1 + num_nodes, num_blocks * self.block_size, num_guesses)
-        return self._pass_ms[key]
-
+    @property
     def draft_rate(self) -> float:
-        """Tokens a millisecond of drafting and verifying, with the number of blocks that makes most of it."""
-        # Asked many times a cycle, and another one only when something has been learnt.
-        if self._draft_rate is None:
-            self._draft_rate = max(self._steady_rate(m) for m in range(self.max_blocks + 1))
+        """Tokens a millisecond of drafting and verifying, with the blocks that make most of it."""
         return self._draft_rate
+
+    def pass_ms(self, num_nodes: int, num_blocks: int, length: _Length | None = None) -> float:
+        """A verification with blocks beside it; without nodes a draft pass, without either a plain one."""
+        length = length or self._length
+        key = num_nodes, num_blocks, length.num_guesses
+        if key not in self._pass_ms:
+            num_guesses = joint_guesses(num_blocks * length.num_guesses, own_head=self.own_head)
+            self._pass_ms[key] = self.costs(1 + num_nodes, num_blocks * length.rows, num_guesses)
+        return self._pass_ms[key]
 
     def rate(self) -> float:
         """The best rate known: what a millisecond is worth."""
-        return max(self.plain_rate, self.draft_rate())
+        return max(self.plain_rate, self.draft_rate)
 
     def wants_draft(self) -> bool:
         """Whether a draft pass is to be made now, where there is no draft."""
-        if self.draft_rate() > MARGIN * self.plain_rate or self._plain_tokens >= self._patience:
+        if self.draft_rate > MARGIN * self.plain_rate or self._plain_tokens >= self._patience:
             return True
         self._plain_tokens += 1
         return False
 
-    def num_nodes(self, log_probs: Sequence[float], *, late: bool, trying: bool = False) -> int:
+    def num_nodes(
+        self,
+        log_probs: Sequence[float],
+        depths: Sequence[int],
+        num_guesses: int,
+        *,
+        late: bool,
+        trying: bool = False,
+    ) -> int:
         """How many nodes of a best-first tree to verify, given all nodes' path log probs in its order.
 
-        Called before each `observe`, which learns from what it noted. late: the draft is. trying: a draft
-        pass was made for them, maybe as a chance only. Then time is worth what drafting makes of it, even
-        where plain decoding makes more: a chance that verifies too little would prove nothing.
+        Called before each `observe`, which learns from what it noted. depths: of the nodes, 1 for the
+        anchor's children; num_guesses: of their draft. late: the draft is. trying: a draft pass was made for
+        them, maybe as a chance only. Then time is worth what drafting makes of it, even where plain decoding
+        makes more: a chance that verifies too little would prove nothing.
         """
-        promised = list(accumulate((exp(log_prob) for log_prob in log_probs), initial=0.0))
+        probs = [exp(log_prob) for log_prob in log_probs]
         trust = (self._late_trust if late else self._fresh_trust).value
-        expected = [trust * tokens for tokens in promised]
-        num_drafting = self._most_worth(expected, self.draft_rate())
-        self._offer = promised[num_drafting], num_drafting
-        return num_drafting if trying else self._most_worth(expected, self.rate())
+        drafting = self._offer(probs, trust, self.draft_rate)
+        self._offers = [drafting]
+        if not late:
+            # Shorter blocks would have promised what is not so deep.
+            deepest = max(depths, default=0)
+            for length in [n for n in self._lengths if n.num_guesses < num_guesses][::-1]:
+                if length.num_guesses < deepest:
+                    near = [p for p, depth in zip(probs, depths, strict=True) if depth <= length.num_guesses]
+                    self._offers.append(self._offer(near, trust, self.draft_rate))
+                else:
+                    self._offers.append(drafting)
+            self._offers.reverse()
+        return int((drafting if trying else self._offer(probs, trust, self.rate())).num_nodes)
 
     def keeps_late(self) -> bool:
         """Whether a late draft is worth verifying, rather than making a new one."""
@@ -216,61 +231,94 @@ class Policy:
             self._hits[len(block_probs)].add(hit)
             if not hit and self.keeps_late():
                 self._left.add(float(left == "late"))
-        promised, num_nodes = self._offer
         if late:
-            self._late.add(promised)
+            self._late.add(self._offers[-1].promised)
             self._late_trust.add(num_accepted, verified)
+            self._length.num_nodes.add(self._offers[-1].num_nodes)
         else:
-            self._fresh.add(promised)
+            self._learn_lengths()
             self._fresh_trust.add(num_accepted, verified)
             if not self.keeps_late():
                 # One bad late draft must not be the last: what is not tried is slowly trusted again.
                 self._late_trust.add(0.0, 0.0)
-                self._late.value += (1 - MEMORY) * (LATE_SHARE * self._fresh.value - self._late.value)
-        self._nodes.add(num_nodes)
-        self._draft_rate = None
+                late_promise = LATE_SHARE * self._length.promised.value
+                self._late.value += (1 - MEMORY) * (late_promise - self._late.value)
+        self._choose_length()
         if self._plain_tokens >= self._patience:
-            worth = self.draft_rate() > MARGIN * self.plain_rate
+            worth = self.draft_rate > MARGIN * self.plain_rate
             self._patience = PATIENCE if worth else min(2 * self._patience, MAX_PATIENCE)
         self._plain_tokens = 0
 
-    def _most_worth(self, expected: Sequence[float], rate: float) -> int:
-        """The number of nodes that makes most of its time, where n of them bring expected[n] drafts."""
-        return _best([tokens - rate * self.pass_ms(n, 0) for n, tokens in enumerate(expected)])
+    def _offer(self, probs: Sequence[float], trust: float, rate: float) -> _Offer:
+        """The first nodes that make most of their time."""
+        promised = list(accumulate(probs, initial=0.0))
+        values = [trust * tokens - rate * self.pass_ms(n, 0) for n, tokens in enumerate(promised)]
+        best = _best(values)
+        return _Offer(promised[best], best)
+
+    def _learn_lengths(self) -> None:
+        """Take note of what a fresh draft offered, by the length of its block.
+
+        Longer blocks than it came from would have gone on as they used to do beyond the same depth; what is
+        not tried is slowly expected to do as it was at first.
+        """
+        before = here = _Offer(0.0, 0)
+        known = [(0.0, 0.0), (0.0, 0.0), *((n.promised.value, n.num_nodes.value) for n in self._lengths)]
+        first = [0.0, 0.0, *(_expected(n.num_guesses) for n in self._lengths)]
+        for i, length in enumerate(self._lengths):
+            if i < len(self._offers):
+                offer = self._offers[i]
+            else:
+                (p0, _), (p1, n1), (p2, n2) = known[i : i + 3]
+                usual = (first[i + 2] - first[i + 1]) / (first[i + 1] - first[i])
+                goes_on = max(p2 - p1, 0.0) / (p1 - p0) if p1 > p0 else usual
+                goes_on += STRAYS * (usual - goes_on)
+                more = min(goes_on * (here.promised - before.promised), length.num_guesses)
+                offer = _Offer(here.promised + more, here.num_nodes + max(n2 - n1, 0.0))
+            before, here = here, offer
+            length.promised.add(offer.promised)
+            length.num_nodes.add(offer.num_nodes)
+
+    def _choose_length(self) -> None:
+        """The length of blocks that makes most of its time, and what it makes of it."""
+        rates = [
+            max(self._steady_rate(length, m) for m in range(self.max_blocks + 1)) for length in self._lengths
+        ]
+        best = _best(rates)
+        self._length, self._draft_rate = self._lengths[best], rates[best]
 
     def _worth(self, *, late: bool) -> float:
         """Tokens that a draft at hand is worth: it saves the draft pass, but also the one token which that
         would have decided, and fewer drafts stand of a late one."""
         saved = self.rate() * self.pass_ms(0, 1) - 1.0
-        return saved - (self._num_fresh - self._num_late if late else 0.0)
+        num_fresh = self._num_fresh(self._length)
+        return saved - (num_fresh - self._num_late(num_fresh) if late else 0.0)
 
-    @property
-    def _num_fresh(self) -> float:
+    def _num_fresh(self, length: _Length) -> float:
         """How many drafts of a fresh draft are expected to stand."""
-        return self._fresh_trust.value * self._fresh.value
+        return self._fresh_trust.value * length.promised.value
 
-    @property
-    def _num_late(self) -> float:
+    def _num_late(self, num_fresh: float) -> float:
         # What was seen of late drafts may be long ago; they are no better than fresh ones.
-        return min(self._late_trust.value * self._late.value, self._num_fresh)
+        return min(self._late_trust.value * self._late.value, num_fresh)
 
-    def _steady_rate(self, num_blocks: int) -> float:
+    def _steady_rate(self, length: _Length, num_blocks: int) -> float:
         """A verification with so many blocks, and a draft pass where it leaves nothing."""
-        fresh = self._num_fresh
-        verify_ms = self.pass_ms(round(self._nodes.value), num_blocks) + self.costs.draft_ms
+        fresh = self._num_fresh(length)
+        draft_ms = self.pass_ms(0, 1, length)
+        verify_ms = self.pass_ms(round(length.num_nodes.value), num_blocks, length) + self.costs.draft_ms
         if not num_blocks:
-            return (2.0 + fresh) / (self.pass_ms(0, 1) + verify_ms)
+            return (2.0 + fresh) / (draft_ms + verify_ms)
         hit = self._hits[num_blocks].value
         late = (1.0 - hit) * self._left.value
         nothing = 1.0 - hit - late
-        tokens = 1.0 + (hit + nothing) * fresh + late * self._num_late + nothing
-        return tokens / (verify_ms + nothing * self.pass_ms(0, 1))
+        tokens = 1.0 + (hit + nothing) * fresh + late * self._num_late(fresh) + nothing
+        return tokens / (verify_ms + nothing * draft_ms)
 
 
-def _at(rows: tuple[int, ...], values: tuple[float, ...], num_rows: int) -> float:
-    i = min(max(bisect_left(rows, num_rows), 1), len(rows) - 1)
-    (x0, x1), (y0, y1) = rows[i - 1 : i + 1], values[i - 1 : i + 1]
-    return max(y0 + (y1 - y0) * (num_rows - x0) / (x1 - x0), 0.0)
+def _expected(num_guesses: int) -> float:
+    """Accepted drafts of a block, before one was made."""
+    return sum(GOES_ON**i for i in range(1, num_guesses + 1))
 
 
 def _best(values: list[float]) -> int:

@@ -19,7 +19,7 @@ from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import cpu_model, installed_version
 from orthrus.base.storage import cache_dir
 from orthrus.config import SamplingParams
-from orthrus.decoding.policy import CostTable
+from orthrus.decoding.cost_table import CostTable
 from orthrus.decoding.tree import best_first_tree
 from orthrus.engine.layer_code import sources_digest
 from orthrus.engine.probe import synchronize
@@ -29,20 +29,22 @@ from orthrus.model.attention import MOST_FOLDED_ROWS
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import fused, verify_chain, verify_tree
 
-ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 BLOCKS, BESIDE = (1, 2, 3, 4), 8
 """Numbers of blocks that are timed, beside that many AR rows."""
+DRAFT_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
+"""Rows of a block that is drafted alone, as far as blocks go, and one as long as they go."""
 HISTORY = 256
 """Committed tokens that timed passes read: about as many as in the middle of an answer."""
-TABLE_VERSION = 7
+TABLE_VERSION = 8
 """Of what a stored table means: raised when passes come to do more, or less, beside their layers."""
 TREE = 24
 """Nodes of the tree whose making is timed with a draft's."""
 PLAIN_RUN = 3
 """Passes of one row that run before a round's others."""
-REPEATS, MORE_REPEATS, ENOUGH = 5, 2, 15
-"""Rounds of the first measurement, of each later one, and in all: a machine that was busy when it was timed
-shows its true costs in one of the next starts."""
+REPEATS, ENOUGH = 5, 10
+"""Rounds of the first measurement, and in all, of which each later start adds one: a machine that was busy
+when it was timed shows its true costs in one of the next starts."""
 
 OnMeasure = Callable[[int, int], None]
 """Called with (rounds done, rounds in all) while passes are timed."""
@@ -53,7 +55,7 @@ _known: "WeakKeyDictionary[DualView, dict[bool, CostTable]]" = WeakKeyDictionary
 def pass_costs(dual: DualView, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
     """The cost table of this model here: from memory, from the cache, or measured now (a few seconds).
 
-    The first starts after that measure a little more, for the least of all rounds. Sampled decoding has a
+    The first starts after that add a round each, for the least of all. Sampled decoding has a
     table of its own, since drawing a token costs more than taking the best.
     """
     known = _known.setdefault(dual, {})
@@ -62,7 +64,7 @@ def pass_costs(dual: DualView, on_measure: OnMeasure | None = None, *, greedy: b
         file = _file(key)
         table, num_rounds = _read(file)
         if num_rounds < ENOUGH:
-            repeats = MORE_REPEATS if num_rounds else REPEATS
+            repeats = 1 if num_rounds else REPEATS
             new = measure_costs(dual, on_measure, greedy=greedy, repeats=repeats)
             table = new if table is None else _least(table, new)
             stored = asdict(table) | {"num_rounds": num_rounds + repeats, "key": key}
@@ -83,6 +85,8 @@ def measure_costs(
 ) -> CostTable:
     """Time passes of several numbers of rows after `HISTORY` tokens; the least of several rounds.
 
+    One more warms up before them; a single round is compared with earlier ones, and needs none.
+
     Block rows are timed as what they add to a pass of a few AR rows. Sampled means temperature 1 without
     filters.
     """
@@ -97,16 +101,19 @@ def measure_costs(
     beside_1T, chain = ids_1T[:, :BESIDE], range(BESIDE - 1)
     # Larger passes run through other code; two are needed to tell what a row costs.
     blocks = [m for m in BLOCKS if m < 3 or BESIDE + m * size <= MOST_FOLDED_ROWS]
-    passes[1, 1] = fused(ids_1T[:, :1], [], [HISTORY], [0], size, dual.mask_token_id)
     for m in blocks:
-        passes[BESIDE, m] = fused(beside_1T, chain, [HISTORY], range(m), size, dual.mask_token_id)
+        passes[BESIDE, m * size] = fused(beside_1T, chain, [HISTORY], range(m), size, dual.mask_token_id)
+    # Two of them at least, to tell what a row costs.
+    draft_rows = sorted({min(2, size - 1), *(n for n in DRAFT_ROWS if n < size), size})
+    for n in draft_rows:
+        passes[1, n] = fused(ids_1T[:, :1], [], [HISTORY], [0], n, dual.mask_token_id)
     clock = _Clock(dual)
     num_guesses = max(1, size - 2)
-    for done in range(repeats + 1):
+    num_rounds = repeats + int(repeats > 1)
+    for done in range(num_rounds):
         if on_measure is not None:
-            on_measure(done, repeats + 1)
-        # The first round warms up.
-        clock.counts = done > 0
+            on_measure(done, num_rounds)
+        clock.counts = done >= num_rounds - repeats
         # A plain pass follows plain passes, which leave its weights in the caches; others take turns.
         for key, p in [next(iter(passes.items()))] * PLAIN_RUN + list(passes.items()):
             with clock("body", key):
@@ -132,8 +139,9 @@ def measure_costs(
         body_ms=_ascending([least["body", (n, 0)] for n in ROWS]),
         head_ms=_ascending([least["head", (n, 0)] for n in ROWS]),
         block_rows=tuple(m * size for m in blocks),
-        block_ms=_ascending([max(0.0, least["body", (BESIDE, m)] - alone) for m in blocks]),
-        draft_pass_ms=least["body", (1, 1)],
+        block_ms=_ascending([max(0.0, least["body", (BESIDE, m * size)] - alone) for m in blocks]),
+        draft_rows=tuple(draft_rows),
+        draft_pass_ms=_ascending([least["body", (1, n)] for n in draft_rows]),
         draft_ms=least["draft", (1, 0)],
     )
 
@@ -150,7 +158,8 @@ def _least(a: CostTable, b: CostTable) -> CostTable:
         head_ms=tuple(map(min, a.head_ms, b.head_ms)),
         block_rows=a.block_rows,
         block_ms=tuple(max(0.0, min(pair) - body_ms[beside]) for pair in zip(*mixed_ms, strict=True)),
-        draft_pass_ms=min(a.draft_pass_ms, b.draft_pass_ms),
+        draft_rows=a.draft_rows,
+        draft_pass_ms=tuple(map(min, a.draft_pass_ms, b.draft_pass_ms)),
         draft_ms=min(a.draft_ms, b.draft_ms),
     )
 

@@ -32,7 +32,7 @@ def fixed_plan(config: DecodeConfig, block_size: int) -> Plan:
     if kind == "ar":
         return PLAIN
     branching = kind in ("tree", "fused_tree")
-    num_nodes = config.node_budget if branching else block_size - 1
+    num_nodes = config.node_budget if branching else block_size - int(config.floor)
     num_blocks = config.block_budget if kind in ("fused", "fused_tree") else 0
     # A row carries one block: more of them would only take slots of the cache.
     return Plan(kind, num_nodes, branching, min(num_blocks, num_nodes + 1))
@@ -69,12 +69,16 @@ def auto_cycle(state: DecodeState, policy: Policy, room: int) -> Step:
     wanted = state.drafts is None or (state.late and not policy.keeps_late())
     if wanted and _may_draft(state, room, floor=True) and policy.wants_draft():
         state.drafts = None
+        state.block_size = policy.block_size
         step = _after(step._replace(kind="tree"), state, EMPTY_TREE, [Block(0)])
         if step.token_ids[-1] in state.eos_token_ids:
             return step
     room -= len(step.token_ids)
     tree = draft_tree(state, Plan("tree", policy.max_nodes, branching=True), room - 1)
-    tree = tree.first(policy.num_nodes(tree.log_probs, late=state.late, trying=step.num_passes > 0))
+    num_guesses = 0 if state.drafts is None else len(state.drafts)
+    trying = step.num_passes > 0
+    num_nodes = policy.num_nodes(tree.log_probs, tree.depths(), num_guesses, late=state.late, trying=trying)
+    tree = tree.first(num_nodes)
     if not tree.num_nodes:
         if step.num_passes:
             # The draft pass has decided a token already; without a draft worth verifying, that is all.
@@ -85,6 +89,7 @@ def auto_cycle(state: DecodeState, policy: Policy, room: int) -> Step:
     num_blocks = policy.num_blocks(tree.num_nodes, ends)
     blocks = choose_blocks(tree, num_blocks, room - 3, at_root=policy.keeps_late())
     num_before, late = len(step.token_ids), state.late
+    state.block_size = policy.block_size
     step = _after(step._replace(kind="fused_tree" if blocks else "tree"), state, tree, blocks)
     num_accepted = len(step.token_ids) - num_before - 1
     left: Left = "none" if state.drafts is None else "late" if state.late else "fresh"
@@ -119,7 +124,7 @@ def _may_draft(state: DecodeState, room: int, floor: bool) -> bool:
     """Whether a draft pass, with an AR row or without, can be followed by a draft worth verifying."""
     num_ar = int(floor)
     size = min(state.block_size, state.context_length - state.length)
-    return min(size - 1 - num_ar, room - 1 - num_ar) >= 1
+    return min(1 + state.dual.config.num_guesses(size), room - 1) - num_ar >= 1
 
 
 def _after(step: Step, state: DecodeState, tree: DraftTree, blocks: list[Block]) -> Step:

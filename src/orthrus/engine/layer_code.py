@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch._inductor
 import transformers
 from torch import Tensor, nn
-from torch.export import Dim
 
 from orthrus.base.provenance import processor
 from orthrus.base.storage import kept_file
@@ -22,6 +20,9 @@ from orthrus.engine import fast_layers, layer_attention
 from orthrus.engine.kernels import build, linear
 from orthrus.model import int4_linear, int8_linear, twin
 from orthrus.model.twin import RowSplit, Twin
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 LayerCode = Any
 """Of a kind of layers, for `torch.classes.orthrus.Layers`: (a layer's tensors, hidden_1TC, those of
@@ -74,10 +75,13 @@ def layer_code(layer: nn.Module, example: Arguments, folder: Path, *, config: An
     path = folder / f"{_digest(layer, example, config)}.pt2"
 
     def make(scratch: Path) -> Path:
+        # The compiler takes seconds to import, and most starts find the code made.
+        from torch._inductor import aoti_compile_and_package
+
         made = scratch / path.name
         options = {**_OPTIONS, "aot_inductor.custom_ops_to_c_shims": build.c_functions()}
         with _compiling_in(scratch):
-            torch._inductor.aoti_compile_and_package(
+            aoti_compile_and_package(
                 _exported(layer, example), package_path=str(made), inductor_configs=options
             )
         return made
@@ -149,7 +153,7 @@ def _digest(layer: nn.Module, example: Arguments, config: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def _exported(layer: nn.Module, example: Arguments) -> torch.export.ExportedProgram:
+def _exported(layer: nn.Module, example: Arguments) -> "ExportedProgram":
     """The graph of a layer of this kind as a function of flat tensors, with all sizes of a pass left open."""
     template, split = _template(layer)
     names = list(named_tensors(template))
@@ -178,8 +182,10 @@ def _exported(layer: nn.Module, example: Arguments) -> torch.export.ExportedProg
             )
             return out
 
+    from torch.export import export
+
     tensors = list(named_tensors(layer).values())
-    return torch.export.export(
+    return export(
         Layer(),
         (*tensors, example.hidden_1TC, *example.flat()),
         dynamic_shapes={"flat": (*[None] * len(tensors), *_open_sizes(example))},
@@ -189,6 +195,8 @@ def _exported(layer: nn.Module, example: Arguments) -> torch.export.ExportedProg
 
 def _open_sizes(example: Arguments) -> list[dict[int, Any] | None]:
     """Per flat argument, the dimensions that change from pass to pass."""
+    from torch.export import Dim
+
     num_rows = example.hidden_1TC.shape[1]
     sizes: list[dict[int, Any] | None] = [{1: Dim.DYNAMIC}]
     for name, value in example.given.items():

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from orthrus.decoding.acceptance import TreeOnDevice
-from orthrus.decoding.policy import joint_guesses
+from orthrus.decoding.cost_table import joint_guesses
 from orthrus.decoding.tree import EMPTY_TREE, Candidates, DraftTree, accepted_rows
 from orthrus.engine.state import DecodeState
 from orthrus.model.passes import draft_block, fused, prefill, verify_tree
@@ -56,16 +56,17 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
     ids_1T = torch.tensor([[state.anchor_id, *tree.token_ids]], device=state.dual.device)
     depths = [0, *tree.depths()]
     size = min(state.block_size, state.context_length - length - max(depths))
-    blocks = blocks if size > 2 else ()
+    num_guesses = state.dual.config.num_guesses(size)
+    blocks = blocks if num_guesses > 0 else ()
     rows = [block.row for block in blocks]
     sent = TreeOnDevice(tree, rows, state.dual.device) if blocks and state.asks_once else None
     if blocks:
         p = fused(ids_1T, tree.parents, state.cache.lengths, rows, size, state.dual.mask_token_id)
     else:
         p = verify_tree(ids_1T, tree.parents, state.cache.lengths)
-    # Neither the first row's guess of a block, which the AR view decides, nor the last row's is of use.
-    guesses = [num_ar + i * size + j for i in range(len(blocks)) for j in range(1, size - 1)]
-    joint = joint_guesses(len(blocks), size, own_head=state.dual.draft_head is not None) > 0
+    # What a block's first row guesses the AR view decides.
+    guesses = [num_ar + i * size + j for i in range(len(blocks)) for j in range(1, 1 + num_guesses)]
+    joint = joint_guesses(len(guesses), own_head=state.dual.draft_head is not None) > 0
     if joint:
         rows_R = torch.tensor([*range(num_ar), *guesses], device=state.dual.device)
         p = replace(p, logit_rows_R=rows_R)
@@ -74,8 +75,8 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
     logits_RV = state.dual.head(hidden_TC[p.logit_rows_R] if joint else hidden_TC[:num_ar])
     ahead: Candidates | None = None
     if sent is not None:
-        shape = len(blocks), size - 2
-        hidden_BDC = hidden_TC[num_ar:].unflatten(0, (-1, size))[:, 1:-1]
+        shape = len(blocks), num_guesses
+        hidden_BDC = hidden_TC[num_ar:].unflatten(0, (-1, size))[:, 1 : 1 + num_guesses]
         logits_BDV = logits_RV[num_ar:].unflatten(0, shape) if joint else None
         own_ids, ahead = state.choose_and_propose(logits_RV[:num_ar], sent, hidden_BDC, logits_BDV)
     else:
@@ -91,9 +92,9 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
     if on_path:
         index = max(on_path, key=lambda i: depths[blocks[i].row])
         num_known = depths[last] - depths[blocks[index].row] + 1
-        if num_known < size - 1:
+        if num_known <= num_guesses:
             if ahead is None:
-                first, end = index * (size - 2) + num_known - 1, (index + 1) * (size - 2)
+                first, end = index * num_guesses + num_known - 1, (index + 1) * num_guesses
                 hidden_DC = hidden_TC[guesses[first] : guesses[end - 1] + 1]
                 logits_DV = logits_RV[num_ar + first : num_ar + end] if joint else None
                 ahead = state.propose(hidden_DC, state.length + 1, logits_DV)
@@ -106,7 +107,9 @@ def draft_pass(state: DecodeState) -> int:
     """The paper's draft: a block and no AR row, so nothing is committed. Returns the rows it took."""
     size = min(state.block_size, state.context_length - state.length)
     anchor_11 = torch.tensor([[state.anchor_id]], device=state.dual.device)
-    p = draft_block(anchor_11, state.cache.lengths, size, state.dual.mask_token_id, floor=False)
+    num_drafts = 1 + state.dual.config.num_guesses(size)
+    mask_token_id = state.dual.mask_token_id
+    p = draft_block(anchor_11, state.cache.lengths, size, mask_token_id, floor=False, num_drafts=num_drafts)
     hidden_TC = state.dual.hidden(p, state.cache)[0]
     state.drafts, state.late = state.propose(hidden_TC[p.logit_rows_R], state.length + 1), False
     return p.num_rows

@@ -24,9 +24,10 @@ from orthrus.types import CycleKind
 @dataclass(slots=True, kw_only=True)
 class DecodeState:
     """One stream. The anchor, its last committed token, is not in the cache yet: it stands at position
-    `length`. drafts: what the diffusion view proposes after the anchor, None where it has not been asked;
-    late: their block stood further back, so it has not seen all of the text before them.
-    eos_token_ids end the text: no pass is spent on what comes after one. dear_reads: `reads_are_dear`."""
+    `length`. block_size: rows of the blocks that are drafted next. drafts: what the diffusion view proposes
+    after the anchor, None where it has not been asked; late: their block stood further back, so it has not
+    seen all of the text before them. eos_token_ids end the text: no pass is spent on what comes after one.
+    dear_reads: `reads_are_dear`."""
 
     dual: DualView
     cache: SlotCache

@@ -154,7 +154,7 @@ class TokenStream(Iterator[Cycle]):
             return None
         return Policy(
             pass_costs(self._dual, greedy=config.sampling.greedy),
-            self._block_size,
+            self._dual.config.num_guesses(self._block_size),
             config.node_budget,
             config.block_budget,
             own_head=self._dual.draft_head is not None,

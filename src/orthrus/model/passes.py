@@ -127,10 +127,11 @@ def draft_block(
     """One diffusion block: the anchor and K - 1 masks, at the positions that follow the history.
 
     Block rows read the history strictly before the anchor and their whole own block, both ways. Row j
-    predicts position anchor + j + 1 and the last row only serves the others as context, so K rows give
-    K - 1 drafts. With `floor` an AR row of the anchor goes first: it writes the anchor's history and
+    predicts position anchor + j + 1. In training the last row only serves the others as context, so K rows
+    give K - 1 drafts. With `floor` an AR row of the anchor goes first: it writes the anchor's history and
     decides the next token whatever the drafts are worth; the block's own first guess is then not needed,
-    which leaves K - 2 drafts. `num_drafts` projects fewer of them. Source: arXiv 2605.12825, section 3.
+    which leaves K - 2 drafts. `num_drafts` projects fewer of them, or that of the last row too, which has
+    learnt to guess where blocks were longer in training. Source: arXiv 2605.12825, section 3.
     """
     batch_size, device = anchor_ids_B1.shape[0], anchor_ids_B1.device
     num_ar = int(floor)

@@ -51,6 +51,13 @@ class ViewConfig:
                 f"the view is stored as '{self.encoding}', this release reads {known}; upgrade orthrus."
             )
 
+    def num_guesses(self, num_rows: int) -> int:
+        """How many rows of a block guess a token that the AR row at its anchor does not decide.
+
+        All but the first, and but the last one of a block as long as in training, of which nothing was asked.
+        """
+        return min(num_rows, self.block_size - 1) - 1
+
     def to_dict(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
