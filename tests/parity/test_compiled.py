@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from orthrus.api import Orthrus, decode_config
 from orthrus.base.devices import QUANTISED
 from orthrus.base.families import decoder_layers
 from orthrus.config import Strategy
+from orthrus.engine import compiled as engine
 from orthrus.engine.compiled import CompiledRunner
 from orthrus.engine.layer_code import kind
 from orthrus.engine.probe import stock_generate
 from orthrus.engine.runners import use_runner
 from orthrus.errors import OrthrusWarning, UserInputError
+from orthrus.model.attention import folded_heads
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass, draft_block, fused, prefill, verify_tree
 from orthrus.model.quantise import quantise, quantise_drafts
@@ -207,6 +210,45 @@ def test_wide_passes_are_compiled_too() -> None:
     for row in (1, 70, 139):
         two_1T = ids_1T[:, [0, row]]
         assert torch.equal(states(dual, history_1T, verify_tree(two_1T, [0], [9]))[1][0, 1], together[0, row])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("slow", [False, True], ids=["stock", "compiled"])
+def test_long_chunks_of_a_prompt_run_where_they_are_fast(monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
+    num_stock = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal num_stock
+        num_stock += 1
+        return folded_heads(*args)
+
+    monkeypatch.setattr(engine, "stock_is_slow", lambda _: slow)
+    monkeypatch.setattr(engine, "folded_heads", counted)
+    dual = compiled(tiny_dual("llama", disturb=0.3).to(torch.bfloat16))
+    ids_1T = torch.randint(3, MASK, (1, engine.MOST_PROMPT_ROWS + 9))
+    together = dual.hidden(prefill(ids_1T, [0]), dual.new_cache(200))[0]
+    assert num_stock == int(not slow)
+    cache = dual.new_cache(200)
+    dual.hidden(prefill(ids_1T[:, :2], [0]), cache)
+    cache.commit(2)
+    for row in range(2, ids_1T.shape[1]):
+        alone = dual.hidden(prefill(ids_1T[:, row : row + 1], cache.lengths), cache)[0, 0]
+        cache.commit(1)
+        torch.testing.assert_close(together[row], alone, atol=0.1, rtol=0.1)
+        assert not slow or torch.equal(together[row], alone)
+    assert num_stock == int(not slow)
+
+
+def test_which_products_of_many_rows_have_instructions_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    duals = {kind: tiny_dual("llama") for kind in ("float32", "bfloat16", "int8", "int4")}
+    duals["bfloat16"].to(torch.bfloat16)
+    quantise(duals["int8"], "int8")
+    quantise(duals["int4"], "int4")
+    for exact in (False, True):
+        monkeypatch.setattr(engine, "onednn_is_exact", lambda exact=exact: exact)
+        slow = {kind: engine.stock_is_slow(dual) for kind, dual in duals.items()}
+        has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert slow == {"float32": False, "bfloat16": not has_bfloat16, "int8": not exact, "int4": True}
 
 
 @torch.inference_mode()

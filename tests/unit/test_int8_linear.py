@@ -106,9 +106,9 @@ def test_quantised_drafts_leave_the_ar_rows_alone() -> None:
 @torch.inference_mode()
 def test_int8_sums_are_exact_in_either_way(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest sums that there are: 16 bits do not hold two of their products, float32 not all of them."""
-    if exact and not int8_linear._onednn_is_exact():
+    if exact and not int8_linear.onednn_is_exact():
         pytest.skip("needs a processor with instructions for int8")
-    monkeypatch.setattr(int8_linear, "_onednn_is_exact", lambda: exact)
+    monkeypatch.setattr(int8_linear, "onednn_is_exact", lambda: exact)
     int8_NC = torch.full((4, 3001), 127, dtype=torch.int8)
     int8_NC[1] = -127
     int8 = Int8Linear(int8_NC, torch.ones(4), None)

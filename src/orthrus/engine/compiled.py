@@ -24,12 +24,13 @@ from orthrus.engine.kernels.linear import fast_linear
 from orthrus.engine.layer_code import Arguments, LayerCode, flatten, kind, layer_code, named_tensors
 from orthrus.model.attention import folded_heads
 from orthrus.model.dual_view import DualView
+from orthrus.model.int8_linear import onednn_is_exact
 from orthrus.model.passes import Pass, fused, verify_chain
 from orthrus.model.repair import RepairTables
 from orthrus.model.slot_cache import SlotCache
 
 MOST_PROMPT_ROWS = 128
-"""Longer chunks of a prompt run through the stock layers, which are made for many rows."""
+"""Longer chunks of a prompt run through the stock layers where these are made for many rows."""
 
 
 def compile_passes(dual: DualView, on_progress: Progress | None = None) -> None:
@@ -78,11 +79,21 @@ Way = Literal["each", "waiting", "alike"]
 """How layers are run: each when it is called; all when the last one is called; all by one call."""
 
 
+def stock_is_slow(dual: DualView) -> bool:
+    """Whether this processor has no instructions by which PyTorch multiplies many rows of the model's kind.
+
+    Four bits are unpacked for each product on any processor, and int8 goes through float32 without VNNI.
+    """
+    if dual.precision is not None:
+        return dual.precision == "int4" or not onednn_is_exact()
+    return dual.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class CompiledRunner:
     """Stands in for the decoder layers of a model during a pass; see `DualView.accelerate`.
 
-    Passes of one sequence only, and no long chunks of a prompt: others run through the stock layers. The
-    weights are packed when it is made; what changes them later is not seen.
+    Passes of one sequence only, and long chunks of a prompt only where `stock_is_slow`: others run through
+    the stock layers. The weights are packed when it is made; what changes them later is not seen.
 
     Where the stock forward hands each layer just what the one before it returned, as the first pass shows,
     layers only take note of their call, and the last one runs them all without a way back to Python between;
@@ -101,6 +112,7 @@ class CompiledRunner:
         self._examples = {first: fast[first] for first in kinds.values()}
         self.head = fast_linear([dual.base.get_output_embeddings()])
         self.draft_head = None if dual.draft_head is None else fast_linear([dual.draft_head])
+        self._takes_long_prompts = stock_is_slow(dual)
         # Built once, since setting up thirty closures a pass would show.
         self._forwards = [self._forward(i) for i in range(len(self._layers))]
         self._stack = _Stack(len(self._layers), self._all)
@@ -110,7 +122,7 @@ class CompiledRunner:
     @contextmanager
     def __call__(self, p: Pass, cache: SlotCache) -> Iterator[dict[str, Any]]:
         """Answer the calls of the decoder layers for this pass."""
-        long_prompt = p.is_prompt and p.num_rows > MOST_PROMPT_ROWS
+        long_prompt = p.is_prompt and p.num_rows > MOST_PROMPT_ROWS and not self._takes_long_prompts
         # Compiled sizes are at least two, but for the number of rows.
         if p.token_ids_BT.shape[0] != 1 or p.num_slots < 2 or long_prompt:
             with folded_heads(self._dual.base.config, self._dual.device) as more:

@@ -59,7 +59,7 @@ class Int8Linear(nn.Module):
 
     def _products(self, int8_RC: Tensor) -> Tensor:
         """Rows times weights in float32, scaled per output; the sums are whole numbers, exact."""
-        if not _onednn_is_exact():
+        if not onednn_is_exact():
             parts = zip(int8_RC.split(_EXACT_INPUTS, 1), self.weight.split(_EXACT_INPUTS, 1), strict=True)
             sums = [(rows.float() @ weight.float().t()).int() for rows, weight in parts]
             return torch.stack(sums).sum(0).float() * self.scales_N
@@ -94,7 +94,8 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _onednn_is_exact() -> bool:
+def onednn_is_exact() -> bool:
+    """Whether oneDNN multiplies int8 here, and without sums that overflow 16 bits."""
     # Not there in older releases of PyTorch.
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     has_sums = any(has.get(name) for name in ("avx_vnni", "avx512_vnni", "amx_int8"))
