@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny import VOCAB, tiny_dual
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from orthrus.engine.kernels import best, build
+from orthrus.engine.kernels import best, build, pairs
 from orthrus.engine.kernels.build import load_kernels
 from orthrus.engine.kernels.linear import FewRowsLinear, FewRowsTwin, fast_linear, fast_twin, has_tiles
 from orthrus.model.int4_linear import Int4Linear
 from orthrus.model.int8_linear import Int8Linear
+from orthrus.model.repair import RepairTables
 from orthrus.model.twin import RowSplit, Twin
 
 QUANTISED: dict[str, Any] = {"int8": Int8Linear, "int4": Int4Linear}
@@ -308,6 +310,34 @@ def test_best_tokens_leave_out_what_is_no_number() -> None:
     values_RN, ids_RN, _ = best.best_tokens(scores_RV, 3)
     assert ids_RN[0, :2].tolist() == [200, 7]
     assert values_RN.isnan().tolist() == [[False, False, True], [True, True, True]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [3, 16, 37])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_pairs_are_those_of_the_repair_head(
+    dtype: torch.dtype, rank: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dual = tiny_dual("llama", repair_rank=rank).to(dtype)
+    assert dual.repair is not None
+    torch.manual_seed(rank)
+    nn.init.normal_(dual.repair.out.weight, 0.0, 0.5)
+    tables = RepairTables.of(dual)
+    dual.accelerate("eager", repair_tables=tables)
+    hidden_DC, scores_DV = torch.randn(5, 32, dtype=dtype), torch.randn(5, VOCAB) * 3
+    scores_DV[1] = -torch.inf
+    scores_DV[1, :2] = torch.tensor([1.0, 2.0])
+    top, totals_D1 = scores_DV.topk(8), scores_DV.logsumexp(-1, keepdim=True)
+    parents_DP = torch.randint(0, VOCAB, (5, 4))
+    given = dual, hidden_DC, parents_DP, top.indices, top.values, totals_D1, temperature
+    with torch.inference_mode():
+        ours_DPM = pairs.repaired_pairs(*given)
+        monkeypatch.setattr(pairs, "kernels_loaded", lambda: False)
+        slow_DPM = pairs.repaired_pairs(*given)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(ours_DPM, slow_DPM, atol=tolerance, rtol=tolerance)
+    assert ours_DPM[1, :, 2:].isneginf().all()
+    assert (ours_DPM[2, 0] - ours_DPM[2, 1]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("size", [1, 16, 300, 4097])

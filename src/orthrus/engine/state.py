@@ -10,13 +10,13 @@ from torch import Tensor
 from orthrus.config import SamplingParams
 from orthrus.decoding.acceptance import TreeOnDevice
 from orthrus.decoding.noise import exponential_noise
-from orthrus.decoding.pairs import given_the_prefix, pair_log_probs
+from orthrus.decoding.pairs import given_the_prefix
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise, filtered_probs
 from orthrus.decoding.tree import Candidates
 from orthrus.engine.kernels.best import best_tokens, first_best
+from orthrus.engine.kernels.pairs import repaired_pairs
 from orthrus.model.dual_view import DualView
-from orthrus.model.repair import pair_changes
 from orthrus.model.slot_cache import SlotCache
 from orthrus.types import CycleKind
 
@@ -126,10 +126,8 @@ class DecodeState:
             return _Ranked(ids_DC, log_probs_DC, None)
         parents_DP = ids_DC.roll(1, 0)
         parents_DP[first] = anchor
-        changes_DPM = pair_changes(dual, hidden_DC, parents_DP, ids_DC)
-        if not self.sampling.greedy:
-            changes_DPM = changes_DPM / self.sampling.temperature
-        given_DPC = pair_log_probs(best_DC, all_D1, changes_DPM)
+        temperature = 1.0 if self.sampling.greedy else self.sampling.temperature
+        given_DPC = repaired_pairs(dual, hidden_DC, parents_DP, ids_DC, best_DC, all_D1, temperature)
         log_probs_DC[first] = given_DPC[first][:, 0]
         return _Ranked(ids_DC, log_probs_DC, given_the_prefix(given_DPC))
 

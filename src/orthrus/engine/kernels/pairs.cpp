@@ -1,0 +1,118 @@
+// What a repair head makes of pairs of candidates: log probs of each given each candidate of the place before it.
+//
+// The tables are small and the steps many: operator by operator, most of the time would go into calling them.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+using namespace orthrus;
+
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+float log_sum_exp(const float* x, int64_t size) {
+  const float most = *std::max_element(x, x + size);
+  if (most == kNone) return kNone;
+  float sum = 0.0f;
+  for (int64_t i = 0; i < size; ++i) sum += std::exp(x[i] - most);
+  return most + std::log(sum);
+}
+
+float log_add_exp(float a, float b) {
+  const float most = std::max(a, b);
+  if (most == kNone) return kNone;
+  return most + std::log1p(std::exp(std::min(a, b) - most));
+}
+
+// silu of what a draft row and a parent bring together.
+template <typename T>
+void meet(const float* row, const T* parent, int64_t rank, float* out) {
+  int64_t k = 0;
+  for (; k + kLanes <= rank; k += kLanes) {
+    const Floats x = floats(row + k) + floats(parent + k);
+    store(x / (exponential(-x) + 1.0f), out + k);
+  }
+  for (; k < rank; ++k) {
+    const float x = row[k] + static_cast<float>(parent[k]);
+    out[k] = x / (std::exp(-x) + 1.0f);
+  }
+}
+
+template <typename T>
+float dot(const float* a, const T* b, int64_t size) {
+  Floats sums = {};
+  int64_t k = 0;
+  for (; k + kLanes <= size; k += kLanes) sums = multiply_add(floats(a + k), floats(b + k), sums);
+  float sum = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+  for (; k < size; ++k) sum += a[k] * static_cast<float>(b[k]);
+  return sum;
+}
+
+template <typename T>
+void fill(
+    const at::Tensor& rows, const at::Tensor& parents, const at::Tensor& children, const at::Tensor& parent_ids,
+    const at::Tensor& child_ids, const at::Tensor& scores, const at::Tensor& totals, float temperature,
+    at::Tensor& out) {
+  const int64_t rank = rows.size(1), num_parents = parent_ids.size(1), num_children = child_ids.size(1);
+  const T *parent = parents.const_data_ptr<T>(), *child = children.const_data_ptr<T>();
+  const auto *parent_id = parent_ids.const_data_ptr<int64_t>(), *child_id = child_ids.const_data_ptr<int64_t>();
+  const float *row = rows.const_data_ptr<float>(), *score = scores.const_data_ptr<float>();
+  const float* total = totals.const_data_ptr<float>();
+  auto* to = out.mutable_data_ptr<float>();
+  at::parallel_for(0, parent_ids.numel(), 16, [&](int64_t begin, int64_t end) {
+    std::vector<float> met(rank);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t d = i / num_parents;
+      meet(row + d * rank, parent + parent_id[i] * rank, rank, met.data());
+      float* given = to + i * num_children;
+      const float* alone = score + d * num_children;
+      for (int64_t m = 0; m < num_children; ++m)
+        given[m] = alone[m] + dot(met.data(), child + child_id[d * num_children + m] * rank, rank) / temperature;
+      // All other tokens keep their scores; none are left where the candidates hold all that float32 can tell.
+      const float share = std::min(log_sum_exp(alone, num_children) - total[d], 0.0f);
+      const float rest = total[d] + std::log(-std::expm1(share));
+      const float whole = log_add_exp(log_sum_exp(given, num_children), rest);
+      for (int64_t m = 0; m < num_children; ++m) given[m] -= whole;
+    }
+  });
+}
+
+// rows (D, r) float32, tables (V, r) of float32 or bfloat16, ids (D, P) and (D, M), scores (D, M), totals (D, 1) ->
+// log probs (D, P, M).
+at::Tensor pair_log_probs(
+    const at::Tensor& rows, const at::Tensor& parents, const at::Tensor& children, const at::Tensor& parent_ids,
+    const at::Tensor& child_ids, const at::Tensor& scores, const at::Tensor& totals, double temperature) {
+  const int64_t num = rows.size(0), rank = rows.size(1);
+  TORCH_CHECK(parents.size(1) == rank && children.size(1) == rank, "pair_log_probs: tables of another rank");
+  TORCH_CHECK(
+      parent_ids.size(0) == num && child_ids.size(0) == num && scores.sizes() == child_ids.sizes() &&
+          totals.numel() == num && child_ids.size(1) > 0,
+      "pair_log_probs: sizes");
+  for (const at::Tensor* ids : {&parent_ids, &child_ids}) TORCH_CHECK(ids->scalar_type() == at::kLong, "ids: int64");
+  TORCH_CHECK(parents.is_contiguous() && children.is_contiguous(), "pair_log_probs: tables with gaps");
+  at::Tensor out = at::empty({num, parent_ids.size(1), child_ids.size(1)}, scores.options());
+  const auto run = parents.scalar_type() == at::kFloat ? fill<float> : fill<at::BFloat16>;
+  run(rows.contiguous(), parents, children, parent_ids.contiguous(), child_ids.contiguous(), scores.contiguous(),
+      totals.contiguous(), static_cast<float>(temperature), out);
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(orthrus, library) {
+  library.def(
+      "pair_log_probs(Tensor rows, Tensor parents, Tensor children, Tensor parent_ids, Tensor child_ids, "
+      "Tensor scores, Tensor totals, float temperature) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(orthrus, CPU, library) { library.impl("pair_log_probs", &pair_log_probs); }

@@ -1,0 +1,35 @@
+"""Log probs of pairs of candidates, by a kernel of our own where it has been loaded: see `pairs.cpp`."""
+
+import torch
+from torch import Tensor
+
+from orthrus.decoding.pairs import pair_log_probs
+from orthrus.engine.kernels.build import kernels_loaded
+from orthrus.model.dual_view import DualView
+from orthrus.model.repair import pair_changes
+
+
+def repaired_pairs(
+    dual: DualView,
+    hidden_DC: Tensor,
+    parent_ids_DP: Tensor,
+    child_ids_DM: Tensor,
+    scores_DM: Tensor,
+    totals_D1: Tensor,
+    temperature: float,
+) -> Tensor:
+    """log_probs_DPM of each candidate of a draft row, given each candidate of the row before; float32.
+
+    As `pair_log_probs` of `pair_changes`. temperature: that the scores have been divided by.
+    """
+    tables = dual.repair_tables
+    known = tables is not None and tables.parents_Vr.dtype in (torch.float32, torch.bfloat16)
+    if tables is None or not known or hidden_DC.device.type != "cpu" or not kernels_loaded():
+        changes_DPM = pair_changes(dual, hidden_DC, parent_ids_DP, child_ids_DM) / temperature
+        return pair_log_probs(scores_DM, totals_D1, changes_DPM)
+    assert dual.repair is not None
+    rows_Dr = dual.repair.before(hidden_DC, dual.repair.hidden).float()
+    log_probs_DPM: Tensor = torch.ops.orthrus.pair_log_probs(
+        rows_Dr, *tables, parent_ids_DP, child_ids_DM, scores_DM, totals_D1, temperature
+    )
+    return log_probs_DPM
