@@ -80,7 +80,8 @@ class SamplingParams:
 class DecodeConfig:
     """One request: how much to generate, with which strategy, and when to stop.
 
-    `block_size` None means the size that the view was trained with. `floor` lets a draft pass carry the
+    `block_size`: rows of a drafted block, for auto the most; None means as many as the view was trained with,
+    of which the last one guesses nothing (see docs/metrics.md). `floor` lets a draft pass carry the
     anchor as an AR row too, so that every pass commits at least one token; False gives the cycle of the
     paper (arXiv 2605.12825, section 3) in the fixed strategies, auto always has the floor. `node_budget`:
     the most drafts that a pass of `tree` or `fused_tree` verifies. `block_budget`: the most blocks that a

@@ -312,7 +312,7 @@ def test_best_tokens_leave_out_what_is_no_number() -> None:
     assert values_RN.isnan().tolist() == [[False, False, True], [True, True, True]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("rank", [3, 16, 37])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_pairs_are_those_of_the_repair_head(

@@ -16,7 +16,7 @@ def table(body_ms: tuple[float, ...], head_ms: tuple[float, ...]) -> CostTable:
     """Block rows cost what AR rows do."""
     added = tuple(ms - body_ms[0] for ms in body_ms)
     block_rows = tuple(n - 1 for n in ROWS)
-    return CostTable(ROWS, body_ms, head_ms, block_rows, added, block_rows, body_ms, head_ms[0])
+    return CostTable(ROWS, body_ms, head_ms, block_rows[1:], added[1:], block_rows, body_ms, head_ms[0])
 
 
 FLAT = table((10.0, 10.1, 10.2, 10.4, 10.8), (0.1, 0.1, 0.1, 0.1, 0.1))
@@ -52,9 +52,8 @@ def verify(
 
 
 def test_costs_interpolate_and_extrapolate() -> None:
-    costs = CostTable(
-        (1, 3, 5), (10.0, 14.0, 24.0), (1.0, 1.0, 2.0), (2, 4), (3.0, 7.0), (1, 2), (11.0, 12.0), 0.5
-    )
+    rows, body_ms, head_ms = (1, 3, 5), (10.0, 14.0, 24.0), (1.0, 1.0, 2.0)
+    costs = CostTable(rows, body_ms, head_ms, (2, 4), (3.0, 7.0), (1, 2), (11.0, 12.0), 0.5)
     assert costs(1) == pytest.approx(11.0)
     assert costs(2) == pytest.approx(13.0)
     assert costs(4) == pytest.approx(19.0 + 1.5)
@@ -65,6 +64,9 @@ def test_costs_interpolate_and_extrapolate() -> None:
     assert costs(1, 2) == pytest.approx(12.0 + 1.0)
     assert costs(1, 1, 2) == pytest.approx(11.0 + 1.0)
     assert costs(1, 3, 3) == pytest.approx(10.0 + 1.5 + 5.0)
+    # Fewer block rows than were timed are not free, where a line through the others would say so.
+    steep = CostTable(rows, body_ms, head_ms, (4, 8), (4.0, 40.0), (1, 2), (11.0, 12.0), 0.5)
+    assert steep(3, 2) == pytest.approx(14.0 + 1.0 + 2.0)
 
 
 def test_guesses_share_the_head_while_they_are_few_and_have_none_of_their_own() -> None:
@@ -163,6 +165,15 @@ def test_blocks_grow_again_where_guesses_come_to_stand() -> None:
     for _ in range(40):
         drafted(decider, 0.95)
     assert short < 4 < decider.block_size
+
+
+def test_late_drafts_do_not_tell_how_many_nodes_fresh_ones_need() -> None:
+    mixed, fresh = policy(FLAT), policy(FLAT)
+    for _ in range(100):
+        verify(mixed, [log(0.8)], 1, late=True, left="late")
+        for decider in (mixed, fresh):
+            verify(decider, [log(0.8) * i for i in range(1, 7)], 3)
+    assert [n.num_nodes.value for n in mixed._lengths] == [n.num_nodes.value for n in fresh._lengths]
 
 
 def test_drafts_that_fall_end_drafting_and_drafts_that_stand_bring_it_back() -> None:

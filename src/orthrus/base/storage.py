@@ -103,7 +103,10 @@ def storage_errors(path: Path, needed_bytes: int) -> Iterator[None]:
 
 
 def load_published(key: str, progress: Progress | None = None) -> Path | None:
-    """The finished folder of that key, every checksum verified; None if it is absent or damaged."""
+    """The finished folder of that key; None if it is absent or damaged.
+
+    Checksums are verified, unless they have been since the files were last touched.
+    """
     folder = _models_dir() / key
     try:
         manifest = json.loads((folder / MANIFEST).read_text())

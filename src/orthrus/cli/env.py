@@ -89,7 +89,7 @@ def _accelerators() -> list[str]:
 
 
 def _default_model_cached() -> bool:
-    """Whether the folder is there; loading also verifies its checksums."""
+    """Whether the folder is there; loading looks into it."""
     from orthrus.base import default_model, gguf
     from orthrus.base.storage import MANIFEST, cache_dir
 

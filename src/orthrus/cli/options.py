@@ -80,7 +80,7 @@ BlockSize = Annotated[
     typer.Option(
         "--block-size",
         "-k",
-        help="Rows of a drafted block, K. Left out: as the view was trained.",
+        help="Rows of a drafted block; auto takes as many at most. Left out: as the view was trained.",
         rich_help_panel=_DECODING,
     ),
 ]

@@ -15,7 +15,8 @@ class CostTable:
     What block rows add is told apart, since they read weights of their own: `block_ms`, by `block_rows`,
     beside a few AR rows; `draft_pass_ms`, by `draft_rows`, of the pass that most drafts come from, one AR row
     and the rows of one block; and `draft_ms` of making a draft of one block. Rows ascend; between the entries
-    costs are interpolated, beyond the last one extrapolated.
+    costs are interpolated, beyond them extrapolated; fewer block rows than were timed cost at least their
+    share.
     """
 
     rows: tuple[int, ...]
@@ -32,7 +33,10 @@ class CostTable:
         head_ms = _at(self.rows, self.head_ms, num_ar + num_projected)
         if num_ar == 1 and 0 < num_block <= self.draft_rows[-1]:
             return head_ms + _at(self.draft_rows, self.draft_pass_ms, num_block)
-        added_ms = _at(self.block_rows, self.block_ms, num_block) if num_block else 0.0
+        added_ms = 0.0
+        if num_block:
+            share_ms = self.block_ms[0] * min(1.0, num_block / self.block_rows[0])
+            added_ms = max(_at(self.block_rows, self.block_ms, num_block), share_ms)
         return head_ms + _at(self.rows, self.body_ms, num_ar) + added_ms
 
 

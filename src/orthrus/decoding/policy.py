@@ -27,7 +27,7 @@ unless rows are dear."""
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 """Tokens that blocks may guess, where they can guess more."""
 STRAYS = 0.1
-"""How far the worth of longer blocks than those that are drafted returns to that expectation, each time."""
+"""How far what longer blocks than a draft's are supposed to have promised returns to that expectation."""
 TRUSTED = 2.0
 """How many accepted drafts, all of them promised, are taken for granted: a few say little about promises."""
 
@@ -194,7 +194,7 @@ class Policy:
 
     def keeps_late(self) -> bool:
         """Whether a late draft is worth verifying, rather than making a new one."""
-        return self._worth(late=True) > 0.0
+        return self._length.num_guesses > 1 and self._worth(late=True) > 0.0
 
     def num_blocks(self, num_nodes: int, end_probs: Sequence[float]) -> int:
         """How many blocks to add, given each row's chance to be where the path ends.
@@ -234,7 +234,6 @@ class Policy:
         if late:
             self._late.add(self._offers[-1].promised)
             self._late_trust.add(num_accepted, verified)
-            self._length.num_nodes.add(self._offers[-1].num_nodes)
         else:
             self._learn_lengths()
             self._fresh_trust.add(num_accepted, verified)
@@ -273,7 +272,7 @@ class Policy:
                 usual = (first[i + 2] - first[i + 1]) / (first[i + 1] - first[i])
                 goes_on = max(p2 - p1, 0.0) / (p1 - p0) if p1 > p0 else usual
                 goes_on += STRAYS * (usual - goes_on)
-                more = min(goes_on * (here.promised - before.promised), length.num_guesses)
+                more = min(goes_on * (here.promised - before.promised), length.num_guesses - here.promised)
                 offer = _Offer(here.promised + more, here.num_nodes + max(n2 - n1, 0.0))
             before, here = here, offer
             length.promised.add(offer.promised)
@@ -310,7 +309,8 @@ class Policy:
         if not num_blocks:
             return (2.0 + fresh) / (draft_ms + verify_ms)
         hit = self._hits[num_blocks].value
-        late = (1.0 - hit) * self._left.value
+        # Of a single guess nothing is left once it has been decided.
+        late = (1.0 - hit) * self._left.value if length.num_guesses > 1 else 0.0
         nothing = 1.0 - hit - late
         tokens = 1.0 + (hit + nothing) * fresh + late * self._num_late(fresh) + nothing
         return tokens / (verify_ms + nothing * draft_ms)

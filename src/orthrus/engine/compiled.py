@@ -86,7 +86,9 @@ def stock_is_slow(dual: DualView) -> bool:
     """
     if dual.precision is not None:
         return dual.precision == "int4" or not onednn_is_exact()
-    return dual.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_onednn = torch.backends.mkldnn.is_available()
+    has_bfloat16 = has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dual.dtype == torch.bfloat16 and not has_bfloat16
 
 
 class CompiledRunner:

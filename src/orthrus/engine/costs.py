@@ -87,8 +87,8 @@ def measure_costs(
 
     One more warms up before them; a single round is compared with earlier ones, and needs none.
 
-    Block rows are timed as what they add to a pass of a few AR rows. Sampled means temperature 1 without
-    filters.
+    Block rows are timed as what they add to a pass of a few AR rows, and in draft passes of one AR row.
+    Sampled means temperature 1 without filters.
     """
     size = dual.config.block_size
     cache = dual.new_cache(HISTORY + max(ROWS) + max(BLOCKS) * size)
