@@ -1,17 +1,21 @@
 """Captured passes against the stock forward: with a stand-in for the graph, on a GPU with the real one."""
 
 from collections.abc import Callable
+from itertools import cycle
 
 import pytest
 import torch
 from tests.parity.test_compiled import random_passes
 from tests.tiny import tiny_dual
 from tests.tiny_orthrus import tiny_orthrus
+from tests.unit.test_policy import FLAT, MIDDLE, STEEP
 from tests.ways import EVERY_WAY
 from torch import Tensor
 
 from orthrus.api import decode_config
 from orthrus.config import Strategy
+from orthrus.decoding.cost_table import CostTable
+from orthrus.decoding.policy import Policy
 from orthrus.engine.captured import AR_ROWS, CapturedRunner, cuda_graph, filled_up
 from orthrus.engine.runners import use_runner
 from orthrus.errors import UserInputError
@@ -82,6 +86,24 @@ def test_text_is_that_of_the_eager_runner(strategy: Strategy, floor: bool) -> No
     again = fast.stream_ids([5, 6, 7, 8], config).drain()
     assert again.token_ids == results[0].token_ids
     assert len(recorded) == num_recorded, "the second request recorded anew"
+
+
+@pytest.mark.parametrize("table", [FLAT, MIDDLE, STEEP], ids=["flat", "middle", "steep"])
+def test_blocks_of_several_lengths_are_recorded_each(
+    monkeypatch: pytest.MonkeyPatch, table: CostTable
+) -> None:
+    # As `auto` may decide from draft to draft.
+    sizes = cycle((2, 3, 5))
+    monkeypatch.setattr(Policy, "block_size", property(lambda _: next(sizes)))
+    monkeypatch.setattr("orthrus.engine.stream.pass_costs", lambda *_, **__: table)
+    config = decode_config(strategy="auto", max_new_tokens=60, ignore_eos=True)
+    fast = tiny_orthrus()
+    captured(fast.dual)
+    plain = decode_config(strategy="ar", max_new_tokens=60, ignore_eos=True)
+    expected = tiny_orthrus().stream_ids([5, 6, 7, 8], plain).drain()
+    result = fast.stream_ids([5, 6, 7, 8], config).drain()
+    assert result.token_ids == expected.token_ids
+    assert (result.stats.num_accepted > 0) == (table is not STEEP)
 
 
 def test_a_cache_that_grows_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
