@@ -8,6 +8,7 @@ the decisions repeat. None of them can change the text: every token is the AR vi
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
 from math import exp
 from typing import Literal, NamedTuple
@@ -190,7 +191,9 @@ class Policy:
                 else:
                     self._offers.append(drafting)
             self._offers.reverse()
-        return int((drafting if trying else self._offer(probs, trust, self.rate())).num_nodes)
+        # Mostly drafting is the best that is known.
+        same = trying or self.rate() == self.draft_rate
+        return int((drafting if same else self._offer(probs, trust, self.rate())).num_nodes)
 
     def keeps_late(self) -> bool:
         """Whether a late draft is worth verifying, rather than making a new one."""
@@ -316,6 +319,7 @@ class Policy:
         return tokens / (verify_ms + nothing * draft_ms)
 
 
+@cache
 def _expected(num_guesses: int) -> float:
     """Accepted drafts of a block, before one was made."""
     return sum(GOES_ON**i for i in range(1, num_guesses + 1))

@@ -108,7 +108,7 @@ def measure_costs(
     for n in draft_rows:
         passes[1, n] = fused(ids_1T[:, :1], [], [HISTORY], [0], n, dual.mask_token_id)
     clock = _Clock(dual)
-    num_guesses = max(1, size - 2)
+    num_guesses = max(1, dual.config.num_guesses(size))
     num_rounds = repeats + int(repeats > 1)
     for done in range(num_rounds):
         if on_measure is not None:

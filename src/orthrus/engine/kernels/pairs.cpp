@@ -69,6 +69,12 @@ void fill(
   const float *row = rows.const_data_ptr<float>(), *score = scores.const_data_ptr<float>();
   const float* total = totals.const_data_ptr<float>();
   auto* to = out.mutable_data_ptr<float>();
+  // All other tokens keep their scores; none are left where the candidates hold all that float32 can tell.
+  std::vector<float> rest(rows.size(0));
+  for (size_t d = 0; d < rest.size(); ++d) {
+    const float share = std::min(log_sum_exp(score + d * num_children, num_children) - total[d], 0.0f);
+    rest[d] = total[d] + std::log(-std::expm1(share));
+  }
   at::parallel_for(0, parent_ids.numel(), 16, [&](int64_t begin, int64_t end) {
     std::vector<float> met(rank);
     for (int64_t i = begin; i < end; ++i) {
@@ -78,10 +84,7 @@ void fill(
       const float* alone = score + d * num_children;
       for (int64_t m = 0; m < num_children; ++m)
         given[m] = alone[m] + dot(met.data(), child + child_id[d * num_children + m] * rank, rank) / temperature;
-      // All other tokens keep their scores; none are left where the candidates hold all that float32 can tell.
-      const float share = std::min(log_sum_exp(alone, num_children) - total[d], 0.0f);
-      const float rest = total[d] + std::log(-std::expm1(share));
-      const float whole = log_add_exp(log_sum_exp(given, num_children), rest);
+      const float whole = log_add_exp(log_sum_exp(given, num_children), rest[d]);
       for (int64_t m = 0; m < num_children; ++m) given[m] -= whole;
     }
   });
