@@ -12,6 +12,9 @@ _LARGEST_INT8 = 127
 _EXACT_INPUTS = 1024
 """float32 holds the sums of so many products of two int8 numbers."""
 _LEAST_SCALE = 1e-12
+_ZERO_POINT = 128
+"""Makes rows unsigned: VNNI multiplies unsigned numbers by signed ones, and for two signed ones oneDNN has no code
+where there is no AMX, only a loop that takes some hundred times as long."""
 
 
 class Int8Linear(nn.Module):
@@ -40,7 +43,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("zeros_N", torch.zeros(len(scales_N), dtype=torch.int32), persistent=False)
         # Rows come rounded already: for oneDNN their scale is one.
         self.register_buffer("one", torch.tensor(1.0), persistent=False)
-        self.register_buffer("zero", torch.tensor(0, dtype=torch.int32), persistent=False)
+        self.register_buffer("zero_point", torch.tensor(_ZERO_POINT, dtype=torch.int32), persistent=False)
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "Int8Linear":
@@ -71,9 +74,9 @@ class Int8Linear(nn.Module):
         if self.prepacked is None:
             self.prepacked = torch.ops.onednn.qlinear_prepack(self.weight, None)
         return torch.ops.onednn.qlinear_pointwise.tensor(  # type: ignore[no-any-return]
-            int8_RC,
+            (int8_RC.view(torch.uint8) ^ _ZERO_POINT),
             self.one,
-            self.zero,
+            self.zero_point,
             self.prepacked,
             self.scales_N,
             self.zeros_N,

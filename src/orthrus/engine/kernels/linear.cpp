@@ -6,9 +6,9 @@
 // alike to the last bit whatever rows are beside it.
 //
 // Layouts of a weight (out, in), all zero-filled to whole blocks:
-//   floats  (blocks, in, width)           float32 and bfloat16 on any processor
-//   pairs   (blocks, in / 2, width, 2)    int8 likewise (`whole.h`)
-//   groups  (blocks, in / 32, bytes)      four bits likewise
+//   floats  (blocks, in, width)           float32, and bfloat16 without instructions for it
+//   dots    (blocks, in / v, width, v)    int8, and bfloat16 where it has instructions (`dots.h`)
+//   groups  (blocks, in / 32, bytes)      four bits (`groups.h`)
 //   tiles   (blocks, in / v, width, v)    bfloat16 (v = 2) and int8 (v = 4) for AMX (`tiles.h`)
 //
 // A twin's linear multiplies its first rows with one weight and the others with another, in one go if they are laid
@@ -22,31 +22,37 @@
 
 #include <vector>
 
+#include "dots.h"
+#include "groups.h"
 #include "rounding.h"
 #include "tiles.h"
 #include "vectors.h"
-#include "whole.h"
 
 namespace {
 
 using namespace orthrus;
 constexpr int kVectors = 3;
 constexpr int64_t kPlainWidth = kLanes * kVectors;
+constexpr int64_t kBfloat16Beside = ORTHRUS_BFLOAT16_DOTS ? 2 : 1;
 
 // How a packed weight is laid out, by its dtype and sizes.
 struct Layout {
   int64_t inputs, width, step;
-  bool tiled;
+  bool tiled, dots;
 
   explicit Layout(const at::Tensor& weight) {
     const auto dtype = weight.scalar_type();
     const int64_t side_by_side = weight.dim() == 4 ? weight.size(3) : 1;
-    tiled = dtype == at::kBFloat16 ? weight.dim() == 4 : dtype == at::kChar && side_by_side == 4;
+    const bool beside = weight.dim() == 4;
+    tiled = beside && weight.size(2) == kTileColumns;
+    dots = beside && !tiled;
     inputs = weight.size(1) * (dtype == at::kByte ? kGroup : side_by_side);
     step = tiled ? kTileBytes / weight.element_size() : dtype == at::kByte ? kGroup : side_by_side;
-    width = tiled ? kTileColumns : dtype == at::kChar ? kPairWidth : dtype == at::kByte ? kGroupWidth : kPlainWidth;
+    width = tiled ? kTileColumns : dots ? kDotWidth : dtype == at::kByte ? kGroupWidth : kPlainWidth;
     const bool whole = dtype == at::kByte ? weight.size(2) == kGroupBytes : weight.size(2) == width;
-    const bool known = tiled ? has_tiles() : weight.dim() == 3 || (dtype == at::kChar && side_by_side == 2);
+    const bool known = tiled  ? has_tiles()
+                       : dots ? side_by_side == (dtype == at::kChar ? WholeDot::kBeside : kBfloat16Beside)
+                              : dtype != at::kChar;
     TORCH_CHECK(whole && known && weight.is_contiguous(), "linear: a weight packed for another processor");
   }
 };
@@ -157,6 +163,18 @@ void tiles(const T* x, int64_t filled, const std::vector<Side>& sides, const Tar
 #endif
 }
 
+// x: rows filled up to whole steps; starts: of the sums of each row, or none.
+template <typename Dot, typename Sum, typename Out>
+void dots(
+    const typename Dot::X* x, int64_t filled, const Sum* starts, const std::vector<Side>& sides,
+    const Target<Out>& to) {
+  products_of<kDotRows, kDotWidth, Sum>(
+      sides, to, [&](auto num, int64_t first, const char* here, const char*, int64_t, Sum* sums) {
+        multiply_dots<Dot, decltype(num)::value>(
+            x + first * filled, filled, here, filled, starts ? starts + first : nullptr, sums);
+      });
+}
+
 void int8_rows(
     const float* x, int64_t rows, int64_t inputs, int64_t filled, bool tiled, const std::vector<Side>& sides,
     Target<float> to) {
@@ -166,12 +184,11 @@ void int8_rows(
     tiles(rounded.x.get(), filled, sides, to);
     return;
   }
-  const RoundedRows<int16_t> rounded(x, rows, inputs, filled);
+  const RoundedRows<WholeDot::X> rounded(x, rows, inputs, filled);
   to.row_scales = rounded.scales.data();
-  products_of<kPairRows, kPairWidth, int32_t>(
-      sides, to, [&](auto num, int64_t first, const char* here, const char*, int64_t, int32_t* sums) {
-        multiply_pairs<decltype(num)::value>(rounded.x.get() + first * filled, filled, here, filled, sums);
-      });
+  std::vector<int32_t> starts(rounded.sums);
+  for (int32_t& each : starts) each *= WholeDot::kShift;
+  dots<WholeDot>(rounded.x.get(), filled, starts.data(), sides, to);
 }
 
 void int4_rows(
@@ -184,20 +201,27 @@ void int4_rows(
 }
 
 void bfloat16_rows(
-    const at::BFloat16* x, int64_t rows, int64_t inputs, int64_t filled, bool tiled, const std::vector<Side>& sides,
+    const at::BFloat16* x, int64_t rows, int64_t inputs, const Layout& layout, const std::vector<Side>& sides,
     const Target<at::BFloat16>& to) {
-  if (!tiled) {
+  if (!layout.tiled && !layout.dots) {
     const std::vector<float> wide(x, x + rows * inputs);
     float_rows<at::BFloat16>(wide.data(), inputs, sides, to);
     return;
   }
-  if (filled == inputs) {
+  const int64_t filled = layout.inputs;
+  std::vector<at::BFloat16> whole;
+  if (filled != inputs) {
+    whole.resize(rows * filled);
+    for (int64_t row = 0; row < rows; ++row) std::copy_n(x + row * inputs, inputs, whole.data() + row * filled);
+    x = whole.data();
+  }
+  if (layout.tiled) {
     tiles(x, filled, sides, to);
     return;
   }
-  std::vector<at::BFloat16> whole(rows * filled);
-  for (int64_t row = 0; row < rows; ++row) std::copy_n(x + row * inputs, inputs, whole.data() + row * filled);
-  tiles(whole.data(), filled, sides, to);
+#if ORTHRUS_BFLOAT16_DOTS
+  dots<Bfloat16Dot, float>(x, filled, nullptr, sides, to);
+#endif
 }
 
 using Given = std::optional<at::Tensor>;
@@ -229,7 +253,7 @@ void multiply_sides(
   const auto dtype = sides[0].weight.scalar_type();
   if (dtype == at::kBFloat16) {
     bfloat16_rows(
-        static_cast<const at::BFloat16*>(x), rows, inputs, layout.inputs, layout.tiled, sides,
+        static_cast<const at::BFloat16*>(x), rows, inputs, layout, sides,
         {static_cast<at::BFloat16*>(out), columns, nullptr});
     return;
   }
@@ -309,8 +333,9 @@ TORCH_LIBRARY_FRAGMENT(orthrus, library) {
   library.def(
       "few_rows_twin_linear(Tensor x, SymInt num, Tensor weight, Tensor? scales, Tensor? bias, Tensor other, "
       "Tensor? other_scales, Tensor? other_bias, int columns) -> Tensor");
-  // Columns of a block of floats, pairs and groups.
-  library.def("block_widths() -> int[]", [] { return std::vector<int64_t>{kPlainWidth, kPairWidth, kGroupWidth}; });
+  // Columns of a block of floats, dots and groups; numbers side by side of dots of bfloat16 (1: they have none) and int8.
+  library.def("block_widths() -> int[]", [] { return std::vector<int64_t>{kPlainWidth, kDotWidth, kGroupWidth}; });
+  library.def("beside() -> int[]", [] { return std::vector<int64_t>{kBfloat16Beside, WholeDot::kBeside}; });
   library.def("has_tiles() -> bool", [] { return has_tiles(); });
 }
 

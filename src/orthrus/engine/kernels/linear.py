@@ -23,13 +23,16 @@ def pack(weight_NC: Tensor, *, tiles: bool | None = None) -> Tensor:
     """A weight of float32, bfloat16 or int8, laid out for the kernel; tiles: left out, where they run."""
     if tiles is None:
         tiles = weight_NC.dtype != torch.float32 and has_tiles()
-    floats, pairs, _ = torch.ops.orthrus.block_widths()
-    width, step, beside = floats, 1, 1
+    floats, dots, _ = torch.ops.orthrus.block_widths()
+    of_bfloat16, of_int8 = torch.ops.orthrus.beside()
+    beside = {torch.bfloat16: of_bfloat16, torch.int8: of_int8}.get(weight_NC.dtype, 1)
+    width, step = dots if beside > 1 else floats, beside
     if tiles:
         width, step = _TILE_WIDTH, _TILE_BYTES // weight_NC.itemsize
         beside = _NUMBER_BYTES // weight_NC.itemsize
-    elif weight_NC.dtype == torch.int8:
-        width, step, beside = pairs, 2, 2
+    elif beside == _NUMBER_BYTES:
+        # The kernel takes four weights side by side without signs.
+        weight_NC = weight_NC ^ -128
     blocks: Tensor = _filled(weight_NC, width, step).unflatten(0, (-1, width))
     if beside > 1:
         blocks = blocks.unflatten(2, (-1, beside))

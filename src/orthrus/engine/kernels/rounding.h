@@ -65,18 +65,19 @@ void each_row(int64_t rows, const Part& part) {
   });
 }
 
-// Rows of int8 or int16 numbers by scales of their own, as `Int8Linear` rounds them, filled up with zeros.
+// Rows of int8 or int16 numbers by scales of their own, as `Int8Linear` rounds them, filled up with zeros; their sums.
 template <typename To>
 struct RoundedRows {
   std::unique_ptr<To[]> x;
   std::vector<float> scales;
+  std::vector<int32_t> sums;
 
   RoundedRows(const float* from, int64_t rows, int64_t inputs, int64_t filled)
-      : x(room<To>(rows * filled)), scales(rows) {
+      : x(room<To>(rows * filled)), scales(rows), sums(rows) {
     each_row(rows, [&](int64_t row) {
       To* to = x.get() + row * filled;
       scales[row] = scale_of(from + row * inputs, inputs);
-      round_by(scales[row], from + row * inputs, inputs, to);
+      sums[row] = round_by(scales[row], from + row * inputs, inputs, to);
       std::fill(to + inputs, to + filled, To{});
     });
   }
