@@ -1,5 +1,6 @@
 """`auto` on machines of every kind: it drafts, branches, fuses or does not, and the text never changes."""
 
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def decode(
         assert orthrus.dual.repair is not None
         with torch.no_grad():
             orthrus.dual.repair.out.weight.normal_(0.0, head, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(costs, "measure_costs", lambda *_, **__: table)
+    monkeypatch.setattr("orthrus.engine.stream.pass_costs", lambda *_, **__: table)
     config = DecodeConfig(max_new_tokens=60, strategy=strategy, ignore_eos=True, sampling=sampling)  # type: ignore[arg-type]
     return orthrus.stream_ids(PROMPT, config).drain()
 
@@ -78,51 +79,45 @@ def test_a_repair_head_changes_drafts_and_no_text(
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[CostTable]:
-    """The tables that are measured, in order."""
-    tables: list[CostTable] = []
-    real = costs.measure_costs
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[costs.Round]]:
+    """The rounds of each start that times passes, in order."""
+    starts: list[list[costs.Round]] = []
+    real = costs.time_rounds
 
-    def measure(*args: Any, **options: Any) -> CostTable:
-        tables.append(real(*args, **options))
-        return tables[-1]
+    def time_rounds(*args: Any, **options: Any) -> list[costs.Round]:
+        starts.append(real(*args, **options))
+        return starts[-1]
 
-    monkeypatch.setattr(costs, "measure_costs", measure)
-    return tables
+    monkeypatch.setattr(costs, "time_rounds", time_rounds)
+    return starts
 
 
-def test_costs_are_measured_by_the_first_starts_and_kept_on_disk(measured: list[CostTable]) -> None:
+def test_costs_are_timed_by_the_first_starts_and_kept_on_disk(timed: list[list[costs.Round]]) -> None:
     dual = tiny_orthrus().dual
     first = costs.pass_costs(dual)
     assert costs.pass_costs(dual) == first
-    assert measured == [first]
+    assert [len(rounds) for rounds in timed] == [costs.REPEATS]
+    assert first == costs.cost_table(timed[0])
     assert first.rows == costs.ROWS
     assert list(first.body_ms) == sorted(first.body_ms)
     assert all(ms > 0 for ms in first.body_ms + first.head_ms)
-    # Each entry of the table that later starts come to is the least of what all of them measured.
     later = [costs.pass_costs(tiny_orthrus().dual) for _ in range(8)]
-    assert len(measured) == 1 + costs.ENOUGH - costs.REPEATS
-    assert later[-1] == later[-2]
-    for name in ("body_ms", "head_ms", "draft_pass_ms"):
-        assert getattr(later[-1], name) == tuple(map(min, *(getattr(table, name) for table in measured)))
-    assert later[-1].draft_ms == min(table.draft_ms for table in measured)
-    beside = costs.ROWS.index(costs.BESIDE)
-    with_blocks = [[ms + table.body_ms[beside] for ms in table.block_ms] for table in measured]
-    expected = [max(0.0, min(ms) - later[-1].body_ms[beside]) for ms in zip(*with_blocks, strict=True)]
-    assert later[-1].block_ms == pytest.approx(expected)
+    assert [len(rounds) for rounds in timed[1:]] == [1] * (costs.ENOUGH - costs.REPEATS)
+    assert later[-1] == later[-2] == costs.cost_table(list(chain.from_iterable(timed)))
 
 
-def test_drawing_tokens_is_timed_apart(measured: list[CostTable]) -> None:
+def test_drawing_tokens_is_timed_apart(timed: list[list[costs.Round]]) -> None:
     dual = tiny_orthrus().dual
     costs.pass_costs(dual)
     costs.pass_costs(dual, greedy=False)
     costs.pass_costs(dual, greedy=False)
-    assert len(measured) == 2
+    assert len(timed) == 2
     assert len([*(costs.cache_dir() / "costs").iterdir()]) == 2
 
 
-def test_a_table_that_cannot_be_read_is_measured_anew(measured: list[CostTable]) -> None:
+@pytest.mark.parametrize("content", ["{", '{"rounds": []}', '{"rounds": [{"head 1": 1.0}]}'])
+def test_a_table_that_cannot_be_read_is_measured_anew(content: str, timed: list[list[costs.Round]]) -> None:
     costs.pass_costs(tiny_orthrus().dual)
     (file,) = (costs.cache_dir() / "costs").iterdir()
-    file.write_text("{")
-    assert costs.pass_costs(tiny_orthrus().dual) == measured[1]
+    file.write_text(content)
+    assert costs.pass_costs(tiny_orthrus().dual) == costs.cost_table(timed[1])

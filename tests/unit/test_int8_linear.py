@@ -117,6 +117,20 @@ def test_int8_sums_are_exact_in_either_way(exact: bool, monkeypatch: pytest.Monk
     assert int8(x).tolist() == (x.double() @ int8_NC.double().t()).float().tolist()
 
 
+@torch.inference_mode()
+def test_onednn_has_code_for_int8_here(capfd: pytest.CaptureFixture[str]) -> None:
+    """For shapes of signed numbers that it has no code for, it runs a loop a hundred times as slow."""
+    if not int8_linear.onednn_is_exact():
+        pytest.skip("needs a processor with instructions for int8")
+    int8 = Int8Linear.of(linear())
+    for num_rows in (1, 2, 9, 200):
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            int8(torch.randn(num_rows, 48))
+        said = capfd.readouterr().out
+        assert ",exec,cpu,matmul," in said
+        assert ",ref" not in said
+
+
 def test_where_int8_does_not_run() -> None:
     with pytest.raises(
         UserInputError, match="int8 runs on CPUs only, not on cuda: choose device 'cpu', or another dtype"

@@ -3,12 +3,12 @@
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
 from itertools import accumulate
-from math import inf
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -36,7 +36,7 @@ DRAFT_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
 """Rows of a block that is drafted alone, as far as blocks go, and one as long as they go."""
 HISTORY = 256
 """Committed tokens that timed passes read: about as many as in the middle of an answer."""
-TABLE_VERSION = 8
+TABLE_VERSION = 9
 """Of what a stored table means: raised when passes come to do more, or less, beside their layers."""
 TREE = 24
 """Nodes of the tree whose making is timed with a draft's."""
@@ -44,10 +44,13 @@ PLAIN_RUN = 3
 """Passes of one row that run before a round's others."""
 REPEATS, ENOUGH = 5, 10
 """Rounds of the first measurement, and in all, of which each later start adds one: a machine that was busy
-when it was timed shows its true costs in one of the next starts."""
+when it was timed shows its true costs in the next starts."""
 
 OnMeasure = Callable[[int, int], None]
 """Called with (rounds done, rounds in all) while passes are timed."""
+
+Round = dict[str, float]
+"""Milliseconds of all that is timed, once each: `body 8+16` of 8 AR rows and 16 block rows, `head 8`, `draft`."""
 
 _known: "WeakKeyDictionary[DualView, dict[bool, CostTable]]" = WeakKeyDictionary()
 
@@ -55,35 +58,59 @@ _known: "WeakKeyDictionary[DualView, dict[bool, CostTable]]" = WeakKeyDictionary
 def pass_costs(dual: DualView, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
     """The cost table of this model here: from memory, from the cache, or measured now (a few seconds).
 
-    The first starts after that add a round each, for the least of all. Sampled decoding has a
-    table of its own, since drawing a token costs more than taking the best.
+    The first starts after that add a round each. Sampled decoding has a table of its own, since drawing a
+    token costs more than taking the best.
     """
     known = _known.setdefault(dual, {})
     if greedy not in known:
         key = _key(dual, greedy)
         file = _file(key)
-        table, num_rounds = _read(file)
-        if num_rounds < ENOUGH:
-            repeats = 1 if num_rounds else REPEATS
-            new = measure_costs(dual, on_measure, greedy=greedy, repeats=repeats)
-            table = new if table is None else _least(table, new)
-            stored = asdict(table) | {"num_rounds": num_rounds + repeats, "key": key}
+        rounds = _read(file)
+        if len(rounds) < ENOUGH:
+            repeats = 1 if rounds else REPEATS
+            rounds = rounds + time_rounds(dual, on_measure, greedy=greedy, repeats=repeats)
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_text_atomic(file, json.dumps(stored, indent=2) + "\n")
+                write_text_atomic(file, json.dumps({"key": key, "rounds": rounds}, indent=1) + "\n")
             except (StorageError, OSError):
                 # A machine without a writable cache measures again next time.
                 pass
-        assert table is not None
-        known[greedy] = table
+        known[greedy] = cost_table(rounds)
     return known[greedy]
 
 
+def cost_table(rounds: Sequence[Round]) -> CostTable:
+    """The table of timed rounds, all of the same passes: medians, of rounds brought to one speed.
+
+    A machine that drifts slows all passes of a round alike; that cancels. The least of each pass would not
+    do: a plain pass, which waits for memory, has more to gain from a quiet moment than one of many rows.
+    """
+    usual = {name: median(each[name] for each in rounds) for name in rounds[0]}
+    speeds = [median(each[name] / ms for name, ms in usual.items() if ms > 0.0) for each in rounds]
+    pairs = list(zip(rounds, speeds, strict=True))
+    ms = {name: median(each[name] / speed for each, speed in pairs) for name in usual}
+    bodies = [tuple(map(int, name[5:].split("+"))) for name in ms if name.startswith("body ")]
+    rows = sorted(n for n, block in bodies if not block)
+    draft_rows = sorted(block for n, block in bodies if n == 1 and block)
+    block_rows = sorted(block for n, block in bodies if n == BESIDE and block)
+    alone_ms = ms[f"body {BESIDE}+0"]
+    return CostTable(
+        rows=tuple(rows),
+        body_ms=_ascending([ms[f"body {n}+0"] for n in rows]),
+        head_ms=_ascending([ms[f"head {n}"] for n in rows]),
+        block_rows=tuple(block_rows),
+        block_ms=_ascending([max(0.0, ms[f"body {BESIDE}+{n}"] - alone_ms) for n in block_rows]),
+        draft_rows=tuple(draft_rows),
+        draft_pass_ms=_ascending([ms[f"body 1+{n}"] for n in draft_rows]),
+        draft_ms=ms["draft"],
+    )
+
+
 @torch.inference_mode()
-def measure_costs(
+def time_rounds(
     dual: DualView, on_measure: OnMeasure | None = None, *, greedy: bool = True, repeats: int = REPEATS
-) -> CostTable:
-    """Time passes of several numbers of rows after `HISTORY` tokens; the least of several rounds.
+) -> list[Round]:
+    """Time passes of several numbers of rows after `HISTORY` tokens, in several rounds.
 
     One more warms up before them; a single round is compared with earlier ones, and needs none.
 
@@ -107,24 +134,24 @@ def measure_costs(
     draft_rows = sorted({min(2, size - 1), *(n for n in DRAFT_ROWS if n < size), size})
     for n in draft_rows:
         passes[1, n] = fused(ids_1T[:, :1], [], [HISTORY], [0], n, dual.mask_token_id)
-    clock = _Clock(dual)
     num_guesses = max(1, dual.config.num_guesses(size))
     num_rounds = repeats + int(repeats > 1)
+    rounds = []
     for done in range(num_rounds):
         if on_measure is not None:
             on_measure(done, num_rounds)
-        clock.counts = done >= num_rounds - repeats
+        clock = _Clock(dual)
         # A plain pass follows plain passes, which leave its weights in the caches; others take turns.
-        for key, p in [next(iter(passes.items()))] * PLAIN_RUN + list(passes.items()):
-            with clock("body", key):
+        for (n, block), p in [next(iter(passes.items()))] * PLAIN_RUN + list(passes.items()):
+            with clock(f"body {n}+{block}"):
                 hidden_TC = dual.hidden(p, cache)[0]
-            if not key[1]:
-                with clock("head", key):
+            if not block:
+                with clock(f"head {n}"):
                     logits_TV = dual.head(hidden_TC)
                     # Rows of a tree share positions, and noise once made is kept.
                     positions = [HISTORY + 1 + i % size for i in range(len(hidden_TC))]
                     state.choose(logits_TV, positions, [()] * len(hidden_TC))
-        with clock("draft", (1, 0)):
+        with clock("draft"):
             joint_DV = None if dual.draft_head is not None else logits_TV[:num_guesses]
             # And what comes with one: a tree, the pass that verifies it, an accepted path to be gathered.
             drafts = state.propose(hidden_TC[:num_guesses], HISTORY + 1, joint_DV)
@@ -132,55 +159,28 @@ def measure_costs(
             verify_tree(ids_1T[:, : 1 + tree.num_nodes], tree.parents, [HISTORY])
             cache.compact(sorted({HISTORY, HISTORY + tree.num_nodes}))
         cache.lengths = [HISTORY]
-    least = clock.least
-    alone = least["body", (BESIDE, 0)]
-    return CostTable(
-        rows=ROWS,
-        body_ms=_ascending([least["body", (n, 0)] for n in ROWS]),
-        head_ms=_ascending([least["head", (n, 0)] for n in ROWS]),
-        block_rows=tuple(m * size for m in blocks),
-        block_ms=_ascending([max(0.0, least["body", (BESIDE, m * size)] - alone) for m in blocks]),
-        draft_rows=tuple(draft_rows),
-        draft_pass_ms=_ascending([least["body", (1, n)] for n in draft_rows]),
-        draft_ms=least["draft", (1, 0)],
-    )
-
-
-def _least(a: CostTable, b: CostTable) -> CostTable:
-    """What one would have measured in the rounds of both tables together."""
-    body_ms = tuple(map(min, a.body_ms, b.body_ms))
-    beside = ROWS.index(BESIDE)
-    # What blocks add is a difference: the least of the passes with blocks counts, not of the differences.
-    mixed_ms = ([ms + t.body_ms[beside] for ms in t.block_ms] for t in (a, b))
-    return CostTable(
-        rows=a.rows,
-        body_ms=body_ms,
-        head_ms=tuple(map(min, a.head_ms, b.head_ms)),
-        block_rows=a.block_rows,
-        block_ms=tuple(max(0.0, min(pair) - body_ms[beside]) for pair in zip(*mixed_ms, strict=True)),
-        draft_rows=a.draft_rows,
-        draft_pass_ms=tuple(map(min, a.draft_pass_ms, b.draft_pass_ms)),
-        draft_ms=min(a.draft_ms, b.draft_ms),
-    )
+        rounds.append(clock.round())
+    return rounds[-repeats:]
 
 
 class _Clock:
-    """The least time of each part of each pass, in ms, over the rounds that count."""
+    """The times of each part of a round, in ms."""
 
     def __init__(self, dual: DualView) -> None:
         self._dual = dual
-        self.counts = False
-        self.least: dict[tuple[str, tuple[int, int]], float] = {}
+        self._times: defaultdict[str, list[float]] = defaultdict(list)
 
     @contextmanager
-    def __call__(self, part: str, key: tuple[int, int]) -> Iterator[None]:
+    def __call__(self, name: str) -> Iterator[None]:
         synchronize(self._dual.device)
         start = perf_counter()
         yield
         synchronize(self._dual.device)
-        if self.counts:
-            ms = (perf_counter() - start) * 1e3
-            self.least[part, key] = min(ms, self.least.get((part, key), inf))
+        self._times[name].append((perf_counter() - start) * 1e3)
+
+    def round(self) -> Round:
+        """What was timed more than once counts once: plain passes, of which the first follow others."""
+        return {name: median(times) for name, times in self._times.items()}
 
 
 def _ascending(values: list[float]) -> tuple[float, ...]:
@@ -213,14 +213,13 @@ def _file(key: dict[str, object]) -> Path:
     return cache_dir() / "costs" / f"{digest[:24]}.json"
 
 
-def _read(file: Path) -> tuple[CostTable | None, int]:
-    """A stored table and the rounds it comes from; none and 0 where there is none that can be used."""
+def _read(file: Path) -> list[Round]:
+    """Stored rounds; none where there are none that can be used."""
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        found: dict[str, Any] = {}
-        for field in fields(CostTable):
-            value = raw[field.name]
-            found[field.name] = tuple(value) if isinstance(value, list) else float(value)
-        return CostTable(**found), int(raw["num_rounds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, 0
+        rounds = json.loads(file.read_text(encoding="utf-8"))["rounds"]
+        rounds = [{str(name): float(ms) for name, ms in each.items()} for each in rounds]
+        # Raises where something is missing.
+        cost_table(rounds)
+    except (OSError, ValueError, KeyError, TypeError, LookupError, AttributeError):
+        return []
+    return rounds

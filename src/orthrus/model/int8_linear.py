@@ -13,7 +13,7 @@ _EXACT_INPUTS = 1024
 """float32 holds the sums of so many products of two int8 numbers."""
 _LEAST_SCALE = 1e-12
 _ZERO_POINT = 128
-"""Makes rows unsigned: VNNI multiplies unsigned numbers by signed ones, and for two signed ones oneDNN has no code
+"""Makes rows unsigned: VNNI multiplies unsigned numbers by signed ones. For two signed ones oneDNN has no code
 where there is no AMX, only a loop that takes some hundred times as long."""
 
 
@@ -74,7 +74,7 @@ class Int8Linear(nn.Module):
         if self.prepacked is None:
             self.prepacked = torch.ops.onednn.qlinear_prepack(self.weight, None)
         return torch.ops.onednn.qlinear_pointwise.tensor(  # type: ignore[no-any-return]
-            (int8_RC.view(torch.uint8) ^ _ZERO_POINT),
+            int8_RC.view(torch.uint8) ^ _ZERO_POINT,
             self.one,
             self.zero_point,
             self.prepacked,

@@ -1,0 +1,46 @@
+"""Tables of timed rounds: what a machine that drifts, or was interrupted, leaves in them."""
+
+from orthrus.engine.costs import BESIDE, cost_table
+
+TRUE_MS = {
+    "body 1+0": 10.0,
+    "body 8+0": 12.0,
+    "body 16+0": 14.0,
+    "body 8+8": 16.0,
+    "body 8+16": 19.0,
+    "body 1+2": 11.0,
+    "body 1+8": 13.0,
+    "head 1": 1.0,
+    "head 8": 1.5,
+    "head 16": 2.0,
+    "draft": 1.0,
+}
+
+
+def test_a_table_holds_what_was_timed() -> None:
+    table = cost_table([TRUE_MS])
+    assert table.rows == (1, 8, 16)
+    assert table.body_ms == (10.0, 12.0, 14.0)
+    assert table.head_ms == (1.0, 1.5, 2.0)
+    assert (table.block_rows, table.block_ms) == ((8, 16), (4.0, 7.0))
+    assert (table.draft_rows, table.draft_pass_ms) == ((2, 8), (11.0, 13.0))
+    assert table.draft_ms == 1.0
+    assert BESIDE == 8
+
+
+def test_drift_of_the_machine_cancels() -> None:
+    rounds = [{name: speed * ms for name, ms in TRUE_MS.items()} for speed in (1.0, 2.0, 1.5)]
+    table = cost_table(rounds)
+    assert [round(ms, 6) for ms in table.body_ms] == [15.0, 18.0, 21.0]
+    assert round(table.draft_ms, 6) == 1.5
+
+
+def test_one_quiet_or_busy_moment_changes_nothing() -> None:
+    quiet = TRUE_MS | {"body 1+0": 6.0}
+    busy = TRUE_MS | {"body 16+0": 400.0}
+    assert cost_table([TRUE_MS, quiet, busy, TRUE_MS, TRUE_MS]) == cost_table([TRUE_MS])
+
+
+def test_more_rows_never_cost_less() -> None:
+    table = cost_table([TRUE_MS | {"body 1+0": 13.0}])
+    assert table.body_ms == (12.0, 12.0, 14.0)
