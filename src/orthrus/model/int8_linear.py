@@ -13,8 +13,8 @@ _EXACT_INPUTS = 1024
 """float32 holds the sums of so many products of two int8 numbers."""
 _LEAST_SCALE = 1e-12
 _ZERO_POINT = 128
-"""Makes rows unsigned: VNNI multiplies unsigned numbers by signed ones. For two signed ones oneDNN has no code
-where there is no AMX, only a loop that takes some hundred times as long."""
+"""Makes rows unsigned: VNNI multiplies unsigned numbers by signed ones. For two signed ones oneDNN has no
+code where there is no AMX, only a loop that takes some hundred times as long."""
 
 
 class Int8Linear(nn.Module):
