@@ -50,7 +50,7 @@ OnMeasure = Callable[[int, int], None]
 """Called with (rounds done, rounds in all) while passes are timed."""
 
 Round = dict[str, float]
-"""Milliseconds of all that is timed, once each: `body 8+16` of 8 AR rows and 16 block rows, `head 8`, `draft`."""
+"""Milliseconds of what is timed: `body 8+16` of 8 AR rows and 16 block rows, `head 8`, `draft`."""
 
 _known: "WeakKeyDictionary[DualView, dict[bool, CostTable]]" = WeakKeyDictionary()
 
