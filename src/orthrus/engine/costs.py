@@ -10,7 +10,6 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
