@@ -97,7 +97,7 @@ def test_a_pass_copies_to_the_host_what_was_chosen_and_what_was_proposed(
 @pytest.mark.parametrize("repair_rank", [None, 4], ids=["no head", "repair head"])
 @pytest.mark.parametrize("block_size", [4, 8])
 @EVERY_WAY
-def test_where_reads_are_dear_a_pass_copies_once(
+def test_where_reads_are_dear_a_pass_copies_once_and_a_chain_once_a_cycle(
     strategy: Strategy,
     floor: bool,
     block_size: int,
@@ -118,11 +118,43 @@ def test_where_reads_are_dear_a_pass_copies_once(
         made.append((records, copies))
     (known, _), (asked, copies) = made
     assert asked == known
-    num_passes = sum(c.num_passes for c in asked)
     # The paper's draft pass has no AR row, and is looked at all the same.
-    assert copies == ["tolist"] * num_passes
+    reads = [1 if strategy == "chain" and floor else c.num_passes for c in asked]
+    assert copies == ["tolist"] * sum(reads)
     if strategy != "ar":
         assert sum(c.num_accepted for c in asked) > 0
+
+
+@pytest.mark.parametrize("limits", [{"context_length": 33}, {"max_new_tokens": 5}, {"eos": frozenset()}])
+def test_a_chain_that_is_read_once_ends_where_it_should(
+    limits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every end of text and context: the same tokens, whichever of the two passes decides the last one."""
+    plain = tokens_of(monkeypatch, dear=False, strategy="ar")
+    ends = [limits]
+    if "eos" in limits:
+        ends = [{"eos": frozenset({token_id})} for token_id in dict.fromkeys(plain) if token_id != plain[0]]
+        assert len(ends) > 4
+    for end in ends:
+        known, asked = (tokens_of(monkeypatch, dear=dear, **end) for dear in (False, True))
+        assert asked == known == plain[: len(known)]
+        assert 1 < len(known) < len(plain)
+
+
+def tokens_of(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    dear: bool,
+    eos: frozenset[int] = frozenset(),
+    context_length: int = 256,
+    max_new_tokens: int = 40,
+    strategy: Strategy = "chain",
+) -> list[int]:
+    monkeypatch.setattr("orthrus.engine.stream.reads_are_dear", lambda _: dear)
+    config = DecodeConfig(max_new_tokens=max_new_tokens, strategy=strategy)
+    dual = tiny_dual("llama", disturb=0.1, repair_rank=4)
+    running = TokenStream(dual, tiny_prompt(9), config, eos_token_ids=eos, context_length=context_length)
+    return list(running.drain().token_ids)
 
 
 def test_the_counter_of_host_copies_sees_hidden_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ from math import inf
 from orthrus.config import DecodeConfig
 from orthrus.decoding.policy import Left, Policy
 from orthrus.decoding.tree import EMPTY_TREE, DraftTree, best_first_tree, chain_tree
-from orthrus.engine.passes import Block, commit_pass, draft_pass
+from orthrus.engine.chain import chain_passes
+from orthrus.engine.passes import Block, Committed, commit_pass, draft_pass
 from orthrus.engine.state import DecodeState, Step
 from orthrus.types import CycleKind
 
@@ -48,6 +49,10 @@ def decode_cycle(state: DecodeState, plan: Plan, room: int) -> Step:
     if plan.num_nodes and state.drafts is None:
         if not _may_draft(state, room, state.floor):
             plan = PLAIN
+        elif state.floor and plan.kind == "chain" and state.asks_once:
+            most_nodes = min(plan.num_nodes, max(0, _deepest(state, room - 2, state.length + 1)))
+            first, second, num_nodes = chain_passes(state, most_nodes)
+            return _add(_add(step, first, 0), second, num_nodes)
         elif state.floor:
             step = _after(step, state, EMPTY_TREE, [Block(0)])
             if step.token_ids[-1] in state.eos_token_ids or state.drafts is None:
@@ -99,7 +104,7 @@ def auto_cycle(state: DecodeState, policy: Policy, room: int) -> Step:
 
 def draft_tree(state: DecodeState, plan: Plan, max_depth: int) -> DraftTree:
     """The drafts to be verified, none deeper than `max_depth`."""
-    room = min(max_depth, state.context_length - state.length - 2)
+    room = _deepest(state, max_depth, state.length)
     if state.drafts is None or not plan.num_nodes or room < 1:
         return EMPTY_TREE
     drafts = state.drafts.first(room)
@@ -127,12 +132,21 @@ def _may_draft(state: DecodeState, room: int, floor: bool) -> bool:
     return min(1 + state.dual.config.num_guesses(size), room - 1) - num_ar >= 1
 
 
+def _deepest(state: DecodeState, max_depth: int, length: int) -> int:
+    """How deep drafts may be, after so many committed tokens, for a path and its last token to fit."""
+    return min(max_depth, state.context_length - length - 2)
+
+
 def _after(step: Step, state: DecodeState, tree: DraftTree, blocks: list[Block]) -> Step:
-    done = commit_pass(state, tree, blocks)
+    return _add(step, commit_pass(state, tree, blocks), tree.num_nodes)
+
+
+def _add(step: Step, done: Committed, num_drafted: int) -> Step:
+    num_own = len(done.token_ids) - done.num_accepted
     return step._replace(
         token_ids=step.token_ids + done.token_ids,
-        is_draft=step.is_draft + [True] * done.num_accepted + [False],
-        num_drafted=step.num_drafted + tree.num_nodes,
+        is_draft=step.is_draft + [True] * done.num_accepted + [False] * num_own,
+        num_drafted=step.num_drafted + num_drafted,
         num_passes=step.num_passes + 1,
         num_rows=step.num_rows + done.num_rows,
     )

@@ -101,6 +101,12 @@ class DecodeState:
         own_ids = [int(i) for i in read[: len(own_R)]]
         return own_ids, ranked.candidates(read[len(own_R) :], int(first))
 
+    def choose_and_walk(self, logits_1V: Tensor, hidden_DC: Tensor, logits_DV: Tensor | None) -> Tensor:
+        """The AR view's own token and the walk through the guesses after it, ids (1 + D,) that stay on the
+        device, where `asks_once`. hidden_DC and logits_DV: of the guesses, as for `propose`."""
+        own_1 = first_best(logits_1V)
+        return torch.cat([own_1, self._rank(hidden_DC, 0, logits_DV, slice(0, 1), own_1).walk()])
+
     def _rank(
         self,
         hidden_DC: Tensor,
@@ -165,6 +171,17 @@ class _Ranked(NamedTuple):
     ids_DC: Tensor
     log_probs_DC: Tensor
     pairs_DPC: Tensor | None
+
+    def walk(self) -> Tensor:
+        """The token ids (D,) of `Candidates.walk`, without a look at a value."""
+        ranks = [first_best(self.log_probs_DC[:1])]
+        for position in range(1, len(self.ids_DC)):
+            if self.pairs_DPC is None:
+                row_1C = self.log_probs_DC[position : position + 1]
+            else:
+                row_1C = self.pairs_DPC[position].index_select(0, ranks[-1])
+            ranks.append(first_best(row_1C))
+        return self.ids_DC.gather(1, torch.stack(ranks))[:, 0]
 
     def flat(self) -> Tensor:
         """All tables in a row, so that one copy brings everything to the host. Ids are exact in float32."""

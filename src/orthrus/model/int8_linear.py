@@ -14,7 +14,7 @@ _EXACT_INPUTS = 1024
 _LEAST_SCALE = 1e-12
 _ZERO_POINT = 128
 """Makes rows unsigned: VNNI multiplies unsigned numbers by signed ones. For two signed ones oneDNN has no
-code where there is no AMX, only a loop that takes some hundred times as long."""
+code where there is no AMX, only a plain loop."""
 
 
 class Int8Linear(nn.Module):
