@@ -15,10 +15,10 @@ from orthrus.model.passes import fused, verify_tree
 def chain_passes(state: DecodeState, most_nodes: int) -> tuple[Committed, Committed, int]:
     """Draft from a block beside the anchor's AR row, and verify the walk through its candidates.
 
-    The same passes, drafts and tokens as `commit_pass` twice, where `DecodeState.asks_once`. What the device
-    needs to know is sent before the first pass is launched, since sending waits for what runs there.
-    Returns what each pass committed, and how many drafts (`most_nodes` at most) were verified. Where the
-    first pass ends the text, the second was in vain and commits nothing.
+    The same passes, drafts and tokens as `commit_pass` twice, where `DecodeState.asks_once`; but where the
+    first pass ends the text the second has been made in vain, and commits and counts nothing.
+    What the device needs to know is sent before the first pass is launched, since sending waits for what
+    runs there. Returns what each pass committed, and how many drafts (`most_nodes` at most) were verified.
     """
     dual, cache, length, device = state.dual, state.cache, state.length, state.dual.device
     size = min(state.block_size, state.context_length - length)
@@ -44,7 +44,7 @@ def chain_passes(state: DecodeState, most_nodes: int) -> tuple[Committed, Commit
 
     state.commit([first_id])
     if first_id in state.eos_token_ids:
-        return Committed([first_id], 0, draft.num_rows), Committed([], 0, verify.num_rows), num_nodes
+        return Committed([first_id], 0, draft.num_rows), Committed([], 0, verify.num_rows), 0
     wrong = [i for i, token_id in enumerate(drafted) if token_id != own_ids[i]]
     num_accepted = wrong[0] if wrong else num_nodes
     token_ids = own_ids[: num_accepted + 1]

@@ -26,8 +26,8 @@ class DecodeState:
     """One stream. The anchor, its last committed token, is not in the cache yet: it stands at position
     `length`. block_size: rows of the blocks that are drafted next. drafts: what the diffusion view proposes
     after the anchor, None where it has not been asked; late: their block stood further back, so it has not
-    seen all of the text before them. eos_token_ids end the text: no pass is spent on what comes after one.
-    dear_reads: `reads_are_dear`."""
+    seen all of the text before them. eos_token_ids end the text: no pass is spent on what comes after one
+    that the host knows of. dear_reads: `reads_are_dear`."""
 
     dual: DualView
     cache: SlotCache
@@ -202,7 +202,8 @@ class _Ranked(NamedTuple):
 
 
 def reads_are_dear(device: torch.device) -> bool:
-    """Whether the host waits for all that was launched when it reads a number: then it asks once a pass.
+    """Whether the host waits for all that was launched when it reads a number: then it asks once a pass,
+    and once a cycle of `chain`.
 
     The device decides on the way; on a CPU that would compute guesses which are known to be of no use.
     """

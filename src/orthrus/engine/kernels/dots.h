@@ -79,7 +79,8 @@ inline Ints add_fours(Ints sum, Ints a, Ints b) {
 struct WholeDot {
   using X = int8_t;
   using Sums = Ints;
-  static constexpr int64_t kBeside = 4, kBytes = 4, kShift = -128;
+  static constexpr int64_t kBeside = 4, kBytes = 4;
+  static constexpr uint32_t kShift = -128;
   static Ints weights(const char* from) { return read<Ints>(from); }
   static Ints add(Ints sum, Ints weights, Ints x) { return add_fours(sum, weights, x); }
 };
@@ -90,7 +91,8 @@ struct WholeDot {
 struct WholeDot {
   using X = int16_t;
   using Sums = Ints;
-  static constexpr int64_t kBeside = 2, kBytes = 2, kShift = 0;
+  static constexpr int64_t kBeside = 2, kBytes = 2;
+  static constexpr uint32_t kShift = 0;
   static Ints weights(const char* from) { return pairs(reinterpret_cast<const int8_t*>(from)); }
   static Ints add(Ints sum, Ints weights, Ints x) { return add_pairs(sum, weights, x); }
 };

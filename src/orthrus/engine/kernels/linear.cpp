@@ -187,7 +187,8 @@ void int8_rows(
   const RoundedRows<WholeDot::X> rounded(x, rows, inputs, filled);
   to.row_scales = rounded.scales.data();
   std::vector<int32_t> starts(rounded.sums);
-  for (int32_t& each : starts) each *= WholeDot::kShift;
+  // The sum of a row that holds no numbers is any; it may wrap around.
+  for (int32_t& each : starts) each = static_cast<int32_t>(static_cast<uint32_t>(each) * WholeDot::kShift);
   dots<WholeDot>(rounded.x.get(), filled, starts.data(), sides, to);
 }
 
