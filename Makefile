@@ -25,7 +25,7 @@ demo: $(VENV)/.runtime
 test: export OMP_NUM_THREADS = 1
 test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/.dev
-	@$(BIN)/python -m orthrus.base.default_model
+	@$(BIN)/python -c "from orthrus.base.default_model import ensure_folder; ensure_folder()"
 	@$(BIN)/python -m pytest -q --color=no -n $(JOBS) --dist worksteal $(ARGS)
 
 # The constraints may have brought a torch without CUDA: then every test says that it was left out.
