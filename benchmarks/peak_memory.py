@@ -43,10 +43,8 @@ def main(
     for arm in (BASE, *(strategy or ("ar", "chain", "fused", "auto"))):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peak = pool.apply(peak_bytes, (arm, model, view, dtype, device, runner, num_tokens))
-        results[arm] = {
-            "peak_bytes": peak,
-            "over_base": peak / results.get(BASE, {"peak_bytes": peak})["peak_bytes"],
-        }
+        base_peak = results[BASE]["peak_bytes"] if results else peak
+        results[arm] = {"peak_bytes": peak, "over_base": peak / base_peak}
         typer.echo(f"{arm}: {peak / 1e6:.0f} MB", err=True)
     report: dict[str, Any] = {
         "kind": "orthrus-peak-memory",

@@ -62,10 +62,11 @@ def pick_dtype(dtype: "str | torch.dtype | None", device: str) -> "torch.dtype |
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES or (isinstance(dtype, str) and dtype != name):
         close = difflib.get_close_matches(name, DTYPES, n=1)
-        every = ", ".join((*DTYPES, "auto"))
-        hint = f"use one of {every}; on a CPU models with a view run in int8 and int4 too."
         if close:
             hint = f"did you mean '{close[0]}'?"
+        else:
+            every = ", ".join((*DTYPES, "auto"))
+            hint = f"use one of {every}; on a CPU models with a view run in int8 and int4 too."
         raise UserInputError(f"'{dtype}' is no dtype for a model: {hint}")
     found: torch.dtype = getattr(torch, name)
     return found

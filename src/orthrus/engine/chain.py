@@ -5,8 +5,9 @@ from dataclasses import replace
 import torch
 
 from orthrus.decoding.cost_table import joint_guesses
+from orthrus.decoding.tree import DraftTree
 from orthrus.engine.kernels.best import first_best
-from orthrus.engine.passes import Committed
+from orthrus.engine.passes import Committed, commit_path
 from orthrus.engine.state import DecodeState
 from orthrus.model.passes import fused, verify_tree
 
@@ -45,10 +46,7 @@ def chain_passes(state: DecodeState, most_nodes: int) -> tuple[Committed, Commit
     state.commit([first_id])
     if first_id in state.eos_token_ids:
         return Committed([first_id], 0, draft.num_rows), Committed([], 0, verify.num_rows), 0
-    wrong = [i for i, token_id in enumerate(drafted) if token_id != own_ids[i]]
-    num_accepted = wrong[0] if wrong else num_nodes
-    token_ids = own_ids[: num_accepted + 1]
-    cache.compact([*range(length + 1, length + 2 + num_accepted)])
-    state.commit(token_ids)
+    chain = DraftTree(drafted, list(range(num_nodes)), [0.0] * num_nodes)
+    path, token_ids = commit_path(state, chain, own_ids)
     first = Committed([first_id], 0, draft.num_rows)
-    return first, Committed(token_ids, num_accepted, verify.num_rows), num_nodes
+    return first, Committed(token_ids, len(path), verify.num_rows), num_nodes

@@ -81,11 +81,8 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
         own_ids, ahead = state.choose_and_propose(logits_RV[:num_ar], sent, hidden_BDC, logits_BDV)
     else:
         own_ids = state.choose(logits_RV[:num_ar], [length + d + 1 for d in depths], tree.paths_of_tokens())
-    path = accepted_rows(tree, own_ids)
+    path, token_ids = commit_path(state, tree, own_ids)
     last = path[-1] if path else 0
-    token_ids = [*(tree.token_ids[row - 1] for row in path), own_ids[last]]
-    state.cache.compact([length + row for row in (0, *path)])
-    state.commit(token_ids)
     state.drafts = None if state.drafts is None else state.drafts.after(token_ids)
     state.late = state.drafts is not None
     on_path = [index for index, block in enumerate(blocks) if block.row in (0, *path)]
@@ -100,6 +97,19 @@ def commit_pass(state: DecodeState, tree: DraftTree = EMPTY_TREE, blocks: Sequen
                 ahead = state.propose(hidden_DC, state.length + 1, logits_DV)
             state.drafts, state.late = ahead, num_known > 1
     return Committed(token_ids, len(path), p.num_rows)
+
+
+def commit_path(state: DecodeState, tree: DraftTree, own_ids: list[int]) -> tuple[list[int], list[int]]:
+    """Commit the longest path of a tree that the AR view's own choices agree with, and one token after it.
+
+    own_ids: after each row, the anchor's included. Returns the path's rows, and the tokens.
+    """
+    path = accepted_rows(tree, own_ids)
+    token_ids = [*(tree.token_ids[row - 1] for row in path), own_ids[path[-1] if path else 0]]
+    length = state.length
+    state.cache.compact([length + row for row in (0, *path)])
+    state.commit(token_ids)
+    return path, token_ids
 
 
 @torch.inference_mode()

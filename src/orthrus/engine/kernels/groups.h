@@ -12,14 +12,8 @@
 
 namespace orthrus {
 
-// Vectors of columns and rows of x whose sums fit into the registers.
-#ifdef __AVX512F__
-constexpr int kGroupVectors = 2, kGroupRows = 8;
-#elif defined(__AVX2__)
-constexpr int kGroupVectors = 2, kGroupRows = 6;
-#else
-constexpr int kGroupVectors = 1, kGroupRows = 2;
-#endif
+// As many rows as for dots, but each has sums of a group beside those of all of them.
+constexpr int kGroupVectors = std::min(kDotVectors, 2), kGroupRows = kDotRows;
 constexpr int64_t kGroupWidth = kGroupVectors * kLanes;
 constexpr int64_t kGroupBytes = kGroupWidth * (2 * 2 + kGroup / 2);
 

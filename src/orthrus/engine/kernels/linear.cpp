@@ -42,8 +42,8 @@ struct Layout {
 
   explicit Layout(const at::Tensor& weight) {
     const auto dtype = weight.scalar_type();
-    const int64_t side_by_side = weight.dim() == 4 ? weight.size(3) : 1;
     const bool beside = weight.dim() == 4;
+    const int64_t side_by_side = beside ? weight.size(3) : 1;
     tiled = beside && weight.size(2) == kTileColumns;
     dots = beside && !tiled;
     inputs = weight.size(1) * (dtype == at::kByte ? kGroup : side_by_side);
