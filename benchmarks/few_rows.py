@@ -20,8 +20,8 @@ from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
 from orthrus.bench.metrics import Spread
-from orthrus.engine.kernels.build import load_kernels
-from orthrus.engine.kernels.linear import fast_linear
+from orthrus.kernels.build import load_kernels
+from orthrus.kernels.linear import fast_linear
 from orthrus.model.attention import attend_folded, folded_mask
 from orthrus.model.int8_linear import Int8Linear
 
@@ -35,7 +35,7 @@ LEGEND = {
     "pytorch_ms": "nn.Linear (bfloat16: packed for oneDNN where it takes it; int8: orthrus' Int8Linear, by "
     "oneDNN where that sums exactly) or scaled_dot_product_attention with the heads of a group folded; "
     "median (min..max) over repeats",
-    "ours_ms": "the same by engine/kernels",
+    "ours_ms": "the same by kernels",
     "ratio": "pytorch_ms / ours_ms, repeat by repeat; median",
 }
 

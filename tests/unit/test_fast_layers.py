@@ -9,8 +9,8 @@ from torch import Tensor
 
 from orthrus.base.families import decoder_layers
 from orthrus.engine.fast_layers import fast_layer
-from orthrus.engine.kernels.build import load_kernels
-from orthrus.engine.kernels.linear import FewRowsLinear
+from orthrus.kernels.build import load_kernels
+from orthrus.kernels.linear import FewRowsLinear
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import fused, prefill
 from orthrus.model.quantise import quantise, quantise_drafts

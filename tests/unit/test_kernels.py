@@ -12,9 +12,9 @@ from tests.tiny import VOCAB, tiny_dual
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from orthrus.engine.kernels import best, build, pairs
-from orthrus.engine.kernels.build import load_kernels
-from orthrus.engine.kernels.linear import FewRowsLinear, FewRowsTwin, fast_linear, fast_twin, has_tiles
+from orthrus.kernels import best, build, pairs
+from orthrus.kernels.build import load_kernels
+from orthrus.kernels.linear import FewRowsLinear, FewRowsTwin, fast_linear, fast_twin, has_tiles
 from orthrus.model.int4_linear import Int4Linear
 from orthrus.model.int8_linear import Int8Linear
 from orthrus.model.repair import RepairTables
@@ -135,7 +135,7 @@ def test_damaged_kernels_are_made_anew(tmp_path: Path) -> None:
     """And on shorter vectors without dot products, as other processors have them, all of the above holds."""
     program = f"""
 import sys, pytest, torch._inductor.config
-from orthrus.engine.kernels import build
+from orthrus.kernels import build
 torch._inductor.config.cpp.simdlen = 256
 build.FLAGS += ["-mno-avx512f", "-mno-avxvnni"] * torch.cpu._is_avx512_supported()
 made = build._build

@@ -6,7 +6,7 @@ import torch
 
 from orthrus.decoding.cost_table import joint_guesses
 from orthrus.decoding.tree import DraftTree
-from orthrus.engine.kernels.best import first_best
+from orthrus.kernels.best import first_best
 from orthrus.engine.passes import Committed, commit_path
 from orthrus.engine.state import DecodeState
 from orthrus.model.passes import fused, verify_tree

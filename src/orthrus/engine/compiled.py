@@ -19,8 +19,8 @@ from orthrus.base.families import decoder_layers
 from orthrus.base.quantised import quantisation
 from orthrus.base.storage import Progress, cache_dir
 from orthrus.engine.fast_layers import fast_layer
-from orthrus.engine.kernels.build import load_kernels
-from orthrus.engine.kernels.linear import fast_linear
+from orthrus.kernels.build import load_kernels
+from orthrus.kernels.linear import fast_linear
 from orthrus.engine.layer_code import Arguments, LayerCode, flatten, kind, layer_code, named_tensors
 from orthrus.model.attention import folded_heads
 from orthrus.model.dual_view import DualView

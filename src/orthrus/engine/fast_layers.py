@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from orthrus.engine.kernels.linear import fast_linear, fast_twin
+from orthrus.kernels.linear import fast_linear, fast_twin
 from orthrus.model.twin import Twin
 
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

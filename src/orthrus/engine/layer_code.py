@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from orthrus.base.provenance import processor
 from orthrus.base.storage import kept_file
 from orthrus.engine import fast_layers, layer_attention
-from orthrus.engine.kernels import build, linear
+from orthrus.kernels import build, linear
 from orthrus.model import int4_linear, int8_linear, twin
 from orthrus.model.twin import RowSplit, Twin
 

@@ -14,8 +14,8 @@ from orthrus.decoding.pairs import given_the_prefix
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise, filtered_probs
 from orthrus.decoding.tree import Candidates
-from orthrus.engine.kernels.best import best_tokens, first_best
-from orthrus.engine.kernels.pairs import repaired_pairs
+from orthrus.kernels.best import best_tokens, first_best
+from orthrus.kernels.pairs import repaired_pairs
 from orthrus.model.dual_view import DualView
 from orthrus.model.slot_cache import SlotCache
 from orthrus.types import CycleKind

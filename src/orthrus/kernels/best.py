@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from orthrus.decoding.sampling import greedy_tokens
-from orthrus.engine.kernels.build import kernels_loaded
+from orthrus.kernels.build import kernels_loaded
 
 
 def best_tokens(scores_RV: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from orthrus.decoding.pairs import pair_log_probs
-from orthrus.engine.kernels.build import kernels_loaded
+from orthrus.kernels.build import kernels_loaded
 from orthrus.model.dual_view import DualView
 from orthrus.model.repair import pair_changes
 
