@@ -3,7 +3,7 @@
 Both continue the same token ids greedily for the same number of tokens, turn by turn on every prompt, so that
 a drift of the machine hits both. llama.cpp runs the default model's own GGUF file (Q4_1) at its fastest
 number of threads, Orthrus every combination of the options given. Needs llama-cpp-python (`pip install
-"orthrus[llama-cpp]"`; see llama_side.py for compilers that break it). Leave the machine alone meanwhile.
+"orthrus-lm[llama-cpp]"`; see llama_side.py for compilers that break it). Leave the machine alone meanwhile.
 """
 
 import hashlib

@@ -16,7 +16,7 @@ PROJECT = "orthrus"
 RUN_FILE = "run_id"
 # What must be importable, and what pip calls it.
 _NEEDS = {
-    "tensorboard": ("torch.utils.tensorboard", '"orthrus[train]"'),
+    "tensorboard": ("torch.utils.tensorboard", '"orthrus-lm[train]"'),
     "trackio": ("trackio", "trackio"),
     "wandb": ("wandb", "wandb"),
 }
