@@ -21,11 +21,11 @@ import typer
 from llama_side import Decode, LlamaSide, Run, best_threads, default_gguf, usable_cores
 
 from orthrus.api import Orthrus, decode_config
+from orthrus.base.bench_prompts import load_prompts
 from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import installed_version, provenance
 from orthrus.base.storage import sha256_file
-from orthrus.bench.prompts import load_prompts
 from orthrus.bench.runner import prompts_digest
 
 LLAMA = "llama.cpp"

@@ -48,7 +48,12 @@ def test_the_wrong_forms_are_seen() -> None:
         "https://pypi.org/project/orthrus/",
     ):
         assert strangers(wrong), wrong
-    for right in ('pip install "orthrus-lm[train]"', "pip install orthrus-lm", "import orthrus", "orthrus train x"):
+    for right in (
+        'pip install "orthrus-lm[train]"',
+        "pip install orthrus-lm",
+        "import orthrus",
+        "orthrus train x",
+    ):
         assert not strangers(right), right
 
 

@@ -16,10 +16,10 @@ from tests.tiny import tiny_dual, tiny_prompt
 from tests.training.test_trainer import CONFIG, run
 from tests.workers import CONTEXT, start
 
-from orthrus.bench.view_score import BEST, Scorer
 from orthrus.training.processes import this_process
 from orthrus.training.run_state import STATE_FILE
 from orthrus.training.trainer import Hooks
+from orthrus.training.view_score import BEST, Scorer
 
 # Every score of this run is better than the one before, so the best view is replaced twice.
 CASE = replace(CONFIG, learning_rate=2e-2, steps=12, save_every=3, evaluate_every=4, log_every=1)

@@ -12,12 +12,12 @@ from tests.training.test_trainer import CONFIG, run
 from tests.workers import run_together
 from torch.distributed.tensor import DTensor
 
-from orthrus.bench.view_score import BEST, LAST, Scorer, decoded, keep_view
 from orthrus.errors import DivergedError
 from orthrus.training.processes import this_process
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.run_state import STATE_FILE
 from orthrus.training.trainer import Hooks
+from orthrus.training.view_score import BEST, LAST, Scorer, decoded, keep_view
 
 # Three rows for two processes: the second one has nothing left to do in the last pass.
 CASE = replace(CONFIG, batch_rows=3, steps=6, evaluate_every=4, log_every=1)

@@ -51,7 +51,7 @@ def audit(
     check_decode(decode)
     chosen_strategies = check_strategies(strategy)
     from orthrus.audit import AuditOptions, run_audit
-    from orthrus.bench import load_prompts
+    from orthrus.base.bench_prompts import load_prompts
 
     chosen = load_prompts(prompts, tuple(domain or ()), limit)
     orthrus = load_orthrus(

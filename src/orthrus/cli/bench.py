@@ -86,7 +86,8 @@ def bench(
                 "seed": seed,
             }
         )
-    from orthrus.bench import BenchOptions, load_prompts, run_bench
+    from orthrus.base.bench_prompts import load_prompts
+    from orthrus.bench import BenchOptions, run_bench
 
     chosen = load_prompts(prompts, tuple(domain or ()), limit)
     orthrus = load_orthrus(

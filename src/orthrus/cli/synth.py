@@ -90,7 +90,7 @@ def synth(
         seed=seed,
     )
     check_sources(config, folder)
-    from orthrus.bench.prompts import load_prompts
+    from orthrus.base.bench_prompts import load_prompts
     from orthrus.training.corpus import PROMPTS, load_corpus, read_jsonl
     from orthrus.training.synth import synthesise
 

@@ -73,12 +73,12 @@ class _Run:
         self, config: "TrainConfig", corpora: "dict[str, list[Sample]]", digest: str, *, quiet: bool
     ) -> None:
         from orthrus.base.loading import load_base
-        from orthrus.bench.view_score import Scorer, held_out_prompts
         from orthrus.training.flex_blocks import check_attention
         from orthrus.training.processes import this_process
         from orthrus.training.run_state import STATE_FILE
         from orthrus.training.speed import matmul_peak
         from orthrus.training.start import check_samples, starting_view
+        from orthrus.training.view_score import Scorer, held_out_prompts
 
         process = this_process()
         self.is_main: bool = process.is_main_process
@@ -129,14 +129,14 @@ class _Run:
         if self.tracker is not None:
             self.tracker.close()
         if self.is_main:
-            from orthrus.bench.view_score import LAST, keep_view
+            from orthrus.training.view_score import LAST, keep_view
 
             scores = dict(state.scores)
             made = {"step": state.step, "tokens_per_cycle": scores.get(state.step)}
             keep_view(self.dual, self.output / LAST, self.origin | made)
 
     def report(self, state: "RunState") -> dict[str, Any]:
-        from orthrus.bench.view_score import BEST, LAST
+        from orthrus.training.view_score import BEST, LAST
 
         log = self.last_log
         best = None if self.scorer is None else self.scorer.best

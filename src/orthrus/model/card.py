@@ -196,7 +196,9 @@ def _training(config: ViewConfig, title: str = "Training") -> str:
 
 def _package(versions: dict[str, Any]) -> str | None:
     """Name and version of this package: the shipped view was made before it had the name of its distribution."""
-    return next((f"{name} {versions[name]}" for name in ("orthrus-lm", "orthrus") if versions.get(name)), None)
+    return next(
+        (f"{name} {versions[name]}" for name in ("orthrus-lm", "orthrus") if versions.get(name)), None
+    )
 
 
 def _data(corpus: dict[str, Any]) -> dict[str, str]:

@@ -10,9 +10,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 
+from orthrus.base.bench_prompts import load_prompts
 from orthrus.base.loading import Base
 from orthrus.base.outputs import restore_folder
-from orthrus.bench.prompts import load_prompts
 from orthrus.config import DecodeConfig
 from orthrus.engine.stream import TokenStream
 from orthrus.errors import OrthrusError
