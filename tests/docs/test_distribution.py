@@ -1,4 +1,4 @@
-"""The package is installed as orthrus-lm: the shorter name on the package index belongs to another project."""
+"""The package is installed as orthrus-lm: the shorter name on the package index is another project's."""
 
 import re
 import subprocess

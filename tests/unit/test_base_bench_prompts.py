@@ -95,5 +95,8 @@ def test_wrong_choices() -> None:
 
 
 def test_prompts_need_no_torch() -> None:
-    code = "import sys; from orthrus.base.bench_prompts import load_prompts; load_prompts(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from orthrus.base.bench_prompts import load_prompts; load_prompts(); "
+        "sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -195,10 +195,9 @@ def _training(config: ViewConfig, title: str = "Training") -> str:
 
 
 def _package(versions: dict[str, Any]) -> str | None:
-    """Name and version of this package: the shipped view was made before it had the name of its distribution."""
-    return next(
-        (f"{name} {versions[name]}" for name in ("orthrus-lm", "orthrus") if versions.get(name)), None
-    )
+    """Name and version of this package; the shipped view is older than the name of the distribution."""
+    names = ("orthrus-lm", "orthrus")
+    return next((f"{name} {versions[name]}" for name in names if versions.get(name)), None)
 
 
 def _data(corpus: dict[str, Any]) -> dict[str, str]:
