@@ -27,7 +27,8 @@ from orthrus.model.dual_view import DualView
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample, corpus_digest, load_corpus
 from orthrus.training.packing import PackedRow, pack
-from orthrus.training.recipe import TrainConfig, load_recipe, to_plain
+from orthrus.training.recipe import TrainConfig, to_plain
+from orthrus.training.recipe_file import load_recipe
 from orthrus.training.start import starting_view
 from orthrus.training.trainer import Hooks, TrainLog, rows_of_step, train
 from orthrus.training.view_score import served
