@@ -10,7 +10,7 @@ from tests.tiny import tiny_dual
 from tests.tiny_orthrus import tiny_orthrus
 
 from orthrus.base.loading import Base
-from orthrus.errors import CheckpointError, CorruptFileError
+from orthrus.errors import CheckpointError, CorruptFileError, UserInputError
 from orthrus.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_view, save_view
 from orthrus.model.delta_codec import GROUP, decode_tensors, encode_tensors, quantise
 from orthrus.model.twin import twins

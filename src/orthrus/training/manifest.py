@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orthrus.base.outputs import check_writable, write_text_atomic
-from orthrus.base.owned import check_unlocked, locked_folder, scraps_of
+from orthrus.base.outputs import SCRATCH, check_writable, write_text_atomic
+from orthrus.base.owned import check_unlocked, locked_folder
 from orthrus.errors import CorruptFileError, UserInputError
 
 MANIFEST = "manifest.json"
@@ -29,8 +29,9 @@ def corpus_folder(folder: Path) -> Iterator[None]:
     check_corpus_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked_folder(folder, _DOING):
-        for name in (MANIFEST, *_names(folder)):
-            for scrap in scraps_of(folder / name):
+        for scrap in folder.glob(f".*{SCRATCH}*"):
+            name = scrap.name[1:].partition(SCRATCH)[0]
+            if scrap.is_file() and (name == MANIFEST or _OURS.fullmatch(name)):
                 scrap.unlink(missing_ok=True)
         yield
 
