@@ -14,7 +14,8 @@ from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample
 from orthrus.training.forward import Objective, TrainingPass
 from orthrus.training.packing import pack
-from orthrus.training.recipe import TrainConfig, load_recipe
+from orthrus.training.recipe import TrainConfig
+from orthrus.training.recipe_file import load_recipe
 from orthrus.training.trainer import Hooks
 
 LAYOUTS = {

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tests.tiny_orthrus import tiny_orthrus
 
-from orthrus.bench import BenchOptions, BenchPrompt, run_bench, runner
+from orthrus.base.bench_prompts import BenchPrompt
+from orthrus.bench import BenchOptions, run_bench, runner
 from orthrus.bench.runner import prompts_digest
 from orthrus.engine.probe import stock_generate
 from orthrus.errors import UserInputError

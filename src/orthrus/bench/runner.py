@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 from orthrus.api import Orthrus
+from orthrus.base.bench_prompts import BenchPrompt
 from orthrus.base.provenance import provenance
 from orthrus.bench.layout import law
 from orthrus.bench.metrics import PLAIN, STOCK, Run, run_of_stats, run_of_stock
-from orthrus.bench.prompts import BenchPrompt
 from orthrus.bench.report import BenchReport
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
 from orthrus.engine.probe import stock_generate

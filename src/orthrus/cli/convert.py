@@ -85,8 +85,10 @@ def convert(
 
     What was written is read back and checked: the AR logits must be the stock model's, bit for bit.
     """
-    if target.exists():
-        raise UserInputError(f"{target} exists already; name a new folder or remove that one first.")
+    from orthrus.base.outputs import check_absent, check_writable
+
+    check_absent(target)
+    check_writable(target.parent)
     if encoding != "full" and to != "view":
         raise UserInputError(f"--encoding {encoding} is for views only; add --to view, or leave it out.")
     stated = _stated(license, figures)

@@ -213,7 +213,7 @@ def _key(runner: Runner, greedy: bool) -> dict[str, object]:
     return {
         "machine": torch.cuda.get_device_name(dual.device) if on_gpu else cpu_model() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "versions": [installed_version(name) for name in ("orthrus", "torch", "transformers")],
+        "versions": [installed_version(name) for name in ("orthrus-lm", "torch", "transformers")],
         "base": dual.config.base_fingerprint or config.to_json_string(),
         "view": [dual.config.layers, dual.config.twins, dual.config.rank, dual.config.block_size],
         "repair": dual.config.repair_rank,

@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from orthrus.base.loading import Base
-from orthrus.base.prompt_files import FilePrompt, read_prompt_file
+from orthrus.base.prompt_files import FilePrompt, is_domain, read_prompt_file
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.training.dataset_prompts import first_user_turn, open_dataset
@@ -27,6 +27,12 @@ class PromptSource:
     domain: str | None = None
     count: int | None = None
     suffix: str = ""
+
+    def __post_init__(self) -> None:
+        if self.domain is not None and not is_domain(self.domain):
+            raise UserInputError(
+                f"a domain must be a printable text of at most 200 characters, not {self.domain[:200]!r}."
+            )
 
 
 def gather_prompts(

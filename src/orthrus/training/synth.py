@@ -15,7 +15,15 @@ from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.training import manifest
 from orthrus.training.batch_decode import Request, decode_batch
-from orthrus.training.corpus import PROMPTS, Unseen, read_jsonl, shard_path, source_path, write_jsonl
+from orthrus.training.corpus import (
+    PROMPTS,
+    Unseen,
+    read_prompts,
+    read_source,
+    shard_path,
+    source_path,
+    write_jsonl,
+)
 from orthrus.training.prompt_sources import PromptSource, gather_prompts, read_prompt_texts
 from orthrus.training.self_prompts import is_repetitive
 
@@ -94,7 +102,7 @@ def synthesise(
     _begin(folder, config, base, dual)
     if not (folder / PROMPTS).is_file():
         write_jsonl(folder / PROMPTS, _gather(base, dual, config, folder, report, keep_out))
-    prompts = read_jsonl(folder / PROMPTS)
+    prompts = read_prompts(folder)
     size = config.shard_size
     shards = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
     todo = [(i, shard) for i, shard in enumerate(shards) if not shard_path(folder, i).is_file()]
@@ -154,15 +162,14 @@ def _gather(
             )
             manifest.note_source(folder, part.name, facts)
             write_jsonl(part, ({"prompt": text, "domain": domain} for text, domain in texts))
-        for record in read_jsonl(part):
+        for record in read_source(part):
             if unseen(record["prompt"]):
                 ids = base.encode_prompt(record["prompt"] + source.suffix)
                 if len(ids) <= longest:
                     found.append({"prompt_ids": ids, "domain": record["domain"]})
     if not found:
         # The next try may bring other prompts under the same name.
-        for part in folder.glob("source-*.jsonl"):
-            part.unlink()
+        manifest.forget_sources(folder)
         raise UserInputError(
             f"no prompt is left after taking out duplicates, held-out ones and those above {longest} tokens; "
             "give more or other prompts."
