@@ -162,15 +162,14 @@ class DecodeConfig:
     logprobs: int | None = None
     copies: bool = True
     priority: int = 0
-    prefill_chunk: int = 512
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "block_size", "node_budget", "block_budget", "prefill_chunk"):
+        for name in ("max_new_tokens", "block_size", "node_budget", "block_budget"):
             _whole(name, getattr(self, name))
         if any(not isinstance(text, str) for text in self.stop):
             raise UserInputError("stop strings must be text.")
-        for name in ("max_new_tokens", "node_budget", "block_budget", "prefill_chunk"):
+        for name in ("max_new_tokens", "node_budget", "block_budget"):
             if getattr(self, name) is None or getattr(self, name) < 1:
                 raise UserInputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.strategy not in STRATEGIES:

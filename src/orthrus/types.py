@@ -7,7 +7,7 @@ H heads, D head dimension, C hidden size, V vocabulary.
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 CycleKind = Literal["prefill", "ar", "chain", "tree", "fused", "fused_tree"]
 
 

@@ -68,8 +68,8 @@ def oracle(dual, rows, seeds, num_anchors, layout, weights):
                 torch.tensor([[ids[0]]]), cache.lengths, layout.block_size, dual.mask_token_id, floor=False
             )
             log_q_JV = dual.run(replace(block, token_ids_BT=torch.tensor([ids])), cache)[0].log_softmax(-1)
-            with dual.stock() as model:
-                log_p_TV = model(torch.tensor([tokens[start:end]])).logits[0].log_softmax(-1)
+            model = dual.stock()
+            log_p_TV = model(torch.tensor([tokens[start:end]])).logits[0].log_softmax(-1)
             targets = [j for j in range(first_target, layout.block_size - 1) if anchor + j + 1 < end]
             chances = {
                 j: 0.5

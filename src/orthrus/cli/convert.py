@@ -218,8 +218,8 @@ def _check_view(orthrus: "Orthrus", target: Path, encoding: Encoding) -> None:
 
 
 def _report(orthrus: "Orthrus", target: Path, to: Layout) -> dict[str, Any]:
-    with orthrus.stock() as stock:
-        num_base = sum(p.numel() for p in stock.parameters())
+    stock = orthrus.stock()
+    num_base = sum(p.numel() for p in stock.parameters())
     added = orthrus.dual.num_view_parameters()
     return {
         "path": str(target),

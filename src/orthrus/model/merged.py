@@ -103,8 +103,8 @@ def save_merged(
     if layout == "released":
         _check_released(dual)
     with atomic_folder(Path(folder)) as temporary:
-        with dual.stock() as stock:
-            stock.save_pretrained(temporary)
+        stock = dual.stock()
+        stock.save_pretrained(temporary)
         if base is not None:
             base.tokenizer.save_pretrained(temporary)
         config = read_json(temporary / "config.json")

@@ -218,8 +218,8 @@ def _answer(
 
 def _begin(folder: Path, config: SynthConfig, base: Base, dual: DualView) -> None:
     # Twins change the names of the weights that they wrap.
-    with dual.stock() as model:
-        weights = fingerprint(model)
+    model = dual.stock()
+    weights = fingerprint(model)
     made = provenance(device=str(base.model.device), dtype=str(base.model.dtype), seed=config.seed)
     settings = {"base": base.reference, "base_fingerprint": weights, "dtype": made["dtype"], **asdict(config)}
     manifest.begin(folder, settings, made)

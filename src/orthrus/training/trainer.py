@@ -13,7 +13,7 @@ from torch import Tensor
 from orthrus.errors import DivergedError, UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.model.names import REPAIR_PREFIX
-from orthrus.model.slot_cache import head_dim
+from orthrus.model.pool import head_dim
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.flex_blocks import pick_attention
 from orthrus.training.forward import Objective, StepOutput, TrainingPass

@@ -13,10 +13,12 @@ from accelerate.utils import reduce
 from orthrus.base.bench_prompts import load_prompts
 from orthrus.base.loading import Base
 from orthrus.config import DecodeConfig
+from orthrus.engine.engine import Engine
 from orthrus.engine.stream import TokenStream
 from orthrus.errors import OrthrusError
 from orthrus.model.checkpoint import CONFIG_FILE, read_json, save_view
 from orthrus.model.dual_view import DualView
+from orthrus.model.runner import EagerRunner
 from orthrus.training.run_folder import BEST, RunFolder
 
 NUM_TOKENS = 64
@@ -80,15 +82,10 @@ def decoded(dual: DualView, base: Base, prompts: list[list[int]]) -> tuple[int, 
     config = DecodeConfig(max_new_tokens=NUM_TOKENS, strategy="chain")
     num_tokens = num_cycles = 0
     with served(dual):
-        for prompt_ids in prompts:
-            stream = TokenStream(
-                dual,
-                prompt_ids,
-                config,
-                eos_token_ids=base.eos_token_ids,
-                context_length=base.context_length,
-            )
-            stats = stream.drain().stats
+        engine = Engine(EagerRunner(dual))
+        requests = [engine.submit(ids, config, eos_token_ids=base.eos_token_ids) for ids in prompts]
+        for request in requests:
+            stats = TokenStream(engine, request).drain().stats
             num_tokens += max(stats.num_tokens - 1, 0)
             num_cycles += stats.num_cycles
     return num_tokens, num_cycles
