@@ -31,7 +31,7 @@ class Committed(NamedTuple):
 @torch.inference_mode()
 def prefill_pass(state: DecodeState, token_ids: list[int], *, last: bool) -> Committed:
     """Feed a chunk of the prompt; the last one decides the first token."""
-    state.rules.see(token_ids)
+    state.rules.see_prompt(token_ids)
     ids_1T = torch.tensor([token_ids], device=state.dual.device)
     logits_1RV = state.dual.run(prefill(ids_1T, state.cache.lengths, last=last), state.cache)
     state.cache.commit(len(token_ids))
