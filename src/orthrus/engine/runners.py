@@ -1,5 +1,6 @@
 """Which code runs passes: the stock one, compiled on a CPU, or captured on a GPU."""
 
+import os
 import warnings
 
 import torch
@@ -11,6 +12,11 @@ from orthrus.errors import OrthrusWarning, UserInputError
 from orthrus.model.dual_view import DualView
 
 RUNNERS = ("auto", "eager", "compiled", "captured")
+
+
+def default_runner(runner: str | None) -> str:
+    """The runner asked for: by name, else by the environment's ORTHRUS_RUNNER, else "auto"."""
+    return runner or os.environ.get("ORTHRUS_RUNNER") or "auto"
 
 
 def check_runner(runner: str) -> None:

@@ -9,10 +9,10 @@ from orthrus.config import DecodeConfig
 from orthrus.decoding.policy import Policy
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.stats import summarise
-from orthrus.decoding.stopping import StopRules, StopStrings
+from orthrus.decoding.stopping import StopRules
 from orthrus.engine.costs import pass_costs
 from orthrus.engine.cycles import PLAIN, auto_cycle, decode_cycle, fixed_plan
-from orthrus.engine.detokenize import Decoder, Detokenizer
+from orthrus.engine.detokenize import AnswerText, Decoder
 from orthrus.engine.passes import prefill_pass
 from orthrus.engine.state import DecodeState, Step, num_candidates, reads_are_dear
 from orthrus.errors import UserInputError
@@ -53,7 +53,7 @@ class TokenStream(Iterator[Cycle]):
             max_new_tokens=min(config.max_new_tokens, context_length - len(prompt_ids)),
         )
         self._block_size = check_block_size(dual, config.block_size)
-        self._text = _Text(tokenizer, config.stop)
+        self._text = AnswerText(tokenizer, config.stop)
         self._should_stop = should_stop
         self._cycles: list[Cycle] = []
         self._token_ids: list[int] = []
@@ -192,29 +192,6 @@ class TokenStream(Iterator[Cycle]):
         if not plan.num_nodes:
             return 0
         return max(self._block_size, plan.num_nodes + plan.num_blocks * self._block_size)
-
-
-class _Text:
-    """Detokenising and stop strings, token by token, so that a stop string cuts the ids too."""
-
-    def __init__(self, tokenizer: Decoder | None, stop: tuple[str, ...]) -> None:
-        if tokenizer is None and stop:
-            raise UserInputError("stop strings need a tokenizer; pass tokenizer=... or drop them.")
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-        self._stop = StopStrings(stop)
-
-    def push(self, token_id: int) -> tuple[str, bool]:
-        """The text that may be shown now, and whether a stop string is complete."""
-        if self._detokenizer is None:
-            return "", False
-        return self._stop.push(self._detokenizer.push(token_id))
-
-    def flush(self) -> tuple[str, bool]:
-        """What was held back, once nothing more will come, and whether it completes a stop string."""
-        if self._detokenizer is None:
-            return "", False
-        piece, complete = self._stop.push(self._detokenizer.flush())
-        return (piece, True) if complete else (piece + self._stop.flush(), False)
 
 
 def _record(
