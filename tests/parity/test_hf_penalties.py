@@ -8,8 +8,8 @@ from tests.folders import save_base
 from tests.tiny import VOCAB, disturb_view, tiny_prompt
 from torch import Tensor
 
-from orthrus.auto import OrthrusForCausalLM
 from orthrus.config import FIXED_STRATEGIES
+from orthrus.hf.auto import OrthrusForCausalLM
 
 IDS_1T = torch.tensor([tiny_prompt(9)])
 

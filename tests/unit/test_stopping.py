@@ -1,10 +1,11 @@
 """Ends of a text inside a block: end-of-sequence ids, stop strings, and the exact token limit."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.ways import EVERY_DRAFTING_WAY, EVERY_WAY, WAYS
+from tokenizers import AddedToken
 
 from orthrus.config import DecodeConfig, Strategy
 from orthrus.decoding.stopping import StopRules, StopStrings, end_ids
@@ -189,6 +190,37 @@ def test_what_was_held_back_comes_at_the_end() -> None:
     assert watch.push("xxab") == ("xx", False)
     assert watch.flush() == "ab"
     assert watch.flush() == ""
+
+
+def test_a_special_token_is_found_by_its_name_and_never_shown() -> None:
+    watch = StopStrings(("x<|end|>\n",))
+    assert watch.push("ax") == ("a", False)
+    assert watch.push("<|end|>", hidden=True) == ("", False)
+    assert watch.push("b") == ("xb", False)
+    watch.push("x")
+    watch.push("<|end|>", hidden=True)
+    assert watch.push("\nrest") == ("", True)
+
+
+class WithEnd(Letters):
+    """The commonest id of the text is a special token, which decoding leaves out."""
+
+    END = max(set(FREE), key=FREE.count)
+    added_tokens_decoder: ClassVar = {END: AddedToken("<|end|>", special=True)}
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return super().decode([i for i in token_ids if i != self.END])
+
+
+@EVERY_WAY
+def test_a_stop_string_may_be_a_special_token(strategy: Strategy, floor: bool) -> None:
+    end = first_at(WithEnd.END)
+    result = decode(strategy, floor, tokenizer=WithEnd(), stop=("<|end|>",))
+    assert result.token_ids == FREE[: end + 1]
+    assert result.finish_reason == "stop"
+    assert result.text == Letters().decode(list(FREE[:end]))
+    free = decode(strategy, floor, tokenizer=WithEnd(), stop=("<|end|>never",))
+    assert free.text == decode(strategy, floor, tokenizer=WithEnd()).text
 
 
 def test_stop_strings_without_a_tokenizer_are_refused() -> None:

@@ -25,7 +25,7 @@ from orthrus.base.devices import synchronize
 from orthrus.engine.choices import Guessed, Judged, choose, rank
 from orthrus.engine.layer_code import sources_digest
 from orthrus.engine.request import Request
-from orthrus.engine.text import Text
+from orthrus.engine.detokenize import AnswerText
 from orthrus.errors import StorageError
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import causal, join, tree
@@ -172,7 +172,7 @@ def _timed_request(dual: DualView, slots: Slots, greedy: bool) -> Request:
         config=config,
         stop=StopRules(frozenset(), 1),
         rules=LogitRules(config.sampling, dual.vocab_size, dual.device),
-        text=Text(None, ()),
+        text=AnswerText(None, ()),
         slots=slots,
         seed=0,
         block_size=dual.config.block_size,

@@ -23,12 +23,11 @@ from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.stopping import StopRules, end_ids
 from orthrus.engine.choices import Guessed, Judged, choose, rank
 from orthrus.engine.costs import OnMeasure, pass_costs
-from orthrus.engine.detokenize import Decoder
+from orthrus.engine.detokenize import AnswerText, Decoder
 from orthrus.engine.limits import check_block_size, check_prompt, check_token_ids
 from orthrus.engine.prefix import PrefixStore
 from orthrus.engine.request import Request, Step, Work
 from orthrus.engine.scheduler import Scheduler
-from orthrus.engine.text import Text
 from orthrus.engine.work import end_pass, settle, settle_draft, wanted
 from orthrus.model.passes import Pass, join
 from orthrus.model.pool import SlotPool, Slots, pages_for, slot_bytes
@@ -111,7 +110,7 @@ class Engine:
             rules=LogitRules(
                 config.sampling, dual.vocab_size, dual.device, min_tokens=config.min_tokens, end_ids=ends
             ),
-            text=Text(tokenizer, config.stop),
+            text=AnswerText(tokenizer, config.stop),
             slots=Slots(self.scheduler.pool),
             seed=randbits(63) if seed is None else seed,
             block_size=block_size,

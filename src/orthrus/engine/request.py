@@ -11,7 +11,7 @@ from orthrus.decoding.policy import Policy
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.stopping import StopRules
 from orthrus.decoding.tree import Candidates, DraftTree
-from orthrus.engine.text import Text
+from orthrus.engine.detokenize import AnswerText
 from orthrus.model.passes import Part
 from orthrus.model.pool import Slots
 from orthrus.types import Cycle, CycleKind, FinishReason, TokenLogprob
@@ -76,7 +76,7 @@ class Request:
     config: DecodeConfig
     stop: StopRules
     rules: LogitRules
-    text: Text
+    text: AnswerText
     slots: Slots
     seed: int
     block_size: int

@@ -21,14 +21,12 @@ from orthrus.errors import CheckpointError, CorruptFileError, OrthrusWarning, Us
 from orthrus.model.card import view_card
 from orthrus.model.delta_codec import decode_tensors, encode_tensors
 from orthrus.model.dual_view import DualView
-from orthrus.model.names import is_view_tensor, to_file
+from orthrus.model.names import ARCHITECTURE, MODEL_TYPE, is_view_tensor, to_file
 from orthrus.model.twin import LowRankTwin, chosen_names, twins
 from orthrus.model.view_config import Encoding, ViewConfig
 
 CONFIG_FILE = "view_config.json"
 WEIGHTS_FILE = "view.safetensors"
-MODEL_TYPE = "orthrus"
-ARCHITECTURE = "OrthrusForCausalLM"
 DEFAULT_FRESH_BLOCK_SIZE = 8
 
 
