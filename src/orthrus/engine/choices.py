@@ -62,7 +62,9 @@ def choose(logits_RV: Tensor, judged: Sequence[Judged]) -> list[list[int]]:
     return [ids[j.rows] for j in judged]
 
 
-def rank(runner: Runner, hidden_DC: Tensor, logits_DV: Tensor, guessed: Sequence[Guessed]) -> list[Candidates]:
+def rank(
+    runner: Runner, hidden_DC: Tensor, logits_DV: Tensor, guessed: Sequence[Guessed]
+) -> list[Candidates]:
     """The best candidates of each draft row, by request; a request's first row follows its anchor.
 
     hidden_DC, logits_DV: of the draft rows of all requests, before and after the head. A repair head lets the

@@ -106,13 +106,17 @@ class CompiledRunner:
         slots.commit(11)
         ids = [i % self.dual.base.config.vocab_size for i in range(5)]
         mask_token_id = self.dual.mask_token_id
-        for done, part in enumerate((tree(ids, [0, 1, 0, 3]), tree(ids, [0, 1, 0, 3], [2], size, mask_token_id))):
+        for done, part in enumerate(
+            (tree(ids, [0, 1, 0, 3]), tree(ids, [0, 1, 0, 3], [2], size, mask_token_id))
+        ):
             _say(on_progress, 1 + done)
             p = join([(part, slots)])
             seen = _Calls(lambda _, hidden: hidden, p, pool)
             self._decode(p, seen)
             if seen.num_called != len(self._kinds):
-                raise UnsupportedModelError("the stock forward of this model leaves out layers: run it eagerly.")
+                raise UnsupportedModelError(
+                    "the stock forward of this model leaves out layers: run it eagerly."
+                )
             for kind, layer in self._examples.items():
                 given = seen.given[min(kind, len(seen.given) - 1)]
                 hidden_1RC = self.dual.embed(p.token_ids_R[None])

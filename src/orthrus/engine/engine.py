@@ -56,7 +56,9 @@ class Engine:
     observers: see every pass; for audits, benchmarks and metrics.
     """
 
-    def __init__(self, runner: Runner, config: EngineConfig | None = None, *, observers: Sequence[Observer] = ()):
+    def __init__(
+        self, runner: Runner, config: EngineConfig | None = None, *, observers: Sequence[Observer] = ()
+    ):
         self.runner = runner
         self.config = config or EngineConfig()
         self.observers = list(observers)
@@ -211,7 +213,9 @@ class Engine:
         sure = self._sure_guesses(chosen, p)
         rows = [*judged_rows, *(row for some in sure.values() for row in some)]
         logits_RV = runner.head(hidden_RC[rows]) if rows else hidden_RC.new_empty((0, dual.vocab_size))
-        own_ids = dict(zip((id(j.request) for j in judged), choose(logits_RV[: len(judged_rows)], judged), strict=True))
+        own_ids = dict(
+            zip((id(j.request) for j in judged), choose(logits_RV[: len(judged_rows)], judged), strict=True)
+        )
         logprobs = self._logprobs(logits_RV, judged, own_ids)
 
         wishes: list[tuple[Request, Work, int, int]] = []
@@ -301,7 +305,9 @@ class Engine:
     ) -> dict[int, list[TokenLogprob]]:
         """By request that asked for them, of the AR view's own token after each judged row."""
         return {
-            id(j.request): token_logprobs(logits_RV[j.rows], own_ids[id(j.request)], j.request.config.logprobs)
+            id(j.request): token_logprobs(
+                logits_RV[j.rows], own_ids[id(j.request)], j.request.config.logprobs
+            )
             for j in judged
             if j.request.config.logprobs is not None
         }

@@ -178,7 +178,13 @@ def _exported(layer: nn.Module, example: Arguments) -> "ExportedProgram":
                 template,
                 dict(zip(names, tensors, strict=True)),
                 (hidden_1TC,),
-                {**given, "attention_mask": None, "past_key_values": store, "use_cache": True, "plan_P": plan_P},
+                {
+                    **given,
+                    "attention_mask": None,
+                    "past_key_values": store,
+                    "use_cache": True,
+                    "plan_P": plan_P,
+                },
             )
             return out
 

@@ -129,8 +129,10 @@ class Request:
         num_prompt = len(self.prompt_ids)
         if end <= num_prompt:
             return self.prompt_ids[start:end]
-        return (self.prompt_ids[start:] + self.token_ids)[: end - start] if start < num_prompt else (
-            self.token_ids[start - num_prompt : end - num_prompt]
+        return (
+            (self.prompt_ids[start:] + self.token_ids)[: end - start]
+            if start < num_prompt
+            else (self.token_ids[start - num_prompt : end - num_prompt])
         )
 
     def commit(self, token_ids: list[int], num_drafts: int, logprobs: list[TokenLogprob]) -> int:

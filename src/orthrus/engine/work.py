@@ -9,7 +9,14 @@ from math import inf
 
 from orthrus.config import DecodeConfig
 from orthrus.decoding.policy import Left
-from orthrus.decoding.tree import EMPTY_TREE, Candidates, DraftTree, accepted_rows, best_first_tree, chain_tree
+from orthrus.decoding.tree import (
+    EMPTY_TREE,
+    Candidates,
+    DraftTree,
+    accepted_rows,
+    best_first_tree,
+    chain_tree,
+)
 from orthrus.engine.request import Request, Step, Work
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import block, causal, tree

@@ -168,7 +168,9 @@ class Slots:
         Raises AssertionError naming the first slot that breaks this.
         """
         places = self.places(np.arange(self.length))
-        wrong = (self.pool.writers_S[places] != AR) | (self.pool.positions_S[places] != np.arange(self.length))
+        wrong = (self.pool.writers_S[places] != AR) | (
+            self.pool.positions_S[places] != np.arange(self.length)
+        )
         if wrong.any():
             slot = int(wrong.argmax())
             raise AssertionError(
