@@ -5,23 +5,24 @@ layers of a kind share it, so compiling takes seconds, and sizes are dynamic, so
 """
 
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from orthrus.base.families import decoder_layers
+from orthrus.base.memory import available_bytes
 from orthrus.base.quantised import quantisation
-from orthrus.base.storage import Progress, cache_dir
+from orthrus.base.storage import Progress
 from orthrus.engine.fast_layers import fast_layer
+from orthrus.engine.layer_code import Arguments, LayerCode, flatten, kind, layer_code, named_tensors
 from orthrus.kernels.build import load_kernels
 from orthrus.kernels.linear import fast_linear
-from orthrus.engine.layer_code import Arguments, LayerCode, flatten, kind, layer_code, named_tensors
 from orthrus.model.attention import folded_heads
 from orthrus.model.dual_view import DualView
 from orthrus.model.int8_linear import onednn_is_exact
@@ -40,22 +41,21 @@ def compile_passes(dual: DualView, on_progress: Progress | None = None) -> None:
     cache folder).
     """
     try:
-        _say(on_progress, 0)
-        load_kernels()
-        compiled = CompiledRunner(dual)
+        load_kernels(on_progress)
+        compiled = CompiledRunner(dual, on_progress)
         tables = RepairTables.of(dual)
         move = torch.ops.orthrus.move_slots
         dual.accelerate(
             "compiled", compiled, compiled.head, compiled.draft_head, repair_tables=tables, move=move
         )
-        _prepare(dual, on_progress)
+        _prepare(dual)
     except Exception:
         dual.accelerate("eager")
         raise
 
 
 @torch.inference_mode()
-def _prepare(dual: DualView, on_progress: Progress | None) -> None:
+def _prepare(dual: DualView) -> None:
     """Compile, or load from the cache folder, all code that passes will need."""
     history, size = 11, dual.config.block_size
     cache = dual.new_cache(history + 5 + size + 101)
@@ -65,14 +65,8 @@ def _prepare(dual: DualView, on_progress: Progress | None) -> None:
         verify_chain(ids_15, [history]),
         fused(ids_15, [0, 1, 0, 3], [history], [2], size, dual.mask_token_id),
     ]
-    for done, p in enumerate(passes):
-        _say(on_progress, 1 + done)
+    for p in passes:
         dual.hidden(p, cache)
-
-
-def _say(on_progress: Progress | None, done: int) -> None:
-    if on_progress is not None:
-        on_progress("preparing compiled code (the first time: about a minute)", done, 3)
 
 
 Way = Literal["each", "waiting", "alike"]
@@ -102,8 +96,9 @@ class CompiledRunner:
     where it gives all of them the same besides, one call stands for all. Unless somebody has hooks on them.
     """
 
-    def __init__(self, dual: DualView) -> None:
-        self._dual = dual
+    def __init__(self, dual: DualView, on_progress: Progress | None = None) -> None:
+        """on_progress: called only while code is compiled that the cache folder does not have."""
+        self._dual, self._on_progress = dual, on_progress
         self._decoder = dual.base.get_decoder()
         self._layers = list(decoder_layers(dual.base))
         self._code: dict[tuple[int, bool], LayerCode] = {}
@@ -203,8 +198,8 @@ class CompiledRunner:
 
     def _make(self, key: tuple[int, bool], arguments: Arguments) -> None:
         """The code of a kind of layers, when the first of them is called; `_prepare` sees to all."""
-        folder, config = cache_dir() / "compiled", self._dual.base.config
-        self._code[key] = layer_code(self._examples[key[0]], arguments, folder, config=config)
+        config, progress = self._dual.base.config, self._on_progress
+        self._code[key] = layer_code(self._examples[key[0]], arguments, config=config, progress=progress)
 
 
 class _Stack(nn.ModuleList):
@@ -271,20 +266,36 @@ class _Running:
 
 
 def compile_problem(dual: DualView) -> str | None:
-    """Why compiled code cannot run here; None where it can."""
+    """Why compiled code is not made for this model or machine; None where it is.
+
+    Ends a sentence that begins with "the compiled runner", as those of the next two functions do.
+    """
     if (method := quantisation(dual.base.config)) is not None:
         return f"does not run {method} weights"
     if dual.device.type != "cpu":
         return f"is made for CPUs, and the model is on {dual.device.type}"
-    if sys.platform == "win32":
-        return "does not run on Windows"
-    if not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c):
-        return "needs a C++ compiler, and none is on the PATH: install g++ or clang++"
+    machine = platform.machine()
+    if sys.platform != "linux" or machine.lower() not in ("x86_64", "amd64"):
+        # Others may do: nobody has run the tests there yet.
+        return f"is made for x86-64 Linux only, and this is {platform.system() or sys.platform} on {machine}"
     return None
 
 
-def fits_twice(dual: DualView) -> bool:
-    """Whether there is memory for packed weights beside the stock ones, and for a repair head's tables."""
+def compiler_problem() -> str | None:
+    """What is missing to compile with; None where nothing is."""
+    if any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c):
+        return None
+    return "needs a C++ compiler, and none is on the PATH: install g++ or clang++"
+
+
+def memory_problem(dual: DualView) -> str | None:
+    """What is missing of memory for packed weights beside the stock ones, and a repair head's tables."""
     num_bytes = sum(t.nbytes for t in (*dual.base.parameters(), *dual.base.buffers()))
     num_bytes += 2 * dual.vocab_size * (dual.config.repair_rank or 0) * dual.dtype.itemsize
-    return bool(psutil.virtual_memory().available > 1.2 * num_bytes)
+    needed, available = 1.2 * num_bytes, available_bytes()
+    if available > needed:
+        return None
+    return (
+        f"keeps the weights twice and needs {needed / 1e9:.1f} GB more, and {available / 1e9:.1f} GB of "
+        "memory are free: free some, or choose a smaller dtype"
+    )
