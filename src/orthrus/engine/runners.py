@@ -24,8 +24,10 @@ def use_runner(dual: DualView, runner: str, on_progress: Progress | None = None)
 
     "auto": compiled on an x86-64 Linux CPU, else eager; an OrthrusWarning says so where the compiler, the
     memory or the disk for it is missing. "compiled": see `engine.compiled`. "captured": see
-    `engine.captured`; for CUDA devices. Raises UserInputError for an unknown runner, or one that cannot run here; StorageError where the
-    cache folder cannot keep compiled code.
+    `engine.captured`; for CUDA devices.
+
+    Raises UserInputError for an unknown runner, or one that cannot run here; StorageError where the cache
+    folder cannot keep compiled code.
     """
     check_runner(runner)
     if runner == "captured":
