@@ -211,8 +211,8 @@ class Engine:
                 paths = work.tree.paths_of_tokens() if work.tree.num_nodes else [[] for _ in rows]
                 judged.append(Judged(request, slice(first, len(judged_rows)), places, paths))
         sure = self._sure_guesses(chosen, p)
-        rows = [*judged_rows, *(row for some in sure.values() for row in some)]
-        logits_RV = runner.head(hidden_RC[rows]) if rows else hidden_RC.new_empty((0, dual.vocab_size))
+        projected = [*judged_rows, *(row for some in sure.values() for row in some)]
+        logits_RV = runner.head(hidden_RC[projected]) if projected else hidden_RC.new_empty((0, dual.vocab_size))
         own_ids = dict(
             zip((id(j.request) for j in judged), choose(logits_RV[: len(judged_rows)], judged), strict=True)
         )
@@ -358,7 +358,7 @@ class Engine:
         dual, most = self.runner.dual, self.config.max_slots
         if most is None:
             config = dual.base.config
-            most = available_bytes(dual.device) // 5 // slot_bytes(config, dual.dtype)
+            most = _available(dual.device) // 5 // slot_bytes(config, dual.dtype)
             most = min(most, 32 * self.context_length)
         return max(pages_for(most), 4)
 
@@ -374,3 +374,8 @@ class Engine:
             config.block_budget,
             own_head=dual.draft_head is not None,
         )
+
+
+def _available(device: torch.device) -> int:
+    """Bytes that can still be taken where the pool will lie."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()

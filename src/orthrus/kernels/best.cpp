@@ -84,7 +84,8 @@ float best_of_row(const float* scores, int64_t size, int64_t num, float* values,
 
 // scores (rows, V) float32 -> values and ids (rows, num), best first, and totals (rows, 1): log-sum-exp.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> best_tokens(const at::Tensor& scores, int64_t num) {
-  TORCH_CHECK(scores.dim() == 2 && scores.scalar_type() == at::kFloat, "best_tokens: rows of float32");
+  TORCH_CHECK(
+      scores.dim() == 2 && scores.is_cpu() && scores.scalar_type() == at::kFloat, "best_tokens: rows of float32");
   const int64_t rows = scores.size(0), size = scores.size(1);
   TORCH_CHECK(0 < num && num <= size, "best_tokens: ", num, " of ", size);
   const at::Tensor whole = scores.contiguous();
@@ -125,7 +126,10 @@ void first_of_rows(const at::Tensor& scores, at::Tensor& ids) {
 
 // scores (rows, V) of float32 or bfloat16 -> ids (rows): the first of the largest of each.
 at::Tensor first_best(const at::Tensor& scores) {
-  TORCH_CHECK(scores.dim() == 2 && scores.size(1) > 0, "first_best: rows of scores");
+  TORCH_CHECK(
+      scores.dim() == 2 && scores.size(1) > 0 && scores.is_cpu() &&
+          (scores.scalar_type() == at::kFloat || scores.scalar_type() == at::kBFloat16),
+      "first_best: rows of scores in float32 or bfloat16");
   const at::Tensor whole = scores.contiguous();
   at::Tensor ids = at::empty({scores.size(0)}, scores.options().dtype(at::kLong));
   if (scores.scalar_type() == at::kFloat)
