@@ -4,7 +4,6 @@
 // they hold numbers. So a row comes out alike to the last bit in whatever pass it stands and wherever its past lies
 // in the cache, if later tokens lie behind earlier ones: a drafted token's row as a tree's node or alone.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
@@ -15,6 +14,7 @@
 #include <memory>
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
@@ -194,7 +194,7 @@ void attend_heads(
   const T* from = query.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
   // Threads share the queries in the order of the heads of keys, few of which they share.
-  at::parallel_for(0, num_kv * num_queries, std::min<int64_t>(kRows, num_queries), [&](int64_t begin, int64_t end) {
+  parallel_for(0, num_kv * num_queries, std::min<int64_t>(kRows, num_queries), [&](int64_t begin, int64_t end) {
     const int64_t most = std::min(kMostQueries, end - begin);
     const auto scratch = room<float>(most * (key_size + width + 1));
     float *queries = scratch.get(), *sums = queries + most * key_size, *totals = sums + most * width;
