@@ -3,7 +3,6 @@
 // PyTorch's topk moves pairs of numbers about, one at a time; here one look finds the largest score of each chunk
 // of a row, and only the few chunks that can hold one of the best are looked into.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -14,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
@@ -95,7 +95,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> best_tokens(const at::Tensor& sco
   auto* to = values.mutable_data_ptr<float>();
   auto* total_of = totals.mutable_data_ptr<float>();
   auto* id = ids.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
       total_of[r] = best_of_row(from + r * size, size, num, to + r * num, id + r * num);
   });
@@ -108,7 +108,7 @@ void first_of_rows(const at::Tensor& scores, at::Tensor& ids) {
   const int64_t size = scores.size(1);
   const T* from = scores.const_data_ptr<T>();
   auto* id = ids.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, scores.size(0), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, scores.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const T* row = from + r * size;
       float most = kNone;

@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "threads.h"
+
 namespace {
 
 // The code of all layers of a kind, a library: (a layer's tensors, hidden state, arguments) -> hidden state.
@@ -40,6 +42,7 @@ struct Layers : torch::CustomClassHolder {
       inputs.insert(inputs.end(), own.begin(), own.end());
       inputs.insert(inputs.end(), {slots, keys[layer], values[layer]});
       inputs.insert(inputs.end(), rest.begin(), rest.end());
+      const orthrus::LimitedThreads limited;
       hidden = std::move(codes[i]->runner.run(inputs)[0]);
     }
     return hidden;

@@ -14,7 +14,6 @@
 // A twin's linear multiplies its first rows with one weight and the others with another, in one go if they are laid
 // out alike.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
@@ -25,6 +24,7 @@
 #include "dots.h"
 #include "groups.h"
 #include "rounding.h"
+#include "threads.h"
 #include "tiles.h"
 #include "vectors.h"
 
@@ -111,7 +111,7 @@ void finish(
 template <int kMost, int64_t kWidth, typename Sum, typename Out, typename Multiply>
 void products_of(const std::vector<Side>& sides, const Target<Out>& to, const Multiply& multiply) {
   const int64_t bytes = sides[0].weight.nbytes() / sides[0].weight.size(0);
-  at::parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
     Sum sums[kMost * kWidth];
     for (const Side& side : sides) {
       if (side.rows == 0) continue;
@@ -148,7 +148,7 @@ void tiles(const T* x, int64_t filled, const std::vector<Side>& sides, const Tar
 #if ORTHRUS_TILES
   using Sum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
   const int64_t bytes = filled * static_cast<int64_t>(sizeof(T)), steps = bytes / kTileBytes;
-  at::parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
     alignas(64) Sum sums[kTileMostRows * kTileColumns];
     for (const Side& side : sides) {
       if (side.rows == 0) continue;

@@ -2,7 +2,6 @@
 //
 // The tables are small and the steps many: operator by operator, most of the time would go into calling them.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -11,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
@@ -75,7 +75,7 @@ void fill(
     const float share = std::min(log_sum_exp(score + d * num_children, num_children) - total[d], 0.0f);
     rest[d] = total[d] + std::log(-std::expm1(share));
   }
-  at::parallel_for(0, parent_ids.numel(), 16, [&](int64_t begin, int64_t end) {
+  parallel_for(0, parent_ids.numel(), 16, [&](int64_t begin, int64_t end) {
     std::vector<float> met(rank);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t d = i / num_parents;
