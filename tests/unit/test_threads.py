@@ -14,6 +14,8 @@ from orthrus.kernels.build import load_kernels
 from orthrus.kernels.linear import fast_linear
 
 MS = 1_000_000
+LONG = 10 * MS
+"""A wait that is reason enough by itself."""
 USUAL = 8
 
 
@@ -38,20 +40,31 @@ def rises_after(limit: Any, now: int, usual: int = 2) -> int:
 
 def test_all_threads_until_one_is_late(limit: Any) -> None:
     assert limit.threads(USUAL, 0) == USUAL
-    limit.waited(USUAL, 0)
+    limit.waited(USUAL, LONG, 0)
     assert limit.threads(USUAL, 1) == USUAL - 1
 
 
 def test_one_hiccup_costs_ten_milliseconds(limit: Any) -> None:
-    limit.waited(2, 0)
+    limit.waited(2, LONG, 0)
     assert limit.threads(2, 9 * MS) == 1
     assert limit.threads(2, 10 * MS) == 2
+
+
+def test_short_waits_take_no_thread_before_they_add_up(limit: Any) -> None:
+    for now in range(0, 200, 10):
+        limit.waited(2, 2 * MS, now * MS)
+        assert limit.threads(2, now * MS) == 2
+    threads = []
+    for now in range(200, 220, 4):
+        limit.waited(2, 3 * MS, now * MS)
+        threads.append(limit.threads(2, now * MS))
+    assert min(threads) == 1
 
 
 def test_rare_hiccups_cost_no_more(limit: Any) -> None:
     now = 0
     for _ in range(20):
-        limit.waited(2, now)
+        limit.waited(2, LONG, now)
         assert rises_after(limit, now) == 10
         now += 1000 * MS
 
@@ -59,7 +72,7 @@ def test_rare_hiccups_cost_no_more(limit: Any) -> None:
 def test_a_lasting_neighbour_is_asked_less_and_less_often(limit: Any) -> None:
     now, pauses = 0, []
     for _ in range(10):
-        limit.waited(2, now)
+        limit.waited(2, LONG, now)
         pauses.append(rises_after(limit, now))
         # Late again, two milliseconds after it came back.
         now += (pauses[-1] + 2) * MS
@@ -69,7 +82,7 @@ def test_a_lasting_neighbour_is_asked_less_and_less_often(limit: Any) -> None:
 def test_many_neighbours_are_found_in_few_steps_and_threads_come_back_in_few(limit: Any) -> None:
     threads, steps = 64, 0
     while threads > 1:
-        limit.waited(threads, steps * MS)
+        limit.waited(threads, LONG, steps * MS)
         threads, steps = limit.threads(64, steps * MS), steps + 1
     assert steps == 6
     now, rises = steps * MS, 0
@@ -81,14 +94,14 @@ def test_many_neighbours_are_found_in_few_steps_and_threads_come_back_in_few(lim
 
 def test_never_fewer_than_one_nor_more_than_usual(limit: Any) -> None:
     for now in range(5):
-        limit.waited(1, now)
+        limit.waited(1, LONG, now)
     assert limit.threads(4, 10) == 1
     assert limit.threads(1, 10) == 1
 
 
 def test_what_another_caller_has_said_counts_once(limit: Any) -> None:
-    limit.waited(8, 0)
-    limit.waited(8, 1)
+    limit.waited(8, LONG, 0)
+    limit.waited(8, LONG, 1)
     assert limit.threads(8, 2) == 7
 
 
