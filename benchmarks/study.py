@@ -6,9 +6,9 @@ has already are not run again. `python benchmarks/study.py render` writes the ta
 """
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from shutil import rmtree
 from time import monotonic
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from two_steps import TwoSteps
 from orthrus.base.bench_prompts import load_prompts
 from orthrus.base.loading import Base, load_base
 from orthrus.base.outputs import write_text_atomic
+from orthrus.base.owned import LOCK
 from orthrus.base.provenance import provenance
 from orthrus.config import DecodeConfig
 from orthrus.engine.stream import TokenStream
@@ -29,6 +30,7 @@ from orthrus.training.corpus import Sample, corpus_digest, load_corpus
 from orthrus.training.packing import PackedRow, pack
 from orthrus.training.recipe import TrainConfig, to_plain
 from orthrus.training.recipe_file import load_recipe
+from orthrus.training.run_folder import RUN_FILE, STATE_FILE
 from orthrus.training.start import starting_view
 from orthrus.training.trainer import Hooks, TrainLog, rows_of_step, train
 from orthrus.training.view_score import served
@@ -89,7 +91,11 @@ def _run(
     seconds = monotonic() - began
     prompts = _prompts(base, num_prompts)
     scores = {str(n): _score(dual, base, prompts, max_new_tokens, n) for n in arm.denoising_steps}
-    rmtree(folder)
+    # Its own files only: the folder may have been there before.
+    for name in (STATE_FILE, RUN_FILE, LOCK):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
     return {
         "overrides": arm.overrides,
         "recipe": to_plain(config),
