@@ -29,7 +29,7 @@ __all__ = [
     "TokenStream",
     "__version__",
 ]
-__version__ = version("orthrus")
+__version__ = version("orthrus-lm")
 
 _HOME = {
     "Conversation": "api",

@@ -36,9 +36,9 @@ def _own_generation_config(model: OrthrusForCausalLM) -> Iterator[None]:
 
 
 def stock(model: OrthrusForCausalLM, *args: Any, **kwargs: Any) -> Tensor:
-    with model.dual.stock() as base:
-        assert base.generation_config is model.generation_config
-        return base.generate(*args, **kwargs)
+    base = model.dual.stock()
+    assert base.generation_config is model.generation_config
+    return base.generate(*args, **kwargs)
 
 
 def prompts(side: str = "left") -> tuple[Tensor, Tensor]:

@@ -23,8 +23,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> OrthrusForCausalLM:
 
 
 def stock(model: OrthrusForCausalLM, *args: Any, **kwargs: Any) -> Tensor:
-    with model.dual.stock() as base:
-        return base.generate(*args, **kwargs)
+    base = model.dual.stock()
+    return base.generate(*args, **kwargs)
 
 
 RULES: dict[str, Any] = {

@@ -8,7 +8,7 @@ from tests.ways import EVERY_DRAFTING_WAY, EVERY_WAY, WAYS
 from tokenizers import AddedToken
 
 from orthrus.config import DecodeConfig, Strategy
-from orthrus.decoding.stopping import StopRules, StopStrings
+from orthrus.decoding.stopping import StopRules, StopStrings, end_ids
 from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.types import GenerationResult
@@ -251,3 +251,12 @@ def test_should_stop_sees_every_token_and_may_end_the_text_inside_a_block(
     assert result.token_ids == FREE[:7]
     assert seen == list(range(1, 8))
     assert result.finish_reason == "stop"
+
+
+def test_what_ends_a_text_is_the_models_own_tokens_and_those_asked_for() -> None:
+    eos = frozenset({2})
+    assert end_ids(DecodeConfig(), eos, 10) == {2}
+    assert end_ids(DecodeConfig(stop_token_ids=(5, 2)), eos, 10) == {2, 5}
+    assert end_ids(DecodeConfig(stop_token_ids=(5,), ignore_eos=True), eos, 10) == {5}
+    with pytest.raises(UserInputError, match=r"names token 10, but the model's ids end at 9"):
+        end_ids(DecodeConfig(stop_token_ids=(9, 10)), eos, 10)

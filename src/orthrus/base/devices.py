@@ -108,3 +108,13 @@ def refuse_foreign_code(declared: dict[str, Any], name: str) -> None:
                 f"config.json of {name} asks for {key} = {value!r}, which may be code from a hub: remove "
                 f"that line, or set it to one of {', '.join(_LOCAL_IMPLEMENTATIONS)}."
             )
+
+
+def synchronize(device: "torch.device") -> None:
+    """Wait until the device has done all it was asked for: a clock read before that lies."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

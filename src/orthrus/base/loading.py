@@ -94,8 +94,8 @@ def load_base(
         UnsupportedModelError: a family or layer that cannot carry a second view, or a quantisation that does
             not run here.
         MissingExtraError: a quantisation whose package is not installed.
-        CorruptFileError: missing, truncated or altered files, weights that are no finite numbers, a config that
-            does not fit the weights (found before memory of its sizes is asked for).
+        CorruptFileError: missing, truncated or altered files, weights that are no finite numbers, a config
+            that does not fit the weights (found before memory of its sizes is asked for).
         StorageError: the disk is full or not writable.
     """
     picked_device = pick_device(device)

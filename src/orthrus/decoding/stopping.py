@@ -2,12 +2,27 @@
 
 from dataclasses import dataclass
 
+from orthrus.config import DecodeConfig
+from orthrus.errors import UserInputError
 from orthrus.types import FinishReason
+
+
+def end_ids(config: DecodeConfig, eos_token_ids: frozenset[int], vocab_size: int) -> frozenset[int]:
+    """The tokens that end a request's text: the model's own, unless they are ignored, and those asked for.
+
+    Raises UserInputError for a stop token id that the vocabulary does not have.
+    """
+    if beyond := [token_id for token_id in config.stop_token_ids if token_id >= vocab_size]:
+        raise UserInputError(
+            f"stop_token_ids names token {beyond[0]}, but the model's ids end at {vocab_size - 1}; "
+            "use ids of this model's tokenizer."
+        )
+    return (frozenset() if config.ignore_eos else eos_token_ids).union(config.stop_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class StopRules:
-    """`max_new_tokens` counts the end-of-sequence token."""
+    """`eos_token_ids`: all that end the text (`end_ids`); `max_new_tokens` counts the one that did."""
 
     eos_token_ids: frozenset[int]
     max_new_tokens: int

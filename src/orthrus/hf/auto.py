@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from orthrus.hf.generate import OrthrusGenerateOutput
     from orthrus.model.dual_view import DualView
     from orthrus.model.merged import MergedLayout
+    from orthrus.model.runner import Runner
 
 _LOADING = ("dtype", "revision", "attn_implementation", "runner")
 # What the Auto classes and users of from_pretrained pass along; it means nothing here.
@@ -59,13 +60,21 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(
-        self, config: OrthrusConfig, dual: "DualView | None" = None, base: Base | None = None
+        self,
+        config: OrthrusConfig,
+        dual: "DualView | None" = None,
+        base: Base | None = None,
+        runner: "Runner | None" = None,
     ) -> None:
+        from orthrus.engine.engine import Engine
+        from orthrus.model.runner import EagerRunner
+
         super().__init__(config)
         if dual is None:
             dual = _fresh_dual(config)
         self.dual = dual
         self._base = base
+        self.engine = Engine(runner or EagerRunner(dual))
         self.generation_config = getattr(dual.base, "generation_config", None) or GenerationConfig()
 
     @property
@@ -83,7 +92,7 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         `Orthrus.load` does. An option that is None, False or empty counts as not given.
         Raises UserInputError for other loading options, and what `Orthrus.load` raises.
         """
-        from orthrus.engine.runners import check_runner, default_runner, use_runner
+        from orthrus.engine.runners import chosen_runner, make_runner
         from orthrus.model.loading import load_dual
 
         if model_args:
@@ -98,8 +107,7 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         device_map = kwargs.pop("device_map", None)
         device = "cpu" if device_map is None else _single_device(device_map)
         options = {name: kwargs.pop(name) for name in _LOADING if name in kwargs}
-        runner = default_runner(options.pop("runner", None))
-        check_runner(runner)
+        runner = chosen_runner(options.pop("runner", None))
         for name, variable in _ENVIRONMENT.items():
             if name in kwargs:
                 raise UserInputError(
@@ -113,10 +121,9 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
             )
         options.setdefault("dtype", "auto")
         base, dual = load_dual(str(pretrained_model_name_or_path), view, device=device, **options)
-        use_runner(dual, runner)
         config = OrthrusConfig(base.model.config, dtype=base.model.dtype)
         config.name_or_path = str(pretrained_model_name_or_path)
-        loaded = cls(config, dual, base)
+        loaded = cls(config, dual, base, make_runner(dual, runner))
         loaded.eval()  # type: ignore[no-untyped-call]
         return loaded
 
@@ -162,7 +169,12 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         dual = self.dual
         if new_num_tokens is None and pad_to_multiple_of is None:
             return dual.base.get_input_embeddings()  # type: ignore[return-value]
-        if dual.runner != "eager" or dual.draft_ids_N is not None or dual.precision or dual.draft_precision:
+        if (
+            self.engine.runner.name != "eager"
+            or dual.draft_ids_N is not None
+            or dual.precision
+            or dual.draft_precision
+        ):
             raise UserInputError(
                 "the embeddings cannot be resized after the head has been packed; load the model with "
                 "runner='eager', and without a draft vocabulary and int8 or int4."
@@ -190,12 +202,13 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         Takes input_ids, attention_mask, generation_config and its fields (repetition_penalty and
         sequence_bias of single tokens among them), streamer, stopping_criteria, tokenizer (for stop_strings),
         return_dict_in_generate, and ours: strategy, block_size, node_budget, block_budget, floor. Options
-        that it cannot honour (beams, logits processors) raise UserInputError. Rows of a batch run one by one,
-        each as if alone: a penalty does not count the padding of a row, which transformers' own does.
+        that it cannot honour (beams, logits processors) raise UserInputError. The sequences of a batch share
+        passes, each with the text that it has alone: a penalty does not count the padding of a sequence, which
+        transformers' own does.
         """
         from orthrus.hf.generate import generate
 
-        return generate(self.dual, inputs, self.generation_config, generation_config, kwargs)
+        return generate(self.engine, inputs, self.generation_config, generation_config, kwargs)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.dual.base.get_input_embeddings()

@@ -15,13 +15,12 @@ from transformers import (
 )
 from transformers.utils.generic import ModelOutput
 
-from orthrus.base.families import context_length
 from orthrus.config import DecodeConfig, SamplingParams
+from orthrus.engine.engine import Engine
 from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.hf.options import check_types, refuse_unknown, refuse_unsupported
 from orthrus.hf.sequences import Stream, run_all, run_in_step
-from orthrus.model.dual_view import DualView
 from orthrus.types import DecodeStats
 
 _DEFAULT_NEW_TOKENS = 20
@@ -37,7 +36,7 @@ class OrthrusGenerateOutput(ModelOutput):
 
 
 def generate(
-    dual: DualView,
+    engine: Engine,
     inputs: Tensor | None,
     defaults: GenerationConfig,
     generation_config: GenerationConfig | None,
@@ -71,7 +70,7 @@ def generate(
         raise UserInputError(
             f"generate cannot work with these options: {' '.join(str(e).split()).rstrip('.')}."
         ) from e
-    refuse_unknown(unknown, dual.base)
+    refuse_unknown(unknown, engine.runner.dual.base)
     refuse_unsupported(settings)
     check_types(vars(settings))
     if settings.max_time is not None:
@@ -86,11 +85,12 @@ def generate(
         raise UserInputError("a streamer follows one sequence; give a batch of one.")
     streams: list[Stream] = [
         TokenStream(
-            dual,
-            prompt_ids,
-            _decode_config(settings, input_ids_BT.shape[1], ours),
-            eos_token_ids=eos_token_ids,
-            context_length=context_length(dual.base.config),
+            engine,
+            engine.submit(
+                prompt_ids,
+                _decode_config(settings, input_ids_BT.shape[1], ours),
+                eos_token_ids=eos_token_ids,
+            ),
         )
         for prompt_ids in prompts
         for _ in range(num_copies)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base
-from orthrus.base.outputs import atomic_folder, replace_folder
+from orthrus.base.outputs import atomic_folder
+from orthrus.base.owned import replace_folder
 from orthrus.base.quantised import is_quantised, plain_weight
 from orthrus.base.weights import is_finite
 from orthrus.errors import CheckpointError, CorruptFileError, OrthrusWarning, UserInputError
@@ -87,16 +88,18 @@ def stored_tensors(dual: DualView, encoding: Encoding) -> dict[str, Tensor]:
 
 
 def save_view(
-    dual: DualView, folder: Path | str, encoding: Encoding = "full", *, overwrite: bool = False
+    dual: DualView, folder: Path | str, encoding: Encoding = "full", *, owner: str | None = None
 ) -> None:
     """Write `view.safetensors`, `view_config.json` and a card, never half-written.
 
     encoding: "full" keeps every bit; "delta4" stores 4-bit differences from the AR twins, which a base in
-    float32 gives back unchanged when packed again. Refuses to overwrite another folder unless told to.
+    float32 gives back unchanged when packed again. The folder must not exist, unless `owner` (a run's name)
+    wrote it, and nobody else has written to it since.
     """
     check_unquantised(dual)
     config = replace(dual.config, encoding=encoding)
-    with (replace_folder if overwrite else atomic_folder)(Path(folder)) as temporary:
+    target = Path(folder)
+    with atomic_folder(target) if owner is None else replace_folder(target, owner) as temporary:
         save_file(stored_tensors(dual, encoding), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(temporary / CONFIG_FILE, config.to_dict())
         # AutoModelForCausalLM sees whose folder it is; a base's config in it would make it a merged one.

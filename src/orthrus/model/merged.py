@@ -108,10 +108,10 @@ def save_merged(
     if layout == "released":
         _check_released(dual)
     with atomic_folder(Path(folder)) as temporary:
-        with dual.stock() as stock:
-            stock.save_pretrained(
-                temporary, **({} if max_shard_size is None else {"max_shard_size": max_shard_size})
-            )
+        stock = dual.stock()
+        stock.save_pretrained(
+            temporary, **({} if max_shard_size is None else {"max_shard_size": max_shard_size})
+        )
         if base is not None:
             base.tokenizer.save_pretrained(temporary)
         config = read_json(temporary / "config.json")
