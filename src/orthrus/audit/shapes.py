@@ -51,7 +51,9 @@ def baseline_logits(
         AT_ONCE: [Chunk(0, len(ids), [len(ids) - 1])],
     }
     if against == "plain":
-        return {name: _last_logits(_plain(engine.runner, shape), ids, shape) for name, shape in shapes.items()}
+        return {
+            name: _last_logits(_plain(engine.runner, shape), ids, shape) for name, shape in shapes.items()
+        }
     model = orthrus.stock()
     return {
         name: _last_logits(_stock(model, dual if name == AS_DECODED else None), ids, shape)
