@@ -39,8 +39,9 @@ def audit(
 ) -> None:
     """Compare output with the stock model's or plain decoding's, token by token, and explain each difference.
 
-    With --concurrency, prompts share the passes of the engine, as requests to a server do. With a temperature, sampled texts are compared: the baseline draws with the same noise. Exit status 1
-    means that the audit failed.
+    With --concurrency, prompts share the passes of the engine, as requests to a server do. With a temperature,
+    sampled texts are compared: the baseline draws with the same noise. Exit status 1 means that the audit
+    failed.
     """
     decode: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
