@@ -23,8 +23,10 @@ from orthrus.base.outputs import write_text_atomic
 from orthrus.base.owned import LOCK
 from orthrus.base.provenance import provenance
 from orthrus.config import DecodeConfig
+from orthrus.engine.engine import Engine, EngineConfig
 from orthrus.engine.stream import TokenStream
 from orthrus.model.dual_view import DualView
+from orthrus.model.runner import EagerRunner
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample, corpus_digest, load_corpus
 from orthrus.training.packing import PackedRow, pack
@@ -138,18 +140,15 @@ def _score(
     denoising_steps: int,
 ) -> list[dict[str, Any]]:
     """Greedy chain decoding of each prompt: its tokens, cycles and passes."""
-    drafter: Any = TwoSteps(dual) if denoising_steps == 2 else dual
+    config = DecodeConfig(strategy="chain", max_new_tokens=max_new_tokens)
     scored = []
     with served(dual):
+        runner = EagerRunner(dual)
+        # No request leaves history for another: every prompt's passes are counted.
+        engine = Engine(TwoSteps(runner) if denoising_steps == 2 else runner, EngineConfig(reuse=False))
         for domain, prompt_ids in prompts:
-            stream = TokenStream(
-                drafter,
-                prompt_ids,
-                DecodeConfig(max_new_tokens=max_new_tokens),
-                eos_token_ids=base.eos_token_ids,
-                context_length=base.context_length,
-            )
-            stats = stream.drain().stats
+            request = engine.submit(prompt_ids, config, eos_token_ids=base.eos_token_ids)
+            stats = TokenStream(engine, request).drain().stats
             # Every draft pass of two denoising steps is two passes; each chain cycle has one.
             extra = (denoising_steps - 1) * stats.num_cycles
             scored.append(
