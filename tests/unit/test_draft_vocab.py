@@ -8,9 +8,9 @@ from tests.ways import EVERY_DRAFTING_WAY
 
 from orthrus.api import decode_config
 from orthrus.config import Strategy
+from orthrus.errors import UserInputError
 from orthrus.kernels.build import load_kernels
 from orthrus.kernels.linear import fast_linear
-from orthrus.errors import UserInputError
 from orthrus.model.draft_vocab import limit_drafts, single_characters
 from orthrus.model.quantise import quantise, quantise_drafts
 

@@ -12,8 +12,8 @@ from tests.tiny import tiny_dual
 from orthrus.base.families import decoder_layers
 from orthrus.engine import layer_code
 from orthrus.engine.fast_layers import fast_layer
-from orthrus.kernels.build import load_kernels
 from orthrus.engine.layer_code import Arguments
+from orthrus.kernels.build import load_kernels
 from orthrus.model.dual_view import DualView
 
 
