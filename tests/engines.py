@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from orthrus.config import DecodeConfig
-from orthrus.engine.engine import Engine, EngineConfig, Observer
+from orthrus.engine.engine import Engine, EngineConfig
 from orthrus.engine.request import Request
+from orthrus.engine.round import Observer
 from orthrus.engine.stream import TokenStream
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass

@@ -12,7 +12,7 @@ from tests.ways import EVERY_WAY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
-from orthrus.engine import engine as engine_module
+from orthrus.engine import round as engine_round
 
 
 class HostCopies(TorchDispatchMode):
@@ -65,13 +65,13 @@ def test_a_pass_copies_to_the_host_what_was_chosen_and_what_was_proposed(
     """However many requests take part: they are chosen for, and drafted for, together."""
     asked: list[str] = []
     for name in ("choose", "rank"):
-        function = getattr(engine_module, name)
+        function = getattr(engine_round, name)
 
         def noted(*args: Any, _name: str = name, _function: Any = function) -> Any:
             asked.append(_name)
             return _function(*args)
 
-        monkeypatch.setattr(engine_module, name, noted)
+        monkeypatch.setattr(engine_round, name, noted)
     sampling = SamplingParams(temperature=temperature, top_p=0.9, top_k=40, min_p=0.01, seed=0)
     config = DecodeConfig(max_new_tokens=24, strategy=strategy, floor=floor, sampling=sampling)
     engine = engine_for(tiny_dual("llama", disturb=0.1, repair_rank=repair_rank))

@@ -13,7 +13,7 @@ from tests.ways import EVERY_DRAFTING_WAY, EVERY_WAY
 from orthrus.config import DecodeConfig, Strategy
 from orthrus.decoding.tree import DraftTree
 from orthrus.engine import work
-from orthrus.engine.engine import Observer
+from orthrus.engine.round import Observer
 from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
