@@ -3,19 +3,23 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from time import sleep
 from typing import Any
 
 import pytest
 import torch
-from tests.engines import check_pages, engine_for
+from tests.engines import check_pages, engine_for, run_all
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.tiny_orthrus import tiny_orthrus
 
 from orthrus.api import decode_config
 from orthrus.config import DecodeConfig
+from orthrus.engine.request import Request
 from orthrus.engine.stock import stock_generate
 from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
+from orthrus.model.pool import SlotPool
+from orthrus.model.runner import EagerRunner
 
 PROMPTS = [f"Prompt {i}, of length {'x' * i}" for i in range(8)]
 OPTIONS: list[dict[str, Any]] = [
@@ -80,24 +84,31 @@ def test_stock_models_run_beside_requests() -> None:
         assert found == [expected, expected, expected, True]
 
 
-def test_the_first_requests_of_many_threads_share_one_pool() -> None:
+@pytest.mark.parametrize("attempt", range(5))
+def test_the_first_requests_of_many_threads_share_one_pool(
+    attempt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody has asked for the pool before: whoever comes first makes it."""
-    for _ in range(5):
-        engine = engine_for(tiny_dual(), max_slots=20 * 64)
-        made = []
-        new_pool = engine.runner.new_pool
+    made: list[SlotPool] = []
+    new_pool = EagerRunner.new_pool
 
-        def slow_pool(num_pages: int, make: Callable[[int], Any] = new_pool, made: list[Any] = made) -> Any:
-            made.append(make(num_pages))
-            return made[-1]
+    def slow_pool(self: EagerRunner, num_pages: int) -> SlotPool:
+        sleep(0.01)
+        made.append(new_pool(self, num_pages))
+        return made[-1]
 
-        engine.runner.new_pool = slow_pool  # type: ignore[method-assign]
-        config = DecodeConfig(max_new_tokens=4, strategy="ar")
-        requests = at_once(
-            *[lambda: engine.submit(tiny_prompt(9), config, eos_token_ids=frozenset()) for _ in range(8)]
-        )
-        assert len(made) == 1
-        assert {id(request.slots.pool) for request in requests} == {id(made[0])}
+    monkeypatch.setattr(EagerRunner, "new_pool", slow_pool)
+    engine = engine_for(tiny_dual(), max_slots=20 * 64)
+    config = DecodeConfig(max_new_tokens=4, strategy="ar")
+
+    def submit() -> Request:
+        return engine.submit(tiny_prompt(9), config, eos_token_ids=frozenset())
+
+    requests = at_once(*[submit] * 8)
+    assert len(made) == 1
+    assert {id(request.slots.pool) for request in requests} == {id(made[0])}
+    run_all(engine, requests)
+    assert len({tuple(request.token_ids) for request in requests}) == 1
 
 
 def test_a_stream_that_is_read_by_one_thread_moves_those_of_others_on() -> None:
