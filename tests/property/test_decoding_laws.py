@@ -83,7 +83,7 @@ def test_ar_rows_never_read_diffusion_rows_nor_other_requests(
     written = p.slots_R.tolist()
     assert len(set(written)) == p.num_rows
     diffusion = set(written[p.num_ar_rows :])
-    for span, (part, slots) in zip(p.spans, parts, strict=True):
+    for span, (part, _) in zip(p.spans, parts, strict=True):
         places = span.places_N.tolist()
         history, own = set(places[: span.length]), places[span.length :]
         assert history.isdisjoint(written)
