@@ -16,7 +16,7 @@ def plant_wrong_writer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def corrupted(self: EagerRunner, p: Pass, pool: SlotPool) -> Tensor:
         hidden_RC = hidden(self, p, pool)
-        pool.writers_S[[span.places_N[0] for span in p.spans]] = DIFFUSION
+        pool.writers_S[[span.places[0] for span in p.spans]] = DIFFUSION
         return hidden_RC
 
     monkeypatch.setattr(EagerRunner, "hidden", corrupted)

@@ -136,7 +136,7 @@ def test_a_corrupt_cache_does_not_excuse_itself(
         hidden_RC = hidden(self, p, pool)
         for span in p.spans:
             if span.length > 20:
-                pool.values[0][:, :, span.places_N[5]] = 0.0
+                pool.values[0][:, :, span.places[5]] = 0.0
         return hidden_RC
 
     monkeypatch.setattr(EagerRunner, "hidden", corrupted)
@@ -184,7 +184,7 @@ def test_a_fault_of_company_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def corrupted(self: EagerRunner, p: Pass, pool: SlotPool) -> Tensor:
         if len(p.spans) > 1:
-            first, second = (span.places_N[0] for span in p.spans[:2])
+            first, second = (span.places[0] for span in p.spans[:2])
             pool.values[0][:, :, second] = pool.values[0][:, :, first]
         return hidden(self, p, pool)
 

@@ -102,7 +102,7 @@ class Remembering:
     def hidden(self, p: Pass, pool: SlotPool) -> Tensor:
         hidden_RC = torch.empty(p.num_rows, dual().base.config.hidden_size)
         for span in p.spans:
-            part, places = span.part, span.places_N.tolist()
+            part, places = span.part, span.places.tolist()
             past = tuple(self._texts[place] for place in places[: span.length])
             self._texts.update(zip(places[span.length :], part.token_ids, strict=True))
             tail = b"" if part.tail_II is None else part.tail_II.tobytes()

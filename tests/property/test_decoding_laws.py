@@ -84,7 +84,7 @@ def test_ar_rows_never_read_diffusion_rows_nor_other_requests(
     assert len(set(written)) == p.num_rows
     diffusion = set(written[p.num_ar_rows :])
     for span, (part, _) in zip(p.spans, parts, strict=True):
-        places = span.places_N.tolist()
+        places = span.places.tolist()
         history, own = set(places[: span.length]), places[span.length :]
         assert history.isdisjoint(written)
         others = {place for other in p.spans if other is not span for place in other.places_N.tolist()}

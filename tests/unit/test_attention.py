@@ -50,7 +50,7 @@ def test_spans_give_what_the_stock_code_gives_under_a_mask(
     assert weights is None
     assert out.shape == (1, p.num_rows, heads, size)
     for span in p.spans:
-        part, places = span.part, torch.from_numpy(span.places_N)
+        part, places = span.part, torch.from_numpy(span.places)
         rows = [*range(p.num_rows)[span.ar_rows], *range(p.num_rows)[span.draft_rows]]
         positions = torch.tensor([*range(span.length), *(span.length + o for o in part.offsets)])
         tail = torch.ones(part.num_rows, part.num_rows).tril().bool()

@@ -129,7 +129,7 @@ def test_what_a_row_may_not_read_cannot_reach_it(dtype: torch.dtype, window: int
     before = case.attend()
     free = torch.ones(case.keys.shape[2], dtype=torch.bool)
     for span in case.p.spans:
-        free[torch.from_numpy(span.places_N)] = False
+        free[torch.from_numpy(span.places)] = False
     free[case.p.slots_R[case.p.num_ar_rows :]] = True
     for store in (case.keys, case.values):
         store[:, :, free] = rubbish
@@ -301,7 +301,7 @@ def test_it_is_attention(shape: tuple[int, int, int], dtype: torch.dtype, window
     assert ours.dtype == dtype
     assert ours.shape == (1, case.p.num_rows, *shape[::2])
     for number, span in enumerate(case.p.spans):
-        part, places = span.part, torch.from_numpy(span.places_N)
+        part, places = span.part, torch.from_numpy(span.places)
         positions = torch.tensor([*range(span.length), *(span.length + o for o in part.offsets)])
         tail = torch.ones(part.num_rows, part.num_rows).tril().bool()
         tail = tail if part.tail_II is None else torch.from_numpy(part.tail_II)
@@ -342,7 +342,7 @@ def test_a_request_is_alike_in_any_company_and_wherever_its_slots_lie(
         stores = []
         for store in (case.keys, case.values):
             other = torch.full((1, shape[1], pages.num_slots, shape[2]), torch.nan, dtype=dtype)
-            here, there = (torch.from_numpy(span.places_N) for span in (p.spans[0], case.p.spans[number]))
+            here, there = (torch.from_numpy(span.places) for span in (p.spans[0], case.p.spans[number]))
             other[:, :, here] = store[:, :, there]
             stores.append(other)
         rows = case.rows(number)

@@ -174,7 +174,7 @@ def test_joined_parts_lie_ar_rows_first_and_know_their_own_slots() -> None:
         assert p.position_ids_R[rows].tolist() == [span.length + offset for offset in span.part.offsets]
         places = own.places(np.arange(span.length + span.part.num_rows)).tolist()
         assert p.slots_R[rows].tolist() == places[span.length :]
-        assert span.places_N.tolist() == places
+        assert span.places.tolist() == places
     assert len(set(p.slots_R.tolist())) == p.num_rows
 
 
