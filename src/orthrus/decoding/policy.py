@@ -160,7 +160,9 @@ class Policy:
             if not num_nodes and not self.own_head:
                 # A block that is drafted alone serves whatever the AR view chooses.
                 num_guesses = n * num_blocks * length.num_guesses
-            self._pass_ms[key] = self.costs(n * (1 + num_nodes), n * num_blocks * length.rows, num_guesses) / n
+            self._pass_ms[key] = (
+                self.costs(n * (1 + num_nodes), n * num_blocks * length.rows, num_guesses) / n
+            )
         return self._pass_ms[key]
 
     def rate(self) -> float:
