@@ -25,7 +25,7 @@ _LINE_SECONDS = 15.0
 
 def synth(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="The corpus folder, new or to be continued.")],
-    model: Annotated[str, typer.Option(help=options.MODEL_HELP, rich_help_panel="Model")] = "default",
+    model: options.OnlyNamedModel = "default",
     prompts: Annotated[
         list[str] | None,
         typer.Option(
