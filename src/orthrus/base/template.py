@@ -102,7 +102,7 @@ def _joined(parts: Iterable[str]) -> str:
 class _Bounded(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "%", "+"})
     code_generator_class = _Generator
-    concat = staticmethod(_joined)  # type: ignore[assignment]
+    concat = staticmethod(_joined)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         sized, number = (left, right) if isinstance(left, str | list | tuple) else (right, left)
@@ -123,7 +123,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
             _check_format(text, ())
         return super().wrap_str_format(value)
 
-    def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
         owner, name = getattr(called, "__self__", None), getattr(called, "__name__", "")
         if isinstance(owner, str) or name in ("format", "format_map"):
             _check_text(name, owner if isinstance(owner, str) else "", (*args, *kwargs.values()))

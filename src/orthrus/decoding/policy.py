@@ -212,6 +212,24 @@ class Policy:
         same = trying or self.rate() == self.draft_rate
         return int((drafting if same else self._offer(probs, trust, self.rate())).num_nodes)
 
+    def chain_rate(self, promised: Sequence[float]) -> float:
+        """Tokens a millisecond of verifying a chain without a draft pass; promised: accepted drafts among the
+        first one, two, ... of its nodes. 0 without a chain."""
+        rates = [(1.0 + tokens) / self.pass_ms(n, 0) for n, tokens in enumerate(promised, start=1)]
+        return max(rates, default=0.0)
+
+    def worth(self, log_probs: Sequence[float], is_view: Sequence[bool], *, late: bool) -> int:
+        """How many nodes of a best-first tree of several sources make most of their time.
+
+        is_view: per node, whether the diffusion view proposed it: then it is trusted as far as the view's drafts
+        are; other sources know what they are worth.
+        """
+        trust = (self._late_trust if late else self._fresh_trust).value
+        probs = [exp(p) * (trust if view else 1.0) for p, view in zip(log_probs, is_view, strict=True)]
+        promised = accumulate(probs[: self.max_nodes], initial=0.0)
+        rate = self.rate()
+        return _best([tokens - rate * self.pass_ms(n, 0) for n, tokens in enumerate(promised)])
+
     def keeps_late(self) -> bool:
         """Whether a late draft is worth verifying, rather than making a new one."""
         return self._length.num_guesses > 1 and self._worth(late=True) > 0.0

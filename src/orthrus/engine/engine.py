@@ -15,7 +15,9 @@ import torch
 from orthrus.base.families import context_length
 from orthrus.base.memory import available_bytes
 from orthrus.config import DecodeConfig
+from orthrus.decoding.copies import CopyIndex
 from orthrus.decoding.cost_table import CostTable
+from orthrus.decoding.grammar import GrammarState
 from orthrus.decoding.policy import Policy
 from orthrus.decoding.prices import Prices
 from orthrus.decoding.processors import LogitRules
@@ -28,6 +30,7 @@ from orthrus.engine.request import Request, Step, Work
 from orthrus.engine.round import Observer, run_round
 from orthrus.engine.scheduler import Scheduler
 from orthrus.engine.work import end_pass, wanted
+from orthrus.errors import OrthrusError, UserInputError
 from orthrus.model.pool import Slots, pages_for, slot_bytes
 from orthrus.model.runner import Runner
 from orthrus.types import Cycle
@@ -89,15 +92,19 @@ class Engine:
         should_stop: Callable[[list[int]], bool] | None = None,
         on_cycle: Callable[[Cycle], None] | None = None,
         deadline: float | None = None,
+        grammar: GrammarState | None = None,
     ) -> Request:
         """Hand in a request; steps answer it. From any thread.
 
         on_cycle: called with each record by the thread that steps. should_stop: sees all new token ids after
         every single token and may end the answer there. deadline: seconds of `time.monotonic` at which the
-        request ends as it stands, with finish "deadline". Raises UserInputError for an empty prompt, a prompt
-        as long as the context, unknown ids, or a block larger than the view's.
+        request ends as it stands, with finish "deadline". grammar: the start of the config's own. Raises
+        UserInputError for an empty prompt, a prompt as long as the context, unknown ids, a block larger than the
+        view's, and a grammar that has not been handed in.
         """
         dual = self.runner.dual
+        if (config.grammar is None) != (grammar is None):
+            raise UserInputError("a grammar must be compiled for the model: hand in its state too.")
         check_prompt(prompt_ids, self.context_length)
         check_token_ids(dual, prompt_ids)
         ends = end_ids(config, eos_token_ids, dual.vocab_size)
@@ -115,11 +122,15 @@ class Engine:
             block_size=block_size,
             context_length=self.context_length,
             policy=self._policy(config, block_size),
+            copies=CopyIndex() if config.copies and config.strategy == "auto" else None,
+            grammar=grammar,
             should_stop=should_stop,
             on_cycle=on_cycle,
             deadline=deadline,
         )
         request.rules.see_prompt(prompt_ids)
+        if request.copies is not None:
+            request.copies.extend(prompt_ids)
         with self._inbox_lock:
             self._inbox.append(request)
         return request
@@ -160,6 +171,7 @@ class Engine:
                     ended.append(request)
             for request in ended:
                 self._record(request)
+            self._close_failed()
 
     def step_for(self, request: Request) -> None:
         """Step unless this request has got a record, or has ended, while another thread stepped."""
@@ -197,13 +209,19 @@ class Engine:
         prices = self._prices.get(chosen[0][0].config.sampling.greedy)
         if prices is not None and is_decoding:
             prices.observe(p.num_ar_rows, p.num_rows - p.num_ar_rows, took.num_guesses, took.ms)
-        for request, _ in chosen:
+        ended = []
+        for request, work in chosen:
+            if request.failure is not None:
+                continue
             self.scheduler.keep(request)
-        return [
-            request
-            for request, work in chosen
-            if end_pass(request, self.runner.dual, work) or request.finish is not None
-        ]
+            try:
+                is_over = end_pass(request, self.runner.dual, work)
+            except OrthrusError as error:
+                request.failure = error
+                continue
+            if is_over or request.finish is not None:
+                ended.append(request)
+        return ended
 
     def _record(self, request: Request) -> None:
         """Close a request's cycle, and the request itself where it has ended."""
@@ -220,6 +238,7 @@ class Engine:
             num_accepted=sum(step.is_draft),
             num_passes=step.num_passes,
             num_rows=step.num_rows,
+            num_copied=step.num_copied,
             elapsed_ms=request.elapsed_ms,
             finish_reason=request.finish,
             logprobs=None if request.config.logprobs is None else tuple(step.logprobs),
@@ -232,10 +251,22 @@ class Engine:
         if request.on_cycle is not None:
             request.on_cycle(cycle)
 
-    def _wanted(self, request: Request) -> Work:
+    def _close_failed(self) -> None:
+        """Requests that failed by themselves end; the others go on."""
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            if request.failure is not None:
+                self.scheduler.finish(request)
+                request.closed = True
+
+    def _wanted(self, request: Request) -> Work | None:
+        """What a request wants of the next pass; None where it has failed instead."""
         if request.policy is not None:
             request.policy.among(len(self.scheduler.running))
-        return wanted(request, self.runner.dual)
+        try:
+            return wanted(request, self.runner.dual)
+        except OrthrusError as error:
+            request.failure = error
+            return None
 
     def costs(self, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
         """What passes cost on this machine, which `auto` decides by: timed once (some seconds), then kept.

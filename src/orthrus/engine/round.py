@@ -12,6 +12,7 @@ from orthrus.decoding.logprobs import token_logprobs
 from orthrus.engine.choices import Guessed, Judged, choose, rank
 from orthrus.engine.request import Request, Work
 from orthrus.engine.work import settle, settle_draft
+from orthrus.errors import OrthrusError
 from orthrus.model.passes import Pass, Span, join
 from orthrus.model.pool import SlotPool
 from orthrus.model.runner import Runner
@@ -64,8 +65,15 @@ def run_round(
     }
     wishes = []
     for (request, work), span in zip(chosen, p.spans, strict=True):
+        if request.failure is not None:
+            continue
         key = id(request)
-        serving = settle(request, work, own_ids.get(key, []), logprobs.get(key, []))
+        try:
+            serving = settle(request, work, own_ids.get(key, []), logprobs.get(key, []))
+        except OrthrusError as error:
+            # A grammar that leads nowhere ends its own request, and no other.
+            request.failure = error
+            continue
         if serving is not None:
             wishes.append(_Wish(request, work, span, *serving))
     if wishes:
@@ -87,7 +95,7 @@ def _judged(chosen: Chosen, p: Pass) -> tuple[list[int], list[Judged]]:
             rows += [span.ar_first + row for row in part.judged]
             positions = [span.length + part.offsets[row] + 1 for row in part.judged]
             paths = work.tree.paths_of_tokens() if work.tree.num_nodes else [[] for _ in part.judged]
-            judged.append(Judged(request, mine, positions, paths))
+            judged.append(Judged(request, mine, positions, paths, work.masks_QV))
     return rows, judged
 
 

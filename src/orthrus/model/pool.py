@@ -191,4 +191,4 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 def slot_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values of one slot, over all layers."""
-    return 2 * config.num_hidden_layers * num_kv_heads(config) * head_dim(config) * dtype.itemsize
+    return 2 * int(config.num_hidden_layers) * num_kv_heads(config) * head_dim(config) * dtype.itemsize
