@@ -235,7 +235,7 @@ def test_unquoted_prompt(cli: Cli) -> None:
         (("--device", "tpu9"), "tpu9"),
         (("--draft-vocab", "10"), "draft_vocab must lie between 16 and"),
         (("--draft-dtype", "float16"), "draft_dtype must be 'int8', 'int4' or left out, not 'float16'"),
-        (("--runner", "fast"), "runner must be one of auto, eager, compiled, captured, not 'fast'"),
+        (("--runner", "fast"), "runner must be one of auto, eager, compiled, not 'fast'"),
         (("--attn", "flash_attention_2"), "mask"),
         (("--raw", "--system", "x"), "--system"),
         (("--revision", "main"), "revision"),

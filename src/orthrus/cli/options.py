@@ -58,8 +58,8 @@ DraftVocab = Annotated[
 Runner = Annotated[
     str | None,
     typer.Option(
-        help="eager, compiled (for a CPU), captured (for CUDA), or auto, which compiles where that "
-        "works. Left out: ORTHRUS_RUNNER, else auto.",
+        help="eager, compiled (for a CPU), or auto, which compiles where that works. Left out: "
+        "ORTHRUS_RUNNER, else auto.",
         rich_help_panel=_MODEL,
     ),
 ]
