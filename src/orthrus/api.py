@@ -1,12 +1,14 @@
 """The Python interface: load a model with its view, then generate, stream or chat."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 from orthrus.base.loading import Base
 from orthrus.base.storage import Progress
 from orthrus.config import DecodeConfig, Grammar, SamplingParams, Strategy
 from orthrus.decoding.cost_table import CostTable
+from orthrus.decoding.grammar import GrammarCompiler
 from orthrus.engine.costs import OnMeasure
 from orthrus.engine.engine import Engine, EngineConfig
 from orthrus.engine.runners import chosen_runner, make_runner
@@ -131,7 +133,7 @@ class Orthrus:
         """
         if not _is_list_of_prompts(prompt):
             return self.stream(prompt, raw=raw, **decode).drain()  # type: ignore[arg-type]
-        streams = [self.stream(each, raw=raw, **decode) for each in prompt]
+        streams = [self.stream(each, raw=raw, **decode) for each in prompt]  # type: ignore[arg-type]
         return [stream.drain() for stream in streams]
 
     def stream(self, prompt: Prompt, *, raw: bool = False, **decode: Unpack[DecodeOptions]) -> TokenStream:
@@ -141,13 +143,19 @@ class Orthrus:
 
     def stream_ids(self, prompt_ids: list[int], config: DecodeConfig) -> TokenStream:
         """Decode token ids as they are."""
+        grammar = None if config.grammar is None else self._grammars.state(config.grammar)
         request = self.engine.submit(
             prompt_ids,
             config,
+            grammar=grammar,
             eos_token_ids=self.base.eos_token_ids,
             tokenizer=self.base.tokenizer,  # type: ignore[arg-type]
         )
         return TokenStream(self.engine, request)
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self.base.tokenizer, self.base.eos_token_ids, self.dual.vocab_size)
 
     def chat(self, system: str | None = None, **decode: Unpack[DecodeOptions]) -> "Conversation":
         """A conversation that remembers its turns; keywords are the defaults of each turn."""

@@ -28,8 +28,9 @@ class Cycle:
     """What one cycle committed; the one record that streams, results and benchmarks are made of.
 
     `text` is what became printable with this cycle (whole characters only; it may lag behind
-    `token_ids`). `is_draft[i]` tells whether the diffusion view proposed `token_ids[i]`; all other
-    tokens are the AR view's own. `elapsed_ms` is the wall time that the cycle took. `logprobs` has one entry
+    `token_ids`). `is_draft[i]` tells whether `token_ids[i]` was drafted; all other tokens are the AR view's
+    own. `num_copied` of the accepted drafts came from the text or a grammar alone, the others from the
+    diffusion view. `elapsed_ms` is the wall time that the cycle took. `logprobs` has one entry
     per token where the request asked for them.
     """
 
@@ -45,6 +46,7 @@ class Cycle:
     elapsed_ms: float
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    num_copied: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class DecodeStats:
     accepted_histogram: tuple[int, ...]
     ttft_ms: float
     decode_ms: float
+    num_copied: int = 0
+    num_cached_tokens: int = 0
 
     @property
     def tokens_per_cycle(self) -> float:

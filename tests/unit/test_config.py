@@ -57,7 +57,6 @@ def test_wrong_sampling_settings(settings: dict[str, Any], message: str) -> None
         ({"strategy": "magic"}, "strategy must be one of ar, chain"),
         ({"block_size": 1}, "block_size must be at least 2"),
         ({"block_size": True}, "block_size must be a whole number"),
-        ({"prefill_chunk": 0}, "prefill_chunk must be at least 1"),
         ({"max_new_tokens": None}, "max_new_tokens must be at least 1"),
         ({"node_budget": 0}, "node_budget must be at least 1, not 0"),
         ({"node_budget": 1.5}, "node_budget must be a whole number"),

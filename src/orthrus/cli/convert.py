@@ -192,8 +192,8 @@ def _ar_logits(orthrus: "Orthrus") -> "Tensor":
 def _stock_logits(orthrus: "Orthrus") -> "Tensor":
     import torch
 
-    with torch.inference_mode(), orthrus.stock() as stock:
-        logits_TV: Tensor = stock(_probe_ids(orthrus)).logits[0].cpu()
+    with torch.inference_mode():
+        logits_TV: Tensor = orthrus.stock()(_probe_ids(orthrus)).logits[0].cpu()
     return logits_TV
 
 

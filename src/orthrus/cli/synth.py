@@ -102,13 +102,13 @@ def synth(
 
     # The prompts that benchmarks and training runs are scored on.
     keep_out = [p.prompt for p in load_prompts() if isinstance(p.prompt, str)]
-    orthrus = load_orthrus(model, quiet=quiet, view="fresh", dtype=dtype, device=device, runner="eager")
+    orthrus = load_orthrus(model, quiet=quiet, view="fresh", dtype=dtype, device=device)
     with corpus_folder(folder):
         try:
             with SynthDisplay(quiet=quiet) as display:
                 whole = WholeShards(folder, config.shard_size, display)
                 with handling([signal.SIGINT, *KILLS], whole.leave):
-                    synthesise(orthrus.base, orthrus.dual, config, folder, whole, keep_out=keep_out)
+                    synthesise(orthrus.base, orthrus.engine, config, folder, whole, keep_out=keep_out)
         except (KeyboardInterrupt, Killed):
             note(f"stopped; whole shards are kept in {folder}, and the same command goes on from there")
             raise

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from orthrus.types import Cycle, DecodeStats
 
 
-def summarise(num_prompt_tokens: int, cycles: Sequence[Cycle]) -> DecodeStats:
-    """Add up a request's records; the first is the prefill's. docs/metrics.md has the definitions."""
+def summarise(num_prompt_tokens: int, cycles: Sequence[Cycle], num_cached_tokens: int = 0) -> DecodeStats:
+    """Add up a request's records; the first is the prefill's. docs/metrics.md has the definitions.
+
+    num_cached_tokens: of the prompt, how many an earlier request had left in the cache.
+    """
     prefill = [c for c in cycles if c.kind == "prefill"]
     decode = [c for c in cycles if c.kind != "prefill"]
     histogram = Counter(c.num_accepted for c in decode if c.num_drafted)
@@ -23,4 +26,6 @@ def summarise(num_prompt_tokens: int, cycles: Sequence[Cycle]) -> DecodeStats:
         accepted_histogram=tuple(histogram[n] for n in range(max(histogram) + 1)) if histogram else (),
         ttft_ms=sum(c.elapsed_ms for c in prefill),
         decode_ms=sum(c.elapsed_ms for c in decode),
+        num_copied=sum(c.num_copied for c in decode),
+        num_cached_tokens=num_cached_tokens,
     )

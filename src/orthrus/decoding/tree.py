@@ -281,3 +281,51 @@ def accepted_rows(tree: DraftTree, ar_ids: Sequence[int]) -> list[int]:
             rows.append(row)
             last = row
     return rows
+
+
+def with_chain(
+    tree: DraftTree, token_ids: Sequence[int], log_probs: Sequence[float]
+) -> tuple[DraftTree, list[bool]]:
+    """A tree and a chain of another source as one best-first tree, and for each node whether it is the tree's.
+
+    log_probs: of the chain's tokens, each given those before it. Where the chain goes along a branch of the
+    tree no node is added: of the two probabilities the larger one counts.
+    """
+    ids, parents, log_path = list(tree.token_ids), list(tree.parents), list(tree.log_probs)
+    children, row, total = tree.children(), 0, 0.0
+    for token_id, log_prob in zip(token_ids, log_probs, strict=True):
+        total += log_prob
+        child = children[row].get(token_id) if row < len(children) else None
+        if child is None:
+            ids.append(token_id)
+            parents.append(row)
+            log_path.append(total)
+            child = len(ids)
+        else:
+            log_path[child - 1] = max(log_path[child - 1], total)
+        row = child
+    # Parents are never less probable, and come first among equals.
+    order = sorted(range(len(ids)), key=lambda i: (-log_path[i], i))
+    places = {0: 0} | {node + 1: place + 1 for place, node in enumerate(order)}
+    merged = DraftTree(
+        [ids[i] for i in order], [places[parents[i]] for i in order], [log_path[i] for i in order]
+    )
+    return merged, [i < tree.num_nodes for i in order]
+
+
+def pruned(tree: DraftTree, keeps: Sequence[bool]) -> tuple[DraftTree, list[int]]:
+    """The tree without some nodes, and the old places of those that are left; what follows a pruned node goes
+    with it."""
+    places, left = {0: 0}, []
+    for node, keep in enumerate(keeps):
+        if keep and tree.parents[node] in places:
+            left.append(node)
+            places[node + 1] = len(left)
+    return (
+        DraftTree(
+            [tree.token_ids[i] for i in left],
+            [places[tree.parents[i]] for i in left],
+            [tree.log_probs[i] for i in left],
+        ),
+        left,
+    )

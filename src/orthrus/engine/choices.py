@@ -18,13 +18,20 @@ from orthrus.model.runner import Runner
 
 
 class Judged(NamedTuple):
-    """Rows of the AR view of one request: rows of the logits, the positions that they decide, and the tokens
-    that each has seen beyond the committed ones."""
+    """Rows of the AR view of one request: rows of the logits, the positions that they decide, the tokens that
+    each has seen beyond the committed ones, and what a grammar allows after each."""
 
     request: Request
     rows: slice
     positions: list[int]
     paths: list[list[int]]
+    masks_QV: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the best logit is the choice."""
+        request = self.request
+        return request.config.sampling.greedy and not request.rules.active and self.masks_QV is None
 
 
 class Guessed(NamedTuple):
@@ -39,30 +46,33 @@ def choose(logits_RV: Tensor, judged: Sequence[Judged]) -> list[list[int]]:
     """The AR view's own token after each row, by request. logits_RV: of the rows of all requests.
 
     A sampled token is a function of seed and position, whoever asks and how often: so drafts and neighbours
-    cannot touch the text. Raises UnsupportedModelError where a chosen logit is NaN or infinite.
+    cannot touch the text. A request with a chosen logit that is NaN or infinite gets that as its `failure`.
     """
-    special = [j for j in judged if not j.request.config.sampling.greedy or j.request.rules.active]
+    special = [j for j in judged if not j.is_plain]
     ids_R = torch.zeros(len(logits_RV), dtype=torch.long, device=logits_RV.device)
     if len(special) < len(judged):
         ids_R = first_best(logits_RV)
     for j in special:
-        ruled_QV = j.request.rules(logits_RV[j.rows], j.paths)
+        ruled_QV = j.request.rules(logits_RV[j.rows], j.paths, j.masks_QV)
         if j.request.config.sampling.greedy:
             ids_R[j.rows] = first_best(ruled_QV)
             continue
         probs_QV = filtered_probs(ruled_QV, j.request.config.sampling)
         ids_R[j.rows] = draw_with_noise(probs_QV, _noise(j.request, j.positions, probs_QV))
-    known_R = logits_RV.gather(-1, ids_R[:, None])[:, 0].isfinite()
-    if not bool(known_R.all()):
-        raise UnsupportedModelError(
-            "the model's own logits became NaN or infinite: load it in another dtype (float32, bfloat16), or "
-            "check its weights."
-        )
+    known_R = logits_RV.gather(-1, ids_R[:, None])[:, 0].isfinite().tolist()
+    for j in judged:
+        if not all(known_R[j.rows]):
+            j.request.failure = UnsupportedModelError(
+                "the model's own logits became NaN or infinite: load it in another dtype (float32, bfloat16), or "
+                "check its weights."
+            )
     ids = ids_R.tolist()
     return [ids[j.rows] for j in judged]
 
 
-def rank(runner: Runner, hidden_DC: Tensor, logits_DV: Tensor, guessed: Sequence[Guessed]) -> list[Candidates]:
+def rank(
+    runner: Runner, hidden_DC: Tensor, logits_DV: Tensor, guessed: Sequence[Guessed]
+) -> list[Candidates]:
     """The best candidates of each draft row, by request; a request's first row follows its anchor.
 
     hidden_DC, logits_DV: of the draft rows of all requests, before and after the head. A repair head lets the

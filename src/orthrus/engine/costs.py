@@ -13,6 +13,7 @@ from time import perf_counter
 
 import torch
 
+from orthrus.base.devices import synchronize
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import cpu_model, installed_version
 from orthrus.base.storage import cache_dir
@@ -21,11 +22,10 @@ from orthrus.decoding.cost_table import CostTable
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.stopping import StopRules
 from orthrus.decoding.tree import best_first_tree
-from orthrus.base.devices import synchronize
 from orthrus.engine.choices import Guessed, Judged, choose, rank
+from orthrus.engine.detokenize import AnswerText
 from orthrus.engine.layer_code import sources_digest
 from orthrus.engine.request import Request
-from orthrus.engine.detokenize import AnswerText
 from orthrus.errors import StorageError
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import causal, join, tree

@@ -11,31 +11,29 @@ from threading import Lock, RLock
 from time import monotonic, perf_counter
 
 import torch
-from torch import Tensor
 
 from orthrus.base.families import context_length
 from orthrus.base.memory import available_bytes
 from orthrus.config import DecodeConfig
-from orthrus.decoding.cost_table import CostTable, joint_guesses
-from orthrus.decoding.logprobs import token_logprobs
+from orthrus.decoding.copies import CopyIndex
+from orthrus.decoding.cost_table import CostTable
+from orthrus.decoding.grammar import GrammarState
 from orthrus.decoding.policy import Policy
+from orthrus.decoding.prices import Prices
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.stopping import StopRules, end_ids
-from orthrus.engine.choices import Guessed, Judged, choose, rank
 from orthrus.engine.costs import OnMeasure, pass_costs
 from orthrus.engine.detokenize import AnswerText, Decoder
 from orthrus.engine.limits import check_block_size, check_prompt, check_token_ids
 from orthrus.engine.prefix import PrefixStore
 from orthrus.engine.request import Request, Step, Work
+from orthrus.engine.round import Observer, run_round
 from orthrus.engine.scheduler import Scheduler
-from orthrus.engine.work import end_pass, settle, settle_draft, wanted
-from orthrus.model.passes import Pass, join
-from orthrus.model.pool import SlotPool, Slots, pages_for, slot_bytes
+from orthrus.engine.work import end_pass, wanted
+from orthrus.errors import OrthrusError, UserInputError
+from orthrus.model.pool import Slots, pages_for, slot_bytes
 from orthrus.model.runner import Runner
-from orthrus.types import Cycle, TokenLogprob
-
-Observer = Callable[[Pass, SlotPool, Tensor], None]
-"""Called after every pass, before its tokens are committed, with the pass, the pool and hidden_RC of its rows."""
+from orthrus.types import Cycle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +54,16 @@ class Engine:
     observers: see every pass; for audits, benchmarks and metrics.
     """
 
-    def __init__(self, runner: Runner, config: EngineConfig | None = None, *, observers: Sequence[Observer] = ()):
+    def __init__(
+        self, runner: Runner, config: EngineConfig | None = None, *, observers: Sequence[Observer] = ()
+    ):
         self.runner = runner
         self.config = config or EngineConfig()
         self.observers = list(observers)
         self._stepping, self._inbox_lock = RLock(), Lock()
         self._inbox: list[Request] = []
         self._scheduler: Scheduler | None = None
-        self._costs: dict[bool, CostTable] = {}
+        self._prices: dict[bool, Prices] = {}
 
     @property
     def context_length(self) -> int:
@@ -75,9 +75,11 @@ class Engine:
         """The requests, and the pool that they share; made with the first of them."""
         if self._scheduler is None:
             with self._stepping:
-                pool = self.runner.new_pool(self._num_pages())
-                prefixes = PrefixStore(pool) if self.config.reuse else None
-                self._scheduler = Scheduler(pool, self.config.chunk, self.config.max_running, prefixes)
+                # Another thread may have made it meanwhile; two pools would share nothing.
+                if self._scheduler is None:
+                    pool = self.runner.new_pool(self._num_pages())
+                    prefixes = PrefixStore(pool) if self.config.reuse else None
+                    self._scheduler = Scheduler(pool, self.config.chunk, self.config.max_running, prefixes)
         return self._scheduler
 
     def submit(
@@ -90,15 +92,19 @@ class Engine:
         should_stop: Callable[[list[int]], bool] | None = None,
         on_cycle: Callable[[Cycle], None] | None = None,
         deadline: float | None = None,
+        grammar: GrammarState | None = None,
     ) -> Request:
         """Hand in a request; steps answer it. From any thread.
 
         on_cycle: called with each record by the thread that steps. should_stop: sees all new token ids after
         every single token and may end the answer there. deadline: seconds of `time.monotonic` at which the
-        request ends as it stands, with finish "deadline". Raises UserInputError for an empty prompt, a prompt
-        as long as the context, unknown ids, or a block larger than the view's.
+        request ends as it stands, with finish "deadline". grammar: the start of the config's own. Raises
+        UserInputError for an empty prompt, a prompt as long as the context, unknown ids, a block larger than the
+        view's, and a grammar that has not been handed in.
         """
         dual = self.runner.dual
+        if (config.grammar is None) != (grammar is None):
+            raise UserInputError("a grammar must be compiled for the model: hand in its state too.")
         check_prompt(prompt_ids, self.context_length)
         check_token_ids(dual, prompt_ids)
         ends = end_ids(config, eos_token_ids, dual.vocab_size)
@@ -116,11 +122,15 @@ class Engine:
             block_size=block_size,
             context_length=self.context_length,
             policy=self._policy(config, block_size),
+            copies=CopyIndex() if config.copies and config.strategy == "auto" else None,
+            grammar=grammar,
             should_stop=should_stop,
             on_cycle=on_cycle,
             deadline=deadline,
         )
         request.rules.see_prompt(prompt_ids)
+        if request.copies is not None:
+            request.copies.extend(prompt_ids)
         with self._inbox_lock:
             self._inbox.append(request)
         return request
@@ -161,6 +171,7 @@ class Engine:
                     ended.append(request)
             for request in ended:
                 self._record(request)
+            self._close_failed()
 
     def step_for(self, request: Request) -> None:
         """Step unless this request has got a record, or has ended, while another thread stepped."""
@@ -192,119 +203,25 @@ class Engine:
 
     def _run(self, chosen: list[tuple[Request, Work]]) -> list[Request]:
         """One pass and all that follows from it; returns the requests whose cycle has ended."""
-        dual, runner, pool = self.runner.dual, self.runner, self.scheduler.pool
-        p = join([(work.part, request.slots) for request, work in chosen], dual.device)
-        hidden_RC = runner.hidden(p, pool)
-        for observe in self.observers:
-            observe(p, pool, hidden_RC)
-
-        judged_rows: list[int] = []
-        judged: list[Judged] = []
-        for (request, work), span in zip(chosen, p.spans, strict=True):
-            rows = work.part.judged
-            if len(rows):
-                first = len(judged_rows)
-                judged_rows += [span.ar_first + row for row in rows]
-                places = [span.length + work.part.offsets[row] + 1 for row in rows]
-                paths = work.tree.paths_of_tokens() if work.tree.num_nodes else [[] for _ in rows]
-                judged.append(Judged(request, slice(first, len(judged_rows)), places, paths))
-        sure = self._sure_guesses(chosen, p)
-        rows = [*judged_rows, *(row for some in sure.values() for row in some)]
-        logits_RV = runner.head(hidden_RC[rows]) if rows else hidden_RC.new_empty((0, dual.vocab_size))
-        own_ids = dict(zip((id(j.request) for j in judged), choose(logits_RV[: len(judged_rows)], judged), strict=True))
-        logprobs = self._logprobs(logits_RV, judged, own_ids)
-
-        wishes: list[tuple[Request, Work, int, int]] = []
-        for request, work in chosen:
-            key = id(request)
-            serving = settle(request, dual, work, own_ids.get(key, []), logprobs.get(key, []))
-            if serving is not None:
-                wishes.append((request, work, *serving))
-        self._draft(chosen, p, hidden_RC, logits_RV, len(judged_rows), sure, wishes)
+        pool = self.scheduler.pool
+        p, took = run_round(self.runner, pool, chosen, self.observers)
+        is_decoding = all(work.kind != "prefill" for _, work in chosen)
+        prices = self._prices.get(chosen[0][0].config.sampling.greedy)
+        if prices is not None and is_decoding:
+            prices.observe(p.num_ar_rows, p.num_rows - p.num_ar_rows, took.num_guesses, took.ms)
         ended = []
         for request, work in chosen:
+            if request.failure is not None:
+                continue
             self.scheduler.keep(request)
-            if end_pass(request, dual, work) or request.finish is not None:
+            try:
+                is_over = end_pass(request, self.runner.dual, work)
+            except OrthrusError as error:
+                request.failure = error
+                continue
+            if is_over or request.finish is not None:
                 ended.append(request)
         return ended
-
-    def _sure_guesses(self, chosen: list[tuple[Request, Work]], p: Pass) -> dict[int, list[int]]:
-        """Rows of the pass, by request, whose guesses are projected with the AR rows.
-
-        Of few rows all: they cost less than reading the head a second time. Of many those that are needed
-        whatever stands: of blocks that are drafted alone. The others wait until it is known which block serves.
-        """
-        if self.runner.dual.draft_head is not None:
-            return {}
-        found = {}
-        every = sum(len(work.block_rows) * work.num_guesses for _, work in chosen)
-        few = joint_guesses(every, own_head=False) > 0
-        for (request, work), span in zip(chosen, p.spans, strict=True):
-            if work.block_rows and (few or not work.tree.num_nodes):
-                blocks = range(len(work.block_rows))
-                found[id(request)] = [
-                    span.draft_first + row - work.part.num_ar for b in blocks for row in work.guess_rows(b)
-                ]
-        return found
-
-    def _draft(
-        self,
-        chosen: list[tuple[Request, Work]],
-        p: Pass,
-        hidden_RC: Tensor,
-        logits_RV: Tensor,
-        num_judged: int,
-        sure: dict[int, list[int]],
-        wishes: list[tuple[Request, Work, int, int]],
-    ) -> None:
-        """New drafts for the requests whose text goes on from a block of this pass."""
-        if not wishes:
-            return
-        spans = {id(request): span for (request, _), span in zip(chosen, p.spans, strict=True)}
-        starts, at = {}, num_judged
-        for key, some in sure.items():
-            starts[key], at = at, at + len(some)
-        rows: list[int] = []
-        places: list[int | None] = []
-        guessed = []
-        for request, work, index, first in wishes:
-            span = spans[id(request)]
-            mine = [span.draft_first + row - work.part.num_ar for row in work.guess_rows(index, first)]
-            here = slice(len(rows), len(rows) + len(mine))
-            rows += mine
-            start = starts.get(id(request))
-            places += (
-                [None] * len(mine)
-                if start is None
-                else range(start + index * work.num_guesses + first, start + (index + 1) * work.num_guesses)
-            )
-            guessed.append(Guessed(request, here, request.slots.length + 1))
-        hidden_DC = hidden_RC[rows]
-        missing = [i for i, place in enumerate(places) if place is None]
-        if not missing:
-            first_place = places[0]
-            assert first_place is not None
-            in_a_row = places == list(range(first_place, first_place + len(places)))
-            logits_DV = logits_RV[first_place : first_place + len(places)] if in_a_row else logits_RV[places]
-        elif len(missing) == len(places):
-            logits_DV = self.runner.head(hidden_DC, drafts=True)
-        else:
-            late_V = iter(self.runner.head(hidden_DC[missing], drafts=True))
-            logits_DV = torch.stack([next(late_V) if at is None else logits_RV[at] for at in places])
-        for (request, work, _, first), candidates in zip(
-            wishes, rank(self.runner, hidden_DC, logits_DV, guessed), strict=True
-        ):
-            settle_draft(request, work, candidates, first)
-
-    def _logprobs(
-        self, logits_RV: Tensor, judged: list[Judged], own_ids: dict[int, list[int]]
-    ) -> dict[int, list[TokenLogprob]]:
-        """By request that asked for them, of the AR view's own token after each judged row."""
-        return {
-            id(j.request): token_logprobs(logits_RV[j.rows], own_ids[id(j.request)], j.request.config.logprobs)
-            for j in judged
-            if j.request.config.logprobs is not None
-        }
 
     def _record(self, request: Request) -> None:
         """Close a request's cycle, and the request itself where it has ended."""
@@ -321,6 +238,7 @@ class Engine:
             num_accepted=sum(step.is_draft),
             num_passes=step.num_passes,
             num_rows=step.num_rows,
+            num_copied=step.num_copied,
             elapsed_ms=request.elapsed_ms,
             finish_reason=request.finish,
             logprobs=None if request.config.logprobs is None else tuple(step.logprobs),
@@ -333,10 +251,22 @@ class Engine:
         if request.on_cycle is not None:
             request.on_cycle(cycle)
 
-    def _wanted(self, request: Request) -> Work:
+    def _close_failed(self) -> None:
+        """Requests that failed by themselves end; the others go on."""
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            if request.failure is not None:
+                self.scheduler.finish(request)
+                request.closed = True
+
+    def _wanted(self, request: Request) -> Work | None:
+        """What a request wants of the next pass; None where it has failed instead."""
         if request.policy is not None:
             request.policy.among(len(self.scheduler.running))
-        return wanted(request, self.runner.dual)
+        try:
+            return wanted(request, self.runner.dual)
+        except OrthrusError as error:
+            request.failure = error
+            return None
 
     def costs(self, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
         """What passes cost on this machine, which `auto` decides by: timed once (some seconds), then kept.
@@ -344,15 +274,15 @@ class Engine:
         Sampled decoding has a table of its own.
         """
         with self._stepping:
-            if greedy not in self._costs:
-                self._costs[greedy] = pass_costs(self.runner, on_measure, greedy=greedy)
-            return self._costs[greedy]
+            if greedy not in self._prices:
+                self._prices[greedy] = Prices(pass_costs(self.runner, on_measure, greedy=greedy))
+            return self._prices[greedy].costs
 
     def _num_pages(self) -> int:
         dual, most = self.runner.dual, self.config.max_slots
         if most is None:
             config = dual.base.config
-            most = available_bytes(dual.device) // 5 // slot_bytes(config, dual.dtype)
+            most = _available(dual.device) // 5 // slot_bytes(config, dual.dtype)
             most = min(most, 32 * self.context_length)
         return max(pages_for(most), 4)
 
@@ -360,11 +290,17 @@ class Engine:
         """What decides for `auto`; None for the fixed strategies. Times the machine where nobody has."""
         if config.strategy != "auto":
             return None
-        dual = self.runner.dual
+        dual, greedy = self.runner.dual, config.sampling.greedy
+        self.costs(greedy=greedy)
         return Policy(
-            self.costs(greedy=config.sampling.greedy),
+            self._prices[greedy],
             dual.config.num_guesses(block_size),
             config.node_budget,
             config.block_budget,
             own_head=dual.draft_head is not None,
         )
+
+
+def _available(device: torch.device) -> int:
+    """Bytes that can still be taken where the pool will lie."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from orthrus.config import DecodeConfig
+from orthrus.decoding.copies import NO_COPY, Copy, CopyIndex, CopyPromise
+from orthrus.decoding.grammar import GrammarState
 from orthrus.decoding.policy import Policy
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.stopping import StopRules
@@ -17,14 +19,15 @@ from orthrus.model.pool import Slots
 from orthrus.types import Cycle, CycleKind, FinishReason, TokenLogprob
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Work:
     """What a request wants of the next pass.
 
     kind: of the cycle that the pass belongs to. tree: drafts to be verified. block_rows: AR rows at which
     diffusion blocks are anchored, block_size rows each, of which num_guesses count. late: the drafts' block
-    had not seen all of the text. without_floor: the paper's draft pass, a block without an AR row. is_last: of
-    a prompt's chunks, or any other work.
+    had not seen all of the text. is_view: per node, whether the diffusion view proposed it. copy: what copying
+    proposes here, verified or not. masks_QV: what a grammar allows after each judged row. without_floor: the
+    paper's draft pass, a block without an AR row. is_last: of a prompt's chunks, or any other work.
     """
 
     kind: CycleKind
@@ -34,6 +37,9 @@ class Work:
     block_size: int = 0
     num_guesses: int = 0
     late: bool = False
+    is_view: tuple[bool, ...] = ()
+    copy: Copy = NO_COPY
+    masks_QV: Tensor | None = None
     without_floor: bool = False
     is_last: bool = True
 
@@ -56,6 +62,7 @@ class Step:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     text: str = ""
     num_drafted: int = 0
+    num_copied: int = 0
     num_passes: int = 0
     num_rows: int = 0
 
@@ -82,6 +89,9 @@ class Request:
     block_size: int
     context_length: int
     policy: Policy | None = None
+    copies: CopyIndex | None = None
+    copy_promise: CopyPromise = field(default_factory=CopyPromise)
+    grammar: GrammarState | None = None
     should_stop: Callable[[list[int]], bool] | None = None
     on_cycle: Callable[[Cycle], None] | None = None
     deadline: float | None = None
@@ -129,8 +139,10 @@ class Request:
         num_prompt = len(self.prompt_ids)
         if end <= num_prompt:
             return self.prompt_ids[start:end]
-        return (self.prompt_ids[start:] + self.token_ids)[: end - start] if start < num_prompt else (
-            self.token_ids[start - num_prompt : end - num_prompt]
+        return (
+            (self.prompt_ids[start:] + self.token_ids)[: end - start]
+            if start < num_prompt
+            else (self.token_ids[start - num_prompt : end - num_prompt])
         )
 
     def commit(self, token_ids: list[int], num_drafts: int, logprobs: list[TokenLogprob]) -> int:
@@ -142,6 +154,8 @@ class Request:
         for i, token_id in enumerate(token_ids):
             self.token_ids.append(token_id)
             self.rules.see([token_id])
+            if self.grammar is not None:
+                self.grammar.advance(token_id)
             self.step.token_ids.append(token_id)
             self.step.is_draft.append(i < num_drafts)
             if logprobs:

@@ -8,12 +8,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from orthrus.engine.parts import prompt_work
 from orthrus.engine.prefix import PrefixPage, PrefixStore
 from orthrus.engine.request import Request, Work
-from orthrus.engine.work import prompt_work
 from orthrus.model.pool import PAGE, SlotPool, pages_for
 
-Wanted = Callable[[Request], Work]
+Wanted = Callable[[Request], Work | None]
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class Scheduler:
         for request in list(self.running):
             if request in self.running and not request.num_to_feed:
                 work = wanted(request)
-                if self._make_room(request, work.part.num_rows):
+                if work is not None and self._make_room(request, work.part.num_rows):
                     chosen.append((request, work))
         # Whoever was sent back for somebody's sake takes no part.
         chosen = [(request, work) for request, work in chosen if request in self.running]

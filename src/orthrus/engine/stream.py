@@ -57,6 +57,6 @@ class TokenStream(Iterator[Cycle]):
             text="".join(c.text for c in cycles),
             token_ids=tuple(token_id for c in cycles for token_id in c.token_ids),
             finish_reason=last or "cancelled",
-            stats=summarise(len(self.request.prompt_ids), cycles),
+            stats=summarise(len(self.request.prompt_ids), cycles, self.request.num_cached),
             cycles=cycles,
         )

@@ -169,7 +169,12 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         dual = self.dual
         if new_num_tokens is None and pad_to_multiple_of is None:
             return dual.base.get_input_embeddings()  # type: ignore[return-value]
-        if self.engine.runner.name != "eager" or dual.draft_ids_N is not None or dual.precision or dual.draft_precision:
+        if (
+            self.engine.runner.name != "eager"
+            or dual.draft_ids_N is not None
+            or dual.precision
+            or dual.draft_precision
+        ):
             raise UserInputError(
                 "the embeddings cannot be resized after the head has been packed; load the model with "
                 "runner='eager', and without a draft vocabulary and int8 or int4."

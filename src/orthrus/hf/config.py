@@ -54,7 +54,7 @@ class OrthrusConfig(PreTrainedConfig):
         base = self.__dict__.get("_base")
         ours = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
         if base is None or ours or not hasattr(base, name):
-            super().__setattr__(name, value)
+            super().__setattr__(name, value)  # type: ignore[no-untyped-call]
         else:
             setattr(base, name, value)
 

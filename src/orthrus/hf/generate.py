@@ -70,7 +70,7 @@ def generate(
         raise UserInputError(
             f"generate cannot work with these options: {' '.join(str(e).split()).rstrip('.')}."
         ) from e
-    refuse_unknown(unknown, dual.base)
+    refuse_unknown(unknown, engine.runner.dual.base)
     refuse_unsupported(settings)
     check_types(vars(settings))
     if settings.max_time is not None:

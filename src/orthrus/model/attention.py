@@ -42,7 +42,9 @@ class RunningPass:
         self._groups = [group for span in p.spans for group in _groups(p, span)]
         self._masks: dict[tuple[int, int | None, int, torch.dtype], Tensor] = {}
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write the pass's rows (1, H, R, D); returns the pool's stores of this layer (1, H, S, D)."""
         stores = self.pool.keys[layer_idx], self.pool.values[layer_idx]
         for store, new in zip(stores, (keys, values), strict=True):
@@ -71,7 +73,7 @@ class RunningPass:
 
 def _groups(p: Pass, span: Span) -> list[_Group]:
     part, device = span.part, p.token_ids_R.device
-    places_N = span.places_N
+    places_N = span.places
     groups = []
     for rows, own, num_tail in (
         (span.ar_rows, slice(part.num_ar), part.num_ar),
@@ -83,12 +85,16 @@ def _groups(p: Pass, span: Span) -> list[_Group]:
         tail_QT = np.tri(num_tail, dtype=np.bool_) if part.tail_II is None else part.tail_II[own, :num_tail]
         visible_QN = np.concatenate([np.ones((num_queries, span.length), dtype=np.bool_), tail_QT], axis=1)
         read_N = places_N[: span.length + num_tail]
-        positions_N = np.concatenate([np.arange(span.length), span.length + np.array(part.offsets[:num_tail])])
+        positions_N = np.concatenate(
+            [np.arange(span.length), span.length + np.array(part.offsets[:num_tail])]
+        )
         in_a_row = bool((np.diff(read_N) == 1).all())
         groups.append(
             _Group(
                 rows,
-                slice(int(read_N[0]), int(read_N[-1]) + 1) if in_a_row else torch.from_numpy(read_N).to(device),
+                slice(int(read_N[0]), int(read_N[-1]) + 1)
+                if in_a_row
+                else torch.from_numpy(read_N).to(device),
                 torch.from_numpy(visible_QN).to(device),
                 torch.from_numpy(positions_N).to(device),
                 p.position_ids_R[rows],
@@ -112,9 +118,7 @@ def span_attention(
     assert running is not None, "attention outside of a pass"
     num_kv = keys_1HSD.shape[1]
     fold = query_1HRD.shape[1] // num_kv
-    out_1RHD = query_1HRD.new_empty(
-        (1, query_1HRD.shape[2], query_1HRD.shape[1], values_1HSD.shape[3])
-    )
+    out_1RHD = query_1HRD.new_empty((1, query_1HRD.shape[2], query_1HRD.shape[1], values_1HSD.shape[3]))
     window = running.windows[int(module.layer_idx)]  # type: ignore[arg-type]
     for group, mask in running.groups(window, fold, query_1HRD.dtype):
         # The heads that share keys become rows of one head: no key is copied once per head.

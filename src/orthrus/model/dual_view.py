@@ -13,6 +13,7 @@ from orthrus.model.repair import RepairHead
 from orthrus.model.twin import inject, stock, twins
 from orthrus.model.view_config import ViewConfig
 
+
 class DualView(nn.Module):
     """Twins injected into a stock model.
 

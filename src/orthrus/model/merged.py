@@ -108,10 +108,8 @@ def save_merged(
     if layout == "released":
         _check_released(dual)
     with atomic_folder(Path(folder)) as temporary:
-        stock = dual.stock()
-        stock.save_pretrained(
-            temporary, **({} if max_shard_size is None else {"max_shard_size": max_shard_size})
-        )
+        sizes: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        dual.stock().save_pretrained(temporary, **sizes)
         if base is not None:
             base.tokenizer.save_pretrained(temporary)
         config = read_json(temporary / "config.json")

@@ -69,7 +69,7 @@ class Span:
     """A part in its pass: where its rows stand, and where they and its history lie in the pool.
 
     Its AR rows are rows [ar_first, ar_first + num_ar) of the pass, its diffusion rows those from draft_first
-    on. places_N: pool slots of its history and of its own rows, in the order of positions and rows.
+    on. places: pool slots (N,) of its history and of its own rows, in the order of positions and rows.
     """
 
     part: Part
@@ -87,7 +87,7 @@ class Span:
         return slice(self.draft_first, self.draft_first + self.part.num_rows - self.part.num_ar)
 
     @property
-    def places_N(self) -> NDArray[np.int64]:
+    def places(self) -> NDArray[np.int64]:
         slots_N = np.arange(self.length + self.part.num_rows)
         return np.array(self.pages, dtype=np.int64)[slots_N // PAGE] * PAGE + slots_N % PAGE
 
@@ -197,17 +197,19 @@ def join(parts: Sequence[tuple[Part, Slots]], device: torch.device | str = "cpu"
     for span, (part, slots) in zip(spans, parts, strict=True):
         places = slots.places(np.arange(span.length, span.length + part.num_rows))
         columns = np.array([part.token_ids, part.offsets], dtype=np.int64)
-        for rows, own in ((span.ar_rows, slice(part.num_ar)), (span.draft_rows, slice(part.num_ar, None))):
-            ids_R[rows] = columns[0, own]
-            positions_R[rows] = columns[1, own] + span.length
-            slots_R[rows] = places[own]
+        both = (span.ar_rows, slice(0, part.num_ar)), (span.draft_rows, slice(part.num_ar, part.num_rows))
+        for to, own in both:
+            ids_R[to] = columns[0, own]
+            positions_R[to] = columns[1, own] + span.length
+            slots_R[to] = places[own]
     pool = parts[0][1].pool
     pool.positions_S[slots_R] = positions_R
     pool.writers_S[slots_R[:num_ar_rows]] = AR
     pool.writers_S[slots_R[num_ar_rows:]] = DIFFUSION
     on_device = torch.from_numpy(np.stack([ids_R, positions_R, slots_R])).to(device)
     plan_P = torch.from_numpy(_plan(spans, positions_R))
-    return Pass(*on_device.unbind(), num_ar_rows, tuple(spans), plan_P)
+    token_ids_R, position_ids_R, pool_slots_R = on_device.unbind()
+    return Pass(token_ids_R, position_ids_R, pool_slots_R, num_ar_rows, tuple(spans), plan_P)
 
 
 _HEAD, _SPAN = 2, 8

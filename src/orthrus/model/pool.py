@@ -168,7 +168,9 @@ class Slots:
         Raises AssertionError naming the first slot that breaks this.
         """
         places = self.places(np.arange(self.length))
-        wrong = (self.pool.writers_S[places] != AR) | (self.pool.positions_S[places] != np.arange(self.length))
+        wrong = (self.pool.writers_S[places] != AR) | (
+            self.pool.positions_S[places] != np.arange(self.length)
+        )
         if wrong.any():
             slot = int(wrong.argmax())
             raise AssertionError(
@@ -189,4 +191,4 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 def slot_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values of one slot, over all layers."""
-    return 2 * config.num_hidden_layers * num_kv_heads(config) * head_dim(config) * dtype.itemsize
+    return 2 * int(config.num_hidden_layers) * num_kv_heads(config) * head_dim(config) * dtype.itemsize

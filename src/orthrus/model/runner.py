@@ -1,6 +1,6 @@
 """What runs passes. The eager runner is the stock forward, and the slow oracle of all others."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -76,16 +76,16 @@ class EagerRunner:
 
 def decoder_with_attention(dual: DualView, name: str) -> torch.nn.Module:
     """The stock decoder whose attention modules call the attention function of that name; weights shared."""
-    configs: dict[int, object] = {}
+    configs: dict[int, Any] = {}
 
-    def change(path: str, module: torch.nn.Module) -> dict[str, object] | None:
+    def change(path: str, module: torch.nn.Module) -> dict[str, Any] | None:
         if not path.endswith("self_attn"):
             return None
-        config = module.config
+        config: Any = module.config
         if id(config) not in configs:
             ours = object.__new__(type(config))
             ours.__dict__.update(config.__dict__)
-            ours._attn_implementation = name  # type: ignore[attr-defined]
+            ours._attn_implementation = name
             configs[id(config)] = ours
         return {"config": configs[id(config)]}
 

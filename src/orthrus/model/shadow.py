@@ -22,9 +22,7 @@ def shadow(module: nn.Module, change: Change, path: str = "") -> nn.Module:
     if isinstance(changed, nn.Module):
         return changed
     children = {
-        name: child
-        if child is None
-        else shadow(child, change, f"{path}.{name}" if path else name)
+        name: child if child is None else shadow(child, change, f"{path}.{name}" if path else name)
         for name, child in module._modules.items()
     }
     if changed is None and all(child is module._modules[name] for name, child in children.items()):

@@ -1,0 +1,118 @@
+"""What `auto` wants of the next pass: whatever the policy finds worth its time.
+
+Drafts come from several sources: the view's blocks, fresh and late; copies of what followed the last tokens
+where they stood before; tokens that a grammar forces. Copies and forced tokens cost no draft pass.
+"""
+
+from itertools import accumulate
+from math import exp
+
+from orthrus.decoding.copies import NO_COPY, Copy
+from orthrus.decoding.policy import Left
+from orthrus.decoding.tree import EMPTY_TREE, with_chain
+from orthrus.engine.parts import block_rows, deepest_draft, draft_tree, draft_work, may_draft, verify_work
+from orthrus.engine.request import Request, Work
+from orthrus.model.dual_view import DualView
+
+FORCED = 1 << 20
+"""Match length of tokens that a grammar forces: they stand for certain."""
+MOST_COPIED = 12
+"""Tokens that are copied ahead at most."""
+
+
+def adaptive_work(request: Request, dual: DualView) -> Work:
+    """The first pass of a cycle."""
+    policy = request.policy
+    assert policy is not None
+    copy = copied(request)
+    request.block_size = policy.block_size
+    is_due = request.drafts is None or (request.late and not policy.keeps_late())
+    if is_due and may_draft(request, dual, floor=True):
+        # A copy that makes more of its time than a draft would spares the draft pass.
+        promised = list(accumulate(map(exp, accumulate(_log_probs(request, copy)))))
+        if policy.chain_rate(promised) <= max(policy.draft_rate, policy.plain_rate) and policy.wants_draft():
+            return draft_work(request, dual, "tree", copy)
+    work = adaptive_verify(request, dual, copy, trying=False)
+    return work or verify_work(request, dual, "ar", EMPTY_TREE, [], copy=copy)
+
+
+def adaptive_verify(request: Request, dual: DualView, copy: Copy, *, trying: bool) -> Work | None:
+    """The drafts and blocks that are worth their rows; None where no draft is.
+
+    trying: a draft pass was made for them, maybe as a chance only.
+    """
+    policy = request.policy
+    assert policy is not None
+    drafts = draft_tree(request, policy.max_nodes, request.room - 1, branching=True)
+    num_guesses = 0 if request.drafts is None else len(request.drafts)
+    if drafts.num_nodes:
+        num_nodes = policy.num_nodes(
+            drafts.log_probs, drafts.depths(), num_guesses, late=request.late, trying=trying
+        )
+        drafts = drafts.first(num_nodes)
+    is_view, has_view = [True] * drafts.num_nodes, drafts.num_nodes > 0
+    if copy.token_ids:
+        drafts, is_view = with_chain(drafts, copy.token_ids, _log_probs(request, copy))
+        num_nodes = policy.worth(drafts.log_probs, is_view, late=request.late)
+        drafts, is_view = drafts.first(num_nodes), is_view[:num_nodes]
+        has_view = any(is_view)
+    if not drafts.num_nodes:
+        return None
+    rows: list[int] = []
+    if has_view:
+        num_blocks = policy.num_blocks(drafts.num_nodes, drafts.end_probs())
+        rows = block_rows(drafts, num_blocks, request.room - 3, at_root=policy.keeps_late())
+    request.block_size = policy.block_size
+    kind = "fused_tree" if rows else "tree"
+    return verify_work(request, dual, kind, drafts, rows, is_view=is_view, copy=copy)  # type: ignore[arg-type]
+
+
+def observe(request: Request, work: Work) -> None:
+    """Let the policy learn from a verification: how the view's drafts fared, and where the path ended."""
+    policy, step = request.policy, request.step
+    assert policy is not None and step is not None
+    if not any(work.is_view):
+        return
+    ends = work.tree.end_probs()
+    left: Left = "none" if request.drafts is None else "late" if request.late else "fresh"
+    log_probs = [p for p, is_view in zip(work.tree.log_probs, work.is_view, strict=True) if is_view]
+    num_stood = sum(step.is_draft) - step.num_copied
+    policy.observe(log_probs, num_stood, [ends[row] for row in work.block_rows], late=work.late, left=left)
+
+
+def copied(request: Request) -> Copy:
+    """What the grammar forces next, or else what followed the last tokens where they stood before."""
+    deepest = deepest_draft(request)
+    if deepest < 1:
+        return NO_COPY
+    if request.grammar is not None and (forced := request.grammar.forced(deepest)):
+        return Copy(tuple(forced), FORCED)
+    if request.copies is None:
+        return NO_COPY
+    copy = request.copies.continuation(min(deepest, MOST_COPIED))
+    if request.grammar is None or not copy.token_ids:
+        return copy
+    chain = range(len(copy.token_ids))
+    _, allowed = request.grammar.masks_for_paths(chain, copy.token_ids)
+    num_allowed = next((i for i, fits in enumerate(allowed) if not fits), len(allowed))
+    return Copy(copy.token_ids[:num_allowed], copy.match_length)
+
+
+def observe_copy(request: Request, copy: Copy, token_ids: list[int]) -> None:
+    """Take note of how a copy fared against the tokens that were committed in its place, verified or not."""
+    if copy.token_ids and copy.match_length != FORCED:
+        pairs = zip(copy.token_ids, token_ids, strict=False)
+        num_stood = next(
+            (i for i, (ours, theirs) in enumerate(pairs) if ours != theirs),
+            min(len(copy.token_ids), len(token_ids)),
+        )
+        num_judged = min(len(copy.token_ids), len(token_ids))
+        request.copy_promise.observe(copy.match_length, num_stood, num_judged)
+    if request.copies is not None:
+        request.copies.extend(token_ids)
+
+
+def _log_probs(request: Request, copy: Copy) -> list[float]:
+    if copy.match_length == FORCED:
+        return [0.0] * len(copy.token_ids)
+    return request.copy_promise.log_probs(copy)
