@@ -119,7 +119,10 @@ def _twins(dual: DualView) -> str:
     if config.rank is None:
         return f"{', '.join(names)}, in full"
     low, full = ([n for n in names if family.is_norm(n) is norm] for norm in (False, True))
-    return f"{', '.join(low)}, of rank {config.rank}" + (f"; {', '.join(full)}, in full" if full else "")
+    scale = "" if config.rank_scale == 1 else f" and scale {config.rank_scale:g}"
+    return f"{', '.join(low)}, of rank {config.rank}{scale}" + (
+        f"; {', '.join(full)}, in full" if full else ""
+    )
 
 
 def _stored(config: ViewConfig, encoding: Encoding) -> str:

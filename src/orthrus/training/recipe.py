@@ -24,13 +24,13 @@ class TrainConfig:
     Loss: loss, weights, gamma (decay), smoothing (dpace). Batch: batch_rows rows a step over all processes,
     in micro-batches of micro_rows. Optimiser: AdamW with cosine schedule; learning_rate, warmup, floor
     (shares of all steps and of the peak), weight_decay, clip_norm. steps: 0 means `epochs` passes over the
-    corpus. View: layers and twins (None for all), rank (None for full twins), mask ("auto", "trained" or a
-    token id), repair_rank (of a repair head; None for none, or what init_view has), init_view (a view folder
-    to start from), license (that the view is given under, for its card). train: the whole view, or only the
-    repair head of a frozen one.
-    Every evaluate_every steps evaluate_prompts held-out prompts are really decoded (0: never). sharding: how
-    several processes hold the model. trackers: where figures go (None: TensorBoard where it is installed).
-    attention: how blocks attend; auto is flex on CUDA, dense elsewhere.
+    corpus. View: layers and twins (None for all), rank (None for full twins), rank_scale (what low-rank parts
+    are multiplied by; None for 1, or what init_view has), mask ("auto", "trained" or a token id), repair_rank
+    (of a repair head; None for none, or what init_view has), init_view (a view folder to start from), license
+    (that the view is given under, for its card). train: the whole view, or only the repair head of a frozen
+    one. Every evaluate_every steps evaluate_prompts held-out prompts are really decoded (0: never). sharding:
+    how several processes hold the model. trackers: where figures go (None: TensorBoard where it is
+    installed). attention: how blocks attend; auto is flex on CUDA, dense elsewhere.
     """
 
     base: str = "default"
@@ -48,6 +48,7 @@ class TrainConfig:
     layers: tuple[int, ...] | None = None
     twins: tuple[str, ...] | None = None
     rank: int | None = None
+    rank_scale: float | None = None
     repair_rank: int | None = None
     train: Literal["view", "repair"] = "view"
     mask: int | str = "auto"
@@ -160,6 +161,11 @@ def _check_view(config: TrainConfig) -> None:
         rank = getattr(config, name)
         if rank is not None and (type(rank) is not int or rank < 1):
             raise UserInputError(f"{name} must be a positive number, not {rank!r}; leave it out {without}.")
+    scale = config.rank_scale
+    if scale is not None and not (type(scale) in (int, float) and 0 < scale < math.inf):
+        raise UserInputError(f"rank_scale must be a positive number, not {scale!r}; leave it out for 1.")
+    if scale is not None and config.rank is None and config.init_view is None:
+        raise UserInputError("rank_scale is the scale of low-rank twins; give their rank, or leave it out.")
     if config.train == "repair" and config.init_view is None:
         raise UserInputError(
             "train: repair needs init_view, the folder of the view whose drafts are to be repaired."
