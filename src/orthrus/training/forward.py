@@ -12,7 +12,7 @@ from orthrus.base.families import layer_windows, sliding_window
 from orthrus.model.dual_view import DualView, additive_mask, in_window
 from orthrus.model.repair import repaired
 from orthrus.training import block_attention, flex_blocks
-from orthrus.training.block_attention import BlockContext
+from orthrus.training.block_attention import BlockContext, block_groups
 from orthrus.training.blocks import BlockBatch, block_inputs, causal_mask, context_mask
 from orthrus.training.flex_blocks import flex_masks, pick_attention
 from orthrus.training.losses import LossKind, WeightKind, position_weights, row_losses
@@ -111,7 +111,8 @@ class TrainingPass(nn.Module):
             if kind == "flex"
             else self._context_biases(batch)
         )
-        return BlockContext(store.keys, store.values, full, windowed, windows, size), hidden_BTC
+        groups = () if kind == "flex" else block_groups(batch)
+        return BlockContext(store.keys, store.values, full, windowed, windows, size, groups), hidden_BTC
 
     def blocks(self, batch: BlockBatch, context: BlockContext) -> Tensor:
         """The diffusion pass: final hidden states of all block rows, (B, N, K, C)."""
