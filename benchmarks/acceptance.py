@@ -16,10 +16,10 @@ from typing import Annotated, Any
 import typer
 
 from orthrus.api import Orthrus
+from orthrus.base.bench_prompts import BenchPrompt, load_prompts
 from orthrus.base.fingerprint import fingerprint
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
-from orthrus.bench.prompts import BenchPrompt, load_prompts
 from orthrus.bench.runner import prompts_digest
 from orthrus.cli.common import check_strategies
 from orthrus.config import DecodeConfig, SamplingParams, Strategy

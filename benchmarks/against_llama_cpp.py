@@ -3,7 +3,7 @@
 Both continue the same token ids greedily for the same number of tokens, turn by turn on every prompt, so that
 a drift of the machine hits both. llama.cpp runs the default model's own GGUF file (Q4_1) at its fastest
 number of threads, Orthrus every combination of the options given. Needs llama-cpp-python (`pip install
-"orthrus[llama-cpp]"`; see llama_side.py for compilers that break it). Leave the machine alone meanwhile.
+"orthrus-lm[llama-cpp]"`; see llama_side.py for compilers that break it). Leave the machine alone meanwhile.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ import typer
 from llama_side import Decode, LlamaSide, Run, best_threads, default_gguf, usable_cores
 
 from orthrus.api import Orthrus, decode_config
+from orthrus.base.bench_prompts import load_prompts
 from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import installed_version, provenance
 from orthrus.base.storage import sha256_file
-from orthrus.bench.prompts import load_prompts
 from orthrus.bench.runner import prompts_digest
 
 LLAMA = "llama.cpp"

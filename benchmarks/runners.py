@@ -77,8 +77,8 @@ class Arm:
         config = decode_config(strategy="ar", max_new_tokens=num_tokens, ignore_eos=True)
         stats = self.orthrus.stream_ids(prompt_ids, config).drain().stats
         self.plain.append((stats.num_tokens - 1) / stats.decode_ms * 1e3)
-        with self.orthrus.stock() as model:
-            run = stock_generate(model, prompt_ids, max_new_tokens=num_tokens, eos_token_ids=frozenset())
+        model = self.orthrus.stock()
+        run = stock_generate(model, prompt_ids, max_new_tokens=num_tokens, eos_token_ids=frozenset())
         self.stock.append((len(run.token_ids) - 1) / run.decode_ms * 1e3)
 
 

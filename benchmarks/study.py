@@ -17,20 +17,21 @@ from study_arms import ARMS, RECIPE, Arm
 from study_tables import render
 from two_steps import TwoSteps
 
+from orthrus.base.bench_prompts import load_prompts
 from orthrus.base.loading import Base, load_base
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
-from orthrus.bench.prompts import load_prompts
-from orthrus.bench.view_score import served
 from orthrus.config import DecodeConfig
 from orthrus.engine.stream import TokenStream
 from orthrus.model.dual_view import DualView
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample, corpus_digest, load_corpus
 from orthrus.training.packing import PackedRow, pack
-from orthrus.training.recipe import TrainConfig, load_recipe, to_plain
+from orthrus.training.recipe import TrainConfig, to_plain
+from orthrus.training.recipe_file import load_recipe
 from orthrus.training.start import starting_view
 from orthrus.training.trainer import Hooks, TrainLog, rows_of_step, train
+from orthrus.training.view_score import served
 
 FORMULAS = {
     "tokens_per_cycle": "(tokens - 1) / cycles, pooled over prompts; the AR view's own tokens included",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["orthrus.training.trainer", "orthrus.bench.view_score", "tests.tiny"])
+CONTEXT.set_forkserver_preload(["orthrus.training.trainer", "orthrus.training.view_score", "tests.tiny"])
 
 
 def start(function: Callable[..., None], *args: Any) -> BaseProcess:

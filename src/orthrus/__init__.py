@@ -11,9 +11,10 @@ from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
     from orthrus.api import Conversation, Orthrus
-    from orthrus.auto import OrthrusConfig, OrthrusForCausalLM
     from orthrus.engine.stream import TokenStream
     from orthrus.errors import OrthrusError
+    from orthrus.hf.auto import OrthrusForCausalLM
+    from orthrus.hf.config import OrthrusConfig
     from orthrus.types import Cycle, DecodeStats, GenerationResult
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
     "TokenStream",
     "__version__",
 ]
-__version__ = version("orthrus")
+__version__ = version("orthrus-lm")
 
 _HOME = {
     "Conversation": "api",
@@ -36,9 +37,9 @@ _HOME = {
     "DecodeStats": "types",
     "GenerationResult": "types",
     "Orthrus": "api",
-    "OrthrusConfig": "auto",
+    "OrthrusConfig": "hf.config",
     "OrthrusError": "errors",
-    "OrthrusForCausalLM": "auto",
+    "OrthrusForCausalLM": "hf.auto",
     "TokenStream": "engine.stream",
 }
 
@@ -57,7 +58,7 @@ def __dir__() -> list[str]:
 def _register_auto_classes(_: Any) -> None:
     """AutoModelForCausalLM learns our folders as soon as transformers' own Auto classes exist."""
     try:
-        import_module("orthrus.auto")
+        import_module("orthrus.hf.auto")
     except ImportError:
         # transformers is still in the middle of its imports; the hook of its next module tries again.
         return

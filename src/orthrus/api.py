@@ -1,19 +1,19 @@
 """The Python interface: load a model with its view, then generate, stream or chat."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 from orthrus.base.loading import Base
 from orthrus.base.storage import Progress
-from orthrus.config import DecodeConfig, SamplingParams, Strategy
+from orthrus.config import DecodeConfig, Grammar, SamplingParams, Strategy
 from orthrus.decoding.cost_table import CostTable
-from orthrus.engine.costs import OnMeasure, pass_costs
-from orthrus.engine.runners import check_runner, use_runner
+from orthrus.engine.costs import OnMeasure
+from orthrus.engine.engine import Engine, EngineConfig
+from orthrus.engine.runners import chosen_runner, make_runner
 from orthrus.engine.stream import TokenStream
 from orthrus.model.dual_view import DualView
 from orthrus.model.loading import load_dual
+from orthrus.model.runner import EagerRunner, Runner
 from orthrus.types import Cycle, GenerationResult
 
 if TYPE_CHECKING:
@@ -23,18 +23,51 @@ Message = dict[str, str]
 Prompt = str | Sequence[Message]
 
 
+class DecodeOptions(TypedDict, total=False):
+    """The keywords of `generate` and its like: see `decode_config`."""
+
+    max_new_tokens: int
+    strategy: Strategy
+    block_size: int | None
+    node_budget: int
+    block_budget: int
+    floor: bool
+    copies: bool
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int]
+    min_tokens: int
+    ignore_eos: bool
+    logprobs: int | None
+    grammar: Grammar | None
+    priority: int
+
+
 class Orthrus:
     """A frozen language model with its diffusion view, ready to decode.
 
         orthrus = Orthrus.load()
         print(orthrus.generate("Why is the sky blue?").text)
 
-    `base` is the frozen model with tokenizer, `dual` the two views over it.
+    `base` is the frozen model with tokenizer, `dual` the two views over it, `engine` what answers requests.
+    Thread-safe: requests of several threads share the engine's passes, and each gets the text that it would
+    get alone. runner: the eager one unless given.
     """
 
-    def __init__(self, base: Base, dual: DualView) -> None:
+    def __init__(
+        self, base: Base, dual: DualView, runner: Runner | None = None, config: EngineConfig | None = None
+    ) -> None:
         self.base = base
         self.dual = dual
+        self.engine = Engine(runner or EagerRunner(dual), config)
 
     @classmethod
     def load(
@@ -49,6 +82,7 @@ class Orthrus:
         draft_vocab: int | None = None,
         revision: str | None = None,
         attn_implementation: str | None = None,
+        engine: EngineConfig | None = None,
         on_progress: Progress | None = None,
     ) -> "Orthrus":
         """Load `model` (hub id, folder, GGUF file, or "default") and a view for it.
@@ -57,12 +91,12 @@ class Orthrus:
         (AR-initialised), a view folder, or a hub id. dtype: "float32", "bfloat16", "float16", "auto", or
         "int8" or "int4" on a CPU. draft_dtype: "int8" or "int4" for the drafts alone, which leaves the text
         as it is. draft_vocab: how many of the most frequent ids drafts may propose, None for all. runner:
-        "eager", "compiled", "captured" (see `engine.runners.use_runner`), or "auto", the default, which
-        compiles where that works; the environment's ORTHRUS_RUNNER stands for None.
+        "eager", "compiled", or "auto", the default, which compiles where that works; the environment's
+        ORTHRUS_RUNNER stands for None. attn_implementation: of the stock model, the baseline; passes attend by
+        code of our own.
         Raises the subclasses of OrthrusError, each a sentence with the cause and the next step.
         """
-        runner = runner or os.environ.get("ORTHRUS_RUNNER") or "auto"
-        check_runner(runner)
+        runner = chosen_runner(runner)
         base, dual = load_dual(
             model,
             view,
@@ -74,55 +108,67 @@ class Orthrus:
             attn_implementation=attn_implementation,
             on_progress=on_progress,
         )
-        use_runner(dual, runner, on_progress)
-        return cls(base, dual)
+        return cls(base, dual, make_runner(dual, runner, on_progress), engine)
 
-    def generate(self, prompt: Prompt, *, raw: bool = False, **decode: Any) -> GenerationResult:
+    @overload
+    def generate(
+        self, prompt: Prompt, *, raw: bool = False, **decode: Unpack[DecodeOptions]
+    ) -> GenerationResult: ...
+
+    @overload
+    def generate(
+        self, prompt: list[Prompt], *, raw: bool = False, **decode: Unpack[DecodeOptions]
+    ) -> list[GenerationResult]: ...
+
+    def generate(
+        self, prompt: Prompt | list[Prompt], *, raw: bool = False, **decode: Unpack[DecodeOptions]
+    ) -> GenerationResult | list[GenerationResult]:
         """Answer `prompt` (text, or chat messages) and return the whole result.
 
-        Keywords as in `decode_config`: max_new_tokens, strategy, block_size, node_budget, block_budget,
-        floor, temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, seed, stop, ignore_eos. With
-        `raw` the text is continued as it stands, without chat template.
+        A list of prompts is answered together, with the results in its order; each text is what it would be
+        alone. Keywords as in `decode_config`. With `raw` the text is continued as it stands, without chat
+        template.
         """
-        return self.stream(prompt, raw=raw, **decode).drain()
+        if not _is_list_of_prompts(prompt):
+            return self.stream(prompt, raw=raw, **decode).drain()  # type: ignore[arg-type]
+        streams = [self.stream(each, raw=raw, **decode) for each in prompt]
+        return [stream.drain() for stream in streams]
 
-    def stream(self, prompt: Prompt, *, raw: bool = False, **decode: Any) -> TokenStream:
+    def stream(self, prompt: Prompt, *, raw: bool = False, **decode: Unpack[DecodeOptions]) -> TokenStream:
         """As `generate`, but yields a `Cycle` for each cycle; `.cancel()` stops, `.result` sums up."""
         prompt_ids = self.base.encode_prompt(prompt if isinstance(prompt, str) else list(prompt), raw=raw)
         return self.stream_ids(prompt_ids, decode_config(**decode))
 
     def stream_ids(self, prompt_ids: list[int], config: DecodeConfig) -> TokenStream:
         """Decode token ids as they are."""
-        return TokenStream(
-            self.dual,
+        request = self.engine.submit(
             prompt_ids,
             config,
             eos_token_ids=self.base.eos_token_ids,
-            context_length=self.base.context_length,
             tokenizer=self.base.tokenizer,  # type: ignore[arg-type]
         )
+        return TokenStream(self.engine, request)
 
-    def chat(self, system: str | None = None, **decode: Any) -> "Conversation":
+    def chat(self, system: str | None = None, **decode: Unpack[DecodeOptions]) -> "Conversation":
         """A conversation that remembers its turns; keywords are the defaults of each turn."""
         return Conversation(self, system, decode)
 
     def time_passes(self, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
         """What passes cost on this machine, which `auto` decides by: timed once (some seconds), then kept.
 
-        Called by the first `auto` request where it has not been before; sampled passes are timed apart.
+        Called when the first `auto` request is handed in, where it has not been before; sampled passes are
+        timed apart.
         """
-        return pass_costs(self.dual, on_measure, greedy=greedy)
+        return self.engine.costs(on_measure, greedy=greedy)
 
     def warm_up(self) -> None:
         """Run a few tokens, so that the first request does not pay for lazy initialisation."""
         config = decode_config(max_new_tokens=8, ignore_eos=True)
         self.stream_ids([next(iter(self.base.eos_token_ids), 0)] * 8, config).drain()
 
-    @contextmanager
-    def stock(self) -> "Iterator[PreTrainedModel]":
-        """The untouched stock model for as long as the context lasts: the baseline of every comparison."""
-        with self.dual.stock() as model:
-            yield model
+    def stock(self) -> "PreTrainedModel":
+        """The untouched stock model, over the same weights: the baseline of every comparison."""
+        return self.dual.stock()
 
     def describe(self) -> dict[str, Any]:
         """What a report must say about model and view."""
@@ -134,7 +180,7 @@ class Orthrus:
             "dtype": self.dual.precision or str(self.dual.dtype).removeprefix("torch."),
             "draft_dtype": self.dual.draft_precision,
             "draft_vocab": None if self.dual.draft_ids_N is None else len(self.dual.draft_ids_N),
-            "runner": self.dual.runner,
+            "runner": self.engine.runner.name,
             "device": str(self.dual.device),
             "attention": self.dual.base.config._attn_implementation,
             "chat_template": bool(getattr(self.base.tokenizer, "chat_template", None)),
@@ -152,7 +198,7 @@ class Orthrus:
 class Conversation:
     """Turns of a chat; a turn is added to `messages` only when its answer has been read to the end."""
 
-    def __init__(self, orthrus: Orthrus, system: str | None, decode: dict[str, Any]) -> None:
+    def __init__(self, orthrus: Orthrus, system: str | None, decode: DecodeOptions) -> None:
         self._orthrus = orthrus
         self._decode = decode
         self._system = system
@@ -163,17 +209,22 @@ class Conversation:
         """Forget all turns; the system prompt stays."""
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
-    def send(self, text: str, **overrides: Any) -> GenerationResult:
+    def send(self, text: str, **overrides: Unpack[DecodeOptions]) -> GenerationResult:
         """Say something and return the answer."""
         turn = self.stream(text, **overrides)
         for _ in turn:
             pass
         return turn.result
 
-    def stream(self, text: str, **overrides: Any) -> "Turn":
+    def stream(self, text: str, **overrides: Unpack[DecodeOptions]) -> "Turn":
         """Say something and watch the answer come; a cancelled answer is kept as far as it came."""
         asked = [*self.messages, {"role": "user", "content": text}]
         return Turn(self, asked, self._orthrus.stream(asked, **(self._decode | overrides)))
+
+
+def _is_list_of_prompts(prompt: object) -> bool:
+    """Whether this is several prompts; chat messages are one prompt, a list of mappings."""
+    return isinstance(prompt, list) and not any(isinstance(each, Mapping) for each in prompt)
 
 
 class Turn(Iterator[Cycle]):
@@ -207,15 +258,23 @@ def decode_config(
     node_budget: int = 24,
     block_budget: int = 3,
     floor: bool = True,
+    copies: bool = True,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
     logit_bias: Mapping[int, float] | None = None,
     seed: int | None = None,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = None,
+    stop_token_ids: Sequence[int] = (),
+    min_tokens: int = 0,
     ignore_eos: bool = False,
+    logprobs: int | None = None,
+    grammar: Grammar | None = None,
+    priority: int = 0,
 ) -> DecodeConfig:
     """The flat keywords of `generate` as a checked DecodeConfig.
 
@@ -230,14 +289,22 @@ def decode_config(
         node_budget=node_budget,
         block_budget=block_budget,
         floor=floor,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        copies=copies,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+        stop_token_ids=tuple(stop_token_ids),
+        min_tokens=min_tokens,
         ignore_eos=ignore_eos,
+        logprobs=logprobs,
+        grammar=grammar,
+        priority=priority,
         sampling=SamplingParams(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
             logit_bias=logit_bias,
             seed=seed,
         ),

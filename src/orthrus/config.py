@@ -1,5 +1,6 @@
 """Typed settings: one frozen dataclass per component; every value is checked where it is made."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,15 +19,24 @@ LEAST_TEMPERATURE = 1e-5
 # Beyond these a logit divided by the least temperature overflows fp32.
 LARGEST_PENALTY = 1e3
 LARGEST_BIAS = 1e9
+# What OpenAI's interface and vLLM allow.
+LARGEST_COUNT_PENALTY = 2.0
+MOST_LOGPROBS = 20
+GrammarKind = Literal["json_schema", "regex", "lark", "json_object"]
+GRAMMAR_KINDS: tuple[GrammarKind, ...] = get_args(GrammarKind)
+LONGEST_GRAMMAR = 2**18
+"""Characters of a grammar's text: far more than schemas that people write, little enough to compile soon."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How a token is drawn from a row of logits; temperature 0 is greedy and ignores the filters.
 
-    Applied in this order, as in transformers: logit bias and repetition penalty (for greedy decoding too),
-    temperature, top-k, top-p, min-p. `logit_bias` maps token ids to what is added to their logits: -100 all
-    but bans a token. `repetition_penalty` above 1 makes tokens of the prompt and the text so far less likely.
+    Applied in this order, as in transformers and vLLM: logit bias, repetition penalty, frequency and presence
+    penalty (these for greedy decoding too), temperature, top-k, top-p, min-p. `logit_bias` maps token ids to
+    what is added to their logits: -100 all but bans a token. `repetition_penalty` above 1 makes tokens of the
+    prompt and the text so far less likely. `frequency_penalty` is taken from a token's logit for each time
+    that the text so far, without the prompt, has it; `presence_penalty` once if it has it at all.
     """
 
     temperature: float = 0.0
@@ -35,6 +45,8 @@ class SamplingParams:
     min_p: float | None = None
     seed: int | None = None
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     # A dict has no hash; equal settings still have equal hashes without it.
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
 
@@ -68,12 +80,53 @@ class SamplingParams:
                 f"repetition_penalty must be a number from {1.0 / LARGEST_PENALTY:g} to {LARGEST_PENALTY:g}, "
                 f"where 1 is off, not {penalty!r}."
             )
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            if not _is_number(value) or not abs(value) <= LARGEST_COUNT_PENALTY:
+                raise UserInputError(
+                    f"{name} must be a number from {-LARGEST_COUNT_PENALTY:g} to {LARGEST_COUNT_PENALTY:g}, "
+                    f"where 0 is off, not {value!r}."
+                )
         # A copy of our own, so that nobody changes it behind our back.
         object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a text must look like: `text` says it, in the language that `kind` names.
+
+    "json_schema": a JSON Schema; "regex": a regular expression that the whole text matches; "lark": a
+    context-free grammar in llguidance's dialect of Lark, with the rule `start`; "json_object": any JSON
+    object, with no text. What the text means is checked when it is compiled for a model.
+    """
+
+    kind: GrammarKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in GRAMMAR_KINDS:
+            raise UserInputError(
+                f"the kind of a grammar must be one of {', '.join(GRAMMAR_KINDS)}, not {self.kind!r}."
+            )
+        if not isinstance(self.text, str):
+            raise UserInputError(f"a grammar must be given as text, not {self.text!r}.")
+        if self.kind == "json_object":
+            if self.text:
+                raise UserInputError("json_object takes no text; give a schema as json_schema.")
+            return
+        if not self.text.strip():
+            raise UserInputError(f"the {self.kind} grammar is empty; leave it out, or say what is allowed.")
+        if len(self.text) > LONGEST_GRAMMAR:
+            raise UserInputError(
+                f"the {self.kind} grammar has {len(self.text)} characters, but may have {LONGEST_GRAMMAR}; "
+                "shorten it."
+            )
+        if self.kind == "json_schema" and not isinstance(_parsed_json(self.text), dict):
+            raise UserInputError('a JSON schema must be an object, as in {"type": "object"}.')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +138,14 @@ class DecodeConfig:
     anchor as an AR row too, so that every pass commits at least one token; False gives the cycle of the
     paper (arXiv 2605.12825, section 3) in the fixed strategies, auto always has the floor. `node_budget`:
     the most drafts that a pass of `tree` or `fused_tree` verifies. `block_budget`: the most blocks that a
-    pass of `fused` or `fused_tree` drafts beside them. No setting but `sampling` can change the text.
+    pass of `fused` or `fused_tree` drafts beside them. `copies` lets `auto` draft what followed the last
+    tokens where they stood before, in the prompt or the text. `priority`: requests with a lower one go first.
+    None of these changes the text.
+
+    `min_tokens`: no token ends the text before it has so many new ones. `stop_token_ids`: tokens that end it
+    beside the model's own end-of-text tokens; the one that did is kept in `token_ids`. `grammar`: the text
+    conforms to it; where only the end is left to it, `min_tokens` gives way. `logprobs`: with each token
+    report its log prob and those of so many most probable ones, by the model's own law, before `sampling`.
     """
 
     max_new_tokens: int = 256
@@ -95,16 +155,21 @@ class DecodeConfig:
     node_budget: int = 24
     block_budget: int = 3
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
     ignore_eos: bool = False
-    prefill_chunk: int = 512
+    grammar: Grammar | None = None
+    logprobs: int | None = None
+    copies: bool = True
+    priority: int = 0
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "block_size", "node_budget", "block_budget", "prefill_chunk"):
+        for name in ("max_new_tokens", "block_size", "node_budget", "block_budget"):
             _whole(name, getattr(self, name))
         if any(not isinstance(text, str) for text in self.stop):
             raise UserInputError("stop strings must be text.")
-        for name in ("max_new_tokens", "node_budget", "block_budget", "prefill_chunk"):
+        for name in ("max_new_tokens", "node_budget", "block_budget"):
             if getattr(self, name) is None or getattr(self, name) < 1:
                 raise UserInputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.strategy not in STRATEGIES:
@@ -116,11 +181,55 @@ class DecodeConfig:
             )
         if any(not text for text in self.stop):
             raise UserInputError("a stop string must not be empty.")
+        self._check_tokens()
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise UserInputError(f"grammar must be a Grammar or None, not {self.grammar!r}.")
+        if self.grammar is not None and self.ignore_eos:
+            raise UserInputError(
+                "ignore_eos and grammar exclude each other, since a text that is complete can only end; "
+                "drop one of them."
+            )
+        if type(self.copies) is not bool:
+            raise UserInputError(f"copies must be True or False, not {self.copies!r}.")
+        if type(self.priority) is not int:
+            raise UserInputError(f"priority must be a whole number, not {self.priority!r}.")
+
+    def _check_tokens(self) -> None:
+        """Settings that speak of tokens: when they may end the text, and what is reported of each."""
+        ids = self.stop_token_ids
+        if not isinstance(ids, list | tuple):
+            raise UserInputError(f"stop_token_ids must be a list of token ids, not {ids!r}.")
+        for token_id in ids:
+            if type(token_id) is not int or token_id < 0:
+                raise UserInputError(f"a stop token id must be a whole number from 0, not {token_id!r}.")
+        # A tuple of our own, so that nobody changes it behind our back.
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
+        if type(self.min_tokens) is not int or not 0 <= self.min_tokens <= self.max_new_tokens:
+            raise UserInputError(
+                f"min_tokens must be a whole number from 0 to max_new_tokens ({self.max_new_tokens}), "
+                f"not {self.min_tokens!r}."
+            )
+        if self.logprobs is not None and (
+            type(self.logprobs) is not int or not 0 <= self.logprobs <= MOST_LOGPROBS
+        ):
+            raise UserInputError(
+                f"logprobs must be a whole number from 0 to {MOST_LOGPROBS}, or None to switch them off, "
+                f"not {self.logprobs!r}."
+            )
 
 
 def _whole(name: str, value: int | None) -> None:
     if value is not None and type(value) is not int:
         raise UserInputError(f"{name} must be a whole number, not {value!r}.")
+
+
+def _parsed_json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserInputError(f"the JSON schema is not JSON: {error}.") from None
+    except RecursionError:
+        raise UserInputError("the JSON schema is nested too deeply; flatten it.") from None
 
 
 def _is_number(value: object) -> bool:

@@ -7,8 +7,20 @@ H heads, D head dimension, C hidden size, V vocabulary.
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 CycleKind = Literal["prefill", "ar", "chain", "tree", "fused", "fused_tree"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The natural log prob of a committed token, finite, and (id, log prob) of the most probable ones.
+
+    By the model's own law, before temperature, penalties, bias and grammar; `top` comes most probable first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +29,8 @@ class Cycle:
 
     `text` is what became printable with this cycle (whole characters only; it may lag behind
     `token_ids`). `is_draft[i]` tells whether the diffusion view proposed `token_ids[i]`; all other
-    tokens are the AR view's own. `elapsed_ms` is the wall time that the cycle took.
+    tokens are the AR view's own. `elapsed_ms` is the wall time that the cycle took. `logprobs` has one entry
+    per token where the request asked for them.
     """
 
     index: int
@@ -31,6 +44,7 @@ class Cycle:
     num_rows: int
     elapsed_ms: float
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

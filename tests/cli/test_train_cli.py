@@ -42,7 +42,8 @@ def test_from_prompts_to_a_view_that_generates(cli: Cli, tmp_path: Path, model_f
     assert "tokens per cycle in real decodes" in trained.out
     for words in ("step 2/4: loss", "expected tokens per cycle", "diffusion tokens/s", "on held-out prompts"):
         assert words in trained.err
-    assert sorted(p.name for p in output.iterdir()) == ["best", "state.pt", "view"]
+    names = sorted(p.name for p in output.iterdir())
+    assert names == [".orthrus.lock", "best", "run.json", "state.pt", "view"]
 
     for view in ("best", "view"):
         made_by = json.loads((output / view / "view_config.json").read_text())

@@ -32,15 +32,15 @@ def run(orthrus: Orthrus, prompt: str, **options: Any) -> GenerationResult:
 def stock_tokens(orthrus: Orthrus, prompt: str, **options: Any) -> tuple[int, ...]:
     ids_1T = torch.tensor([orthrus.base.encode_prompt(prompt)])
     eos = sorted(orthrus.base.eos_token_ids)
-    with orthrus.stock() as model:
-        out_1T = model.generate(
-            ids_1T,
-            attention_mask=torch.ones_like(ids_1T),
-            do_sample=False,
-            eos_token_id=eos,
-            pad_token_id=eos[0],
-            **{"max_new_tokens": NUM_NEW, **options},
-        )
+    model = orthrus.stock()
+    out_1T = model.generate(
+        ids_1T,
+        attention_mask=torch.ones_like(ids_1T),
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=eos[0],
+        **{"max_new_tokens": NUM_NEW, **options},
+    )
     return tuple(out_1T[0, ids_1T.shape[1] :].tolist())
 
 

@@ -103,8 +103,8 @@ def test_text_is_the_stock_models(fast_orthrus: Orthrus, strategy: Strategy, flo
     prompt = [5, 9, 14, 23, 7, 31]
     config = decode_config(strategy=strategy, floor=floor, max_new_tokens=60, ignore_eos=True)
     result = fast_orthrus.stream_ids(prompt, config).drain()
-    with fast_orthrus.stock() as model:
-        stock = stock_generate(model, prompt, max_new_tokens=60, eos_token_ids=frozenset())
+    model = fast_orthrus.stock()
+    stock = stock_generate(model, prompt, max_new_tokens=60, eos_token_ids=frozenset())
     assert result.token_ids == stock.token_ids
     if strategy != "ar":
         assert result.stats.num_accepted > 5

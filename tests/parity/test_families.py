@@ -143,8 +143,8 @@ def test_prefill_logits_are_the_stock_models(name: str, chunk: int) -> None:
             logits.append(dual.run(p, cache)[0, -1])
             cache.commit(ids_1T.shape[1])
         cache.check()
-        with dual.stock() as model:
-            expected_TV = model(torch.tensor([prompt])).logits[0]
+        model = dual.stock()
+        expected_TV = model(torch.tensor([prompt])).logits[0]
     for i, logits_V in enumerate(logits):
         row = min((i + 1) * chunk, len(prompt)) - 1
         torch.testing.assert_close(logits_V, expected_TV[row], atol=1e-5, rtol=1e-5)
@@ -156,13 +156,13 @@ def test_stock_gives_back_the_original_modules(name: str) -> None:
     before = twins(dual.base)
     weights = {path: twin.ar.state_dict() for path, twin in before.items()}
     assert before
-    with dual.stock() as model:
-        for path, twin in before.items():
-            module = model.get_submodule(path)
-            assert module is twin.ar
-            for key, tensor in weights[path].items():
-                assert torch.equal(module.state_dict()[key], tensor)
-        assert not any(isinstance(module, Twin) for module in model.modules())
+    model = dual.stock()
+    for path, twin in before.items():
+        module = model.get_submodule(path)
+        assert module is twin.ar
+        for key, tensor in weights[path].items():
+            assert torch.equal(module.state_dict()[key], tensor)
+    assert not any(isinstance(module, Twin) for module in model.modules())
     assert twins(dual.base) == before
 
 

@@ -10,11 +10,11 @@ import torch
 from tests.folders import letter_tokenizer, save_base
 from tests.tiny import VOCAB, disturb_view, tiny_prompt
 from torch import Tensor
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 
-from orthrus.auto import OrthrusForCausalLM
-from orthrus.engine.hf_generate import OrthrusGenerateOutput
 from orthrus.errors import UserInputError
+from orthrus.hf.auto import OrthrusForCausalLM
+from orthrus.hf.generate import OrthrusGenerateOutput
 
 LENGTHS = (4, 15, 9)
 
@@ -36,9 +36,9 @@ def _own_generation_config(model: OrthrusForCausalLM) -> Iterator[None]:
 
 
 def stock(model: OrthrusForCausalLM, *args: Any, **kwargs: Any) -> Tensor:
-    with model.dual.stock() as base:
-        assert base.generation_config is model.generation_config
-        return base.generate(*args, **kwargs)
+    base = model.dual.stock()
+    assert base.generation_config is model.generation_config
+    return base.generate(*args, **kwargs)
 
 
 def prompts(side: str = "left") -> tuple[Tensor, Tensor]:
@@ -242,6 +242,87 @@ def test_stopping_criteria_are_asked_after_every_token(model: OrthrusForCausalLM
     assert seen == [10, 11, 12, 13]
     expected = stock(model, IDS_1T, max_new_tokens=30, eos_token_id=None, stopping_criteria=[thirteen])
     assert torch.equal(out, expected)
+
+
+class Until(StoppingCriteria):
+    """Keeps a state for each sequence of the batch, as evaluation harnesses do."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        self.token_ids, self.done = token_ids, [False] * len(token_ids)
+        self.seen: list[list[list[int]]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.seen.append(input_ids.tolist())
+        for i, wanted in enumerate(self.token_ids):
+            self.done[i] |= int(input_ids[i, -1]) == wanted
+        return torch.tensor(self.done)
+
+
+@pytest.mark.parametrize("strategy", ["ar", "tree", "auto"])
+@pytest.mark.parametrize("eos", [None, 2])
+def test_criteria_see_the_whole_batch_at_every_length(
+    model: OrthrusForCausalLM, strategy: str, eos: int | None
+) -> None:
+    ids_BT, mask_BT = prompts()
+    options: dict[str, Any] = {"attention_mask": mask_BT, "max_new_tokens": 20, "eos_token_id": eos}
+    options |= {"do_sample": False, "pad_token_id": 0}
+    free_BT = stock(model, ids_BT, **options)[:, ids_BT.shape[1] :]
+    wanted = [int(free_BT[i, at]) for i, at in enumerate((4, 11, 7))]
+    ours, theirs = Until(wanted), Until(wanted)
+    out = model.generate(ids_BT, stopping_criteria=[ours], strategy=strategy, **options)
+    expected = stock(model, ids_BT, stopping_criteria=[theirs], **options)
+    assert torch.equal(out, expected)
+    assert ours.seen == theirs.seen
+
+
+def test_the_counters_leave_out_what_a_criterion_dropped(model: OrthrusForCausalLM) -> None:
+    ids_BT, mask_BT = prompts()
+    free_BT = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=20)[:, ids_BT.shape[1] :]
+    until = Until([int(free_BT[i, 5]) for i in range(3)])
+    out = model.generate(
+        ids_BT, attention_mask=mask_BT, max_new_tokens=20, stopping_criteria=[until],
+        return_dict_in_generate=True, eos_token_id=60,
+    )  # fmt: skip
+    assert isinstance(out, OrthrusGenerateOutput)
+    for i, stats in enumerate(out.stats):
+        assert stats.num_tokens == 1 + free_BT[i].tolist().index(until.token_ids[i])
+
+
+@pytest.mark.parametrize("name", ["prefix_allowed_tokens_fn", "assistant_model", "past_key_values"])
+def test_options_of_transformers_that_we_lack_are_called_by_their_name(
+    model: OrthrusForCausalLM, name: str
+) -> None:
+    model.generate(IDS_1T, max_new_tokens=1, **{name: None})
+    with pytest.raises(UserInputError, match=f"{name} is not supported by Orthrus yet"):
+        model.generate(IDS_1T, max_new_tokens=1, **{name: lambda *_: [1]})
+
+
+def test_stop_strings_of_a_batch_end_where_stock_ends(model: OrthrusForCausalLM) -> None:
+    tokenizer = letter_tokenizer()
+    ids_BT, mask_BT = prompts()
+    free_BT = stock(model, ids_BT, attention_mask=mask_BT, max_new_tokens=20, eos_token_id=None)
+    stop = [tokenizer.decode(free_BT[i, 15 + at : 17 + at]) for i, at in enumerate((3, 9, 6))]
+    options: dict[str, Any] = {"attention_mask": mask_BT, "max_new_tokens": 20, "tokenizer": tokenizer}
+    for eos in (None, 2):
+        options |= {"eos_token_id": eos, "stop_strings": [*stop, "</s>"]}
+        assert torch.equal(model.generate(ids_BT, **options), stock(model, ids_BT, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inputs": [[1, 2]]}, {"inputs": "text"}, {"inputs": IDS_1T, "attention_mask": [[1]]},
+        {"inputs": IDS_1T, "stop_strings": [3], "tokenizer": letter_tokenizer()}, {"inputs": IDS_1T.bool()},
+        {"inputs": IDS_1T, "generation_config": {"max_new_tokens": 3}}, {"inputs": IDS_1T, "streamer": 5},
+        {"inputs": IDS_1T, "stopping_criteria": 5}, {"inputs": IDS_1T, "num_return_sequences": "two"},
+        {"inputs": IDS_1T, "max_new_tokens": "ten"}, {"inputs": IDS_1T, "eos_token_id": "two"},
+        {"inputs": IDS_1T, "max_length": 1.5}, {"inputs": IDS_1T, "max_time": "now"},
+        {"inputs": IDS_1T, "pad_token_id": "x"}, {"inputs": IDS_1T, "num_return_sequences": -1},
+    ],
+)  # fmt: skip
+def test_values_of_a_wrong_type_are_one_sentence(model: OrthrusForCausalLM, options: dict[str, Any]) -> None:
+    with pytest.raises(UserInputError, match=r"\.$"):
+        model.generate(**options)
 
 
 def test_stop_strings_end_where_stock_ends(model: OrthrusForCausalLM) -> None:

@@ -13,13 +13,17 @@ from tests.tiny import VOCAB, disturb_view, tiny_prompt
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import orthrus
-from orthrus.auto import OrthrusConfig, OrthrusForCausalLM
 from orthrus.errors import CheckpointError, UserInputError
+from orthrus.hf.auto import OrthrusConfig, OrthrusForCausalLM
 
 IDS_1T = torch.tensor([tiny_prompt(9)])
 IMPORT_ORDERS = {
     "ours first": "import orthrus\nfrom transformers import AutoModelForCausalLM",
     "ours last": "from transformers import AutoModelForCausalLM\nimport orthrus",
+    "one of ours first": "from orthrus import Orthrus\nfrom transformers import AutoModelForCausalLM",
+    "a module of ours first": "import orthrus.api\nfrom transformers import AutoModelForCausalLM",
+    "training first": "import orthrus.training.trainer\nfrom transformers import AutoModelForCausalLM",
+    "a config first": "from orthrus import OrthrusConfig\nfrom transformers import AutoModelForCausalLM",
     "generation first": (
         "import orthrus, transformers.generation.utils\nfrom transformers import AutoModelForCausalLM"
     ),
@@ -171,10 +175,99 @@ def test_device_map_none_is_the_cpu_and_auto_the_first_accelerator(
         asked.append(options["device"])
         raise CheckpointError("far enough")
 
-    monkeypatch.setattr("orthrus.auto.load_dual", load)
+    monkeypatch.setattr("orthrus.model.loading.load_dual", load)
     with pytest.raises(CheckpointError, match="far enough"):
         OrthrusForCausalLM.from_pretrained("x", device_map=device_map)
     assert asked == [device]
+
+
+def test_the_config_stands_for_the_bases(folders: dict[str, Path]) -> None:
+    model = OrthrusForCausalLM.from_pretrained(folders["merged"])
+    for name, value in model.base.config.to_dict().items():
+        if name not in ("model_type", "architectures", "transformers_version", "dtype"):
+            assert getattr(model.config, name) == value
+    assert model.config.get_text_config() is model.base.config
+    model.config.use_cache = False
+    assert model.base.config.use_cache is False
+    assert AutoConfig.for_model(**model.config.to_dict()).eos_token_id == model.config.eos_token_id
+    with pytest.raises(AttributeError, match="no attribute 'eos'"):
+        _ = model.config.eos
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_resizing_the_embeddings_is_the_bases_own(name: str, tmp_path: Path) -> None:
+    folder = save_base(tmp_path / "base", name)
+    model = OrthrusForCausalLM.from_pretrained(folder, view="fresh", runner="eager")
+    model.resize_token_embeddings(VOCAB + 3)
+    sizes = [len(model.get_input_embeddings().weight), len(model.get_output_embeddings().weight)]
+    assert [*sizes, model.config.vocab_size] == [VOCAB + 3] * 3
+    assert model.generate(IDS_1T, max_new_tokens=4, eos_token_id=None).shape == (1, 13)
+    assert model.resize_token_embeddings() is model.get_input_embeddings()
+    with pytest.raises(UserInputError, match="mask token"):
+        model.resize_token_embeddings(VOCAB - 1)
+    assert len(model.get_input_embeddings().weight) == VOCAB + 3
+
+
+def test_options_at_their_off_value_are_not_given(folders: dict[str, Path]) -> None:
+    off: dict[str, Any] = {
+        "quantization_config": None,
+        "variant": None,
+        "subfolder": "",
+        "load_in_4bit": False,
+    }
+    OrthrusForCausalLM.from_pretrained(folders["merged"], max_memory={}, load_in_4bit=False, **off)
+    with pytest.raises(UserInputError, match="does not take variant"):
+        OrthrusForCausalLM.from_pretrained(folders["merged"], variant="fp16")
+    with pytest.raises(UserInputError, match="by name"):
+        OrthrusForCausalLM.from_pretrained(folders["merged"], "fresh")
+
+
+def test_saving_takes_its_options_or_refuses_them(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = OrthrusForCausalLM.from_pretrained(folders["merged"])
+    model.save_pretrained(tmp_path / "split", max_shard_size="20KB", push_to_hub=False, state_dict=None)
+    assert len([*(tmp_path / "split").glob("model-*.safetensors")]) > 1
+    again = OrthrusForCausalLM.from_pretrained(tmp_path / "split")
+    assert all(torch.equal(a, b) for a, b in zip(state(model).values(), state(again).values(), strict=True))
+    model.save_pretrained(tmp_path / "none", is_main_process=False)
+    for options, message in (
+        ({"layuot": "released"}, "does not take layuot"),
+        ({"state_dict": {"a": 1}}, "does not take state_dict"),
+        ({"safe_serialization": False}, "does not take safe_serialization"),
+        ({"push_to_hub": True}, "call push_to_hub"),
+    ):
+        with pytest.raises(UserInputError, match=message):
+            model.save_pretrained(tmp_path / "none", **options)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_runner_is_an_argument_and_the_environments(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert OrthrusForCausalLM.from_pretrained(folders["merged"], runner="eager").dual.runner == "eager"
+    monkeypatch.setenv("ORTHRUS_RUNNER", "steam")
+    with pytest.raises(UserInputError, match="not 'steam'"):
+        OrthrusForCausalLM.from_pretrained(folders["merged"])
+
+
+# PEFT still asks for a name that transformers is giving up.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_lora_reaches_the_ar_side_of_the_twins(folders: dict[str, Path]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = OrthrusForCausalLM.from_pretrained(folders["merged"], runner="eager")
+    before = model.generate(IDS_1T, max_new_tokens=20, eos_token_id=None)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                assert ".ar." in name
+                parameter.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(len(name)))
+    ours = adapted.generate(input_ids=IDS_1T, max_new_tokens=20, eos_token_id=None)
+    with model.dual.stock() as stock:
+        assert torch.equal(ours, stock.generate(IDS_1T, max_new_tokens=20, eos_token_id=None))
+    assert not torch.equal(ours, before)
+    merged = adapted.merge_and_unload()
+    assert torch.equal(merged.generate(IDS_1T, max_new_tokens=20, eos_token_id=None), ours)
 
 
 def test_a_view_folder_as_model_takes_no_second_view(folders: dict[str, Path]) -> None:

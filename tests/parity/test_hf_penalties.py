@@ -8,8 +8,8 @@ from tests.folders import save_base
 from tests.tiny import VOCAB, disturb_view, tiny_prompt
 from torch import Tensor
 
-from orthrus.auto import OrthrusForCausalLM
 from orthrus.config import FIXED_STRATEGIES
+from orthrus.hf.auto import OrthrusForCausalLM
 
 IDS_1T = torch.tensor([tiny_prompt(9)])
 
@@ -23,8 +23,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> OrthrusForCausalLM:
 
 
 def stock(model: OrthrusForCausalLM, *args: Any, **kwargs: Any) -> Tensor:
-    with model.dual.stock() as base:
-        return base.generate(*args, **kwargs)
+    base = model.dual.stock()
+    return base.generate(*args, **kwargs)
 
 
 RULES: dict[str, Any] = {

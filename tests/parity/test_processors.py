@@ -46,7 +46,7 @@ def expected(params: SamplingParams, logits_RV: Tensor, paths: list[list[int]]) 
 
 def rules_for(params: SamplingParams) -> LogitRules:
     rules = LogitRules(params, VOCAB, "cpu")
-    rules.see(COMMITTED[:4])
+    rules.see_prompt(COMMITTED[:4])
     rules.see(COMMITTED[4:])
     return rules
 

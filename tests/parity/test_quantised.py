@@ -58,10 +58,10 @@ def assert_same_text(orthrus: Orthrus, kind: str) -> None:
 
     Rounded activations leave near-ties, which fall one way on one processor and another way on another.
     """
-    with orthrus.stock() as model:
-        assert not twins(model)
-        model.generation_config.eos_token_id = None
-        out = model.generate(torch.tensor([PROMPT]), max_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0)
+    model = orthrus.stock()
+    assert not twins(model)
+    model.generation_config.eos_token_id = None
+    out = model.generate(torch.tensor([PROMPT]), max_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0)
     expected = out[0, len(PROMPT) :].tolist()
     assert len(set(expected)) >= 3
     for strategy, floor in WAYS:
@@ -79,8 +79,8 @@ def assert_same_text(orthrus: Orthrus, kind: str) -> None:
 def assert_near_tie(orthrus: Orthrus, expected: list[int], found: list[int]) -> None:
     """The first tokens that differ have all but equal scores."""
     place = next(i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
-    with orthrus.stock() as model:
-        scores_V = model(torch.tensor([PROMPT + expected[:place]])).logits[0, -1].float()
+    model = orthrus.stock()
+    scores_V = model(torch.tensor([PROMPT + expected[:place]])).logits[0, -1].float()
     gap = scores_V.max() - scores_V[[expected[place], found[place]]].min()
     assert gap < 0.05 * scores_V.std(), (place, gap, scores_V.std())
 

@@ -92,9 +92,9 @@ def test_loads_without_remote_code_and_every_tensor_is_where_it_belongs(
             twin, name = getattr(attention, module), f"model.layers.{layer}.self_attn.{module}"
             assert torch.equal(twin.ar.weight, tensors[f"{name}.weight"])
             assert torch.equal(twin.diffusion.weight, tensors[f"{name}_diff.weight"])
-    with orthrus.stock() as stock:
-        assert type(stock).__name__ == "Qwen3ForCausalLM"
-        assert config.base_fingerprint == fingerprint(stock)
+    stock = orthrus.stock()
+    assert type(stock).__name__ == "Qwen3ForCausalLM"
+    assert config.base_fingerprint == fingerprint(stock)
 
 
 @pytest.mark.parametrize("floor", [True, False])
@@ -104,8 +104,8 @@ def test_its_drafts_hit_and_its_text_is_the_stock_models(floor: bool, tmp_path: 
     prompt = letter_tokenizer().decode(PROMPT)
     result = orthrus.generate(prompt, floor=floor, **config)
     ids_1T = torch.tensor([orthrus.base.encode_prompt(prompt, raw=True)])
-    with orthrus.stock() as stock:
-        expected_1T = stock.generate(ids_1T, max_new_tokens=40, eos_token_id=None, use_cache=True)
+    stock = orthrus.stock()
+    expected_1T = stock.generate(ids_1T, max_new_tokens=40, eos_token_id=None, use_cache=True)
     assert list(result.token_ids) == expected_1T[0, ids_1T.shape[1] :].tolist()
     assert len(set(result.token_ids)) > 2
     assert 0 < result.stats.num_accepted < result.stats.num_drafted
@@ -230,8 +230,8 @@ def test_trap_a_batch_a_padding_mask_and_a_list_of_eos(tmp_path: Path) -> None:
     ids_BT = torch.tensor([[0] * 20 + tiny_prompt(10), tiny_prompt(30, seed=1)])
     mask_BT = (ids_BT != 0).long()
     options = {"attention_mask": mask_BT, "max_new_tokens": 20, "eos_token_id": [1, 2]}
-    with model.dual.stock() as stock:
-        expected = stock.generate(ids_BT, use_cache=True, **options)
+    stock = model.dual.stock()
+    expected = stock.generate(ids_BT, use_cache=True, **options)
     assert torch.equal(model.generate(ids_BT, **options), expected)
 
 

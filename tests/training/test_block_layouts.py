@@ -14,7 +14,8 @@ from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample
 from orthrus.training.forward import Objective, TrainingPass
 from orthrus.training.packing import pack
-from orthrus.training.recipe import TrainConfig, load_recipe
+from orthrus.training.recipe import TrainConfig
+from orthrus.training.recipe_file import load_recipe
 from orthrus.training.trainer import Hooks
 
 LAYOUTS = {
@@ -67,8 +68,8 @@ def oracle(dual, rows, seeds, num_anchors, layout, weights):
                 torch.tensor([[ids[0]]]), cache.lengths, layout.block_size, dual.mask_token_id, floor=False
             )
             log_q_JV = dual.run(replace(block, token_ids_BT=torch.tensor([ids])), cache)[0].log_softmax(-1)
-            with dual.stock() as model:
-                log_p_TV = model(torch.tensor([tokens[start:end]])).logits[0].log_softmax(-1)
+            model = dual.stock()
+            log_p_TV = model(torch.tensor([tokens[start:end]])).logits[0].log_softmax(-1)
             targets = [j for j in range(first_target, layout.block_size - 1) if anchor + j + 1 < end]
             chances = {
                 j: 0.5

@@ -112,5 +112,5 @@ def test_an_unknown_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingExtraError, match=r'pip install "orthrus\[train\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install "orthrus-lm\[train\]"'):
         open_dataset("a/b", None, "train")

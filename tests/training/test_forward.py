@@ -62,8 +62,8 @@ def test_teacher_rows_equal_the_stock_forward_on_each_document():
         for b in range(2):
             for document in range(int(batch.document_BT[b].max()) + 1):
                 inside = batch.document_BT[b] == document
-                with dual.stock() as stock:
-                    expected = stock(batch.token_ids_BT[b][inside][None]).logits[0]
+                stock = dual.stock()
+                expected = stock(batch.token_ids_BT[b][inside][None]).logits[0]
                 torch.testing.assert_close(
                     training.dual.head(hidden_BTC[b][inside]), expected, atol=2e-4, rtol=2e-4
                 )

@@ -16,10 +16,11 @@ from tests.tiny import tiny_dual, tiny_prompt
 from tests.training.test_trainer import CONFIG, run
 from tests.workers import CONTEXT, start
 
-from orthrus.bench.view_score import BEST, Scorer
+from orthrus.base.owned import LOCK
 from orthrus.training.processes import this_process
-from orthrus.training.run_state import STATE_FILE
+from orthrus.training.run_folder import BEST, RUN_FILE, STATE_FILE, run_folder
 from orthrus.training.trainer import Hooks
+from orthrus.training.view_score import Scorer
 
 # Every score of this run is better than the one before, so the best view is replaced twice.
 CASE = replace(CONFIG, learning_rate=2e-2, steps=12, save_every=3, evaluate_every=4, log_every=1)
@@ -30,17 +31,14 @@ def train_until(moment: str, folder: str, name: str, reached: Connection | None 
     """The run as the command line makes it; dies where `moment` says, tells its steps to `reached`."""
     kill_at(moment)
     output = Path(folder) / name
-    scorer = Scorer(BASE, [tiny_prompt(6, seed) for seed in range(2)], output, {}, this_process())
-    if (output / STATE_FILE).is_file():
-        scorer.remember()
-    tell = (lambda log: None) if reached is None else (lambda log: reached.send(log.step))
-    run(
-        Path(folder),
-        name,
-        CASE,
-        Hooks(on_log=tell, evaluate=scorer),
-        tiny_dual(block_size=5, mask_token_id=None),
-    )
+    with run_folder(output) as held:
+        scorer = Scorer(BASE, [tiny_prompt(6, seed) for seed in range(2)], held, {}, this_process())
+        if (output / STATE_FILE).is_file():
+            scorer.remember()
+        tell = (lambda log: None) if reached is None else (lambda log: reached.send(log.step))
+        hooks = Hooks(on_log=tell, evaluate=scorer)
+        dual = tiny_dual(block_size=5, mask_token_id=None)
+        run(Path(folder), name, CASE, hooks, dual, held=held)
 
 
 def kill_at(moment: str) -> None:
@@ -125,7 +123,7 @@ def assert_ends_as_the_unbroken_run(folder: Path, name: str) -> None:
     torch.testing.assert_close(ours["optimizer"], whole["optimizer"], atol=0, rtol=0)
     best = [(folder / run / BEST / "view.safetensors").read_bytes() for run in ("whole", name)]
     assert best[0] == best[1]
-    assert sorted(p.name for p in (folder / name).iterdir()) == [BEST, STATE_FILE]
+    assert sorted(p.name for p in (folder / name).iterdir()) == [LOCK, BEST, RUN_FILE, STATE_FILE]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

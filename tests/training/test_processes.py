@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.training.test_trainer import CONFIG, run
 from tests.workers import run_together
 from torch.distributed.tensor import DTensor
 
-from orthrus.bench.view_score import BEST, LAST, Scorer, decoded, keep_view
 from orthrus.errors import DivergedError
+from orthrus.model.dual_view import DualView
 from orthrus.training.processes import this_process
 from orthrus.training.recipe import TrainConfig
-from orthrus.training.run_state import STATE_FILE
+from orthrus.training.run_folder import BEST, LAST, STATE_FILE, RunFolder, run_folder
 from orthrus.training.trainer import Hooks
+from orthrus.training.view_score import Scorer, decoded, keep_view
 
 # Three rows for two processes: the second one has nothing left to do in the last pass.
 CASE = replace(CONFIG, batch_rows=3, steps=6, evaluate_every=4, log_every=1)
@@ -40,7 +42,20 @@ def train_and_score(
         dual.add_repair(4)
     process = this_process()
     assert process.num_processes == (1 if alone else 2)
-    scorer = Scorer(BASE, PROMPTS, Path(folder) / name, {}, process)
+    with run_folder(Path(folder) / name, is_main=process.is_main_process) as held:
+        _train_and_score(held, name, config, dual, process, stop_after, alone)
+
+
+def _train_and_score(
+    held: RunFolder,
+    name: str,
+    config: TrainConfig,
+    dual: DualView,
+    process: PartialState,
+    stop_after: int | None,
+    alone: bool,
+) -> None:
+    scorer = Scorer(BASE, PROMPTS, held, {}, process)
     logs: list[tuple[float, float]] = []
 
     def stop() -> bool:
@@ -54,15 +69,15 @@ def train_and_score(
     hooks = Hooks(
         on_log=lambda log: logs.append((log.loss, log.grad_norm)), evaluate=scorer, should_stop=stop
     )
-    _, state = run(Path(folder), name, config, hooks, dual)
+    _, state = run(held.path.parent, name, config, hooks, dual, held=held)
     # The view is whole again, for everybody.
     assert not any(isinstance(p, DTensor) for p in dual.parameters())
     if state.scores and state.scores[-1][0] == state.step:
         num_tokens, num_cycles = decoded(dual, BASE, PROMPTS)
         assert num_tokens / num_cycles == state.scores[-1][1]
     if process.is_main_process:
-        keep_view(dual, Path(folder) / name / LAST, {})
-        torch.save(logs, Path(folder) / name / "logs.pt")
+        keep_view(dual, held, LAST, {})
+        torch.save(logs, held.path / "logs.pt")
 
 
 def diverge(folder: str) -> None:

@@ -7,7 +7,8 @@ import pytest
 from orthrus.errors import UserInputError
 from orthrus.training.corpus import Unseen, normalised
 from orthrus.training.prompt_sources import read_prompt_texts
-from orthrus.training.recipe import TrainConfig, load_recipe
+from orthrus.training.recipe import TrainConfig
+from orthrus.training.recipe_file import load_recipe
 from orthrus.training.trainer import rows_of_step
 
 

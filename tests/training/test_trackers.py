@@ -1,5 +1,6 @@
 """Trackers against stand-ins for their libraries: what is sent, under which name, and what is missing."""
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,7 @@ import pytest
 
 from orthrus.errors import MissingExtraError, UserInputError
 from orthrus.training.recipe import TrainConfig
-from orthrus.training.trackers import RUN_FILE, open_trackers, wanted
+from orthrus.training.trackers import open_trackers, wanted
 from orthrus.training.trainer import TrainLog
 
 LOG = TrainLog(
@@ -107,7 +108,7 @@ def test_a_run_goes_on_under_its_name(
     # Stdout is for the report.
     assert capsys.readouterr().out == ""
     first, second = made[name]
-    known = (tmp_path / RUN_FILE).read_text().strip()
+    known = json.loads((tmp_path / "run.json").read_text())["tracked_as"]
     assert first.options == second.options
     assert first.options["name"] == f"{tmp_path.name}-{known}"
     assert first.options["project"] == "orthrus"

@@ -12,7 +12,8 @@ from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.training.corpus import Sample, corpus_digest
 from orthrus.training.packing import pack
-from orthrus.training.recipe import TrainConfig, load_recipe
+from orthrus.training.recipe import TrainConfig
+from orthrus.training.recipe_file import load_recipe
 from orthrus.training.trainer import DivergedError, Hooks, train
 
 CONFIG = TrainConfig(
@@ -39,13 +40,12 @@ def own_answers(dual, num_prompts, length):
     return samples
 
 
-def run(tmp_path, name, config=CONFIG, hooks=None, dual=None, samples=None):
+def run(tmp_path, name, config=CONFIG, hooks=None, dual=None, samples=None, held=None):
     dual = dual or tiny_dual(block_size=5, mask_token_id=None)
     samples = samples or own_answers(dual, 5, 20)
     rows = pack(samples, config.row_length)
-    state = train(
-        dual, rows, replace(config, output=str(tmp_path / name)), corpus_digest(samples), hooks or Hooks()
-    )
+    config = replace(config, output=str(tmp_path / name))
+    state = train(dual, rows, config, corpus_digest(samples), hooks or Hooks(), held)
     return dual, state
 
 

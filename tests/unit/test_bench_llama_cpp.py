@@ -192,4 +192,4 @@ def test_a_whole_run(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [len(rows) for rows in report["runs"][script.LLAMA]] == [2, 2]
     assert asked == [("m.gguf", 12 + max(report["prompts"]["lengths"])), ("closed",)]
     assert report["llama_cpp"]["sha256"] == hashlib.sha256(b"GGUF").hexdigest()
-    assert report["provenance"]["versions"]["orthrus"]
+    assert report["provenance"]["versions"]["orthrus-lm"]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tests.tiny_orthrus import tiny_orthrus
 
-from orthrus.bench import BenchOptions, BenchPrompt, run_bench, runner
+from orthrus.base.bench_prompts import BenchPrompt
+from orthrus.bench import BenchOptions, run_bench, runner
 from orthrus.bench.runner import prompts_digest
 from orthrus.engine.probe import stock_generate
 from orthrus.errors import UserInputError
@@ -110,15 +111,15 @@ def test_sampling_repeats_itself() -> None:
 def test_stock_runs_ignore_the_checkpoints_filters_and_the_callers_randomness() -> None:
     orthrus = tiny_orthrus()
     prompt_ids, options = [5, 6, 7], {"max_new_tokens": 10, "eos_token_ids": frozenset({2})}
-    with orthrus.stock() as model:
-        plain = stock_generate(model, prompt_ids, **options)  # type: ignore[arg-type]
-        model.generation_config.repetition_penalty = 5.0
-        torch.manual_seed(1)
-        before = torch.random.get_rng_state()
-        again = stock_generate(model, prompt_ids, **options)  # type: ignore[arg-type]
-        sampled = stock_generate(model, prompt_ids, temperature=1.0, seed=4, **options)  # type: ignore[arg-type]
+    model = orthrus.stock()
+    plain = stock_generate(model, prompt_ids, **options)  # type: ignore[arg-type]
+    model.generation_config.repetition_penalty = 5.0
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    again = stock_generate(model, prompt_ids, **options)  # type: ignore[arg-type]
+    sampled = stock_generate(model, prompt_ids, temperature=1.0, seed=4, **options)  # type: ignore[arg-type]
 
-        assert model.generation_config.repetition_penalty == 5.0
+    assert model.generation_config.repetition_penalty == 5.0
     assert again.token_ids == plain.token_ids
     assert sampled.token_ids != plain.token_ids
     assert torch.equal(before, torch.random.get_rng_state())

@@ -74,8 +74,8 @@ def test_a_view_with_a_mask_embedding_and_some_layers_comes_back_whole(
 ) -> None:
     base, _ = load_dual(str(base_folder), "fresh", device="cpu")
     model = load_dual(str(base_folder), "fresh", device="cpu")[1]
-    with model.stock() as stock:
-        pass
+    stock = model.stock()
+    pass
     # A base free of twins, for a view of another shape.
     for path, twin in twins(stock).items():
         parent, _, name = path.rpartition(".")
@@ -113,10 +113,10 @@ def test_loading_and_decoding_leave_the_frozen_base_as_it_was(base_folder: Path,
     config = DecodeConfig(max_new_tokens=30)
     result = TokenStream(dual, tiny_prompt(9), config, eos_token_ids=frozenset(), context_length=256).drain()
     assert result.stats.num_accepted > 0
-    with dual.stock() as stock:
-        after = stock.state_dict()
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[name], after[name]) for name in before)
+    stock = dual.stock()
+    after = stock.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_an_existing_folder_is_never_overwritten(base_folder: Path, view_folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orthrus.config import DecodeConfig, SamplingParams
+from orthrus.config import LONGEST_GRAMMAR, DecodeConfig, Grammar, SamplingParams
 from orthrus.errors import UserInputError
 
 
@@ -27,6 +27,14 @@ from orthrus.errors import UserInputError
         ({"repetition_penalty": float("nan")}, "repetition_penalty must be a number"),
         ({"repetition_penalty": "1.2"}, "where 1 is off, not '1.2'"),
         ({"repetition_penalty": None}, "repetition_penalty must be a number"),
+        (
+            {"frequency_penalty": 2.1},
+            "frequency_penalty must be a number from -2 to 2, where 0 is off, not 2.1",
+        ),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty must be a number"),
+        ({"presence_penalty": -3}, "presence_penalty must be a number from -2 to 2"),
+        ({"presence_penalty": True}, "presence_penalty must be a number"),
+        ({"presence_penalty": None}, "presence_penalty must be a number"),
         ({"logit_bias": [(5, 1.0)]}, "logit_bias must map token ids to numbers"),
         ({"logit_bias": {"5": 1.0}}, "a token id of logit_bias must be a whole number from 0, not '5'"),
         ({"logit_bias": {-1: 1.0}}, "must be a whole number from 0, not -1"),
@@ -57,11 +65,55 @@ def test_wrong_sampling_settings(settings: dict[str, Any], message: str) -> None
         ({"block_budget": "3"}, "block_budget must be a whole number"),
         ({"stop": ("",)}, "must not be empty"),
         ({"stop": (5,)}, "must be text"),
+        ({"min_tokens": -1}, r"min_tokens must be a whole number from 0 to max_new_tokens \(256\), not -1"),
+        ({"min_tokens": 1.0}, "min_tokens must be a whole number"),
+        ({"min_tokens": 9, "max_new_tokens": 8}, r"max_new_tokens \(8\), not 9"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids, not 5"),
+        ({"stop_token_ids": None}, "stop_token_ids must be a list"),
+        ({"stop_token_ids": ("5",)}, "a stop token id must be a whole number from 0, not '5'"),
+        ({"stop_token_ids": (-1,)}, "a stop token id must be a whole number from 0, not -1"),
+        ({"stop_token_ids": (True,)}, "a stop token id must be a whole number from 0, not True"),
+        ({"logprobs": 21}, "logprobs must be a whole number from 0 to 20, or None"),
+        ({"logprobs": -1}, "logprobs must be a whole number"),
+        ({"logprobs": True}, "logprobs must be a whole number"),
+        ({"copies": 1}, "copies must be True or False, not 1"),
+        ({"priority": 0.5}, "priority must be a whole number, not 0.5"),
+        ({"priority": None}, "priority must be a whole number"),
+        ({"grammar": "[0-9]+"}, "grammar must be a Grammar or None"),
+        ({"grammar": Grammar("regex", "a"), "ignore_eos": True}, "ignore_eos and grammar exclude each other"),
     ],
 )
 def test_wrong_decode_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserInputError, match=message):
         DecodeConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("yaml", "a: 1", "the kind of a grammar must be one of json_schema, regex, lark, json_object"),
+        (["regex"], "a", "the kind of a grammar must be one of"),
+        ("regex", b"a", "a grammar must be given as text"),
+        ("regex", "", "the regex grammar is empty"),
+        ("lark", " \n", "the lark grammar is empty"),
+        ("json_object", "{}", "json_object takes no text"),
+        ("json_schema", "{'type': 1}", "the JSON schema is not JSON"),
+        ("json_schema", "[]", "a JSON schema must be an object"),
+        ("json_schema", '{"a":' * 40_000, "the JSON schema is nested too deeply"),
+        ("regex", "a" * (LONGEST_GRAMMAR + 1), f"has {LONGEST_GRAMMAR + 1} characters, but may have"),
+    ],
+)
+def test_wrong_grammars(kind: Any, text: Any, message: str) -> None:
+    with pytest.raises(UserInputError, match=message):
+        Grammar(kind, text)
+
+
+def test_settings_with_everything_are_values() -> None:
+    config = DecodeConfig(stop_token_ids=[7, 8], grammar=Grammar("regex", "a+"), logprobs=0)  # type: ignore[arg-type]
+    assert config.stop_token_ids == (7, 8)
+    assert hash(config) == hash(replace(config))
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert json.loads(json.dumps(asdict(config)))["grammar"] == {"kind": "regex", "text": "a+"}
 
 
 def test_a_logit_bias_is_copied_and_leaves_settings_comparable() -> None:

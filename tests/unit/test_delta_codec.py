@@ -10,7 +10,7 @@ from tests.tiny import tiny_dual
 from tests.tiny_orthrus import tiny_orthrus
 
 from orthrus.base.loading import Base
-from orthrus.errors import CheckpointError, CorruptFileError
+from orthrus.errors import CheckpointError, CorruptFileError, UserInputError
 from orthrus.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_view, save_view
 from orthrus.model.delta_codec import GROUP, decode_tensors, encode_tensors, quantise
 from orthrus.model.twin import twins
@@ -108,13 +108,13 @@ def without_view(base: Base) -> None:
         setattr(base.model.get_submodule(parent), name, twin.ar)
 
 
-def test_overwriting_takes_the_old_folders_place_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_run_replaces_its_own_view_and_no_other(tmp_path: Path) -> None:
     dual = tiny_dual(disturb=0.1)
-    save_view(dual, tmp_path / "view")
-    (tmp_path / "view" / "stale").touch()
-    save_view(dual, tmp_path / "view", "delta4", overwrite=True)
+    save_view(dual, tmp_path / "view", owner="run")
+    save_view(dual, tmp_path / "view", "delta4", owner="run")
     assert [p.name for p in tmp_path.iterdir()] == ["view"]
-    assert not (tmp_path / "view" / "stale").exists()
+    with pytest.raises(UserInputError, match="not written by this run"):
+        save_view(dual, tmp_path / "view", owner="another")
     assert json.loads((tmp_path / "view" / CONFIG_FILE).read_text())["encoding"] == "delta4"
 
 

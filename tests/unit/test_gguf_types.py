@@ -34,8 +34,8 @@ def test_a_file_of_that_type_decodes_as_its_unpacked_model(tmp_path: Path, kind:
 
     disturb_view(orthrus.dual, 0.02)
     prompt = list(range(5, 20))
-    with orthrus.stock() as model:
-        out = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    model = orthrus.stock()
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
     for strategy, floor in WAYS:
         config = DecodeConfig(max_new_tokens=12, strategy=strategy, floor=floor, ignore_eos=True)
         assert list(orthrus.stream_ids(prompt, config).drain().token_ids) == out[0, 15:].tolist()

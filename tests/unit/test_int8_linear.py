@@ -98,8 +98,8 @@ def test_quantised_drafts_leave_the_ar_rows_alone() -> None:
         after = dual.run(verify_chain(ids_1T, [0]), dual.new_cache(16))
     assert torch.equal(before, after)
     assert all(isinstance(m.diffusion, Int8Linear) for m in dual.base.modules() if isinstance(m, Twin))
-    with dual.stock() as model:
-        assert not any(isinstance(module, Int8Linear) for module in model.modules())
+    model = dual.stock()
+    assert not any(isinstance(module, Int8Linear) for module in model.modules())
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -158,5 +158,5 @@ def test_low_rank_twins_draft_in_the_precision_of_their_ar_side() -> None:
     ids_1T = torch.randint(3, 60, (1, 5))
     with torch.inference_mode():
         dual.run(fused(ids_1T, [0, 1, 2, 3], [0], [1], 8, 60), dual.new_cache(16))
-    with dual.stock() as model:
-        assert not any(isinstance(module, Twin) for module in model.modules())
+    model = dual.stock()
+    assert not any(isinstance(module, Twin) for module in model.modules())

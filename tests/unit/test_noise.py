@@ -4,11 +4,12 @@ import pytest
 import torch
 from scipy import stats
 
-from orthrus.decoding.noise import exponential_noise, hashed, row_key
+from orthrus.decoding.noise import choice_seed, exponential_noise, hashed, row_key
 
 SIGNIFICANCE = 1e-3
 MASK = 2**64 - 1
 PINNED_KEYS = [5197578548964807871, 13309476754707697221, 3330812531424781132]
+PINNED_SEEDS = [4549328106503812490, 5209372491950445310]
 PINNED_NOISE = [
     [0.5212222, 0.6268557, 1.244834],
     [1.365663, 0.4095064, 0.2451258],
@@ -141,3 +142,13 @@ def test_a_row_may_be_changed_without_harm() -> None:
     kept = first.clone()
     first.zero_()
     assert torch.equal(rows(1, [4]), kept)
+
+
+def test_every_choice_has_a_seed_of_its_own_and_the_first_one_the_requests() -> None:
+    for seed in (0, 1, 2**63 - 1):
+        seeds = [choice_seed(seed, index) for index in range(1000)]
+        assert seeds[0] == seed
+        assert len(set(seeds)) == 1000
+        assert all(0 <= derived < 2**63 for derived in seeds)
+    # A promise, as the noise itself is.
+    assert [choice_seed(7, index) for index in (1, 2)] == PINNED_SEEDS

@@ -1,13 +1,14 @@
 """Ends of a text inside a block: end-of-sequence ids, stop strings, and the exact token limit."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.ways import EVERY_DRAFTING_WAY, EVERY_WAY, WAYS
+from tokenizers import AddedToken
 
 from orthrus.config import DecodeConfig, Strategy
-from orthrus.decoding.stopping import StopRules, StopStrings
+from orthrus.decoding.stopping import StopRules, StopStrings, end_ids
 from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.types import GenerationResult
@@ -191,6 +192,37 @@ def test_what_was_held_back_comes_at_the_end() -> None:
     assert watch.flush() == ""
 
 
+def test_a_special_token_is_found_by_its_name_and_never_shown() -> None:
+    watch = StopStrings(("x<|end|>\n",))
+    assert watch.push("ax") == ("a", False)
+    assert watch.push("<|end|>", hidden=True) == ("", False)
+    assert watch.push("b") == ("xb", False)
+    watch.push("x")
+    watch.push("<|end|>", hidden=True)
+    assert watch.push("\nrest") == ("", True)
+
+
+class WithEnd(Letters):
+    """The commonest id of the text is a special token, which decoding leaves out."""
+
+    END = max(set(FREE), key=FREE.count)
+    added_tokens_decoder: ClassVar = {END: AddedToken("<|end|>", special=True)}
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return super().decode([i for i in token_ids if i != self.END])
+
+
+@EVERY_WAY
+def test_a_stop_string_may_be_a_special_token(strategy: Strategy, floor: bool) -> None:
+    end = first_at(WithEnd.END)
+    result = decode(strategy, floor, tokenizer=WithEnd(), stop=("<|end|>",))
+    assert result.token_ids == FREE[: end + 1]
+    assert result.finish_reason == "stop"
+    assert result.text == Letters().decode(list(FREE[:end]))
+    free = decode(strategy, floor, tokenizer=WithEnd(), stop=("<|end|>never",))
+    assert free.text == decode(strategy, floor, tokenizer=WithEnd()).text
+
+
 def test_stop_strings_without_a_tokenizer_are_refused() -> None:
     with pytest.raises(UserInputError, match="stop strings need a tokenizer"):
         decode(stop=("x",))
@@ -219,3 +251,12 @@ def test_should_stop_sees_every_token_and_may_end_the_text_inside_a_block(
     assert result.token_ids == FREE[:7]
     assert seen == list(range(1, 8))
     assert result.finish_reason == "stop"
+
+
+def test_what_ends_a_text_is_the_models_own_tokens_and_those_asked_for() -> None:
+    eos = frozenset({2})
+    assert end_ids(DecodeConfig(), eos, 10) == {2}
+    assert end_ids(DecodeConfig(stop_token_ids=(5, 2)), eos, 10) == {2, 5}
+    assert end_ids(DecodeConfig(stop_token_ids=(5,), ignore_eos=True), eos, 10) == {5}
+    with pytest.raises(UserInputError, match=r"names token 10, but the model's ids end at 9"):
+        end_ids(DecodeConfig(stop_token_ids=(9, 10)), eos, 10)

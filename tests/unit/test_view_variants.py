@@ -176,9 +176,9 @@ def test_low_rank_twins_stand_on_a_quantised_base(tmp_path: Path) -> None:
     options: dict[str, Any] = {"eos_token_ids": frozenset(), "context_length": 256}
     ids = IDS_1T[0].tolist()
     result = TokenStream(dual, ids, DecodeConfig(max_new_tokens=24), **options).drain()
-    with dual.stock() as model:
-        assert not twins(model)
-        expected_1T = model.generate(IDS_1T, max_new_tokens=24, do_sample=False, eos_token_id=None)
+    model = dual.stock()
+    assert not twins(model)
+    expected_1T = model.generate(IDS_1T, max_new_tokens=24, do_sample=False, eos_token_id=None)
     assert list(result.token_ids) == expected_1T[0, len(ids) :].tolist()
     assert result.stats.num_accepted > 0
     save_view(dual, tmp_path / "view", "delta4")

@@ -19,7 +19,7 @@ from orthrus.base.provenance import provenance
 from orthrus.config import BASELINES, FIXED_STRATEGIES, Baseline, DecodeConfig, SamplingParams, Strategy
 from orthrus.decoding.noise import exponential_noise
 from orthrus.decoding.sampling import filtered_probs
-from orthrus.engine.probe import stock_generate, watch_caches
+from orthrus.engine.stock import stock_generate, watch_caches
 from orthrus.engine.stream import check_block_size, check_prompt
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
@@ -162,14 +162,14 @@ def _baseline(
         result, damages = _decode(orthrus, prompt_ids, config)
         return result.token_ids, damages
     base, sampling = orthrus.base, config.sampling
-    with orthrus.stock() as model:
-        run = stock_generate(
-            model,
-            prompt_ids,
-            max_new_tokens=min(config.max_new_tokens, base.context_length - len(prompt_ids)),
-            eos_token_ids=base.eos_token_ids,
-            processor=None if sampling.greedy else NoisyChoice(sampling.temperature, sampling.seed or 0),
-        )
+    model = orthrus.stock()
+    run = stock_generate(
+        model,
+        prompt_ids,
+        max_new_tokens=min(config.max_new_tokens, base.context_length - len(prompt_ids)),
+        eos_token_ids=base.eos_token_ids,
+        processor=None if sampling.greedy else NoisyChoice(sampling.temperature, sampling.seed or 0),
+    )
     return run.token_ids, []
 
 

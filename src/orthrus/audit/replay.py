@@ -8,7 +8,7 @@ from torch import Tensor
 
 from orthrus.api import Orthrus
 from orthrus.config import DecodeConfig
-from orthrus.engine.probe import watch_passes
+from orthrus.engine.stock import watch_passes
 from orthrus.model.passes import Pass
 from orthrus.model.slot_cache import SlotCache
 

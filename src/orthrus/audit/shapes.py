@@ -48,13 +48,13 @@ def baseline_logits(
     }
     if against == "plain":
         return {name: _last_logits(_plain(orthrus.dual, shape), ids, shape) for name, shape in shapes.items()}
-    with orthrus.stock() as model:
-        return {
-            name: _last_logits(
-                _stock(model, _CausalMasks(orthrus.dual, shape) if name == AS_DECODED else None), ids, shape
-            )
-            for name, shape in shapes.items()
-        }
+    model = orthrus.stock()
+    return {
+        name: _last_logits(
+            _stock(model, _CausalMasks(orthrus.dual, shape) if name == AS_DECODED else None), ids, shape
+        )
+        for name, shape in shapes.items()
+    }
 
 
 def _last_logits(feed: Feed, ids: list[int], chunks: list[Chunk]) -> Tensor:

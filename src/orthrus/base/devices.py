@@ -91,3 +91,13 @@ def check_attention(implementation: str | None, device: str) -> None:
     raise UserInputError(
         f"'{implementation}' is no attention implementation for Orthrus: use one of {choices}."
     )
+
+
+def synchronize(device: "torch.device") -> None:
+    """Wait until the device has done all it was asked for: a clock read before that lies."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

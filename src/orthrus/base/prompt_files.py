@@ -20,6 +20,11 @@ class FilePrompt:
     line: int
 
 
+def is_domain(value: object) -> bool:
+    """Whether this may name a domain in reports and on cards: printable text, not too long."""
+    return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()
+
+
 def read_prompt_file(path: Path) -> list[FilePrompt]:
     """The prompts of a JSONL file: `prompt` (text), `messages` (role and content each) or `turns` (a list of
     texts, of which only the first is asked) on each line, and optionally `domain`.
@@ -27,7 +32,8 @@ def read_prompt_file(path: Path) -> list[FilePrompt]:
     Raises UserInputError for a file that cannot be read or holds no prompts, and for a bad line, named.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        # A byte order mark is none of the text.
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         reason = getattr(e, "strerror", None) or "it is not UTF-8 text"
         raise UserInputError(f"cannot read the prompts in {path} ({reason}); give a JSONL file.") from e
@@ -43,8 +49,9 @@ def parse_prompts(name: str, text: str) -> Iterator[FilePrompt]:
             found = True
             try:
                 yield _prompt(json.loads(line), number)
-            except json.JSONDecodeError as e:
-                raise UserInputError(f"{name}, line {number}: no valid JSON ({e.msg}).") from e
+            except (ValueError, RecursionError) as e:
+                reason = getattr(e, "msg", "numbers or nesting beyond all bounds")
+                raise UserInputError(f"{name}, line {number}: no valid JSON ({reason}).") from e
             except UserInputError as e:
                 raise UserInputError(f"{name}, line {number}: {e}") from e
     if not found:
@@ -55,8 +62,8 @@ def _prompt(record: Any, line: int) -> FilePrompt:
     if not isinstance(record, dict):
         raise UserInputError("each line must be a JSON object with 'prompt', 'messages' or 'turns'.")
     domain = record.get("domain")
-    if domain is not None and (not isinstance(domain, str) or not domain):
-        raise UserInputError("'domain' must be a text.")
+    if domain is not None and not is_domain(domain):
+        raise UserInputError("'domain' must be a printable text of at most 200 characters.")
     given = [key for key in _KEYS if key in record]
     if len(given) != 1:
         raise UserInputError("give exactly one of 'prompt', 'messages' and 'turns'.")
@@ -67,13 +74,24 @@ def _prompt(record: Any, line: int) -> FilePrompt:
         value = value[0] if isinstance(value, list) and value else None
     if not isinstance(value, str) or not value.strip():
         raise UserInputError(f"'{given[0]}' must hold some text.")
+    _require_text(value)
     return FilePrompt(value, domain, line)
+
+
+def _require_text(value: str) -> None:
+    """JSON may write down half a character, which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise UserInputError(f"the text is no valid Unicode ({e.reason}); mend its \\u escapes.") from e
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
     sound = isinstance(value, list) and value and all(_is_message(message) for message in value)
     if not sound:
         raise UserInputError("'messages' must be a list of objects with the texts 'role' and 'content'.")
+    for message in value:
+        _require_text(message["role"] + message["content"])
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("orthrus", "torch", "transformers", "safetensors", "numpy")
+PACKAGES = ("orthrus-lm", "torch", "transformers", "safetensors", "numpy")
 
 
 def provenance(*, device: str, dtype: str, seed: int | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ Progress = Callable[[str, int, int | None], None]
 T = TypeVar("T")
 
 MANIFEST, CHECKED = "manifest.json", "checked.json"
-_PACKAGES = ("orthrus", "torch", "transformers", "gguf", "safetensors")
+_PACKAGES = ("orthrus-lm", "torch", "transformers", "gguf", "safetensors")
 
 
 def cache_dir() -> Path:

@@ -5,28 +5,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orthrus.bench.compare import Comparison, compare_reports
-    from orthrus.bench.prompts import BenchPrompt, load_prompts
     from orthrus.bench.report import BenchReport, read_report
     from orthrus.bench.runner import BenchOptions, run_bench
 
 __all__ = [
     "BenchOptions",
-    "BenchPrompt",
     "BenchReport",
     "Comparison",
     "compare_reports",
-    "load_prompts",
     "read_report",
     "run_bench",
 ]
 
 _HOME = {
     "BenchOptions": "runner",
-    "BenchPrompt": "prompts",
     "BenchReport": "report",
     "Comparison": "compare",
     "compare_reports": "compare",
-    "load_prompts": "prompts",
     "read_report": "report",
     "run_bench": "runner",
 }

@@ -64,7 +64,7 @@ class Comparison:
     differences: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"kind": "orthrus-comparison"} | asdict(self)
 
     def to_table(self) -> RenderableType:
         table = Table(title="b against a (* where the spreads do not overlap)", title_justify="left")

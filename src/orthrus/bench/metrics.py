@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, geometric_mean, median
 from typing import Any
 
-from orthrus.engine.probe import StockRun
+from orthrus.engine.stock import StockRun
 from orthrus.types import DecodeStats
 
 STOCK, PLAIN, ALL = "stock", "ar", "all"

@@ -18,8 +18,8 @@ from orthrus.bench.metrics import Spread
 from orthrus.config import FIXED_STRATEGIES, DecodeConfig, SamplingParams, Strategy
 from orthrus.engine.cycles import decode_cycle, fixed_plan
 from orthrus.engine.passes import Block, commit_pass, prefill_pass
-from orthrus.engine.probe import synchronize, watch_caches
 from orthrus.engine.state import DecodeState, timed_request
+from orthrus.engine.stock import synchronize, watch_caches
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass, verify_chain
 from orthrus.model.slot_cache import SlotCache, head_dim, num_kv_heads

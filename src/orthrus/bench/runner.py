@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 from orthrus.api import Orthrus
+from orthrus.base.bench_prompts import BenchPrompt
 from orthrus.base.provenance import provenance
 from orthrus.bench.layout import law
 from orthrus.bench.metrics import PLAIN, STOCK, Run, run_of_stats, run_of_stock
-from orthrus.bench.prompts import BenchPrompt
 from orthrus.bench.report import BenchReport
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
-from orthrus.engine.probe import stock_generate
+from orthrus.engine.stock import stock_generate
 from orthrus.engine.stream import check_block_size, check_prompt
 from orthrus.errors import UserInputError
 
@@ -166,15 +166,15 @@ def _decode(orthrus: Orthrus, options: BenchOptions, job: _Job) -> tuple[Run, tu
     seed, num_prompt_tokens = (options.seed or 0) + job.repeat, len(job.prompt_ids)
     about = job.prompt_index, job.domain, job.repeat, job.temperature
     if job.arm == STOCK:
-        with orthrus.stock() as model:
-            stock = stock_generate(
-                model,
-                job.prompt_ids,
-                max_new_tokens=min(job.max_new_tokens, orthrus.base.context_length - num_prompt_tokens),
-                eos_token_ids=orthrus.base.eos_token_ids,
-                temperature=job.temperature,
-                seed=seed,
-            )
+        model = orthrus.stock()
+        stock = stock_generate(
+            model,
+            job.prompt_ids,
+            max_new_tokens=min(job.max_new_tokens, orthrus.base.context_length - num_prompt_tokens),
+            eos_token_ids=orthrus.base.eos_token_ids,
+            temperature=job.temperature,
+            seed=seed,
+        )
         return run_of_stock(*about, num_prompt_tokens, stock), stock.token_ids
     config = options.config(cast(Strategy, job.arm), job.temperature, seed, job.max_new_tokens)
     ours = orthrus.stream_ids(job.prompt_ids, config).drain()

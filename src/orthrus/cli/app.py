@@ -2,11 +2,11 @@
 
 import logging
 import os
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from orthrus import __version__
 from orthrus.cli import audit, bench, chat, convert, demo, env, generate, synth, train
 from orthrus.cli.common import run_command, session
 
@@ -35,7 +35,7 @@ for command in COMMANDS:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"orthrus {version('orthrus')}")
+        typer.echo(f"orthrus {__version__}")
         raise typer.Exit
 
 

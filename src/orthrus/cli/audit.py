@@ -7,7 +7,7 @@ import typer
 from orthrus.cli import options
 from orthrus.cli.common import UNEXPECTED, check_decode, check_strategies, load_orthrus
 from orthrus.cli.progress import ProgressDisplay
-from orthrus.cli.report import show_report
+from orthrus.cli.report import check_output, show_report
 
 
 def audit(
@@ -51,8 +51,9 @@ def audit(
     check_decode(decode)
     chosen_strategies = check_strategies(strategy)
     from orthrus.audit import AuditOptions, run_audit
-    from orthrus.bench import load_prompts
+    from orthrus.base.bench_prompts import load_prompts
 
+    check_output(output)
     chosen = load_prompts(prompts, tuple(domain or ()), limit)
     orthrus = load_orthrus(
         model,

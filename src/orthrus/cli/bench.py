@@ -8,7 +8,7 @@ import typer
 from orthrus.cli import options
 from orthrus.cli.common import check_decode, check_strategies, load_orthrus, time_passes
 from orthrus.cli.progress import ProgressDisplay
-from orthrus.cli.report import show_report
+from orthrus.cli.report import check_output, show_report
 from orthrus.config import STRATEGIES, DecodeConfig
 from orthrus.errors import UserInputError
 
@@ -69,6 +69,7 @@ def bench(
 
         if format_ == "csv":
             raise UserInputError("a comparison has no csv form; choose table, md or json.")
+        check_output(output)
         show_report(compare_reports(*compare), "json" if json else format_, output)
         return
     if strategies and strategy:
@@ -86,8 +87,10 @@ def bench(
                 "seed": seed,
             }
         )
-    from orthrus.bench import BenchOptions, load_prompts, run_bench
+    from orthrus.base.bench_prompts import load_prompts
+    from orthrus.bench import BenchOptions, run_bench
 
+    check_output(output)
     chosen = load_prompts(prompts, tuple(domain or ()), limit)
     orthrus = load_orthrus(
         model,

@@ -5,7 +5,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from orthrus.api import Orthrus
 
 UNEXPECTED, USAGE, INTERRUPTED = 1, 2, 130
+# A batch system or a container stops us; the terminal closes.
+KILLS: tuple[int, ...] = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n))
 
 # typer vendors its parser in newer versions: the base of its usage errors has no stable public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -45,12 +47,12 @@ def run_command(command: Any, args: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    with _warnings_as_lines():
+    with _warnings_as_lines(), handling(KILLS, _leave):
         try:
             status = command.main(args=args or ["--help"], prog_name="orthrus", standalone_mode=False)
             sys.stdout.flush()
-        except SystemExit as leaving:
-            return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else int(end.code is not None)
         except KeyboardInterrupt:
             return INTERRUPTED
         except BrokenPipeError:
@@ -190,28 +192,71 @@ class Cancellable(Protocol):
 
 
 class Interrupt:
-    """Whether Ctrl-C came while a stream was being read."""
+    """Whether a signal asked to leave meanwhile, and the exit status that tells which."""
 
     def __init__(self) -> None:
         self.happened = False
+        self.status = INTERRUPTED
 
 
 @contextmanager
-def cancel_on_interrupt(stream: Cancellable) -> Iterator[Interrupt]:
-    """The first Ctrl-C lets the stream end after the cycle in flight; the second one raises at once."""
+def cancel_on_interrupt(stream: Cancellable, *, on_kill: bool = False) -> Iterator[Interrupt]:
+    """The first Ctrl-C lets the stream end after the cycle in flight; the second one raises at once.
+
+    on_kill: so do SIGTERM and SIGHUP, which otherwise leave at once.
+    """
     interrupt = Interrupt()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if interrupt.happened:
-            raise KeyboardInterrupt
-        interrupt.happened = True
+            raise leaving(number)
+        interrupt.happened, interrupt.status = True, leaving(number).status
         stream.cancel()
 
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
+    with handling([signal.SIGINT, *(KILLS if on_kill else ())], on_signal):
         yield interrupt
+
+
+class Killed(SystemExit):
+    """SIGTERM or SIGHUP asked the program to leave; `status` as a shell reports it."""
+
+    def __init__(self, number: int) -> None:
+        self.status = 128 + number
+        super().__init__(self.status)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C."""
+
+    status = INTERRUPTED
+
+
+def leaving(number: int) -> Interrupted | Killed:
+    """What to raise for a signal that asks the program to leave."""
+    return Interrupted() if number == signal.SIGINT else Killed(number)
+
+
+@contextmanager
+def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Call `handler` for these signals, except those that we were started to ignore (as nohup does).
+
+    Does nothing outside the main thread, which alone hears of signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Any] = {}
+    try:
+        for number in numbers:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in before.items():
+            # None: a handler that was not set from Python cannot be set back from here.
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """As an exception: on every way out files are whole, and what is temporary is removed."""
+    raise leaving(number)

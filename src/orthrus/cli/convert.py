@@ -85,8 +85,10 @@ def convert(
 
     What was written is read back and checked: the AR logits must be the stock model's, bit for bit.
     """
-    if target.exists():
-        raise UserInputError(f"{target} exists already; name a new folder or remove that one first.")
+    from orthrus.base.outputs import check_absent, check_writable
+
+    check_absent(target)
+    check_writable(target.parent)
     if encoding != "full" and to != "view":
         raise UserInputError(f"--encoding {encoding} is for views only; add --to view, or leave it out.")
     stated = _stated(license, figures)
@@ -190,8 +192,8 @@ def _ar_logits(orthrus: "Orthrus") -> "Tensor":
 def _stock_logits(orthrus: "Orthrus") -> "Tensor":
     import torch
 
-    with torch.inference_mode(), orthrus.stock() as stock:
-        logits_TV: Tensor = stock(_probe_ids(orthrus)).logits[0].cpu()
+    with torch.inference_mode():
+        logits_TV: Tensor = orthrus.stock()(_probe_ids(orthrus)).logits[0].cpu()
     return logits_TV
 
 
@@ -216,8 +218,8 @@ def _check_view(orthrus: "Orthrus", target: Path, encoding: Encoding) -> None:
 
 
 def _report(orthrus: "Orthrus", target: Path, to: Layout) -> dict[str, Any]:
-    with orthrus.stock() as stock:
-        num_base = sum(p.numel() for p in stock.parameters())
+    stock = orthrus.stock()
+    num_base = sum(p.numel() for p in stock.parameters())
     added = orthrus.dual.num_view_parameters()
     return {
         "path": str(target),

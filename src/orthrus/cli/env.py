@@ -9,7 +9,7 @@ from orthrus.cli import options
 from orthrus.cli.render import out, print_json
 
 PACKAGES = (
-    "orthrus",
+    "orthrus-lm",
     "torch",
     "transformers",
     "tokenizers",

@@ -8,6 +8,14 @@ from orthrus.cli.options import Format
 from orthrus.cli.render import out, print_json
 
 
+def check_output(output: Path | None) -> None:
+    """Refuse, before any work, a file that cannot be written or that is no report of ours."""
+    if output is not None:
+        from orthrus.base.outputs import check_report
+
+        check_report(output)
+
+
 def show_report(report: Any, format_: Format, output: Path | None) -> None:
     """Write the JSON file first, so that a closed pipe cannot cost it; then print."""
     if output is not None:

@@ -1,19 +1,22 @@
 """`orthrus synth`: a training corpus of the base's own answers."""
 
+import signal
 import sys
 from pathlib import Path
 from time import monotonic
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orthrus.cli import options
-from orthrus.cli.common import load_orthrus
+from orthrus.cli.common import KILLS, Killed, handling, leaving, load_orthrus
 from orthrus.cli.render import note, out, print_json
 from orthrus.cli.synth_sources import check_sources, parse_sources
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from orthrus.training.corpus import Sample
     from orthrus.training.synth import SynthProgress
 
@@ -90,20 +93,26 @@ def synth(
         seed=seed,
     )
     check_sources(config, folder)
-    from orthrus.bench.prompts import load_prompts
-    from orthrus.training.corpus import PROMPTS, load_corpus, read_jsonl
+    from orthrus.training.manifest import check_corpus_folder, corpus_folder
+
+    check_corpus_folder(folder)
+    from orthrus.base.bench_prompts import load_prompts
+    from orthrus.training.corpus import load_corpus, read_prompts
     from orthrus.training.synth import synthesise
 
     # The prompts that benchmarks and training runs are scored on.
     keep_out = [p.prompt for p in load_prompts() if isinstance(p.prompt, str)]
-    orthrus = load_orthrus(model, quiet=quiet, view="fresh", dtype=dtype, device=device, runner="eager")
-    try:
-        with SynthDisplay(quiet=quiet) as display:
-            synthesise(orthrus.base, orthrus.dual, config, folder, display, keep_out=keep_out)
-    except KeyboardInterrupt:
-        note(f"stopped; whole shards are kept in {folder}, and the same command goes on from there")
-        raise
-    report = _report(folder, len(read_jsonl(folder / PROMPTS)), load_corpus(folder))
+    orthrus = load_orthrus(model, quiet=quiet, view="fresh", dtype=dtype, device=device)
+    with corpus_folder(folder):
+        try:
+            with SynthDisplay(quiet=quiet) as display:
+                whole = WholeShards(folder, config.shard_size, display)
+                with handling([signal.SIGINT, *KILLS], whole.leave):
+                    synthesise(orthrus.base, orthrus.engine, config, folder, whole, keep_out=keep_out)
+        except (KeyboardInterrupt, Killed):
+            note(f"stopped; whole shards are kept in {folder}, and the same command goes on from there")
+            raise
+        report = _report(folder, len(read_prompts(folder)), load_corpus(folder))
     if json:
         print_json(report)
     else:
@@ -140,6 +149,47 @@ def _print(report: dict[str, Any]) -> None:
     if report["dropped"]:
         lines.append(f"  {report['dropped']:,} answers went round in circles and were left out")
     out("\n".join(lines) + "\n")
+
+
+class WholeShards:
+    """Hands progress on, and lets a signal wait while a shard with all its answers is being written."""
+
+    def __init__(self, folder: Path, shard_size: int, report: "Callable[[SynthProgress], None]") -> None:
+        self._folder, self._size, self._report = folder, shard_size, report
+        self._ends: set[int] | None = None
+        self._done = -1
+        self._signal: int | None = None
+        self._writing = False
+
+    def __call__(self, p: "SynthProgress") -> None:
+        if p.stage == "answers":
+            if self._ends is None:
+                self._ends = self._shard_ends(p)
+            # Told twice of the end of a shard: with its last answer, and when it is written.
+            self._writing = p.done in self._ends and p.done != self._done
+            self._done = p.done
+        if self._signal is not None and not self._writing:
+            raise leaving(self._signal)
+        self._report(p)
+
+    def leave(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: at once, or when the shard is written; a second one never waits."""
+        if self._writing and self._signal is None:
+            self._signal = number
+        else:
+            raise leaving(number)
+
+    def _shard_ends(self, p: "SynthProgress") -> set[int]:
+        """How many prompts are answered whenever one of the shards to come is complete."""
+        from orthrus.training.corpus import shard_path
+
+        ends, done = set(), p.done
+        self._done = done
+        for index, first in enumerate(range(0, p.total, self._size)):
+            if not shard_path(self._folder, index).is_file():
+                done += min(self._size, p.total - first)
+                ends.add(done)
+        return ends
 
 
 class SynthDisplay:

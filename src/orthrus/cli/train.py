@@ -1,12 +1,13 @@
 """`orthrus train`: a recipe and a corpus in, a view out."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orthrus.cli import options
-from orthrus.cli.common import INTERRUPTED, cancel_on_interrupt
+from orthrus.cli.common import cancel_on_interrupt
 from orthrus.cli.progress import ProgressDisplay
 from orthrus.cli.render import note, out, print_json
 from orthrus.cli.train_panel import TrainDisplay
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     from orthrus.model.dual_view import DualView
     from orthrus.training.corpus import Sample
     from orthrus.training.recipe import TrainConfig
+    from orthrus.training.run_folder import RunFolder
     from orthrus.training.run_state import RunState
     from orthrus.training.trainer import Hooks, TrainLog
+    from orthrus.training.view_score import Scorer
 
 
 def train(
@@ -32,15 +35,19 @@ def train(
 ) -> None:
     """Train a diffusion view.
 
-    The same command goes on where an earlier one stopped; Ctrl-C saves first. OUTPUT/best holds the view that
-    drafted best in real decodes, OUTPUT/view the last one.
+    The same command goes on where an earlier one stopped; Ctrl-C and SIGTERM save first. OUTPUT/best holds
+    the view that drafted best in real decodes, OUTPUT/view the last one.
     """
     from orthrus.training.corpus import corpus_digest, load_corpora
     from orthrus.training.packing import pack
-    from orthrus.training.recipe import load_recipe
+    from orthrus.training.recipe_file import load_recipe
+    from orthrus.training.run_folder import check_run_folder, run_folder
 
     # What costs nothing is checked before the model is loaded.
     config = load_recipe(recipe, overrides)
+    # Of several processes under torchrun, only the first one writes.
+    if os.environ.get("RANK", "0") == "0":
+        check_run_folder(config.output_folder)
     corpora = load_corpora(config.corpus)
     samples = [sample for part in corpora.values() for sample in part]
     rows = pack(samples, config.row_length, drop_long=config.drop_long)
@@ -51,9 +58,11 @@ def train(
     wanted(config.trackers)
 
     run = _Run(config, corpora, digest, quiet=quiet)
-    with run.display, cancel_on_interrupt(run):
-        state = run_training(run.dual, rows, config, digest, run.hooks())
-    run.finish(state)
+    with run_folder(config.output_folder, is_main=run.is_main) as held:
+        run.begin(held)
+        with run.display, cancel_on_interrupt(run, on_kill=True) as interrupt:
+            state = run_training(run.dual, rows, config, digest, run.hooks(), held)
+            run.finish(state)
     if run.is_main:
         report = run.report(state)
         if json:
@@ -63,7 +72,7 @@ def train(
     if run.stopped:
         if run.is_main:
             note(f"stopped after step {state.step}; the same command goes on from there")
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(interrupt.status)
 
 
 class _Run:
@@ -73,12 +82,11 @@ class _Run:
         self, config: "TrainConfig", corpora: "dict[str, list[Sample]]", digest: str, *, quiet: bool
     ) -> None:
         from orthrus.base.loading import load_base
-        from orthrus.bench.view_score import Scorer, held_out_prompts
         from orthrus.training.flex_blocks import check_attention
         from orthrus.training.processes import this_process
-        from orthrus.training.run_state import STATE_FILE
         from orthrus.training.speed import matmul_peak
         from orthrus.training.start import check_samples, starting_view
+        from orthrus.training.view_score import held_out_prompts
 
         process = this_process()
         self.is_main: bool = process.is_main_process
@@ -91,7 +99,8 @@ class _Run:
             for folder, samples in corpora.items():
                 check_samples(base, samples, folder)
             self.dual: DualView = starting_view(base, config)
-        self.config, self.output = config, Path(config.output)
+        self.config, self.output = config, config.output_folder
+        self.base, self.process = base, process
         self.display = TrainDisplay(
             f"{base.name}, {sum(map(len, corpora.values())):,} dialogues, K = {config.block_size}",
             quiet=quiet,
@@ -100,13 +109,21 @@ class _Run:
         self.stopped, self.num_steps = False, 0
         self.last_log: TrainLog | None = None
         self.origin = _origin(config, corpora, digest, str(process.device)) | self.dual.config.provenance
+        self.prompts = held_out_prompts(base, config.evaluate_prompts, config.block_size)
         self.scorer: Scorer | None = None
-        prompts = held_out_prompts(base, config.evaluate_prompts, config.block_size)
-        if prompts:
-            self.scorer = Scorer(base, prompts, self.output, self.origin, process)
-            if (self.output / STATE_FILE).is_file():
-                self.scorer.remember()
+        self.held: RunFolder | None = None
         self.tracker: Any = None
+
+    def begin(self, held: "RunFolder") -> None:
+        """Take up the folder of the run, which this process holds from here on."""
+        from orthrus.training.run_folder import STATE_FILE
+        from orthrus.training.view_score import Scorer
+
+        self.held = held
+        if self.prompts:
+            self.scorer = Scorer(self.base, self.prompts, held, self.origin, self.process)
+            if (held.path / STATE_FILE).is_file():
+                self.scorer.remember()
 
     def hooks(self) -> "Hooks":
         from orthrus.training.trainer import Hooks
@@ -129,14 +146,16 @@ class _Run:
         if self.tracker is not None:
             self.tracker.close()
         if self.is_main:
-            from orthrus.bench.view_score import LAST, keep_view
+            from orthrus.training.run_folder import LAST
+            from orthrus.training.view_score import keep_view
 
+            assert self.held is not None, "begin comes before finish"
             scores = dict(state.scores)
             made = {"step": state.step, "tokens_per_cycle": scores.get(state.step)}
-            keep_view(self.dual, self.output / LAST, self.origin | made)
+            keep_view(self.dual, self.held, LAST, self.origin | made)
 
     def report(self, state: "RunState") -> dict[str, Any]:
-        from orthrus.bench.view_score import BEST, LAST
+        from orthrus.training.run_folder import BEST, LAST
 
         log = self.last_log
         best = None if self.scorer is None else self.scorer.best

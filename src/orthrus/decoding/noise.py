@@ -46,6 +46,14 @@ def row_key(seed: int, position: int) -> int:
     return _mix((_mix((seed + _GAMMA) & _MASK) + position * _GAMMA) & _MASK)
 
 
+def choice_seed(seed: int, index: int) -> int:
+    """The seed of the `index`-th of several answers to one request; the first one's is `seed` itself.
+
+    seed: 0 to 2**63 - 1, and so is the result: 63 bits of the key of a row far beyond any text.
+    """
+    return seed if index == 0 else row_key(seed, 2**63 + index) >> 1
+
+
 def hashed(keys_R1: Tensor, vocab_size: int) -> Tensor:
     """64 bits per row key and token id, the high ones the best mixed: keys_R1 int64 -> bits_RV int64.
 

@@ -115,6 +115,7 @@ class Policy:
     _patience: int = PATIENCE
     _pass_ms: dict[tuple[int, int, int], float] = field(default_factory=dict)
     _draft_rate: float = field(init=False)
+    _num_requests: int = 1
 
     def __post_init__(self) -> None:
         sizes = [n for n in LENGTHS if n < self.most_guesses]
@@ -125,6 +126,14 @@ class Policy:
         self._late = _Average(LATE_SHARE * _expected(self.most_guesses))
         self._hits = [_Average(1.0 - 0.8**m) for m in range(self.max_blocks + 1)]
         self._choose_length()
+
+    def among(self, num_requests: int) -> None:
+        """Decide as one of so many running requests: a pass costs this one its share of what it costs when all
+        carry as much. Rows then cost more beside the weights that are read once, and drafts shrink."""
+        if num_requests != self._num_requests:
+            self._num_requests = num_requests
+            self._pass_ms.clear()
+            self._choose_length()
 
     @property
     def block_size(self) -> int:
@@ -146,8 +155,14 @@ class Policy:
         length = length or self._length
         key = num_nodes, num_blocks, length.num_guesses
         if key not in self._pass_ms:
-            num_guesses = joint_guesses(num_blocks * length.num_guesses, own_head=self.own_head)
-            self._pass_ms[key] = self.costs(1 + num_nodes, num_blocks * length.rows, num_guesses)
+            n = self._num_requests
+            num_guesses = joint_guesses(n * num_blocks * length.num_guesses, own_head=self.own_head)
+            if not num_nodes and not self.own_head:
+                # A block that is drafted alone serves whatever the AR view chooses.
+                num_guesses = n * num_blocks * length.num_guesses
+            self._pass_ms[key] = (
+                self.costs(n * (1 + num_nodes), n * num_blocks * length.rows, num_guesses) / n
+            )
         return self._pass_ms[key]
 
     def rate(self) -> float:

@@ -17,27 +17,34 @@ def reference_decode(
     max_new_tokens: int,
     params: SamplingParams | None = None,
     eos_token_ids: frozenset[int] = frozenset(),
+    *,
+    min_tokens: int = 0,
+    mask_after: Callable[[list[int]], Tensor] | None = None,
 ) -> list[int]:
     """Decode with `logits_of(token_ids_T) -> logits_TV`, no cache and no drafts; returns the new ids.
 
     Every strategy gives these ids, sampled ones too: a token is drawn with the noise of the seed (None: 0)
-    and of its own place, the prompt's first token being at 0.
+    and of its own place, the prompt's first token being at 0. eos_token_ids: all that end the text, stop
+    token ids included. mask_after(new ids) -> mask_V bool: what a grammar allows after them.
     """
     params = params or SamplingParams()
-    token_ids = list(prompt_ids)
-    while len(token_ids) < len(prompt_ids) + max_new_tokens and not eos_token_ids & {
-        *token_ids[len(prompt_ids) :]
-    }:
-        logits_1V = logits_of(torch.tensor(token_ids))[-1:]
-        rules = LogitRules(params, logits_1V.shape[-1], logits_1V.device)
-        logits_1V = rules(logits_1V, [token_ids])
+    new_ids: list[int] = []
+    while len(new_ids) < max_new_tokens and not eos_token_ids & {*new_ids}:
+        logits_1V = logits_of(torch.tensor([*prompt_ids, *new_ids]))[-1:]
+        # Rules that start from nothing for each token, and are told of the text as of a path.
+        rules = LogitRules(
+            params, logits_1V.shape[-1], logits_1V.device, min_tokens=min_tokens, end_ids=eos_token_ids
+        )
+        rules.see_prompt(prompt_ids)
+        logits_1V = rules(logits_1V, [new_ids], None if mask_after is None else mask_after(new_ids)[None])
         if params.greedy:
-            token_ids.append(int(greedy_tokens(logits_1V)))
+            new_ids.append(int(greedy_tokens(logits_1V)))
             continue
         probs_1V = filtered_probs(logits_1V, params)
-        noise_1V = exponential_noise(params.seed or 0, [len(token_ids)], probs_1V.shape[-1], probs_1V.device)
-        token_ids.append(int(draw_with_noise(probs_1V, noise_1V)))
-    return token_ids[len(prompt_ids) :]
+        position = len(prompt_ids) + len(new_ids)
+        noise_1V = exponential_noise(params.seed or 0, [position], probs_1V.shape[-1], probs_1V.device)
+        new_ids.append(int(draw_with_noise(probs_1V, noise_1V)))
+    return new_ids
 
 
 def reference_law(
@@ -45,7 +52,7 @@ def reference_law(
 ) -> dict[tuple[int, ...], float]:
     """The exact law of the next `depth` tokens, by enumeration: {token ids: probability}.
 
-    Filters only: no logit bias, no repetition penalty.
+    Filters only: no logit bias, no penalties.
     """
     law: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(depth):

@@ -2,12 +2,27 @@
 
 from dataclasses import dataclass
 
+from orthrus.config import DecodeConfig
+from orthrus.errors import UserInputError
 from orthrus.types import FinishReason
+
+
+def end_ids(config: DecodeConfig, eos_token_ids: frozenset[int], vocab_size: int) -> frozenset[int]:
+    """The tokens that end a request's text: the model's own, unless they are ignored, and those asked for.
+
+    Raises UserInputError for a stop token id that the vocabulary does not have.
+    """
+    if beyond := [token_id for token_id in config.stop_token_ids if token_id >= vocab_size]:
+        raise UserInputError(
+            f"stop_token_ids names token {beyond[0]}, but the model's ids end at {vocab_size - 1}; "
+            "use ids of this model's tokenizer."
+        )
+    return (frozenset() if config.ignore_eos else eos_token_ids).union(config.stop_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class StopRules:
-    """`max_new_tokens` counts the end-of-sequence token."""
+    """`eos_token_ids`: all that end the text (`end_ids`); `max_new_tokens` counts the one that did."""
 
     eos_token_ids: frozenset[int]
     max_new_tokens: int
@@ -23,28 +38,39 @@ class StopStrings:
     """Watches the text as it grows and holds back what may yet become a stop string.
 
     A stop string may begin in one token and end some blocks later; nothing that could be its beginning
-    is released before it is known not to be.
+    is released before it is known not to be. It may hold special tokens, which are matched and never shown.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = stop
         self._held = ""
+        self._hidden: list[bool] = []
+        """For each character held whether it belongs to a special token."""
 
-    def push(self, piece: str) -> tuple[str, bool]:
-        """Take new text; return (what may be shown now, whether a stop string is complete)."""
-        text = self._held + piece
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+    def push(self, piece: str, *, hidden: bool = False) -> tuple[str, bool]:
+        """Take new text; return (what may be shown now, whether a stop string is complete).
+
+        hidden: the piece is the name of a special token.
+        """
+        self._held += piece
+        self._hidden += [hidden] * len(piece)
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            self._held = ""
-            return text[: min(found)], True
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
+            shown = self._release(min(found))
+            self._release(len(self._held))
+            return shown, True
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        return self._release(len(self._held) - keep), False
 
     def flush(self) -> str:
         """The text held back, once nothing more will come."""
-        held, self._held = self._held, ""
-        return held
+        return self._release(len(self._held))
+
+    def _release(self, count: int) -> str:
+        """Take `count` characters off the front; returns those that are shown."""
+        shown = "".join(c for c, hidden in zip(self._held[:count], self._hidden, strict=False) if not hidden)
+        self._held, self._hidden = self._held[count:], self._hidden[count:]
+        return shown
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -10,32 +10,36 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from weakref import WeakKeyDictionary
 
 import torch
 
+from orthrus.base.devices import synchronize
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import cpu_model, installed_version
 from orthrus.base.storage import cache_dir
-from orthrus.config import SamplingParams
+from orthrus.config import DecodeConfig, SamplingParams
 from orthrus.decoding.cost_table import CostTable
+from orthrus.decoding.processors import LogitRules
+from orthrus.decoding.stopping import StopRules
 from orthrus.decoding.tree import best_first_tree
+from orthrus.engine.choices import Guessed, Judged, choose, rank
+from orthrus.engine.detokenize import AnswerText
 from orthrus.engine.layer_code import sources_digest
-from orthrus.engine.probe import synchronize
-from orthrus.engine.state import timed_request
+from orthrus.engine.request import Request
 from orthrus.errors import StorageError
-from orthrus.model.attention import MOST_FOLDED_ROWS
 from orthrus.model.dual_view import DualView
-from orthrus.model.passes import fused, verify_chain, verify_tree
+from orthrus.model.passes import causal, join, tree
+from orthrus.model.pool import Slots, pages_for
+from orthrus.model.runner import Runner
 
-ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 BLOCKS, BESIDE = (1, 2, 3, 4), 8
 """Numbers of blocks that are timed, beside that many AR rows."""
 DRAFT_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
 """Rows of a block that is drafted alone, as far as blocks go, and one as long as they go."""
 HISTORY = 256
 """Committed tokens that timed passes read: about as many as in the middle of an answer."""
-TABLE_VERSION = 9
+TABLE_VERSION = 10
 """Of what a stored table means: raised when passes come to do more, or less, beside their layers."""
 TREE = 24
 """Nodes of the tree whose making is timed with a draft's."""
@@ -51,31 +55,26 @@ OnMeasure = Callable[[int, int], None]
 Round = dict[str, float]
 """Milliseconds of what is timed: `body 8+16` of 8 AR rows and 16 block rows, `head 8`, `draft`."""
 
-_known: "WeakKeyDictionary[DualView, dict[bool, CostTable]]" = WeakKeyDictionary()
 
-
-def pass_costs(dual: DualView, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
-    """The cost table of this model here: from memory, from the cache, or measured now (a few seconds).
+def pass_costs(runner: Runner, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
+    """The cost table of this runner here: from the cache folder, or measured now (a few seconds).
 
     The first starts after that add a round each. Sampled decoding has a table of its own, since drawing a
     token costs more than taking the best.
     """
-    known = _known.setdefault(dual, {})
-    if greedy not in known:
-        key = _key(dual, greedy)
-        file = _file(key)
-        rounds = _read(file)
-        if len(rounds) < ENOUGH:
-            repeats = 1 if rounds else REPEATS
-            rounds = rounds + time_rounds(dual, on_measure, greedy=greedy, repeats=repeats)
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_text_atomic(file, json.dumps({"key": key, "rounds": rounds}, indent=1) + "\n")
-            except (StorageError, OSError):
-                # A machine without a writable cache measures again next time.
-                pass
-        known[greedy] = cost_table(rounds)
-    return known[greedy]
+    key = _key(runner, greedy)
+    file = _file(key)
+    rounds = _read(file)
+    if len(rounds) < ENOUGH:
+        repeats = 1 if rounds else REPEATS
+        rounds = rounds + time_rounds(runner, on_measure, greedy=greedy, repeats=repeats)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(file, json.dumps({"key": key, "rounds": rounds}, indent=1) + "\n")
+        except (StorageError, OSError):
+            # A machine without a writable cache measures again next time.
+            pass
+    return cost_table(rounds)
 
 
 def cost_table(rounds: Sequence[Round]) -> CostTable:
@@ -107,72 +106,93 @@ def cost_table(rounds: Sequence[Round]) -> CostTable:
 
 @torch.inference_mode()
 def time_rounds(
-    dual: DualView, on_measure: OnMeasure | None = None, *, greedy: bool = True, repeats: int = REPEATS
+    runner: Runner, on_measure: OnMeasure | None = None, *, greedy: bool = True, repeats: int = REPEATS
 ) -> list[Round]:
     """Time passes of several numbers of rows after `HISTORY` tokens, in several rounds; one more warms up.
 
     Block rows are timed as what they add to a pass of a few AR rows, and in draft passes of one AR row.
     Sampled means temperature 1 without filters.
     """
+    dual = runner.dual
     size = dual.config.block_size
-    cache = dual.new_cache(HISTORY + max(ROWS) + max(BLOCKS) * size)
-    sampling = SamplingParams(temperature=0.0 if greedy else 1.0)
-    state = timed_request(dual, cache, sampling, cache.num_slots)
-    ids_1T = torch.arange(HISTORY, device=dual.device)[None] % dual.base.config.vocab_size
-    dual.run(verify_chain(ids_1T, [0]), cache)
-    cache.commit(HISTORY)
-    passes = {(n, 0): verify_chain(ids_1T[:, :n], [HISTORY]) for n in ROWS}
-    beside_1T, chain = ids_1T[:, :BESIDE], range(BESIDE - 1)
-    # Larger passes run through other code; two are needed to tell what a row costs.
-    blocks = [m for m in BLOCKS if m < 3 or BESIDE + m * size <= MOST_FOLDED_ROWS]
-    for m in blocks:
-        passes[BESIDE, m * size] = fused(beside_1T, chain, [HISTORY], range(m), size, dual.mask_token_id)
+    pool = runner.new_pool(pages_for(HISTORY + max(ROWS) + max(BLOCKS) * size))
+    request = _timed_request(dual, Slots(pool), greedy)
+    slots = request.slots
+    slots.reserve(HISTORY + max(ROWS) + max(BLOCKS) * size)
+    ids = [i % dual.vocab_size for i in range(max(HISTORY, *ROWS))]
+    for start in range(0, HISTORY, 64):
+        runner.hidden(join([(causal(ids[start : start + 64]), slots)], dual.device), pool)
+        slots.commit(64)
+    mask_token_id = dual.mask_token_id
+    parts = {(n, 0): causal(ids[:n]) for n in ROWS}
+    chain = range(BESIDE - 1)
+    for m in BLOCKS:
+        parts[BESIDE, m * size] = tree(ids[:BESIDE], chain, range(m), size, mask_token_id)
     # Two of them at least, to tell what a row costs.
     draft_rows = sorted({min(2, size - 1), *(n for n in DRAFT_ROWS if n < size), size})
     for n in draft_rows:
-        passes[1, n] = fused(ids_1T[:, :1], [], [HISTORY], [0], n, dual.mask_token_id)
+        parts[1, n] = tree(ids[:1], [], [0], n, mask_token_id)
     num_guesses = max(1, dual.config.num_guesses(size))
     num_rounds = repeats + 1
     rounds = []
     for done in range(num_rounds):
         if on_measure is not None:
             on_measure(done, num_rounds)
-        clock = _Clock(dual)
+        clock = _Clock(dual.device)
         # A plain pass follows plain passes, which leave its weights in the caches; others take turns.
-        for (n, block), p in [next(iter(passes.items()))] * PLAIN_RUN + list(passes.items()):
+        for (n, block), part in [next(iter(parts.items()))] * PLAIN_RUN + list(parts.items()):
             with clock(f"body {n}+{block}"):
-                hidden_TC = dual.hidden(p, cache)[0]
+                hidden_RC = runner.hidden(join([(part, slots)], dual.device), pool)
             if not block:
                 with clock(f"head {n}"):
-                    logits_TV = dual.head(hidden_TC)
+                    logits_RV = runner.head(hidden_RC)
                     # Rows of a tree share positions, and noise once made is kept.
-                    positions = [HISTORY + 1 + i % size for i in range(len(hidden_TC))]
-                    state.choose(logits_TV, positions, [()] * len(hidden_TC))
+                    positions = [HISTORY + 1 + i % size for i in range(n)]
+                    choose(logits_RV, [Judged(request, slice(0, n), positions, [[] for _ in range(n)])])
         with clock("draft"):
-            joint_DV = None if dual.draft_head is not None else logits_TV[:num_guesses]
-            # And what comes with one: a tree, the pass that verifies it, an accepted path to be gathered.
-            drafts = state.propose(hidden_TC[:num_guesses], HISTORY + 1, joint_DV)
-            tree = best_first_tree(drafts, TREE)
-            verify_tree(ids_1T[:, : 1 + tree.num_nodes], tree.parents, [HISTORY])
-            cache.compact(sorted({HISTORY, HISTORY + tree.num_nodes}))
-        cache.lengths = [HISTORY]
+            # And what comes with one: a tree, the part that verifies it, an accepted path to be gathered.
+            rows = slice(0, num_guesses)
+            hidden_DC = hidden_RC[rows]
+            joint = dual.draft_head is None
+            logits_DV = logits_RV[rows] if joint else runner.head(hidden_DC, drafts=True)
+            (drafts,) = rank(runner, hidden_DC, logits_DV, [Guessed(request, rows, HISTORY + 1)])
+            nodes = best_first_tree(drafts, TREE)
+            tree([ids[0], *nodes.token_ids], nodes.parents)
+            slots.compact(sorted({0, nodes.num_nodes}))
+        slots.length = HISTORY
         rounds.append(clock.round())
     return rounds[1:]
+
+
+def _timed_request(dual: DualView, slots: Slots, greedy: bool) -> Request:
+    """A request without text, whose choices and drafts are timed."""
+    config = DecodeConfig(sampling=SamplingParams(temperature=0.0 if greedy else 1.0, seed=0))
+    return Request(
+        prompt_ids=[0],
+        config=config,
+        stop=StopRules(frozenset(), 1),
+        rules=LogitRules(config.sampling, dual.vocab_size, dual.device),
+        text=AnswerText(None, ()),
+        slots=slots,
+        seed=0,
+        block_size=dual.config.block_size,
+        context_length=HISTORY,
+    )
 
 
 class _Clock:
     """The times of each part of a round, in ms."""
 
-    def __init__(self, dual: DualView) -> None:
-        self._dual = dual
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._times: defaultdict[str, list[float]] = defaultdict(list)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        synchronize(self._dual.device)
+        synchronize(self._device)
         start = perf_counter()
         yield
-        synchronize(self._dual.device)
+        synchronize(self._device)
         self._times[name].append((perf_counter() - start) * 1e3)
 
     def round(self) -> Round:
@@ -185,23 +205,23 @@ def _ascending(values: list[float]) -> tuple[float, ...]:
     return tuple(accumulate(reversed(values), min))[::-1]
 
 
-def _key(dual: DualView, greedy: bool) -> dict[str, object]:
+def _key(runner: Runner, greedy: bool) -> dict[str, object]:
     """All that a cost may depend on."""
+    dual = runner.dual
     config = dual.base.config
     on_gpu = dual.device.type == "cuda"
     return {
         "machine": torch.cuda.get_device_name(dual.device) if on_gpu else cpu_model() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "versions": [installed_version(name) for name in ("orthrus", "torch", "transformers")],
+        "versions": [installed_version(name) for name in ("orthrus-lm", "torch", "transformers")],
         "base": dual.config.base_fingerprint or config.to_json_string(),
         "view": [dual.config.layers, dual.config.twins, dual.config.rank, dual.config.block_size],
         "repair": dual.config.repair_rank,
         "greedy": greedy,
         "table": TABLE_VERSION,
         "dtype": str(dual.dtype),
-        "attention": config._attn_implementation,
         "drafts": [dual.draft_precision, None if dual.draft_ids_N is None else len(dual.draft_ids_N)],
-        "runner": [dual.runner, dual.precision, sources_digest()],
+        "runner": [runner.name, dual.precision, sources_digest()],
     }
 
 

@@ -2,6 +2,9 @@
 
 from typing import Protocol
 
+from orthrus.decoding.stopping import StopStrings
+from orthrus.errors import UserInputError
+
 
 class Decoder(Protocol):
     """The part of a transformers tokenizer that is needed here."""
@@ -45,3 +48,42 @@ class Detokenizer:
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip)
+
+
+class AnswerText:
+    """Detokenising and stop strings, token by token, so that a stop string cuts the ids too.
+
+    Special tokens are no part of the text, but stop strings that hold their names are found.
+    Raises UserInputError for stop strings without a tokenizer.
+    """
+
+    def __init__(self, tokenizer: Decoder | None, stop: tuple[str, ...]) -> None:
+        if tokenizer is None and stop:
+            raise UserInputError("stop strings need a tokenizer; pass tokenizer=... or drop them.")
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._special = special_tokens(tokenizer) if stop else {}
+        self._stop = StopStrings(stop)
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        """The text that may be shown now, and whether a stop string is complete."""
+        if self._detokenizer is None:
+            return "", False
+        shown, complete = self._stop.push(self._detokenizer.push(token_id))
+        name = self._special.get(token_id)
+        if name is None or complete:
+            return shown, complete
+        more, complete = self._stop.push(name, hidden=True)
+        return shown + more, complete
+
+    def flush(self) -> tuple[str, bool]:
+        """What was held back, once nothing more will come, and whether it completes a stop string."""
+        if self._detokenizer is None:
+            return "", False
+        piece, complete = self._stop.push(self._detokenizer.flush())
+        return (piece, True) if complete else (piece + self._stop.flush(), False)
+
+
+def special_tokens(tokenizer: Decoder | None) -> dict[int, str]:
+    """The names of the tokens that decoding leaves out, by id."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {token_id: token.content for token_id, token in added.items() if token.special}

@@ -4,37 +4,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from orthrus.base.families import layer_windows
 
 COMPILED = "orthrus_compiled"
 
 
 def _compiled_attention(
     module: nn.Module,
-    query_BHTD: Tensor,
-    keys_BHSD: Tensor,
-    values_BHSD: Tensor,
-    attention_mask: Tensor,
+    query_1HRD: Tensor,
+    keys_1HSD: Tensor,
+    values_1HSD: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    plan_P: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface, one sequence: bool mask (1, 1, T, S); returns (1, T, H, D).
+    """transformers' attention interface; keys and values are the pool's stores. Returns (1, R, H, D).
 
-    By our kernel where it knows the dtype: there a row comes out alike to the last bit in whatever pass it
-    stands, and wherever in the cache its past lies. An int8 model needs that: a last bit can push an
-    activation over a rounding step.
+    By our kernel: a row comes out equal to the last bit in whatever pass it stands, and wherever in the pool
+    its history lies. An int8 model needs that: a last bit can push an activation over a rounding step.
     """
-    if query_BHTD.dtype in (torch.float32, torch.bfloat16):
-        scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
-        out: Tensor = torch.ops.orthrus.few_rows_attention(
-            query_BHTD, keys_BHSD, values_BHSD, attention_mask, scale
-        )
-        return out, None
-    out = scaled_dot_product_attention(
-        query_BHTD, keys_BHSD, values_BHSD, attention_mask, scale=scaling, enable_gqa=True
+    assert plan_P is not None, "attention outside of a pass"
+    scale = query_1HRD.shape[-1] ** -0.5 if scaling is None else scaling
+    window = layer_windows(module.config)[int(module.layer_idx)]  # type: ignore[arg-type]
+    out: Tensor = torch.ops.orthrus.paged_attention(
+        query_1HRD, keys_1HSD, values_1HSD, plan_P, scale, window or 0, softcap or 0.0
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out, None
 
 
 ALL_ATTENTION_FUNCTIONS.register(COMPILED, _compiled_attention)

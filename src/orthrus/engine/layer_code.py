@@ -43,20 +43,21 @@ def kind(layer: nn.Module) -> tuple[Any, ...]:
 
 class Arguments(NamedTuple):
     """What a layer is called with: hidden_1TC, what its stock forward is given besides (tensors, or tuples of
-    them, by name), the slots_T to be written, the stores, and a marker (num_ar_rows + 1, 0), since compiled
-    code takes a number only as a size; None where all rows are AR."""
+    them, by name), the slots_T to be written, the pool's stores, the pass's plan_P, and a marker
+    (num_ar_rows + 1, 0), since compiled code takes a number only as a size; None where all rows are AR."""
 
     hidden_1TC: Tensor
     given: dict[str, Any]
     slots_T: Tensor
     keys: Tensor
     values: Tensor
+    plan_P: Tensor
     marker: Tensor | None
 
     def flat(self) -> list[Tensor]:
         """All tensors but the hidden states, in the order of `torch.classes.orthrus.Layers`."""
         rest = [] if self.marker is None else [self.marker]
-        return [*flatten(self.given), self.slots_T, self.keys, self.values, *rest]
+        return [*flatten(self.given), self.slots_T, self.keys, self.values, self.plan_P, *rest]
 
 
 def flatten(given: dict[str, Any]) -> list[Tensor]:
@@ -68,7 +69,7 @@ def flatten(given: dict[str, Any]) -> list[Tensor]:
 def layer_code(layer: nn.Module, example: Arguments, folder: Path, *, config: Any) -> LayerCode:
     """The code of layers of this kind, from `folder` or made now (ten seconds or so) and kept there.
 
-    Rows, AR rows, slots read and slots stored are sizes that it takes as they come, if all of the example's
+    Rows, AR rows, slots of the pool and the plan's numbers are sizes that it takes as they come, if all of the example's
     differ; the rest of the example stays: kind, dtype, batch size 1. Nothing is checked and nothing compiled
     anew. config: the model's, part of the name that the code is kept under.
     """
@@ -141,7 +142,6 @@ def _digest(layer: nn.Module, example: Arguments, config: Any) -> str:
         (torch.__version__, transformers.__version__, sources_digest()),
         processor(),
         sorted(settings.items(), key=str),
-        config._attn_implementation,
         kind(layer),
         [
             (name, [(t.ndim, t.dtype) for t in flatten({name: value})])
@@ -165,20 +165,26 @@ def _exported(layer: nn.Module, example: Arguments) -> "ExportedProgram":
             given: dict[str, Any] = {}
             for name, length in lengths.items():
                 given[name] = rest.pop(0) if length is None else tuple(rest.pop(0) for _ in range(length))
-            slots_T, keys, values, *marker = rest
+            slots_T, keys, values, plan_P, *marker = rest
             num_rows = hidden_1TC.shape[1]
             torch._check(keys.shape[2] == values.shape[2])
-            torch._check(given["attention_mask"].shape[2] == num_rows)
+            torch._check(slots_T.shape[0] == num_rows)
             split.num_ar_rows = num_rows
             if marker:
                 split.num_ar_rows = marker[0].shape[0] - 1
                 torch._check(split.num_ar_rows < num_rows)
-            store = _Store(keys, values, slots_T, given["attention_mask"].shape[-1])
+            store = _Store(keys, values, slots_T)
             out: Tensor = torch.func.functional_call(
                 template,
                 dict(zip(names, tensors, strict=True)),
                 (hidden_1TC,),
-                {**given, "past_key_values": store, "use_cache": True},
+                {
+                    **given,
+                    "attention_mask": None,
+                    "past_key_values": store,
+                    "use_cache": True,
+                    "plan_P": plan_P,
+                },
             )
             return out
 
@@ -200,29 +206,26 @@ def _open_sizes(example: Arguments) -> list[dict[int, Any] | None]:
     num_rows = example.hidden_1TC.shape[1]
     sizes: list[dict[int, Any] | None] = [{1: Dim.DYNAMIC}]
     for name, value in example.given.items():
-        if name == "attention_mask":
-            sizes.append({2: Dim.DYNAMIC, 3: Dim.DYNAMIC})
-            continue
         # Positions (1, T), their cosines and sines (1, T, D): by place, since another size may equal T.
         for tensor in flatten({name: value}):
             place = min(tensor.ndim - 1, 1)
             sizes.append({place: Dim.DYNAMIC} if tensor.ndim and tensor.shape[place] == num_rows else None)
-    sizes += [{0: Dim.DYNAMIC}, {2: Dim.DYNAMIC}, {2: Dim.DYNAMIC}]
+    sizes += [{0: Dim.DYNAMIC}, {2: Dim.DYNAMIC}, {2: Dim.DYNAMIC}, {0: Dim.DYNAMIC}]
     return sizes if example.marker is None else [*sizes, {0: Dim.DYNAMIC}]
 
 
 class _Store:
-    """The slot cache of one layer, as the stock attention talks to it."""
+    """The pool's stores of one layer, as the stock attention talks to a cache."""
 
-    def __init__(self, keys: Tensor, values: Tensor, slots_T: Tensor, num_read: int) -> None:
-        self.keys, self.values, self.slots_T, self.num_read = keys, values, slots_T, num_read
+    def __init__(self, keys: Tensor, values: Tensor, slots_T: Tensor) -> None:
+        self.keys, self.values, self.slots_T = keys, values, slots_T
 
     def update(
         self, keys_1HTD: Tensor, values_1HTD: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         self.keys.index_copy_(2, self.slots_T, keys_1HTD)
         self.values.index_copy_(2, self.slots_T, values_1HTD)
-        return self.keys[:, :, : self.num_read], self.values[:, :, : self.num_read]
+        return self.keys, self.values
 
 
 def _template(layer: nn.Module) -> tuple[nn.Module, RowSplit]:
@@ -241,7 +244,7 @@ def _template(layer: nn.Module) -> tuple[nn.Module, RowSplit]:
     split = splits[0] if splits else RowSplit()
     for module in template.modules():
         config = getattr(module, "config", None)
-        if config is not None and config._attn_implementation == "sdpa":
+        if config is not None:
             config._attn_implementation = layer_attention.COMPILED
     return template, split
 

@@ -1,8 +1,9 @@
-// Attention of the few rows of a decoding pass to the slots that each of them sees, in float32 or bfloat16.
+// Attention of a pass over rows of many requests to the paged slots that each row reads, in float32 or bfloat16.
 //
-// All sums are in float32 and in the order of the slots, and slots that a row does not see count zero, as long as
-// they hold numbers. So a row comes out alike to the last bit in whatever pass it stands and wherever its past lies
-// in the cache, if later tokens lie behind earlier ones: a drafted token's row as a tree's node or alone.
+// A row reads the committed history of its own request, and of this pass the rows that its request's tail allows.
+// All sums are in float32 and in the order of the positions, and a slot that a row may not read is never multiplied
+// by its weight. So a row comes out equal to the last bit in whatever pass it stands, beside whatever requests, and
+// wherever its history lies in the pool; and a NaN in a slot that it may not read cannot reach it.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -23,34 +24,84 @@ using namespace orthrus;
 // Slots whose keys are turned at once; vectors of a value, and rows, that are summed at once.
 constexpr int kKeyVectors = 3, kValueVectors = 4, kValueRows = kRows * 3 / 4;
 constexpr int64_t kSlots = kKeyVectors * kLanes, kMostQueries = 96;
+// Slots of a page (`model/pool.py` has the same number): whole vectors, so that a square of keys lies in one page.
+constexpr int64_t kPage = 64;
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+// Numbers that describe a span in a plan, see `Span`.
+constexpr int64_t kSpanNumbers = 8, kPlanHead = 2;
 
 int64_t whole(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
 
-// One head of keys, (slots, size) numbers `step` apart, and of values; which rows see which slots.
-template <typename T>
-struct Head {
-  const T *keys, *values;
-  int64_t key_step, value_step, key_size, value_size, slots;
-  const bool* visible;
-  int64_t visible_step;
+// One request's part of a pass. Its rows are counted from 0, AR rows first; row j writes position length + j of
+// the request's slots. tail: a bit for each pair of rows, or null where AR rows read all rows up to themselves.
+struct Span {
+  int64_t ar_first, num_ar, draft_first, num_draft, length, words;
+  const int64_t *table, *tail, *positions;
 
-  // Slots that a row sees all of, before the first that it does not.
-  int64_t seen(int64_t row) const {
-    const bool* sees = visible + row * visible_step;
-    const void* hidden = std::memchr(sees, false, slots);
-    return hidden == nullptr ? slots : static_cast<const bool*>(hidden) - sees;
+  int64_t rows() const { return num_ar + num_draft; }
+  int64_t slots() const { return length + rows(); }
+  int64_t row_of_pass(int64_t row) const { return row < num_ar ? ar_first + row : draft_first + row - num_ar; }
+  int64_t place(int64_t slot) const { return table[slot / kPage] * kPage + slot % kPage; }
+  bool reads(int64_t row, int64_t other) const {
+    if (tail == nullptr) return other <= row;
+    return static_cast<uint64_t>(tail[row * words + other / 64]) >> (other % 64) & 1u;
+  }
+  // Slots up to the first that the row may not read.
+  int64_t lead(int64_t row) const {
+    int64_t other = 0;
+    if (tail == nullptr) return length + row + 1;
+    while (other < rows() && reads(row, other)) ++other;
+    return length + other;
+  }
+  // The first slot of the history inside the row's window.
+  int64_t from(int64_t row, int64_t window) const {
+    return window <= 0 ? 0 : std::clamp<int64_t>(positions[row_of_pass(row)] - window + 1, 0, length);
+  }
+  bool sees(int64_t row, int64_t other, int64_t window) const {
+    return reads(row, other) &&
+           (window <= 0 || positions[row_of_pass(row)] - positions[row_of_pass(other)] < window);
   }
 };
 
-// Rows (count, size) of numbers, `from_step` apart, as float32, `to_step` apart, times `scale`.
-template <typename T>
-void widen(
-    const T* from, int64_t from_step, int64_t count, int64_t size, float* to, int64_t to_step, float scale = 1.0f) {
-  for (int64_t row = 0; row < count; ++row) {
-    int64_t d = 0;
-    for (; d + kLanes <= size; d += kLanes) store(floats(from + row * from_step + d) * scale, to + row * to_step + d);
-    for (; d < size; ++d) to[row * to_step + d] = static_cast<float>(from[row * from_step + d]) * scale;
+std::vector<Span> spans_of(const at::Tensor& plan, int64_t num_rows) {
+  const int64_t size = plan.numel();
+  const int64_t* numbers = plan.const_data_ptr<int64_t>();
+  TORCH_CHECK(size >= kPlanHead, "attention: a plan without a head");
+  const int64_t num = numbers[0], positions = numbers[1];
+  TORCH_CHECK(
+      num > 0 && kPlanHead + num * kSpanNumbers <= size && positions > 0 && positions + num_rows <= size,
+      "attention: a plan that ends too early");
+  std::vector<Span> spans;
+  for (int64_t i = 0; i < num; ++i) {
+    const int64_t* s = numbers + kPlanHead + i * kSpanNumbers;
+    const int64_t table = s[5], tail = s[6], rows = s[1] + s[3], words = s[7];
+    const int64_t pages = (s[4] + rows + kPage - 1) / kPage;
+    TORCH_CHECK(
+        s[1] >= 0 && s[3] >= 0 && rows > 0 && s[4] >= 0 && s[0] >= 0 && s[0] + s[1] <= num_rows && s[2] >= 0 &&
+            s[2] + s[3] <= num_rows && table > 0 && table + pages <= size &&
+            (tail == 0 ? s[3] == 0 : tail > 0 && words * 64 >= rows && tail + rows * words <= size),
+        "attention: a span that does not fit its plan");
+    spans.push_back(
+        {s[0], s[1], s[2], s[3], s[4], words, numbers + table, tail == 0 ? nullptr : numbers + tail,
+         numbers + positions});
   }
+  return spans;
+}
+
+// One head of a pool's keys and values, numbers `step` apart from slot to slot.
+template <typename T>
+struct Head {
+  const T *keys, *values;
+  int64_t key_step, value_step, key_size, value_size;
+  const Span* span;
+};
+
+// Numbers as float32, times `scale`.
+template <typename T>
+void widen(const T* from, int64_t size, float* to, float scale = 1.0f) {
+  int64_t d = 0;
+  for (; d + kLanes <= size; d += kLanes) store(floats(from + d) * scale, to + d);
+  for (; d < size; ++d) to[d] = static_cast<float>(from[d]) * scale;
 }
 
 // Numbers divided by a total; `sums` is filled up to whole vectors.
@@ -64,18 +115,18 @@ void divided(const float* sums, int64_t size, float total, T* to) {
 // Keys [first, first + count) as (size filled up, kSlots) float32, zeros where there is none.
 template <typename T>
 void turned(const Head<T>& head, int64_t first, int64_t count, float* out) {
-  for (int64_t s = 0; s < kSlots; s += kLanes)
+  for (int64_t s = 0; s < kSlots; s += kLanes) {
+    const T* keys = s < count ? head.keys + head.span->place(first + s) * head.key_step : nullptr;
     for (int64_t d = 0; d < head.key_size; d += kLanes) {
       Floats square[kLanes];
       const int64_t width = std::min<int64_t>(kLanes, head.key_size - d);
-      const T* from = head.keys + (first + s) * head.key_step + d;
       if (s + kLanes <= count && width == kLanes) {
 #pragma GCC unroll 16
-        for (int row = 0; row < kLanes; ++row) square[row] = floats(from + row * head.key_step);
+        for (int row = 0; row < kLanes; ++row) square[row] = floats(keys + d + row * head.key_step);
       } else {
         for (int64_t row = 0; row < kLanes; ++row) {
           float some[kLanes] = {};
-          if (s + row < count) widen(from + row * head.key_step, 0, 1, width, some, 0);
+          if (s + row < count) widen(keys + d + row * head.key_step, width, some);
           square[row] = floats(some);
         }
       }
@@ -83,31 +134,46 @@ void turned(const Head<T>& head, int64_t first, int64_t count, float* out) {
 #pragma GCC unroll 16
       for (int row = 0; row < kLanes; ++row) store(square[row], out + (d + row) * kSlots + s);
     }
+  }
 }
 
-// Scores (num, padded) of queries (num, key size), -inf where the row does not see; most: the largest of each.
+// Queries of a head, scaled, and the rows of the span that they belong to.
+struct Queries {
+  const float* numbers;
+  const int64_t* rows;
+  int64_t num;
+};
+
+// Scores (num, padded) of slots from `start` on, -inf where the row does not read; most: the largest of each.
 template <typename T>
 void score(
-    const Head<T>& head, const float* queries, const int64_t* rows, int64_t num, float* scores, int64_t padded,
-    Floats* most) {
+    const Head<T>& head, const Queries& queries, int64_t start, int64_t slots, int64_t window, float cap,
+    float* scores, int64_t padded, Floats* most) {
+  const Span& span = *head.span;
   const auto keys = room<float>(whole(head.key_size, kLanes) * kSlots);
-  for (int64_t first = 0; first < head.slots; first += kSlots) {
-    turned(head, first, std::min(kSlots, head.slots - first), keys.get());
-    evenly(num, kRows, [&](int64_t q, int64_t rows_here) {
+  for (int64_t first = 0; first < slots; first += kSlots) {
+    turned(head, start + first, std::min(kSlots, slots - first), keys.get());
+    evenly(queries.num, kRows, [&](int64_t q, int64_t rows_here) {
       multiply_rows<kRows, kKeyVectors>(
-          rows_here, queries + q * head.key_size, head.key_size, keys.get(), kSlots, head.key_size,
+          rows_here, queries.numbers + q * head.key_size, head.key_size, keys.get(), kSlots, head.key_size,
           scores + q * padded + first, padded);
     });
   }
-  int64_t seen = 0;
-  for (int64_t q = 0; q < num; ++q) {
-    if (q == 0 || rows[q] != rows[q - 1]) seen = head.seen(rows[q]);
-    const bool* sees = head.visible + rows[q] * head.visible_step;
+  int64_t lead = 0, from = 0;
+  for (int64_t q = 0; q < queries.num; ++q) {
+    const int64_t row = queries.rows[q];
+    if (q == 0 || row != queries.rows[q - 1]) {
+      lead = window > 0 ? span.length : span.lead(row);
+      from = span.from(row, window);
+    }
     float* here = scores + q * padded;
-    for (int64_t s = seen; s < head.slots; ++s)
-      if (!sees[s]) here[s] = -std::numeric_limits<float>::infinity();
-    std::fill(here + head.slots, here + padded, -std::numeric_limits<float>::infinity());
-    Floats largest = all(-std::numeric_limits<float>::infinity());
+    if (cap > 0.0f)
+      for (int64_t s = 0; s < slots; ++s) here[s] = cap * std::tanh(here[s] / cap);
+    std::fill(here, here + std::max<int64_t>(0, from - start), kNever);
+    for (int64_t s = lead; s < start + slots; ++s)
+      if (!span.sees(row, s - span.length, window)) here[s - start] = kNever;
+    std::fill(here + slots, here + padded, kNever);
+    Floats largest = all(kNever);
     for (int64_t s = 0; s < padded; s += kLanes) {
       const Floats found = floats(here + s);
       largest = largest > found ? largest : found;
@@ -122,7 +188,7 @@ float exponentials(float* scores, int64_t padded, Floats most) {
   constexpr float kOne = 1 << 28;
   // So many of them fit into 32 bits.
   constexpr int64_t kVectors = 4;
-  // Below it weights are zero; and within it a number's exponential hangs on no other one's, on any processor.
+  // Below it weights are zero; and within it a number's exponential depends on no other one's, on any processor.
   constexpr float kLeast = -87.0f;
   float largest = most[0];
   for (int i = 1; i < kLanes; ++i) largest = std::max(largest, static_cast<float>(most[i]));
@@ -134,7 +200,7 @@ float exponentials(float* scores, int64_t padded, Floats most) {
       Floats weight = exponential(below < kLeast ? all(kLeast) : below);
       weight = below >= kLeast ? weight : Floats{};
       part += __builtin_convertvector(weight * kOne + 0.5f, Ints);
-      // What is no number stays none.
+      // A NaN stays a NaN.
       store(below == below ? weight : below, scores + s);
     }
     sums += __builtin_convertvector(part, VectorOf<int64_t>::type);
@@ -144,129 +210,222 @@ float exponentials(float* scores, int64_t padded, Floats most) {
   return static_cast<float>(static_cast<double>(sum) / kOne);
 }
 
-// Weights (num, padded) times values (slots, width), `step` apart, to sums (num, width); in whole vectors.
+// Weights (num, count) times values (count, width), `step` apart, added to sums (num, width); in whole vectors.
 template <typename T>
 void weigh(
-    int64_t num, const float* weights, int64_t padded, const T* values, int64_t step, int64_t slots, int64_t width,
-    float* sums) {
-  for (int64_t d = 0; d < width; d += kValueVectors * kLanes)
-    evenly(num, kValueRows, [&](int64_t q, int64_t rows) {
-      const auto part = [&](auto vectors) {
-        multiply_rows<kValueRows, decltype(vectors)::value>(
-            rows, weights + q * padded, padded, values + d, step, slots, sums + q * width + d, width);
-      };
-      switch (std::min<int64_t>(kValueVectors, (width - d) / kLanes)) {
-        case 4: part(std::integral_constant<int, 4>{}); break;
-        case 3: part(std::integral_constant<int, 3>{}); break;
-        case 2: part(std::integral_constant<int, 2>{}); break;
-        default: part(std::integral_constant<int, 1>{});
-      }
-    });
+    int64_t num, const float* weights, int64_t padded, const T* values, int64_t step, int64_t count, int64_t width,
+    float* sums, bool onward) {
+  for (int64_t d = 0; d < width; d += kValueVectors * kLanes) {
+    const auto part = [&](auto vectors) {
+      multiply_rows<kValueRows, decltype(vectors)::value>(
+          num, weights, padded, values + d, step, count, sums + d, width, nullptr, 0, onward);
+    };
+    switch (std::min<int64_t>(kValueVectors, (width - d) / kLanes)) {
+      case 4: part(std::integral_constant<int, 4>{}); break;
+      case 3: part(std::integral_constant<int, 3>{}); break;
+      case 2: part(std::integral_constant<int, 2>{}); break;
+      default: part(std::integral_constant<int, 1>{});
+    }
+  }
 }
 
-// Queries (num, key size), scaled, of the pass's rows `rows` and all of one head of keys, to sums (num, width) of
-// values and the totals of their weights.
+// Slots [first, last) as runs that lie one behind another in the pool: calls run(slot, place, count).
+template <typename Run>
+void runs(const Span& span, int64_t first, int64_t last, const Run& run) {
+  while (first < last) {
+    const int64_t place = span.place(first);
+    int64_t end = std::min(last, (first / kPage + 1) * kPage);
+    while (end < last && span.place(end) == place + end - first) end = std::min(last, end + kPage);
+    run(first, place, end - first);
+    first = end;
+  }
+}
+
+// Values of slots by their number, wherever they lie: of the pool itself, or widened copies one behind another.
+template <typename T, typename Each>
+void sums_of(
+    const Head<T>& head, const Queries& queries, int64_t start, int64_t window, const float* weights, int64_t padded,
+    int64_t width, float* sums, const Each& each) {
+  const Span& span = *head.span;
+  evenly(queries.num, kValueRows, [&](int64_t q, int64_t num) {
+    int64_t common = span.slots();
+    for (int64_t i = q; i < q + num; ++i) common = std::min(common, span.lead(queries.rows[i]));
+    // What all of these rows read up to is one product; a weight outside of a row's window is zero.
+    each(start, common, [&](int64_t slot, auto* values, int64_t step, int64_t count) {
+      weigh(
+          num, weights + q * padded + slot - start, padded, values, step, count, width, sums + q * width,
+          slot > start);
+    });
+    if (common <= start) std::fill(sums + q * width, sums + (q + num) * width, 0.0f);
+    for (int64_t i = q; i < q + num; ++i)
+      for (int64_t s = std::max(common, start); s < span.slots(); ++s)
+        if (span.sees(queries.rows[i], s - span.length, window))
+          each(s, s + 1, [&](int64_t slot, auto* values, int64_t step, int64_t count) {
+            weigh(1, weights + i * padded + slot - start, padded, values, step, count, width, sums + i * width, true);
+          });
+  });
+}
+
+// Queries of one head of keys to sums (num, width) of values and the totals of their weights.
 template <typename T>
 void attend(
-    const Head<T>& head, const float* queries, const int64_t* rows, int64_t num, float* sums, float* totals) {
-  const int64_t padded = whole(head.slots, kSlots), width = whole(head.value_size, kLanes);
-  const auto scores = room<float>(num * padded);
-  std::vector<Floats> most(num);
-  score(head, queries, rows, num, scores.get(), padded, most.data());
-  for (int64_t q = 0; q < num; ++q) totals[q] = exponentials(scores.get() + q * padded, padded, most[q]);
-  const bool in_place = std::is_same_v<T, float> || num <= kValueRows;
+    const Head<T>& head, const Queries& queries, int64_t window, float cap, float* sums, float* totals) {
+  const Span& span = *head.span;
+  int64_t start = span.length;
+  for (int64_t q = 0; q < queries.num; ++q) start = std::min(start, span.from(queries.rows[q], window));
+  // Squares of keys begin where a page's squares do.
+  start = start / kLanes * kLanes;
+  const int64_t slots = span.slots() - start, padded = whole(slots, kSlots), width = whole(head.value_size, kLanes);
+  const auto scores = room<float>(queries.num * padded);
+  std::vector<Floats> most(queries.num);
+  score(head, queries, start, slots, window, cap, scores.get(), padded, most.data());
+  for (int64_t q = 0; q < queries.num; ++q) totals[q] = exponentials(scores.get() + q * padded, padded, most[q]);
+  const bool in_place = std::is_same_v<T, float> || queries.num <= kValueRows;
   if (in_place && width == head.value_size) {
-    weigh(num, scores.get(), padded, head.values, head.value_step, head.slots, width, sums);
+    sums_of(
+        head, queries, start, window, scores.get(), padded, width, sums,
+        [&](int64_t first, int64_t last, const auto& part) {
+          runs(span, first, last, [&](int64_t slot, int64_t place, int64_t count) {
+            part(slot, head.values + place * head.value_step, head.value_step, count);
+          });
+        });
     return;
   }
-  std::vector<float> values(head.slots * width);
-  widen(head.values, head.value_step, head.slots, head.value_size, values.data(), width);
-  weigh(num, scores.get(), padded, values.data(), width, head.slots, width, sums);
+  const auto values = room<float>(slots * width);
+  std::fill(values.get(), values.get() + slots * width, 0.0f);
+  for (int64_t s = 0; s < slots; ++s)
+    widen(head.values + span.place(start + s) * head.value_step, head.value_size, values.get() + s * width);
+  sums_of(
+      head, queries, start, window, scores.get(), padded, width, sums,
+      [&](int64_t first, int64_t last, const auto& part) {
+        if (first < last) part(first, values.get() + (first - start) * width, width, last - first);
+      });
+}
+
+struct Shape {
+  int64_t num_heads, num_kv, group, key_size, value_size, width;
+};
+
+// Queries [begin, end) of a span, in the order of the heads of keys.
+template <typename T>
+void attend_some(
+    const Span& span, const Shape& shape, int64_t begin, int64_t end, const at::Tensor& query, const at::Tensor& keys,
+    const at::Tensor& values, float scale, int64_t window, float cap, T* to) {
+  const int64_t num_queries = shape.group * span.rows(), most = std::min(kMostQueries, end - begin);
+  const T* from = query.const_data_ptr<T>();
+  const auto scratch = room<float>(most * (shape.key_size + shape.width + 1));
+  float *numbers = scratch.get(), *sums = numbers + most * shape.key_size, *totals = sums + most * shape.width;
+  int64_t rows[kMostQueries];
+  for (int64_t num; begin < end; begin += num) {
+    const int64_t kv = begin / num_queries, first = begin % num_queries;
+    const int64_t left = std::min(end - begin, num_queries - first), parts = (left + most - 1) / most;
+    num = (left + parts - 1) / parts;
+    const auto head_of = [&](int64_t q) { return kv * shape.group + (first + q) % shape.group; };
+    for (int64_t q = 0; q < num; ++q) {
+      rows[q] = (first + q) / shape.group;
+      const T* here = from + head_of(q) * query.stride(1) + span.row_of_pass(rows[q]) * query.stride(2);
+      widen(here, shape.key_size, numbers + q * shape.key_size, scale);
+    }
+    const Head<T> head{
+        keys.const_data_ptr<T>() + kv * keys.stride(1),
+        values.const_data_ptr<T>() + kv * values.stride(1),
+        keys.stride(2),
+        values.stride(2),
+        shape.key_size,
+        shape.value_size,
+        &span};
+    attend(head, {numbers, rows, num}, window, cap, sums, totals);
+    for (int64_t q = 0; q < num; ++q)
+      divided(
+          sums + q * shape.width, shape.value_size, totals[q],
+          to + (span.row_of_pass(rows[q]) * shape.num_heads + head_of(q)) * shape.value_size);
+  }
 }
 
 template <typename T>
-void attend_heads(
-    const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& visible, float scale,
-    at::Tensor& out) {
-  const int64_t num_heads = query.size(1), num_rows = query.size(2), num_kv = keys.size(1);
-  const int64_t group = num_heads / num_kv, num_queries = group * num_rows;
-  const int64_t key_size = keys.size(3), value_size = values.size(3), width = whole(value_size, kLanes);
-  const T* from = query.const_data_ptr<T>();
+void attend_all(
+    const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, const std::vector<Span>& spans,
+    float scale, int64_t window, float cap, at::Tensor& out) {
+  const Shape shape{
+      query.size(1), keys.size(1), query.size(1) / keys.size(1), keys.size(3), values.size(3),
+      whole(values.size(3), kLanes)};
   T* to = out.mutable_data_ptr<T>();
-  // Threads share the queries in the order of the heads of keys, few of which they share.
-  at::parallel_for(0, num_kv * num_queries, std::min<int64_t>(kRows, num_queries), [&](int64_t begin, int64_t end) {
-    const int64_t most = std::min(kMostQueries, end - begin);
-    const auto scratch = room<float>(most * (key_size + width + 1));
-    float *queries = scratch.get(), *sums = queries + most * key_size, *totals = sums + most * width;
-    int64_t rows[kMostQueries];
-    for (int64_t num; begin < end; begin += num) {
-      const int64_t kv = begin / num_queries, first = begin % num_queries;
-      const int64_t left = std::min(end - begin, num_queries - first), parts = (left + most - 1) / most;
-      num = (left + parts - 1) / parts;
-      const auto head_of = [&](int64_t q) { return kv * group + (first + q) % group; };
-      for (int64_t q = 0; q < num; ++q) {
-        rows[q] = (first + q) / group;
-        const T* here = from + head_of(q) * query.stride(1) + rows[q] * query.stride(2);
-        widen(here, 0, 1, key_size, queries + q * key_size, 0, scale);
-      }
-      const Head<T> head{
-          keys.const_data_ptr<T>() + kv * keys.stride(1),
-          values.const_data_ptr<T>() + kv * values.stride(1),
-          keys.stride(2),
-          values.stride(2),
-          key_size,
-          value_size,
-          visible.size(-1),
-          visible.const_data_ptr<bool>(),
-          visible.stride(-2)};
-      attend(head, queries, rows, num, sums, totals);
-      for (int64_t q = 0; q < num; ++q) {
-        T* there = to + (rows[q] * num_heads + head_of(q)) * value_size;
-        divided(sums + q * width, value_size, totals[q], there);
-      }
+  // Threads share all queries, weighted by the slots that they read.
+  std::vector<double> costs{0.0};
+  int64_t num_queries = 0;
+  for (const Span& span : spans) {
+    const int64_t queries = shape.num_heads * span.rows();
+    num_queries += queries;
+    costs.push_back(costs.back() + static_cast<double>(queries) * (span.slots() + kPage));
+  }
+  const int64_t threads = num_queries > kRows ? std::max<int64_t>(1, at::get_num_threads()) : 1;
+  at::parallel_for(0, threads, 1, [&](int64_t first_thread, int64_t last_thread) {
+    const double low = costs.back() * first_thread / threads, high = costs.back() * last_thread / threads;
+    for (size_t i = 0; i < spans.size(); ++i) {
+      const int64_t queries = shape.num_heads * spans[i].rows();
+      const double cost = (costs[i + 1] - costs[i]) / queries;
+      const auto place = [&](double at) {
+        return std::clamp<int64_t>(std::llround((at - costs[i]) / cost), 0, queries);
+      };
+      const int64_t begin = place(low), end = place(high);
+      if (begin < end)
+        attend_some<T>(spans[i], shape, begin, end, query, keys, values, scale, window, cap, to);
     }
   });
 }
 
-// query (1, heads, rows, key size), keys and values (1, kv heads, at least slots, size), visible (1, 1, rows,
-// slots) bool, each row of which sees something; returns (1, rows, heads, value size).
+// query (1, heads, rows, key size); keys and values (1, kv heads, slots, size), the pool's, which hold the pass's own
+// rows already; plan int64, see `model/passes.py`. window: positions that a row reads back, itself included, 0 for
+// all; cap: what scores are squeezed into by a tanh, 0 for none. Returns (1, rows, heads, value size).
 at::Tensor attention(
-    const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& visible,
-    double scale) {
-  TORCH_CHECK(query.size(0) == 1 && keys.size(0) == 1 && values.size(0) == 1, "attention: one sequence only");
+    const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& plan, double scale,
+    int64_t window, double cap) {
+  TORCH_CHECK(
+      query.dim() == 4 && keys.dim() == 4 && values.dim() == 4 && query.size(0) == 1 && keys.size(0) == 1 &&
+          values.size(0) == 1,
+      "attention: (1, heads, rows, size) only");
+  TORCH_CHECK(
+      query.scalar_type() == keys.scalar_type() && query.scalar_type() == values.scalar_type() &&
+          (query.scalar_type() == at::kFloat || query.scalar_type() == at::kBFloat16),
+      "attention: float32 or bfloat16, all alike");
   TORCH_CHECK(query.stride(3) == 1 && keys.stride(3) == 1 && values.stride(3) == 1, "attention: strided numbers");
   TORCH_CHECK(
-      query.size(3) == keys.size(3) && query.size(1) % keys.size(1) == 0 && values.size(1) == keys.size(1),
+      query.size(3) == keys.size(3) && keys.size(1) > 0 && query.size(1) % keys.size(1) == 0 &&
+          values.size(1) == keys.size(1) && values.size(2) == keys.size(2),
       "attention: heads that do not fit");
-  TORCH_CHECK(
-      visible.stride(-1) == 1 && visible.size(-2) == query.size(2) &&
-          visible.size(-1) <= std::min(keys.size(2), values.size(2)),
-      "attention: a mask that does not fit");
+  TORCH_CHECK(plan.scalar_type() == at::kLong && plan.is_contiguous(), "attention: a plan of whole numbers");
+  const std::vector<Span> spans = spans_of(plan, query.size(2));
+  for (const Span& span : spans)
+    for (int64_t page = 0; page < (span.slots() + kPage - 1) / kPage; ++page)
+      TORCH_CHECK(
+          span.table[page] >= 0 && (span.table[page] + 1) * kPage <= keys.size(2), "attention: no such page");
   at::Tensor out = at::empty({1, query.size(2), query.size(1), values.size(3)}, query.options());
   if (query.scalar_type() == at::kFloat)
-    attend_heads<float>(query, keys, values, visible, static_cast<float>(scale), out);
+    attend_all<float>(query, keys, values, spans, static_cast<float>(scale), window, static_cast<float>(cap), out);
   else
-    attend_heads<at::BFloat16>(query, keys, values, visible, static_cast<float>(scale), out);
+    attend_all<at::BFloat16>(query, keys, values, spans, static_cast<float>(scale), window, static_cast<float>(cap), out);
   return out;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(orthrus, library) {
-  library.def("few_rows_attention(Tensor query, Tensor keys, Tensor values, Tensor visible, float scale) -> Tensor");
+  library.def(
+      "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor plan, float scale, int window, float cap)"
+      " -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(orthrus, CPU, library) { library.impl("few_rows_attention", &attention); }
+TORCH_LIBRARY_IMPL(orthrus, CPU, library) { library.impl("paged_attention", &attention); }
 
 // What compiled layers call.
-extern "C" AOTITorchError aoti_torch_cpu_few_rows_attention(
-    AtenTensorHandle query, AtenTensorHandle keys, AtenTensorHandle values, AtenTensorHandle visible, double scale,
-    AtenTensorHandle* out) {
+extern "C" AOTITorchError aoti_torch_cpu_paged_attention(
+    AtenTensorHandle query, AtenTensorHandle keys, AtenTensorHandle values, AtenTensorHandle plan, double scale,
+    int64_t window, double cap, AtenTensorHandle* out) {
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
     const auto tensor = [](AtenTensorHandle handle) {
       return *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle);
     };
     *out = torch::aot_inductor::new_tensor_handle(
-        attention(tensor(query), tensor(keys), tensor(values), tensor(visible), scale));
+        attention(tensor(query), tensor(keys), tensor(values), tensor(plan), scale, window, cap));
   });
 }

@@ -32,7 +32,7 @@ def load_kernels() -> None:
     kept_file(path, _build, _load)
     torch.library.register_fake("orthrus::few_rows_linear", _shape_of_linear)
     torch.library.register_fake("orthrus::few_rows_twin_linear", _shape_of_twin_linear)
-    torch.library.register_fake("orthrus::few_rows_attention", _shape_of_attention)
+    torch.library.register_fake("orthrus::paged_attention", _shape_of_attention)
 
 
 def kernels_loaded() -> bool:
@@ -76,7 +76,7 @@ def _shape_of_twin_linear(x: Tensor, *weights_and_columns: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weights_and_columns[-1]))
 
 
-def _shape_of_attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
+def _shape_of_attention(query: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
     return query.new_empty((1, query.shape[2], query.shape[1], values.shape[3]))
 
 
@@ -92,8 +92,8 @@ def c_functions() -> dict[Any, list[str]]:
             "AtenTensorHandle*, AtenTensorHandle*, AtenTensorHandle, AtenTensorHandle*, AtenTensorHandle*, "
             "int64_t, AtenTensorHandle*)"
         ],
-        torch.ops.orthrus.few_rows_attention.default: [
-            "AOTITorchError aoti_torch_cpu_few_rows_attention(AtenTensorHandle, AtenTensorHandle, "
-            "AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*)"
+        torch.ops.orthrus.paged_attention.default: [
+            "AOTITorchError aoti_torch_cpu_paged_attention(AtenTensorHandle, AtenTensorHandle, "
+            "AtenTensorHandle, AtenTensorHandle, double, int64_t, double, AtenTensorHandle*)"
         ],
     }

@@ -158,14 +158,18 @@ void with_known(int64_t rows, const Part& part) {
 
 // Rows x (kM, inputs) times weight (inputs, kV vectors of numbers), each sum in the order of the inputs: it is
 // the same to the last bit whatever rows and columns are beside it, and a zero in x changes nothing.
-// Rows of x, weight and sums lie `x_step`, `weight_step` and `sums_step` numbers apart. next:
-// what is wanted afterwards, `next_step` bytes an input.
+// Rows of x, weight and sums lie `x_step`, `weight_step` and `sums_step` numbers apart. onward: the sums go on
+// from what `sums` holds, as if these inputs followed the earlier ones. next: what is wanted afterwards,
+// `next_step` bytes an input.
 template <int kM, int kV, typename T>
 void multiply(
     const float* x, int64_t x_step, const T* weight, int64_t weight_step, int64_t inputs, float* sums,
-    int64_t sums_step, const char* next = nullptr, int64_t next_step = 0) {
+    int64_t sums_step, const char* next = nullptr, int64_t next_step = 0, bool onward = false) {
   Floats acc[kM][kV];
   clear(acc);
+  if (onward)
+    for (int m = 0; m < kM; ++m)
+      for (int v = 0; v < kV; ++v) acc[m][v] = floats(sums + m * sums_step + v * kLanes);
   const auto add = [&](int64_t k) {
     Floats w[kV];
     for (int v = 0; v < kV; ++v) w[v] = floats(weight + k * weight_step + v * kLanes);
@@ -196,10 +200,10 @@ void multiply(
 template <int kMost, int kV, typename T>
 void multiply_rows(
     int64_t rows, const float* x, int64_t x_step, const T* weight, int64_t weight_step, int64_t inputs, float* sums,
-    int64_t sums_step, const char* next = nullptr, int64_t next_step = 0) {
+    int64_t sums_step, const char* next = nullptr, int64_t next_step = 0, bool onward = false) {
   with_known<kMost>(rows, [&](auto known) {
     multiply<decltype(known)::value, kV>(
-        x, x_step, weight, weight_step, inputs, sums, sums_step, next, next_step);
+        x, x_step, weight, weight_step, inputs, sums, sums_step, next, next_step, onward);
   });
 }
 

@@ -1,105 +1,140 @@
-"""Attention of a pass on a CPU where several heads share keys: no key is copied.
+"""Attention of a pass, span by span, for the eager runner: the slow oracle of `kernels/attention.cpp`.
 
-For a pass of several rows the stock sdpa code copies every key and value of the history once per head of a
-group, in each layer. Here the heads of a group become rows of one head; the arithmetic is the same kernel's.
-A GPU keeps the stock code: it wants many heads in flight, and copies at the speed of its memory.
+Registered with transformers under `NAME`, so that stock attention modules call it. AR rows and diffusion rows
+of a span attend apart: no product of an AR row meets a slot that a diffusion row wrote.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from orthrus.model.slot_cache import num_kv_heads
+from orthrus.model.passes import Pass, Span
+from orthrus.model.pool import SlotPool
 
-NAME = "orthrus_folded_heads"
-MOST_FOLDED_ROWS = 128
-"""Passes with more rows (chunks of a prompt) would pay for wide masks what they save in products."""
-
-FoldedMasks = dict[int, tuple[Tensor, Tensor]]
-"""The masks of one pass, ready for folded heads, by the `id` of the mask that they are made from."""
+NAME = "orthrus_spans"
 
 
-@contextmanager
-def folded_heads(config: PreTrainedConfig, device: torch.device) -> Iterator[dict[str, Any]]:
-    """While the context lasts, models of this config attend so; yields what their forward must be given.
+class _Group(NamedTuple):
+    """Rows of one span and one view; of the pool the slots that they may read, by number or as a slice."""
 
-    Does nothing where there is nothing to save: other attention than sdpa, no shared keys, no CPU.
+    rows: slice
+    slots: slice | Tensor
+    visible_QN: Tensor
+    key_positions_N: Tensor
+    query_positions_Q: Tensor
+
+
+class RunningPass:
+    """A pass on its way through the layers: where its keys go, and who reads what.
+
+    windows: per layer, the positions that a row reads back, itself included; None for all. Stands for the
+    transformers cache of the stock forward (`update`, `get_seq_length`).
     """
-    before = config._attn_implementation
-    if before != "sdpa" or device.type != "cpu" or num_kv_heads(config) == config.num_attention_heads:
-        yield {}
-        return
-    config._attn_implementation = NAME
-    try:
-        yield {"folded_masks": {}}
-    finally:
-        config._attn_implementation = before
+
+    is_compileable = False
+
+    def __init__(self, p: Pass, pool: SlotPool, windows: list[int | None]) -> None:
+        self.pass_, self.pool, self.windows = p, pool, windows
+        self._groups = [group for span in p.spans for group in _groups(p, span)]
+        self._masks: dict[tuple[int, int | None, int, torch.dtype], Tensor] = {}
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the pass's rows (1, H, R, D); returns the pool's stores of this layer (1, H, S, D)."""
+        stores = self.pool.keys[layer_idx], self.pool.values[layer_idx]
+        for store, new in zip(stores, (keys, values), strict=True):
+            store.index_copy_(2, self.pass_.slots_R, new)
+        return stores
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def groups(self, window: int | None, fold: int, dtype: torch.dtype) -> list[tuple[_Group, Tensor]]:
+        """Each group with its additive mask (Q * fold, N), made once for all layers that share it."""
+        found = []
+        for number, group in enumerate(self._groups):
+            key = number, window, fold, dtype
+            if key not in self._masks:
+                visible_QN = group.visible_QN
+                if window is not None:
+                    back_QN = group.query_positions_Q[:, None] - group.key_positions_N
+                    visible_QN = visible_QN & (back_QN < window)
+                mask_QN = torch.zeros(visible_QN.shape, dtype=dtype, device=visible_QN.device)
+                mask_QN.masked_fill_(~visible_QN, -torch.inf)
+                self._masks[key] = mask_QN.repeat_interleave(fold, 0)
+            found.append((group, self._masks[key]))
+        return found
 
 
-def folded_attention(
+def _groups(p: Pass, span: Span) -> list[_Group]:
+    part, device = span.part, p.token_ids_R.device
+    places_N = span.places_N
+    groups = []
+    for rows, own, num_tail in (
+        (span.ar_rows, slice(part.num_ar), part.num_ar),
+        (span.draft_rows, slice(part.num_ar, part.num_rows), part.num_rows),
+    ):
+        num_queries = rows.stop - rows.start
+        if not num_queries:
+            continue
+        tail_QT = np.tri(num_tail, dtype=np.bool_) if part.tail_II is None else part.tail_II[own, :num_tail]
+        visible_QN = np.concatenate([np.ones((num_queries, span.length), dtype=np.bool_), tail_QT], axis=1)
+        read_N = places_N[: span.length + num_tail]
+        positions_N = np.concatenate(
+            [np.arange(span.length), span.length + np.array(part.offsets[:num_tail])]
+        )
+        in_a_row = bool((np.diff(read_N) == 1).all())
+        groups.append(
+            _Group(
+                rows,
+                slice(int(read_N[0]), int(read_N[-1]) + 1)
+                if in_a_row
+                else torch.from_numpy(read_N).to(device),
+                torch.from_numpy(visible_QN).to(device),
+                torch.from_numpy(positions_N).to(device),
+                p.position_ids_R[rows],
+            )
+        )
+    return groups
+
+
+def span_attention(
     module: nn.Module,
-    query_BHTD: Tensor,
-    keys_BHSD: Tensor,
-    values_BHSD: Tensor,
+    query_1HRD: Tensor,
+    keys_1HSD: Tensor,
+    values_1HSD: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    folded_masks: FoldedMasks | None = None,
-    **kwargs: Any,
+    softcap: float | None = None,
+    running: RunningPass | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: bool mask (B, 1, T, S), H_kv heads of keys; returns (B, T, H, D)."""
-    assert attention_mask is not None and folded_masks is not None, "attention outside of a pass"
-    assert kwargs.get("softcap") is None, "sdpa has no soft cap"
-    _, num_heads, num_rows, _ = query_BHTD.shape
-    num_kv = keys_BHSD.shape[1]
-    if num_rows > MOST_FOLDED_ROWS:
-        out = scaled_dot_product_attention(
-            query_BHTD, keys_BHSD, values_BHSD, attention_mask, scale=scaling, enable_gqa=True
+    """transformers' attention interface; keys and values are the pool's stores. Returns (1, R, H, D)."""
+    assert running is not None, "attention outside of a pass"
+    num_kv = keys_1HSD.shape[1]
+    fold = query_1HRD.shape[1] // num_kv
+    out_1RHD = query_1HRD.new_empty((1, query_1HRD.shape[2], query_1HRD.shape[1], values_1HSD.shape[3]))
+    window = running.windows[int(module.layer_idx)]  # type: ignore[arg-type]
+    for group, mask in running.groups(window, fold, query_1HRD.dtype):
+        # The heads that share keys become rows of one head: no key is copied once per head.
+        query_1HQD = query_1HRD[:, :, group.rows].unflatten(1, (num_kv, fold)).transpose(2, 3).flatten(2, 3)
+        keys, values = (
+            store[:, :, group.slots] if isinstance(group.slots, slice) else store.index_select(2, group.slots)
+            for store in (keys_1HSD, values_1HSD)
         )
-        return out.transpose(1, 2).contiguous(), None
-    mask = _folded(attention_mask, num_heads // num_kv, query_BHTD.dtype, folded_masks)
-    return attend_folded(query_BHTD, keys_BHSD, values_BHSD, mask, scaling), None
+        if softcap is None:
+            out = scaled_dot_product_attention(query_1HQD, keys, values, mask, scale=scaling)
+        else:
+            scale = query_1HRD.shape[-1] ** -0.5 if scaling is None else scaling
+            scores = softcap * torch.tanh(query_1HQD @ keys.mT * scale / softcap) + mask
+            out = scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
+        out_1RHD[:, group.rows] = out.unflatten(2, (-1, fold)).transpose(2, 3).flatten(1, 2).transpose(1, 2)
+    return out_1RHD, None
 
 
-def attend_folded(
-    query_BHTD: Tensor, keys_BHSD: Tensor, values_BHSD: Tensor, mask: Tensor, scaling: float | None
-) -> Tensor:
-    """(B, T, H, D); mask: of `folded_mask`."""
-    rows = folded_rows(query_BHTD, keys_BHSD.shape[1])
-    out = scaled_dot_product_attention(rows, keys_BHSD, values_BHSD, mask, scale=scaling)
-    return unfolded_rows(out, query_BHTD.shape[2])
-
-
-def folded_rows(query_BHTD: Tensor, num_kv: int) -> Tensor:
-    """(B, H_kv, T * H / H_kv, D): the heads of a group that shares keys as rows of one head, row by row."""
-    grouped: Tensor = query_BHTD.unflatten(1, (num_kv, -1))
-    return grouped.transpose(2, 3).flatten(2, 3)
-
-
-def unfolded_rows(out: Tensor, num_rows: int) -> Tensor:
-    """(B, T, H, D) again, contiguous."""
-    grouped: Tensor = out.unflatten(2, (num_rows, -1))
-    return grouped.transpose(1, 2).flatten(2, 3).contiguous()
-
-
-def folded_mask(visible_B1TS: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask (B, 1, T * group, S) for folded rows."""
-    mask = torch.zeros(visible_B1TS.shape, dtype=dtype, device=visible_B1TS.device)
-    mask.masked_fill_(~visible_B1TS, float("-inf"))
-    return mask.repeat_interleave(group, dim=2)
-
-
-def _folded(visible_B1TS: Tensor, group: int, dtype: torch.dtype, known: FoldedMasks) -> Tensor:
-    """The same, made once for all layers: sdpa would convert it in each."""
-    if id(visible_B1TS) not in known:
-        # The mask itself is kept too, so that nothing else can take its id.
-        known[id(visible_B1TS)] = visible_B1TS, folded_mask(visible_B1TS, group, dtype)
-    return known[id(visible_B1TS)][1]
-
-
-ALL_ATTENTION_FUNCTIONS.register(NAME, folded_attention)
+ALL_ATTENTION_FUNCTIONS.register(NAME, span_attention)

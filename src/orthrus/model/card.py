@@ -191,9 +191,16 @@ def _training(config: ViewConfig, title: str = "Training") -> str:
     run = _mapping(config, "run")
     if run.get("command"):
         versions = run.get("versions")
-        orthrus = f", orthrus {versions.get('orthrus')}" if isinstance(versions, dict) else ""
+        ours = _package(versions) if isinstance(versions, dict) else None
+        orthrus = "" if ours is None else f", {ours}"
         parts.append(f"Made with `{run['command']}` (commit {run.get('git_commit') or 'unknown'}{orthrus}).")
     return "\n\n".join(parts)
+
+
+def _package(versions: dict[str, Any]) -> str | None:
+    """Name and version of this package; the shipped view is older than the name of the distribution."""
+    names = ("orthrus-lm", "orthrus")
+    return next((f"{name} {versions[name]}" for name in names if versions.get(name)), None)
 
 
 def _data(corpus: dict[str, Any]) -> dict[str, str]:

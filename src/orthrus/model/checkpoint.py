@@ -14,20 +14,19 @@ from torch import Tensor
 
 from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base
-from orthrus.base.outputs import atomic_folder, replace_folder
+from orthrus.base.outputs import atomic_folder
+from orthrus.base.owned import replace_folder
 from orthrus.base.quantised import is_quantised, plain_weight
 from orthrus.errors import CheckpointError, CorruptFileError, OrthrusWarning, UserInputError
 from orthrus.model.card import view_card
 from orthrus.model.delta_codec import decode_tensors, encode_tensors
 from orthrus.model.dual_view import DualView
-from orthrus.model.names import is_view_tensor, to_file
+from orthrus.model.names import ARCHITECTURE, MODEL_TYPE, is_view_tensor, to_file
 from orthrus.model.twin import LowRankTwin, chosen_names, twins
 from orthrus.model.view_config import Encoding, ViewConfig
 
 CONFIG_FILE = "view_config.json"
 WEIGHTS_FILE = "view.safetensors"
-MODEL_TYPE = "orthrus"
-ARCHITECTURE = "OrthrusForCausalLM"
 DEFAULT_FRESH_BLOCK_SIZE = 8
 
 
@@ -91,16 +90,18 @@ def stored_tensors(dual: DualView, encoding: Encoding) -> dict[str, Tensor]:
 
 
 def save_view(
-    dual: DualView, folder: Path | str, encoding: Encoding = "full", *, overwrite: bool = False
+    dual: DualView, folder: Path | str, encoding: Encoding = "full", *, owner: str | None = None
 ) -> None:
     """Write `view.safetensors`, `view_config.json` and a card, never half-written.
 
     encoding: "full" keeps every bit; "delta4" stores 4-bit differences from the AR twins, which a base in
-    float32 gives back unchanged when packed again. Refuses to overwrite another folder unless told to.
+    float32 gives back unchanged when packed again. The folder must not exist, unless `owner` (a run's name)
+    wrote it, and nobody else has written to it since.
     """
     check_unquantised(dual)
     config = replace(dual.config, encoding=encoding)
-    with (replace_folder if overwrite else atomic_folder)(Path(folder)) as temporary:
+    target = Path(folder)
+    with atomic_folder(target) if owner is None else replace_folder(target, owner) as temporary:
         save_file(stored_tensors(dual, encoding), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(temporary / CONFIG_FILE, config.to_dict())
         # AutoModelForCausalLM sees whose folder it is; a base's config in it would make it a merged one.

@@ -19,9 +19,7 @@ from orthrus.base.quantised import quantisation
 from orthrus.errors import CheckpointError, CorruptFileError
 from orthrus.model.card import view_card
 from orthrus.model.checkpoint import (
-    ARCHITECTURE,
     CONFIG_FILE,
-    MODEL_TYPE,
     WEIGHTS_FILE,
     assign_view,
     check_unquantised,
@@ -31,6 +29,7 @@ from orthrus.model.checkpoint import (
     write_json,
 )
 from orthrus.model.dual_view import DualView
+from orthrus.model.names import ARCHITECTURE, MODEL_TYPE
 from orthrus.model.view_config import ViewConfig
 
 RELEASED_ARCHITECTURE = "OrthrusLM"
@@ -88,10 +87,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def save_merged(
-    dual: DualView, base: Base | None, folder: Path | str, layout: MergedLayout = "merged"
+    dual: DualView,
+    base: Base | None,
+    folder: Path | str,
+    layout: MergedLayout = "merged",
+    *,
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Write base and view into one new folder, with the tokenizer if a `base` brings one.
 
+    max_shard_size: the most that a file of the base's weights may hold, as transformers takes it.
     Raises CheckpointError when the layout cannot hold them, and for a quantised base.
     """
     check_unquantised(dual)
@@ -103,8 +108,10 @@ def save_merged(
     if layout == "released":
         _check_released(dual)
     with atomic_folder(Path(folder)) as temporary:
-        with dual.stock() as stock:
-            stock.save_pretrained(temporary)
+        stock = dual.stock()
+        stock.save_pretrained(
+            temporary, **({} if max_shard_size is None else {"max_shard_size": max_shard_size})
+        )
         if base is not None:
             base.tokenizer.save_pretrained(temporary)
         config = read_json(temporary / "config.json")

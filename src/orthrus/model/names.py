@@ -1,4 +1,4 @@
-"""The one table between our twins and the tensor names of checkpoints; its inverse is derived.
+"""What checkpoints call us, and the one table between our twins and their tensor names.
 
 The released Orthrus-Qwen3 layout keeps the base's own names and puts each diffusion tensor beside its AR
 twin, with `_diff` behind the module's name. Our merged folders and view files use the same names; the
@@ -6,6 +6,9 @@ factors of a low-rank twin are `q_proj_diff.down.weight` and `q_proj_diff.up.wei
 """
 
 from collections.abc import Mapping
+
+MODEL_TYPE = "orthrus"
+ARCHITECTURE = "OrthrusForCausalLM"
 
 TWIN_MODULES = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "q_norm", "k_norm"),

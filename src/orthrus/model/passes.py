@@ -1,8 +1,9 @@
-"""The one primitive: a pass over rows, and the pure functions that build passes.
+"""The one primitive: a pass over rows of many requests, and the pure functions that build its parts.
 
-Rows `[0, num_ar_rows)` go through the AR view, the others through the diffusion view. Each row writes its
-keys and values into its own slot and reads exactly the slots that its row of `visible` allows. AR rows
-never see a slot that a diffusion row wrote: that is why the output is lossless.
+A part holds the rows of one request: AR rows first, then diffusion rows, in blocks. `join` puts parts into one
+pass: the AR rows of all requests, then the diffusion rows of all. Each row reads the whole committed history of
+its request, and of the pass those rows of its own request that the part's tail allows. AR rows never read a
+slot that a diffusion row wrote: that is why the output is lossless, whatever a view contains.
 """
 
 from collections.abc import Sequence
@@ -10,186 +11,140 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from orthrus.model.pool import AR, DIFFUSION, PAGE, Slots, pages_for
 
 MASK_EMBEDDING = -1
 """Token id that stands for the view's own mask embedding, for views without a mask token id."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pass:
-    """token_ids_BT, position_ids_BT, slots_BT: int64; visible_BTS: bool, S the slots that are read.
+class Part:
+    """What one request wants to be run. Row i has token_ids[i] and stands offsets[i] after the history.
 
-    `logit_rows_R` (int64) names the rows that are projected to the vocabulary together.
-    The diffusion rows are blocks of `block_size` rows each, one after the other (0 where there are none).
-    is_prompt: a chunk of the prompt, which goes in alike under every strategy.
+    tail_II: bool, whether row i reads row j of the part; None where the part is AR rows only and each reads all
+    rows up to itself. block_size: rows of each diffusion block, 0 without blocks. judged: AR rows whose logits
+    are wanted.
     """
 
-    token_ids_BT: Tensor
-    position_ids_BT: Tensor
-    slots_BT: Tensor
-    visible_BTS: Tensor
-    num_ar_rows: int
-    logit_rows_R: Tensor
-    block_size: int = 0
-    is_prompt: bool = False
+    token_ids: list[int]
+    offsets: list[int]
+    num_ar: int
+    tail_II: NDArray[np.bool_] | None
+    block_size: int
+    judged: range
 
     @property
     def num_rows(self) -> int:
-        return self.token_ids_BT.shape[1]
+        return len(self.token_ids)
+
+    def check(self) -> None:
+        """Assert that no row reads what it must not, and that each reads every position up to its own once.
+
+        An AR row reads AR rows alone. A block reads itself whole, and no other block. No row reads two
+        branches of a tree.
+        """
+        num_ar, num_rows, tail_II = self.num_ar, self.num_rows, self.tail_II
+        assert 0 <= num_ar <= num_rows and len(self.offsets) == num_rows
+        if tail_II is None:
+            assert num_ar == num_rows and self.offsets == list(range(num_rows)), "only a chain needs no tail"
+            return
+        offsets_I = np.array(self.offsets)
+        assert tail_II.shape == (num_rows, num_rows)
+        assert tail_II.diagonal().all(), "a row must read itself"
+        assert not tail_II[:num_ar, num_ar:].any(), "an AR row reads a diffusion row"
+        if num_ar < num_rows:
+            block_D = np.arange(num_rows - num_ar) // self.block_size
+            assert (tail_II[num_ar:, num_ar:] == (block_D[:, None] == block_D)).all(), (
+                "a block reads another block, or not the whole of itself"
+            )
+            offsets_I[num_ar:] = offsets_I[num_ar:][(block_D + 1) * self.block_size - 1]
+        assert (tail_II.sum(1) == offsets_I + 1).all(), "a row must read each position up to its own once"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """A part in its pass: where its rows stand, and where they and its history lie in the pool.
+
+    Its AR rows are rows [ar_first, ar_first + num_ar) of the pass, its diffusion rows those from draft_first
+    on. places_N: pool slots of its history and of its own rows, in the order of positions and rows.
+    """
+
+    part: Part
+    length: int
+    ar_first: int
+    draft_first: int
+    pages: tuple[int, ...]
 
     @property
-    def num_slots(self) -> int:
-        return self.visible_BTS.shape[2]
+    def ar_rows(self) -> slice:
+        return slice(self.ar_first, self.ar_first + self.part.num_ar)
 
-    def check(self, lengths: list[int]) -> None:
-        """Assert the invariants against the committed `lengths`; one host synchronisation per tensor.
+    @property
+    def draft_rows(self) -> slice:
+        return slice(self.draft_first, self.draft_first + self.part.num_rows - self.part.num_ar)
 
-        Every row sees its own slot and what all sequences have committed, AR rows see no diffusion slot of
-        this pass and no older scratch, a block sees itself whole and no other block, and nobody writes into
-        the history. Each row reads one slot for every position up to its own (an AR row) or up to the end of
-        its block: so no row reads two branches.
-        """
-        # By numpy: the arrays are small, and its calls take a third of PyTorch's.
-        visible_BTS, slots_BT, positions_BT = (
-            tensor.cpu().numpy() for tensor in (self.visible_BTS, self.slots_BT, self.position_ids_BT)
-        )
-        num_rows, num_slots, num_ar = *visible_BTS.shape[1:], self.num_ar_rows
-        assert 0 <= num_ar <= num_rows
-        lengths_B1 = np.array(lengths)[:, None]
-        assert (slots_BT >= lengths_B1).all(), "a row would overwrite committed history"
-        # What all sequences have committed: one look at it, so that the rest does not grow with the context.
-        shared = min(*lengths, num_slots)
-        assert visible_BTS[:, :, :shared].all(), "a row must see each position up to its own once"
-        visible_BTS, slots_BT, lengths_B1 = visible_BTS[:, :, shared:], slots_BT - shared, lengths_B1 - shared
-        sequence_B1, row_T = np.arange(len(lengths))[:, None], np.arange(num_rows)
-        assert visible_BTS[sequence_B1, row_T, slots_BT].all(), "a row must see itself"
-        ar_BS = np.arange(num_slots - shared) < lengths_B1
-        ar_BS[sequence_B1, slots_BT[:, :num_ar]] = True
-        assert not (visible_BTS[:, :num_ar] > ar_BS[:, None]).any(), (
-            "an AR row sees a diffusion row or stale scratch"
-        )
-        any_BS = ar_BS
-        any_BS[sequence_B1, slots_BT] = True
-        assert not (visible_BTS > any_BS[:, None]).any(), "a row sees stale scratch"
-        last_BT = positions_BT
-        if num_ar < num_rows:
-            slots_BD, positions_BD = slots_BT[:, num_ar:], positions_BT[:, num_ar:]
-            block_D = np.arange(num_rows - num_ar) // self.block_size
-            seen_BDD = visible_BTS[sequence_B1[..., None], row_T[num_ar:, None], slots_BD[:, None]]
-            assert (seen_BDD == (block_D[:, None] == block_D)).all(), (
-                "a block sees another block, or not the whole of itself"
-            )
-            ends_BD = positions_BD[:, (block_D + 1) * self.block_size - 1]
-            last_BT = np.concatenate([last_BT[:, :num_ar], ends_BD], axis=1)
-        assert (visible_BTS.sum(2) == last_BT + 1 - shared).all(), (
-            "a row must see each position up to its own once"
-        )
+    @property
+    def places_N(self) -> NDArray[np.int64]:
+        slots_N = np.arange(self.length + self.part.num_rows)
+        return np.array(self.pages, dtype=np.int64)[slots_N // PAGE] * PAGE + slots_N % PAGE
 
 
-def _causal(
-    token_ids_BT: Tensor, lengths: list[int], first_logit_row: int = 0, *, is_prompt: bool = False
-) -> Pass:
-    """AR rows that continue each history; slot = position."""
-    num_rows, device = token_ids_BT.shape[1], token_ids_BT.device
-    starts_B1 = torch.tensor(lengths, device=device)[:, None]
-    slots_BT = starts_B1 + torch.arange(num_rows, device=device)
-    visible_BTS = torch.arange(max(lengths) + num_rows, device=device) <= slots_BT[..., None]
-    logit_rows_R = torch.arange(first_logit_row, num_rows, device=device)
-    return Pass(token_ids_BT, slots_BT, slots_BT, visible_BTS, num_rows, logit_rows_R, is_prompt=is_prompt)
+@dataclass(frozen=True, slots=True, eq=False)
+class Pass:
+    """Rows of all spans: token_ids_R, position_ids_R, and slots_R of the pool that they write (all int64).
 
-
-def prefill(token_ids_BT: Tensor, lengths: list[int], *, last: bool = True) -> Pass:
-    """A chunk of the prompt; only the `last` chunk projects, and only its last row."""
-    num_rows = token_ids_BT.shape[1]
-    return _causal(token_ids_BT, lengths, num_rows - int(last), is_prompt=True)
-
-
-def ar_step(token_ids_B1: Tensor, lengths: list[int]) -> Pass:
-    """Plain decoding: one AR row per sequence."""
-    return _causal(token_ids_B1, lengths)
-
-
-def verify_chain(token_ids_BT: Tensor, lengths: list[int]) -> Pass:
-    """The anchor and its drafts as AR rows, all projected: row i judges draft i + 1."""
-    return _causal(token_ids_BT, lengths)
-
-
-def draft_block(
-    anchor_ids_B1: Tensor,
-    lengths: list[int],
-    block_size: int,
-    mask_token_id: int,
-    *,
-    floor: bool,
-    num_drafts: int | None = None,
-) -> Pass:
-    """One diffusion block: the anchor and K - 1 masks, at the positions that follow the history.
-
-    Block rows read the history strictly before the anchor and their whole own block, both ways. Row j
-    predicts position anchor + j + 1. In training the last row only serves the others as context, so K rows
-    give K - 1 drafts. With `floor` an AR row of the anchor goes first: it writes the anchor's history and
-    decides the next token whatever the drafts are worth; the block's own first guess is then not needed,
-    which leaves K - 2 drafts. `num_drafts` projects fewer of them, or that of the last row too, which has
-    learnt to guess where blocks were longer in training. Source: arXiv 2605.12825, section 3.
+    plan_P: int64 on the host, all that attention needs to know of the spans, as `kernels/attention.cpp` reads
+    it: number of spans, start of the positions; of each span ar_first, num_ar, draft_first, num_draft, length,
+    start of its pages, start of its tail (0 for none), words of a tail's line; then pages, tails (a bit for
+    each pair of rows), positions.
     """
-    batch_size, device = anchor_ids_B1.shape[0], anchor_ids_B1.device
-    num_ar = int(floor)
-    num_drafts = block_size - 1 - num_ar if num_drafts is None else num_drafts
-    starts_B1 = torch.tensor(lengths, device=device)[:, None]
-    masks = anchor_ids_B1.new_full((batch_size, block_size - 1), mask_token_id)
-    block_T = torch.arange(block_size, device=device)
-    slot_S = torch.arange(max(lengths) + num_ar + block_size, device=device)
-    block_BS = (slot_S >= starts_B1 + num_ar) & (slot_S < starts_B1 + num_ar + block_size)
-    visible_BTS = ((slot_S < starts_B1) | block_BS)[:, None].expand(-1, block_size, -1)
-    logit_rows_R = torch.arange(num_drafts, device=device)
-    if floor:
-        visible_BTS = torch.cat([(slot_S <= starts_B1)[:, None], visible_BTS], dim=1)
-        # The AR row, then the block from its second row on: row 0's guess is what the AR row decides.
-        logit_rows_R = torch.cat([logit_rows_R.new_zeros(1), logit_rows_R + 2])
-    return Pass(
-        token_ids_BT=torch.cat([anchor_ids_B1] * num_ar + [anchor_ids_B1, masks], dim=1),
-        position_ids_BT=starts_B1 + torch.cat([block_T[:num_ar], block_T]),
-        slots_BT=starts_B1 + torch.arange(num_ar + block_size, device=device),
-        visible_BTS=visible_BTS,
-        num_ar_rows=num_ar,
-        logit_rows_R=logit_rows_R,
-        block_size=block_size,
-    )
+
+    token_ids_R: Tensor
+    position_ids_R: Tensor
+    slots_R: Tensor
+    num_ar_rows: int
+    spans: tuple[Span, ...]
+    plan_P: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids_R)
 
 
-def verify_tree(token_ids_1T: Tensor, parents: Sequence[int], lengths: list[int]) -> Pass:
-    """The anchor (row 0) and the nodes of a draft tree as AR rows, all projected.
+def causal(token_ids: Sequence[int], *, judged: range | None = None) -> Part:
+    """AR rows that continue the history: a chunk of the prompt, a plain step, a chain of drafts.
+
+    judged: all rows unless given; of a chunk that is not the prompt's last, none.
+    """
+    num_rows = len(token_ids)
+    rows = range(num_rows)
+    return Part(list(token_ids), list(rows), num_rows, None, 0, rows if judged is None else judged)
+
+
+def tree(
+    token_ids: Sequence[int],
+    parents: Sequence[int],
+    block_rows: Sequence[int] = (),
+    block_size: int = 0,
+    mask_token_id: int = MASK_EMBEDDING,
+) -> Part:
+    """The anchor (row 0) and the nodes of a draft tree as AR rows, then a block for each of `block_rows`.
 
     parents: per node, the row of its parent, which comes before it. A node stands as many positions after the
-    anchor as it is deep, and reads the history, its own ancestors and itself; row r writes slot length + r.
-    Source: the tree attention of arXiv 2305.09781, section 4.
+    anchor as it is deep, and reads the history, its own ancestors and itself (the tree attention of arXiv
+    2305.09781, section 4). Block i is anchored at AR row block_rows[i] = j: it starts with that row's token and
+    goes on with masks. It reads the history, the rows on j's path strictly before j, and itself, both ways:
+    what a block after that path would read if the path had been committed (arXiv 2605.12825, section 3).
     """
-    return fused(token_ids_1T, parents, lengths, block_rows=(), block_size=1, mask_token_id=MASK_EMBEDDING)
-
-
-def fused(
-    token_ids_1T: Tensor,
-    parents: Sequence[int],
-    lengths: list[int],
-    block_rows: Sequence[int],
-    block_size: int,
-    mask_token_id: int,
-    given: Sequence[Sequence[int]] = (),
-) -> Pass:
-    """The rows of `verify_tree`, then one diffusion block of K rows for each of `block_rows`.
-
-    Block i is anchored at AR row block_rows[i] = j: it starts with that row's token, goes on with the clean
-    tokens given[i] (at most K - 1) and is masks from there on. It reads the history, the AR rows on j's
-    path strictly before j, and itself: what `draft_block` would read if that path had been committed. With T
-    AR rows it takes the rows from T + i * K on, and the positions from j's on. `logit_rows_R`: the AR rows.
-    """
-    (length,), device, num_ar = lengths, token_ids_1T.device, token_ids_1T.shape[1]
+    num_ar = len(token_ids)
     assert len(parents) == num_ar - 1, "one parent for each row but the anchor"
-    assert not given or len(given) == len(block_rows), "given tokens are for all blocks or for none"
+    if not block_rows and all(parent == row for row, parent in enumerate(parents)):
+        return causal(token_ids)
     num_rows = num_ar + len(block_rows) * block_size
-    depths, clean = [0], []
-    # One byte for each row of the pass that a row reads: on the host, since the tree is known there.
+    depths = [0]
     reads = [bytearray(num_rows)]
     reads[0][0] = 1
     for row, parent in enumerate(parents, start=1):
@@ -197,26 +152,87 @@ def fused(
         depths.append(depths[parent] + 1)
         reads.append(bytearray(reads[parent]))
         reads[row][row] = 1
-    offsets = depths.copy()
-    for block, anchor_row in enumerate(block_rows):
-        block_read = bytearray(reads[anchor_row])
-        block_read[anchor_row] = 0
-        own = slice(num_ar + block * block_size, num_ar + (block + 1) * block_size)
-        block_read[own] = b"\1" * block_size
-        reads += [block_read] * block_size
-        offsets += range(depths[anchor_row], depths[anchor_row] + block_size)
-        known = list(given[block]) if given else []
-        assert len(known) < block_size, "a block has no room for the given tokens"
-        clean += known + [mask_token_id] * (block_size - 1 - len(known))
-    tail_RR = torch.frombuffer(bytearray().join(reads), dtype=torch.bool).view(num_rows, num_rows).to(device)
-    anchors_M1 = token_ids_1T[0, list(block_rows)][:, None]
-    clean_MJ = torch.tensor(clean, dtype=torch.long, device=device).view(len(block_rows), block_size - 1)
-    return Pass(
-        token_ids_BT=torch.cat([token_ids_1T, torch.cat([anchors_M1, clean_MJ], dim=1).view(1, -1)], dim=1),
-        position_ids_BT=torch.tensor([offsets], device=device) + length,
-        slots_BT=torch.arange(length, length + num_rows, device=device)[None],
-        visible_BTS=torch.cat([tail_RR.new_ones(num_rows, length), tail_RR], dim=1)[None],
-        num_ar_rows=num_ar,
-        logit_rows_R=torch.arange(num_ar, device=device),
-        block_size=block_size if block_rows else 0,
-    )
+    ids, offsets = list(token_ids), depths.copy()
+    for block, row in enumerate(block_rows):
+        block_reads = bytearray(reads[row])
+        block_reads[row] = 0
+        first = num_ar + block * block_size
+        block_reads[first : first + block_size] = b"\1" * block_size
+        reads += [block_reads] * block_size
+        offsets += range(depths[row], depths[row] + block_size)
+        ids += [token_ids[row]] + [mask_token_id] * (block_size - 1)
+    tail_II = np.frombuffer(b"".join(reads), dtype=np.bool_).reshape(num_rows, num_rows)
+    return Part(ids, offsets, num_ar, tail_II, block_size if block_rows else 0, range(num_ar))
+
+
+def block(anchor_id: int, block_size: int, mask_token_id: int = MASK_EMBEDDING) -> Part:
+    """A diffusion block and no AR row: the paper's draft pass, which decides no token itself.
+
+    Row j predicts position anchor + j + 1. Source: arXiv 2605.12825, section 3.
+    """
+    ids = [anchor_id] + [mask_token_id] * (block_size - 1)
+    tail_II = np.ones((block_size, block_size), dtype=np.bool_)
+    return Part(ids, list(range(block_size)), 0, tail_II, block_size, range(0))
+
+
+def join(parts: Sequence[tuple[Part, Slots]], device: torch.device | str = "cpu") -> Pass:
+    """One pass of parts, each with its request's slots, which must hold the part's rows behind the history.
+
+    Checks every part, notes in the pool's ledger who writes which slot, and asserts that no row is written into
+    history or into a page that somebody else owns too.
+    """
+    assert parts, "a pass has rows"
+    num_ar_rows = sum(part.num_ar for part, _ in parts)
+    spans, ar_first, draft_first = [], 0, num_ar_rows
+    for part, slots in parts:
+        part.check()
+        used = pages_for(slots.length + part.num_rows)
+        assert used <= len(slots.pages), "slots for the rows of a pass come first"
+        own = slots.pages[slots.length // PAGE : used]
+        assert all(slots.pool.owners(page) == 1 for page in own), "a row would overwrite shared history"
+        spans.append(Span(part, slots.length, ar_first, draft_first, tuple(slots.pages[:used])))
+        ar_first += part.num_ar
+        draft_first += part.num_rows - part.num_ar
+    ids_R, positions_R, slots_R = np.empty((3, draft_first), dtype=np.int64)
+    for span, (part, slots) in zip(spans, parts, strict=True):
+        places = slots.places(np.arange(span.length, span.length + part.num_rows))
+        columns = np.array([part.token_ids, part.offsets], dtype=np.int64)
+        for rows, own in ((span.ar_rows, slice(part.num_ar)), (span.draft_rows, slice(part.num_ar, None))):
+            ids_R[rows] = columns[0, own]
+            positions_R[rows] = columns[1, own] + span.length
+            slots_R[rows] = places[own]
+    pool = parts[0][1].pool
+    pool.positions_S[slots_R] = positions_R
+    pool.writers_S[slots_R[:num_ar_rows]] = AR
+    pool.writers_S[slots_R[num_ar_rows:]] = DIFFUSION
+    on_device = torch.from_numpy(np.stack([ids_R, positions_R, slots_R])).to(device)
+    plan_P = torch.from_numpy(_plan(spans, positions_R))
+    return Pass(*on_device.unbind(), num_ar_rows, tuple(spans), plan_P)
+
+
+_HEAD, _SPAN = 2, 8
+
+
+def _plan(spans: Sequence[Span], positions_R: NDArray[np.int64]) -> NDArray[np.int64]:
+    head = np.zeros(_HEAD + _SPAN * len(spans), dtype=np.int64)
+    pieces: list[NDArray[np.int64]] = [head]
+    at = len(head)
+    for number, span in enumerate(spans):
+        part = span.part
+        pages = np.array(span.pages, dtype=np.int64)
+        pieces.append(pages)
+        tail_at, words = 0, 0
+        if part.tail_II is not None:
+            words = -(-part.num_rows // 64)
+            tail_at = at + len(pages)
+            bits = np.zeros((part.num_rows, words * 8), dtype=np.uint8)
+            packed = np.packbits(part.tail_II, axis=1, bitorder="little")
+            bits[:, : packed.shape[1]] = packed
+            pieces.append(bits.view(np.int64).ravel())
+        head[_HEAD + _SPAN * number : _HEAD + _SPAN * (number + 1)] = (
+            *(span.ar_first, part.num_ar, span.draft_first, part.num_rows - part.num_ar),
+            *(span.length, at, tail_at, words),
+        )
+        at += len(pages) + part.num_rows * words
+    head[:_HEAD] = len(spans), at
+    return np.concatenate([*pieces, positions_R])

@@ -5,14 +5,9 @@ the token before it says, so neighbours fit together, in the spirit of arXiv 240
 P parents of each, M children of each, C hidden size, r rank.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    from orthrus.model.dual_view import DualView
 
 
 class RepairHead(nn.Module):
@@ -45,74 +40,3 @@ class RepairHead(nn.Module):
         """What hidden states, or embeddings, (..., C) bring to the nonlinearity, (..., r)."""
         out: Tensor = linear(F.rms_norm(x.to(linear.weight.dtype), x.shape[-1:]))
         return out
-
-
-def repaired(dual: "DualView", hidden: Tensor, parent_ids: Tensor) -> Tensor:
-    """Final hidden states (..., C), ready for the head, that know the tokens (...) before them."""
-    return hidden + _change(dual, hidden, parent_ids).to(hidden.dtype)
-
-
-class RepairTables(NamedTuple):
-    """What a repair head makes of each token: parents_Vr is what it adds before the nonlinearity as a parent,
-    children_Vr its row of the model's head behind `out`, as a child. Made for runners, who take weights as
-    they are: what changes them later is not seen."""
-
-    parents_Vr: Tensor
-    children_Vr: Tensor
-
-    @staticmethod
-    @torch.inference_mode()
-    def of(dual: "DualView") -> "RepairTables | None":
-        """None without a repair head, or where the head has no rows to read, or caps its logits."""
-        rows_VC = _head_rows(dual)
-        if dual.repair is None or rows_VC is None or dual.logit_cap is not None:
-            return None
-        dtype = dual.repair.hidden.weight.dtype
-        ids_V = torch.arange(dual.vocab_size, device=rows_VC.device)
-        # In slices: embeddings of a large vocabulary would take as much memory again.
-        parents = [
-            dual.repair.before(dual.base.get_input_embeddings()(ids), dual.repair.parent)
-            for ids in ids_V.split(4096)
-        ]
-        return RepairTables(torch.cat(parents), rows_VC.to(dtype) @ dual.repair.out.weight)
-
-    def changes(self, repair: RepairHead, hidden_DC: Tensor, parent_ids: Tensor, child_ids: Tensor) -> Tensor:
-        """As `pair_changes`."""
-        before_DPr = repair.before(hidden_DC, repair.hidden)[:, None] + self.parents_Vr[parent_ids]
-        return F.silu(before_DPr).float() @ self.children_Vr[child_ids].float().mT
-
-
-def pair_changes(dual: "DualView", hidden_DC: Tensor, parent_ids_DP: Tensor, child_ids_DM: Tensor) -> Tensor:
-    """What each parent adds to the logits of the children, changes_DPM float32; as if through `dual.head`.
-
-    Only the children's rows of the head are read, so a block costs D x P hidden states and no vocabulary;
-    unless the head is quantised and has no rows to read.
-    """
-    if dual.repair is not None and dual.repair_tables is not None:
-        return dual.repair_tables.changes(dual.repair, hidden_DC, parent_ids_DP, child_ids_DM)
-    weight_VC = _head_rows(dual)
-    if weight_VC is None:
-        moved_DPC = repaired(dual, hidden_DC[:, None], parent_ids_DP)
-        changes_DPV = dual.head(moved_DPC).float() - dual.head(hidden_DC).float()[:, None]
-        return changes_DPV.gather(-1, child_ids_DM[:, None].expand(-1, parent_ids_DP.shape[1], -1))
-    rows_DMC = weight_VC[child_ids_DM].float()
-    changes_DPM = _change(dual, hidden_DC[:, None], parent_ids_DP).float() @ rows_DMC.mT
-    if (cap := dual.logit_cap) is None:
-        return changes_DPM
-    before_D1M = torch.einsum("dc,dmc->dm", hidden_DC.float(), rows_DMC)[:, None]
-    return cap * (torch.tanh((before_D1M + changes_DPM) / cap) - torch.tanh(before_D1M / cap))
-
-
-def _head_rows(dual: "DualView") -> Tensor | None:
-    """The head's weight (V, C); None where it is quantised."""
-    # A tied head's rows are the embeddings, whatever has been put in its own place.
-    tied = getattr(dual.base.config, "tie_word_embeddings", False)
-    source = dual.base.get_input_embeddings() if tied else dual.base.get_output_embeddings()
-    weight_VC: Tensor | None = getattr(source, "weight", None)
-    return weight_VC if type(weight_VC) is nn.Parameter and weight_VC.is_floating_point() else None
-
-
-def _change(dual: "DualView", hidden: Tensor, parent_ids: Tensor) -> Tensor:
-    assert dual.repair is not None, "the view has no repair head"
-    change: Tensor = dual.repair(hidden, dual.base.get_input_embeddings()(parent_ids))
-    return change

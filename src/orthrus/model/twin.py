@@ -1,27 +1,33 @@
 """Twins: one frozen projection and its diffusion side behind the name that the stock code calls."""
 
 import copy
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from orthrus.base.families import Family, decoder_layers
 from orthrus.base.quantised import is_quantised, plain_linear
 from orthrus.errors import CheckpointError, UserInputError
+from orthrus.model.shadow import shadow
 
 
-class RowSplit:
+class RowSplit(threading.local):
     """Where a pass turns from AR rows to diffusion rows; one per model, shared by its twins.
 
-    None means that every row is AR: the stock behaviour, also for callers who know nothing of us.
+    A projection is called with its input alone, so the number waits here while its thread runs the pass.
+    None means that every row is AR: the stock behaviour, also for other threads and for callers who know
+    nothing of us.
     """
 
-    __slots__ = ("num_ar_rows",)
+    num_ar_rows: int | None = None
 
-    def __init__(self) -> None:
-        self.num_ar_rows: int | None = None
+    def __deepcopy__(self, _: dict[int, Any]) -> "RowSplit":
+        return RowSplit()
 
     @contextmanager
     def at(self, num_ar_rows: int) -> Iterator[None]:
@@ -182,19 +188,13 @@ def twins(model: nn.Module) -> dict[str, Twin]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Twin)}
 
 
-@contextmanager
-def stock(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with its twins taken out: the very modules it was loaded with, for baselines and audits."""
-    injected = twins(model)
-    try:
-        for path, twin in injected.items():
-            _replace(model, path, twin.ar)
-        yield model
-    finally:
-        for path, twin in injected.items():
-            _replace(model, path, twin)
+def stock(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without twins, of the very modules it was loaded with, for baselines and audits.
 
+    The given model keeps its twins and may be used meanwhile.
+    """
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    def base_side(path: str, module: nn.Module) -> nn.Module | None:
+        return module.ar if isinstance(module, Twin) else None
+
+    return shadow(model, base_side)  # type: ignore[return-value]

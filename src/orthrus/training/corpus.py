@@ -7,17 +7,21 @@ of all sources), `answers-00000.jsonl`, ... (one {"prompt", "answer_ids", "finis
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from orthrus.base.outputs import write_text_atomic
-from orthrus.errors import CorruptFileError, UserInputError
+from orthrus.base.prompt_files import is_domain
+from orthrus.errors import CorruptFileError, StorageError, UserInputError
 from orthrus.training.manifest import base_fingerprint
 
 PROMPTS = "prompts.jsonl"
+# More than any vocabulary has; what a base knows is checked when it is loaded.
+MOST_IDS = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +59,54 @@ def write_jsonl(file: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """Read a JSONL file; CorruptFileError names file and line."""
+    """Read a JSONL file; CorruptFileError names file and line, StorageError the file that cannot be read."""
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-        if not line:
+    try:
+        content = file.read_bytes()
+    except OSError as e:
+        raise StorageError(
+            f"{file} cannot be read ({e.strerror or e}); it should be a file of the corpus."
+        ) from e
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
             continue
         try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as e:
-            raise CorruptFileError(
-                f"{file}, line {number} is not a JSON object; delete the file and run synth again."
-            ) from e
+            record = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise _damaged(file, number, "is not a JSON object") from e
+        if not isinstance(record, dict):
+            raise _damaged(file, number, "is not a JSON object")
+        records.append(record)
     return records
+
+
+def read_source(file: Path) -> list[dict[str, Any]]:
+    """The texts of one source, each {"prompt", "domain"}; CorruptFileError names file and line."""
+    records = read_jsonl(file)
+    for number, record in enumerate(records, 1):
+        if not isinstance(record.get("prompt"), str) or not is_domain(record.get("domain")):
+            raise _damaged(file, number, "has no texts 'prompt' and 'domain'")
+    return records
+
+
+def read_prompts(folder: Path) -> list[dict[str, Any]]:
+    """The prompts of a corpus, each {"prompt_ids", "domain"}; CorruptFileError names file and line."""
+    file = folder / PROMPTS
+    records = read_jsonl(file)
+    for number, record in enumerate(records, 1):
+        if not _are_ids(record.get("prompt_ids")) or not record["prompt_ids"]:
+            raise _damaged(file, number, "has no list of token ids 'prompt_ids'")
+        if not is_domain(record.get("domain")):
+            raise _damaged(file, number, "has no text 'domain'")
+    return records
+
+
+def _are_ids(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(i) is int and 0 <= i < MOST_IDS for i in value)
+
+
+def _damaged(file: Path, line: int, what: str) -> CorruptFileError:
+    return CorruptFileError(f"{file}, line {line} {what}; delete the file and run synth again.")
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -86,7 +126,7 @@ def load_corpus(folder: Path) -> list[Sample]:
         raise UserInputError(
             f"{folder} holds no corpus ({PROMPTS} is missing); make one with `orthrus synth`."
         )
-    prompts = read_jsonl(folder / PROMPTS)
+    prompts = read_prompts(folder)
     samples = [
         sample
         for file in sorted(folder.glob("answers-*.jsonl"))
@@ -102,19 +142,16 @@ def load_corpus(folder: Path) -> list[Sample]:
 
 
 def _samples(file: Path, prompts: list[dict[str, Any]]) -> list[Sample]:
-    try:
-        return [
-            Sample(
-                tuple(prompts[r["prompt"]]["prompt_ids"]),
-                tuple(r["answer_ids"]),
-                prompts[r["prompt"]]["domain"],
-            )
-            for r in read_jsonl(file)
-        ]
-    except (KeyError, IndexError, TypeError) as e:
-        raise CorruptFileError(
-            f"{file} does not fit {PROMPTS} beside it; delete the file and run synth again."
-        ) from e
+    samples = []
+    for number, record in enumerate(read_jsonl(file), 1):
+        which, answer_ids = record.get("prompt"), record.get("answer_ids")
+        if type(which) is not int or not 0 <= which < len(prompts):
+            raise _damaged(file, number, f"answers no prompt of {PROMPTS} beside it")
+        if not _are_ids(answer_ids):
+            raise _damaged(file, number, "has no list of token ids 'answer_ids'")
+        prompt = prompts[which]
+        samples.append(Sample(tuple(prompt["prompt_ids"]), tuple(answer_ids), prompt["domain"]))
+    return samples
 
 
 def load_corpora(folders: Sequence[str]) -> dict[str, list[Sample]]:
@@ -122,9 +159,10 @@ def load_corpora(folders: Sequence[str]) -> dict[str, list[Sample]]:
 
     Raises UserInputError when they are of different bases or one does not say of which, and as `load_corpus`.
     """
-    found = {folder: load_corpus(Path(folder).expanduser()) for folder in folders}
+    paths = {folder: Path(os.path.expanduser(folder)) for folder in folders}
+    found = {folder: load_corpus(path) for folder, path in paths.items()}
     if len(folders) > 1:
-        bases = {folder: base_fingerprint(Path(folder).expanduser()) for folder in folders}
+        bases = {folder: base_fingerprint(path) for folder, path in paths.items()}
         for folder, base in bases.items():
             if base is None:
                 raise UserInputError(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from orthrus.base.families import layer_windows, sliding_window
+from orthrus.model.drafting import repaired
 from orthrus.model.dual_view import DualView, additive_mask, in_window
-from orthrus.model.repair import repaired
 from orthrus.training import block_attention, flex_blocks
 from orthrus.training.block_attention import BlockContext, block_groups
 from orthrus.training.blocks import BlockBatch, block_inputs, causal_mask, context_mask

@@ -114,12 +114,12 @@ def plain(tensor: Tensor) -> Tensor:
 def load_optimizer(
     optimizer: torch.optim.Optimizer, state: dict[str, Any], parameters: list[torch.nn.Parameter]
 ) -> None:
-    """`optimizer.load_state_dict` of a state of plain tensors, cut as the parameters are."""
+    """`optimizer.load_state_dict` of a state of plain tensors, cut as the parameters are; settings stay."""
     tensors = {
         index: {key: _cut(value, parameters[index]) for key, value in entry.items()}
         for index, entry in state["state"].items()
     }
-    optimizer.load_state_dict(state | {"state": tensors})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": tensors})
 
 
 def _cut(value: Any, parameter: torch.nn.Parameter) -> Any:

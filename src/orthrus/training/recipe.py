@@ -2,14 +2,28 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
+import reprlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from orthrus.errors import UserInputError
 from orthrus.training.losses import LOSSES, WEIGHTS, LossKind, WeightKind
 
+# Far above what any machine holds; beyond it lies a slip of the finger.
+_MOST = {
+    "block_size": 2**12,
+    "num_anchors": 2**16,
+    "row_length": 2**20,
+    "batch_rows": 2**20,
+    "micro_rows": 2**16,
+    "rank": 2**16,
+    "repair_rank": 2**16,
+    "evaluate_prompts": 2**16,
+    "epochs": 1e6,
+    "steps": 2**40,
+}
 TRACKERS = ("tensorboard", "trackio", "wandb")
 AttentionKind = Literal["auto", "dense", "flex"]
 
@@ -77,6 +91,10 @@ class TrainConfig:
     sharding: Literal["ddp", "fsdp2"] = "ddp"
     trackers: tuple[str, ...] | None = None
 
+    @property
+    def output_folder(self) -> Path:
+        return Path(self.output).expanduser()
+
     def __post_init__(self) -> None:
         _one_of("loss", self.loss, LOSSES)
         _one_of("weights", self.weights, WEIGHTS)
@@ -88,11 +106,11 @@ class TrainConfig:
             isinstance(self.trackers, tuple) and set(map(str, self.trackers)) <= set(TRACKERS)
         ):
             raise UserInputError(
-                f"trackers must list some of {', '.join(TRACKERS)} in brackets, not {self.trackers!r}."
+                f"trackers must list some of {', '.join(TRACKERS)} in brackets, not {shown(self.trackers)}."
             )
         if not _distinct(self.corpus, str) or not all(self.corpus):
             raise UserInputError(
-                f"corpus must name a folder, or list different ones, not {list(self.corpus)!r}."
+                f"corpus must name a folder, or list different ones, not {shown(list(self.corpus))}."
             )
         for name in (
             "num_anchors",
@@ -107,6 +125,19 @@ class TrainConfig:
                 raise UserInputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if not 2 <= self.block_size <= self.row_length:
             raise UserInputError(f"block_size must lie between 2 and row_length, not {self.block_size}.")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if isinstance(value, int | float) and value > most:
+                raise UserInputError(f"{name} must be at most {most:,}, not {shown(value)}.")
+        for name in ("base", "output"):
+            if not getattr(self, name).strip():
+                raise UserInputError(f"{name} must name something, not {getattr(self, name)!r}.")
+        for folder in (*self.corpus, self.output, *([self.init_view] if self.init_view else [])):
+            _check_home(folder)
+        if not 0 <= self.seed < 2**63:
+            raise UserInputError(f"seed must lie between 0 and 2**63 - 1, not {self.seed}.")
+        if self.gamma <= 0 or not 0 <= self.smoothing <= 1:
+            raise UserInputError("gamma must be positive, and smoothing lie within 0 to 1.")
         _check_blocks(self)
         _check_view(self)
         if self.learning_rate <= 0 or self.clip_norm <= 0:
@@ -121,9 +152,17 @@ class TrainConfig:
                 "evaluate_prompts and weight_decay must not be negative; warmup and floor lie within 0 to 1."
             )
         if len(self.betas) != 2 or not all(isinstance(b, float) and 0 <= b < 1 for b in self.betas):
-            raise UserInputError(f"betas must be two numbers from 0 to below 1, not {self.betas!r}.")
+            raise UserInputError(f"betas must be two numbers from 0 to below 1, not {shown(self.betas)}.")
         if self.steps < 0 or (self.steps == 0 and self.epochs <= 0):
             raise UserInputError("give steps, or a positive number of epochs.")
+
+
+def _check_home(folder: object) -> None:
+    """UserInputError for the ~NAME of a user that there is not."""
+    try:
+        Path(str(folder)).expanduser()
+    except RuntimeError as e:
+        raise UserInputError(f"there is no home folder for {shown(folder)}; write the path out.") from e
 
 
 def _check_blocks(config: TrainConfig) -> None:
@@ -152,18 +191,20 @@ def _check_view(config: TrainConfig) -> None:
     if config.layers is not None and not (
         _distinct(config.layers, int) and all(layer >= 0 for layer in config.layers)
     ):
-        raise UserInputError(f"layers must list different layer numbers from 0, not {config.layers!r}.")
+        raise UserInputError(f"layers must list different layer numbers from 0, not {shown(config.layers)}.")
     if config.twins is not None and not _distinct(config.twins, str):
         raise UserInputError(
-            f"twins must list different modules such as [q_proj, k_proj, v_proj], not {config.twins!r}."
+            f"twins must list different modules such as [q_proj, k_proj, v_proj], not {shown(config.twins)}."
         )
     for name, without in (("rank", "for full twins"), ("repair_rank", "for no repair head")):
         rank = getattr(config, name)
         if rank is not None and (type(rank) is not int or rank < 1):
-            raise UserInputError(f"{name} must be a positive number, not {rank!r}; leave it out {without}.")
+            raise UserInputError(
+                f"{name} must be a positive number, not {shown(rank)}; leave it out {without}."
+            )
     scale = config.rank_scale
     if scale is not None and not (type(scale) in (int, float) and 0 < scale < math.inf):
-        raise UserInputError(f"rank_scale must be a positive number, not {scale!r}; leave it out for 1.")
+        raise UserInputError(f"rank_scale must be a positive number, not {shown(scale)}; leave it out for 1.")
     if scale is not None and config.rank is None and config.init_view is None:
         raise UserInputError("rank_scale is the scale of low-rank twins; give their rank, or leave it out.")
     if config.train == "repair" and config.init_view is None:
@@ -171,11 +212,11 @@ def _check_view(config: TrainConfig) -> None:
             "train: repair needs init_view, the folder of the view whose drafts are to be repaired."
         )
     if config.mask not in ("auto", "trained") and (type(config.mask) is not int or config.mask < 0):
-        raise UserInputError(f"mask must be auto, trained or a token id, not {config.mask!r}.")
+        raise UserInputError(f"mask must be auto, trained or a token id, not {shown(config.mask)}.")
     if config.init_view is not None and not isinstance(config.init_view, str):
-        raise UserInputError(f"init_view must name a view folder, not {config.init_view!r}.")
+        raise UserInputError(f"init_view must name a view folder, not {shown(config.init_view)}.")
     if config.license is not None and (not isinstance(config.license, str) or not config.license.strip()):
-        raise UserInputError(f"license must name a licence such as apache-2.0, not {config.license!r}.")
+        raise UserInputError(f"license must name a licence such as apache-2.0, not {shown(config.license)}.")
 
 
 def _distinct(values: object, kind: type) -> bool:
@@ -190,78 +231,19 @@ def _distinct(values: object, kind: type) -> bool:
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise UserInputError(f"{name} must be one of {', '.join(allowed)}, not {value!r}.")
+        raise UserInputError(f"{name} must be one of {', '.join(allowed)}, not {shown(value)}.")
 
 
-def load_recipe(file: Path, overrides: list[str] | None = None) -> TrainConfig:
-    """Read a YAML recipe; `overrides` are `key=value` strings and win.
-
-    Raises UserInputError for unknown keys (with a suggestion), wrong types and unreadable files.
-    """
-    import yaml
-
+def shown(value: object, words: Callable[[object], str] = repr) -> str:
+    """A value in a message: cut short, since YAML can write down in a line what takes pages to print."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxtuple, short.maxdict = 3, 8, 8, 4
+    short.maxstring = short.maxother = 100
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserInputError(
-            f"the recipe {file} cannot be read ({type(e).__name__}); "
-            "those that come with Orthrus are in recipes/."
-        ) from e
-    except yaml.YAMLError as e:
-        raise UserInputError(
-            f"{file} is not valid YAML ({e}); compare it with recipes/smoke-cpu.yaml."
-        ) from e
-    if not isinstance(content, dict):
-        raise UserInputError(f"{file} must hold `key: value` lines; compare it with recipes/smoke-cpu.yaml.")
-    for override in overrides or ():
-        key, found, value = override.partition("=")
-        if not found:
-            raise UserInputError(f"an override must read key=value, not {override!r}.")
-        try:
-            content[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as e:
-            raise UserInputError(f"the value in {override!r} is not valid YAML; put text in quotes.") from e
-    return config_from(TrainConfig, content, where=str(file))
-
-
-def config_from(kind: type[TrainConfig], content: dict[str, Any], *, where: str) -> TrainConfig:
-    """A config from plain values; unknown keys are errors with a suggestion."""
-    known = {f.name: f for f in fields(kind)}
-    for key in content:
-        if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; the keys are {', '.join(known)}."
-            raise UserInputError(f"{where}: unknown key {key!r}{hint}")
-    values = {key: _coerced(kind, key, value) for key, value in content.items()}
-    try:
-        return kind(**values)
-    except TypeError as e:
-        raise UserInputError(f"{where}: {e}.") from e
-
-
-def _coerced(kind: type[TrainConfig], key: str, value: Any) -> Any:
-    """YAML writes 2e-4 as text and tuples as lists; everything else must have the default's type.
-
-    A mask is a word or a number; what it may be is for the config itself to say.
-    """
-    default = getattr(kind(), key)
-    if value is None and default is not None:
-        raise UserInputError(f"{key} has no value; give one or leave the line out.")
-    if key == "corpus":
-        return tuple(value) if isinstance(value, list) else (value,)
-    if isinstance(value, list) and (default is None or isinstance(default, tuple)):
-        return tuple(value)
-    if isinstance(default, float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise UserInputError(f"{key} must be a number, not {value!r}.")
-        return number
-    if key != "mask" and default is not None and type(value) is not type(default):
-        raise UserInputError(f"{key} must be {type(default).__name__}, not {value!r}.")
-    return value
+        text = short.repr(value) if words is repr else words(value)
+    except (ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def to_plain(config: TrainConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Where a training run stands, on disk: everything that an exact resume needs, replaced in one step."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,13 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from orthrus.base.outputs import replace_file
+from orthrus.base.outputs import check_writable, replace_file
 from orthrus.errors import CorruptFileError, UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.training.processes import plain
 from orthrus.training.recipe import TrainConfig, to_plain
+from orthrus.training.run_folder import BEST, LAST, STATE_FILE
 
-STATE_FILE = "state.pt"
 # Settings that may change between the parts of a run without changing what it computes.
 _FREE = {
     "save_every",
@@ -69,10 +70,6 @@ def save_state(
     }
     if not write:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    # A process that was killed while it wrote could not clean up.
-    for stale in folder.glob(f".{STATE_FILE}.*"):
-        stale.unlink(missing_ok=True)
     # Through a file of Python's: torch's own writer does not say that the disk is full.
     with replace_file(folder / STATE_FILE) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
@@ -90,8 +87,10 @@ def load_state(folder: Path, dual: DualView, config: TrainConfig, corpus_digest:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:
         raise CorruptFileError(
-            f"{file} cannot be read ({type(e).__name__}); delete it to start again."
+            f"{file} cannot be read as the state of a run ({type(e).__name__}); move it away to start again."
         ) from e
+    if not (isinstance(content, dict) and isinstance(content.get("config"), dict) and "corpus" in content):
+        raise CorruptFileError(f"{file} is not the state of a run; move it away to start again.")
     plain = to_plain(config)
     changed = sorted(k for k in plain if k not in _FREE and content["config"].get(k) != plain[k])
     if content["corpus"] != corpus_digest:
@@ -103,7 +102,77 @@ def load_state(folder: Path, dual: DualView, config: TrainConfig, corpus_digest:
             f"the run in {folder} was begun with another {', '.join(changed)}; resume it with its own "
             "recipe, or give another output folder."
         )
+    if (problem := _problem(content, dual)) is not None:
+        raise CorruptFileError(f"{file} is damaged ({problem}); move it away to start again.")
     with torch.no_grad():
         for name, parameter in dual.view_parameters().items():
             parameter.copy_(content["view"][name])
     return RunState(content["step"], [tuple(s) for s in content["scores"]], content["optimizer"])
+
+
+def _problem(content: dict[str, Any], dual: DualView) -> str | None:
+    """What of a state read from disk is not as `save_state` writes it."""
+    step, scores, view = content.get("step"), content.get("scores"), content.get("view")
+    if type(step) is not int or not 0 <= step < 2**53:
+        return "step is no count"
+    if not isinstance(scores, list) or not all(map(_is_score, scores)):
+        return "scores are no pairs of a step and a number"
+    parameters = dual.view_parameters()
+    if not isinstance(view, dict) or view.keys() != parameters.keys():
+        return "it holds the tensors of another view"
+    for name, parameter in parameters.items():
+        if not _is_like(view[name], parameter) or not view[name].isfinite().all():
+            return f"{name} is not a tensor of finite numbers in its shape"
+    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    if not _fits(content.get("optimizer"), trained):
+        return "the optimizer's state is of other parameters"
+    return None
+
+
+def _is_score(score: object) -> bool:
+    return (
+        isinstance(score, list | tuple)
+        and len(score) == 2
+        and type(score[0]) is int
+        and isinstance(score[1], float)
+        and math.isfinite(score[1])
+    )
+
+
+def _is_like(value: object, parameter: torch.Tensor) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.shape == parameter.shape
+        and value.is_floating_point()
+    )
+
+
+def _fits(optimizer: object, parameters: list[torch.nn.Parameter]) -> bool:
+    """Whether this is a state of AdamW over these parameters."""
+    entries = optimizer.get("state") if isinstance(optimizer, dict) else None
+    if not isinstance(entries, dict):
+        return False
+    for index, entry in entries.items():
+        if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(entry, dict):
+            return False
+        if entry.keys() != {"step", "exp_avg", "exp_avg_sq"} or not isinstance(entry["step"], torch.Tensor):
+            return False
+        if entry["step"].numel() != 1:
+            return False
+        if not all(_is_like(entry[key], parameters[index]) for key in ("exp_avg", "exp_avg_sq")):
+            return False
+    return True
+
+
+def check_room(folder: Path, dual: DualView) -> None:
+    """StorageError when the disk has no room for the state and two views, and for the new one of a pair."""
+    parameters = dual.view_parameters().values()
+    view_bytes = 4 * sum(p.numel() for p in parameters)
+    sizes = {
+        STATE_FILE: view_bytes + 8 * sum(p.numel() for p in parameters if p.requires_grad),
+        BEST: view_bytes,
+        LAST: view_bytes,
+    }
+    missing = sum(size for name, size in sizes.items() if not (folder / name).exists())
+    check_writable(folder, missing + max(sizes.values()))

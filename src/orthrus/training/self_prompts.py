@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 from orthrus.base.loading import Base
 from orthrus.config import SamplingParams
+from orthrus.decoding.noise import choice_seed
+from orthrus.engine.engine import Engine
 from orthrus.errors import UserInputError
-from orthrus.model.dual_view import DualView
-from orthrus.training.batch_decode import Request, decode_batch
+from orthrus.training.answers import Question, answer_all
 
 # How a user turn may begin, by domain; an empty beginning lets the model choose its own subject.
 OPENINGS: dict[str, tuple[str, ...]] = {
@@ -27,7 +28,6 @@ OPENINGS: dict[str, tuple[str, ...]] = {
     ),
     "summary": ("Summarize the following text: ", "Summarize: ", "Rewrite the following paragraph: "),
 }  # fmt: skip
-_SAMPLING = SamplingParams(temperature=1.0, top_p=0.95)
 _MARK = "\u241f"
 
 
@@ -48,7 +48,7 @@ def open_user_turn(base: Base) -> list[int]:
 
 def self_prompts(
     base: Base,
-    dual: DualView,
+    engine: Engine,
     counts: dict[str, int],
     *,
     seed: int,
@@ -62,20 +62,22 @@ def self_prompts(
     for domain, count in counts.items():
         openings = OPENINGS.get(domain, ("",))
         jobs += [(domain, openings[i % len(openings)]) for i in range(count)]
-    requests = [
-        Request(i, head + list(base.tokenizer(opening, add_special_tokens=False)["input_ids"]), _SAMPLING)
+    questions = [
+        Question(
+            i,
+            head + list(base.tokenizer(opening, add_special_tokens=False)["input_ids"]),
+            SamplingParams(temperature=1.0, top_p=0.95, seed=choice_seed(seed, i)),
+        )
         for i, (_, opening) in enumerate(jobs)
     ]
-    answers = decode_batch(
-        dual,
-        requests,
+    answers = answer_all(
+        engine,
+        questions,
         batch_size=batch_size,
         max_new_tokens=max_tokens,
-        max_prompt_tokens=max((len(r.prompt_ids) for r in requests), default=1),
         eos_token_ids=base.eos_token_ids,
-        seed=seed,
     )
-    for answer in answers:
+    for answer in sorted(answers):
         domain, opening = jobs[answer.key]
         text = opening + str(base.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
         if answer.finished and len(text.split()) >= min_words and not is_repetitive(answer.token_ids):

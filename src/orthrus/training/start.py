@@ -27,6 +27,11 @@ def starting_view(base: Base, config: TrainConfig) -> DualView:
     base.
     """
     check_gradients(base.model, base.name)
+    width = int(base.model.get_input_embeddings().weight.shape[1])  # type: ignore[index]
+    most = {"rank": width, "repair_rank": max(width, 1024)}
+    for key, rank in (("rank", config.rank), ("repair_rank", config.repair_rank)):
+        if rank is not None and rank > most[key]:
+            raise UserInputError(f"{key} {rank} is too much for {base.name}; give at most {most[key]}.")
     if config.init_view is None:
         dual = fresh_view(
             base,

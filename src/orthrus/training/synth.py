@@ -11,11 +11,20 @@ from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base
 from orthrus.base.provenance import provenance
 from orthrus.config import SamplingParams
+from orthrus.decoding.noise import choice_seed
+from orthrus.engine.engine import Engine
 from orthrus.errors import UserInputError
-from orthrus.model.dual_view import DualView
 from orthrus.training import manifest
-from orthrus.training.batch_decode import Request, decode_batch
-from orthrus.training.corpus import PROMPTS, Unseen, read_jsonl, shard_path, source_path, write_jsonl
+from orthrus.training.answers import Question, answer_all
+from orthrus.training.corpus import (
+    PROMPTS,
+    Unseen,
+    read_prompts,
+    read_source,
+    shard_path,
+    source_path,
+    write_jsonl,
+)
 from orthrus.training.prompt_sources import PromptSource, gather_prompts, read_prompt_texts
 from orthrus.training.self_prompts import is_repetitive
 
@@ -73,7 +82,7 @@ OnSynth = Callable[[SynthProgress], None]
 
 def synthesise(
     base: Base,
-    dual: DualView,
+    engine: Engine,
     config: SynthConfig,
     folder: Path,
     on_progress: OnSynth | None = None,
@@ -91,16 +100,16 @@ def synthesise(
             f"{base.context_length} tokens; ask for shorter answers."
         )
     report = on_progress or (lambda _: None)
-    _begin(folder, config, base, dual)
+    _begin(folder, config, base, engine)
     if not (folder / PROMPTS).is_file():
-        write_jsonl(folder / PROMPTS, _gather(base, dual, config, folder, report, keep_out))
-    prompts = read_jsonl(folder / PROMPTS)
+        write_jsonl(folder / PROMPTS, _gather(base, engine, config, folder, report, keep_out))
+    prompts = read_prompts(folder)
     size = config.shard_size
     shards = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
     todo = [(i, shard) for i, shard in enumerate(shards) if not shard_path(folder, i).is_file()]
     meter = _Meter(report, len(prompts), sum(len(shard) for _, shard in todo))
     for index, shard in todo:
-        answers = _answer(base, dual, config, prompts, shard, meter)
+        answers = _answer(base, engine, config, prompts, shard, meter)
         write_jsonl(shard_path(folder, index), answers)
         meter.end_shard(len(shard))
 
@@ -134,7 +143,7 @@ class _Meter:
 
 def _gather(
     base: Base,
-    dual: DualView,
+    engine: Engine,
     config: SynthConfig,
     folder: Path,
     report: OnSynth,
@@ -150,19 +159,18 @@ def _gather(
         part = source_path(folder, number)
         if not part.is_file():
             texts, facts = gather_prompts(
-                source, base, dual, seed=config.seed + number, batch_size=config.batch_size
+                source, base, engine, seed=config.seed + number, batch_size=config.batch_size
             )
             manifest.note_source(folder, part.name, facts)
             write_jsonl(part, ({"prompt": text, "domain": domain} for text, domain in texts))
-        for record in read_jsonl(part):
+        for record in read_source(part):
             if unseen(record["prompt"]):
                 ids = base.encode_prompt(record["prompt"] + source.suffix)
                 if len(ids) <= longest:
                     found.append({"prompt_ids": ids, "domain": record["domain"]})
     if not found:
         # The next try may bring other prompts under the same name.
-        for part in folder.glob("source-*.jsonl"):
-            part.unlink()
+        manifest.forget_sources(folder)
         raise UserInputError(
             f"no prompt is left after taking out duplicates, held-out ones and those above {longest} tokens; "
             "give more or other prompts."
@@ -174,31 +182,28 @@ def _gather(
 
 def _answer(
     base: Base,
-    dual: DualView,
+    engine: Engine,
     config: SynthConfig,
     prompts: list[dict[str, Any]],
     which: range,
     meter: _Meter,
 ) -> list[dict[str, Any]]:
-    sampled = SamplingParams(temperature=config.temperature, top_p=config.top_p)
     random = Random(f"{config.seed}-{which.start}")
-    requests = [
-        Request(
-            i,
-            prompts[i]["prompt_ids"],
-            SamplingParams() if random.random() < config.greedy_share else sampled,
-        )
-        for i in which
-    ]
+    questions = []
+    for i in which:
+        sampling = SamplingParams()
+        if random.random() >= config.greedy_share:
+            sampling = SamplingParams(
+                temperature=config.temperature, top_p=config.top_p, seed=choice_seed(config.seed, i)
+            )
+        questions.append(Question(i, prompts[i]["prompt_ids"], sampling))
     answers = []
-    for answer in decode_batch(
-        dual,
-        requests,
+    for answer in answer_all(
+        engine,
+        questions,
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
-        max_prompt_tokens=max(len(r.prompt_ids) for r in requests),
         eos_token_ids=base.eos_token_ids,
-        seed=config.seed + which.start,
     ):
         answers.append(answer)
         meter.answered(len(answer.token_ids))
@@ -209,10 +214,12 @@ def _answer(
     ]
 
 
-def _begin(folder: Path, config: SynthConfig, base: Base, dual: DualView) -> None:
+def _begin(folder: Path, config: SynthConfig, base: Base, engine: Engine) -> None:
     # Twins change the names of the weights that they wrap.
-    with dual.stock() as model:
-        weights = fingerprint(model)
+    model = engine.runner.dual.stock()
+    weights = fingerprint(model)
     made = provenance(device=str(base.model.device), dtype=str(base.model.dtype), seed=config.seed)
     settings = {"base": base.reference, "base_fingerprint": weights, "dtype": made["dtype"], **asdict(config)}
+    # How many are answered at once changes no answer.
+    del settings["batch_size"]
     manifest.begin(folder, settings, made)

@@ -8,15 +8,14 @@ from pathlib import Path
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
-from orthrus.base.outputs import write_text_atomic
 from orthrus.errors import MissingExtraError, UserInputError
+from orthrus.training.run_folder import note_run, read_run
 from orthrus.training.trainer import TrainLog
 
 PROJECT = "orthrus"
-RUN_FILE = "run_id"
 # What must be importable, and what pip calls it.
 _NEEDS = {
-    "tensorboard": ("torch.utils.tensorboard", '"orthrus[train]"'),
+    "tensorboard": ("torch.utils.tensorboard", '"orthrus-lm[train]"'),
     "trackio": ("trackio", "trackio"),
     "wandb": ("wandb", "wandb"),
 }
@@ -102,12 +101,10 @@ def _tracker(name: str, folder: Path, step: int) -> GeneralTracker:
 
 def _run_id(folder: Path, step: int) -> str:
     """What the run is called elsewhere: kept in its folder, new for a run that begins."""
-    file = folder / RUN_FILE
-    if step and file.is_file() and (known := file.read_text(encoding="utf-8").strip()):
+    known = read_run(folder).get("tracked_as")
+    if step and isinstance(known, str) and known:
         return known
-    fresh = uuid.uuid4().hex[:8]
-    write_text_atomic(file, fresh + "\n")
-    return fresh
+    return str(note_run(folder, tracked_as=uuid.uuid4().hex[:8])["tracked_as"])
 
 
 def _installed(name: str) -> bool:

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -14,14 +13,15 @@ from torch import Tensor
 from orthrus.errors import DivergedError, UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.model.names import REPAIR_PREFIX
-from orthrus.model.slot_cache import head_dim
+from orthrus.model.pool import head_dim
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.flex_blocks import pick_attention
 from orthrus.training.forward import Objective, StepOutput, TrainingPass
 from orthrus.training.packing import PackedRow
 from orthrus.training.processes import Processes, load_optimizer, plain
 from orthrus.training.recipe import TrainConfig
-from orthrus.training.run_state import RunState, load_state, save_state
+from orthrus.training.run_folder import RunFolder, run_folder
+from orthrus.training.run_state import RunState, check_room, load_state, save_state
 from orthrus.training.speed import FlopCounter
 
 
@@ -59,14 +59,21 @@ class Hooks:
 
 
 def train(
-    dual: DualView, rows: list[PackedRow], config: TrainConfig, corpus_digest: str, hooks: Hooks
+    dual: DualView,
+    rows: list[PackedRow],
+    config: TrainConfig,
+    corpus_digest: str,
+    hooks: Hooks,
+    held: RunFolder | None = None,
 ) -> RunState:
     """Train the diffusion view of `dual` in place, saving into `config.output`; continues a run found there.
 
+    held: that folder, where the caller holds it already; else the main process holds it until the end.
     Base weights stay frozen, with `train: repair` all but the repair head. The view is kept in float32 and
     used in `config.dtype`. Every random choice is a function of (seed, epoch, row), so a resumed run repeats
     what an unbroken one would have done, bit for bit. Raises UserInputError when the folder holds another
-    run, DivergedError when the loss is not a number.
+    run, another process trains there, or something in it is not the run's; StorageError when it cannot be
+    written or has too little room; DivergedError when the loss is not a number.
     """
     processes = Processes(config)
     if config.batch_rows < processes.count:
@@ -77,7 +84,20 @@ def train(
     for name, parameter in dual.view_parameters().items():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(config.train == "view" or name.startswith(REPAIR_PREFIX))
-    folder = Path(config.output)
+    holding = run_folder(config.output_folder, is_main=processes.is_main) if held is None else nullcontext()
+    with holding:
+        return _train(processes, dual, rows, config, corpus_digest, hooks)
+
+
+def _train(
+    processes: Processes,
+    dual: DualView,
+    rows: list[PackedRow],
+    config: TrainConfig,
+    corpus_digest: str,
+    hooks: Hooks,
+) -> RunState:
+    folder = config.output_folder
     state = load_state(folder, dual, config, corpus_digest) or RunState()
     objective = Objective(
         loss=config.loss, weights=config.weights, gamma=config.gamma, smoothing=config.smoothing
@@ -90,6 +110,8 @@ def train(
     if state.optimizer is not None:
         load_optimizer(optimizer, state.optimizer, parameters)
         state.optimizer = None
+    if processes.is_main:
+        check_room(folder, dual)
     num_steps = config.steps or max(1, round(config.epochs * len(rows) / config.batch_rows))
     if processes.is_main:
         hooks.on_start(state.step, num_steps)

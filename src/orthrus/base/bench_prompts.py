@@ -55,5 +55,5 @@ def load_prompts(
 def _read(path: Path | None) -> Iterable[FilePrompt]:
     if path is not None:
         return read_prompt_file(path)
-    text = files("orthrus.bench").joinpath("prompts.jsonl").read_text(encoding="utf-8")
+    text = files("orthrus.base").joinpath("bench_prompts.jsonl").read_text(encoding="utf-8")
     return parse_prompts("built-in prompts", text)

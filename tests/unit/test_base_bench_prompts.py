@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orthrus.bench.prompts import DOMAINS, BenchPrompt, load_prompts
+from orthrus.base.bench_prompts import DOMAINS, BenchPrompt, load_prompts
 from orthrus.errors import UserInputError
 
 
@@ -96,6 +96,7 @@ def test_wrong_choices() -> None:
 
 def test_prompts_need_no_torch() -> None:
     code = (
-        "import sys; from orthrus.bench import load_prompts; load_prompts(); sys.exit('torch' in sys.modules)"
+        "import sys; from orthrus.base.bench_prompts import load_prompts; load_prompts(); "
+        "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,6 +1,6 @@
-"""What benchmarks and audits look at: the stock model's own decoding, timed, and the caches of requests."""
+"""The baseline of benchmarks and audits: the stock model's own decoding, timed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -17,9 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from orthrus.model.dual_view import DualView
-from orthrus.model.passes import Pass
-from orthrus.model.slot_cache import SlotCache
+from orthrus.base.devices import synchronize
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,55 +60,6 @@ def stock_generate(
         )[0, len(prompt_ids) :].tolist()
         end = perf_counter()
     return StockRun(tuple(new_ids), (clock.at - start) * 1e3, (end - clock.at) * 1e3)
-
-
-@contextmanager
-def watch_caches(dual: DualView) -> Iterator[list[SlotCache]]:
-    """Every slot cache that requests make while the context lasts, in order."""
-    made: list[SlotCache] = []
-    new_cache = dual.new_cache
-
-    def watched(num_slots: int, batch_size: int = 1) -> SlotCache:
-        made.append(new_cache(num_slots, batch_size))
-        return made[-1]
-
-    with _shadowed(dual, "new_cache", watched):
-        yield made
-
-
-@contextmanager
-def watch_passes(dual: DualView, on_pass: Callable[[Pass, SlotCache, Tensor], None]) -> Iterator[None]:
-    """Call `on_pass(pass, cache, hidden_BTC)` after every pass that runs while the context lasts.
-
-    hidden_BTC: all rows' states before the head. The cache does not count the pass's tokens yet.
-    """
-    hidden = dual.hidden
-
-    def watched(p: Pass, cache: SlotCache) -> Tensor:
-        hidden_BTC = hidden(p, cache)
-        on_pass(p, cache, hidden_BTC)
-        return hidden_BTC
-
-    with _shadowed(dual, "hidden", watched):
-        yield
-
-
-@contextmanager
-def _shadowed(dual: DualView, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """An attribute of the instance hides the method of its class."""
-    setattr(dual, name, method)
-    try:
-        yield
-    finally:
-        delattr(dual, name)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was asked for: a clock read before that lies."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 class _FirstToken(StoppingCriteria):

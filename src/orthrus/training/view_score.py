@@ -1,40 +1,41 @@
 """Real decodes of held-out prompts during training, and the view folders that a run leaves behind."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 
+from orthrus.base.bench_prompts import load_prompts
 from orthrus.base.loading import Base
-from orthrus.base.outputs import restore_folder
-from orthrus.bench.prompts import load_prompts
 from orthrus.config import DecodeConfig
+from orthrus.engine.engine import Engine
 from orthrus.engine.stream import TokenStream
 from orthrus.errors import OrthrusError
 from orthrus.model.checkpoint import CONFIG_FILE, read_json, save_view
 from orthrus.model.dual_view import DualView
+from orthrus.model.runner import EagerRunner
+from orthrus.training.run_folder import BEST, RunFolder
 
 NUM_TOKENS = 64
-BEST, LAST = "best", "view"
 
 
 @dataclass
 class Scorer:
     """Called by the trainer as `scorer(dual, step)`: tokens per cycle, chain, greedy, first token left out.
 
-    The view with the highest score is kept in `output/best`. `origin` is the part of its provenance that is
-    known before the run. `best` is (score, step), None before the first score. Of several processes each
-    decodes some of the prompts, all come to the same score, and the main one keeps the view.
+    The view with the highest score is kept in the run's folder as `best`. `origin` is the part of its
+    provenance that is known before the run. `best` is (score, step), None before the first score. Of several
+    processes each decodes some of the prompts, all come to the same score, and the main one keeps the view.
     """
 
     base: Base
     prompts: list[list[int]]
-    output: Path
+    run: RunFolder
     origin: dict[str, Any]
     process: PartialState
     best: tuple[float, int] | None = None
@@ -47,18 +48,20 @@ class Scorer:
         if self.best is None or score > self.best[0]:
             self.best = (score, step)
             if self.process.is_main_process:
-                keep_view(dual, self.output / BEST, self.origin | {"step": step, "tokens_per_cycle": score})
+                keep_view(dual, self.run, BEST, self.origin | {"step": step, "tokens_per_cycle": score})
         return score
 
     def remember(self) -> None:
         """Take up the best score of an earlier part of the same run, however it ended."""
-        if self.process.is_main_process:
-            restore_folder(self.output / BEST)
+        self.best = None
         try:
-            made = read_json(self.output / BEST / CONFIG_FILE)["provenance"]
-            self.best = (float(made["tokens_per_cycle"]), int(made["step"]))
-        except (OrthrusError, KeyError, TypeError, ValueError):
-            self.best = None
+            made = read_json(self.run.path / BEST / CONFIG_FILE)["provenance"]
+            score, step = float(made["tokens_per_cycle"]), int(made["step"])
+        except (OrthrusError, OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
+            return
+        # No later score would be better than one that is not a number.
+        if math.isfinite(score):
+            self.best = (score, step)
 
 
 def held_out_prompts(base: Base, number: int, block_size: int) -> list[list[int]]:
@@ -79,15 +82,10 @@ def decoded(dual: DualView, base: Base, prompts: list[list[int]]) -> tuple[int, 
     config = DecodeConfig(max_new_tokens=NUM_TOKENS, strategy="chain")
     num_tokens = num_cycles = 0
     with served(dual):
-        for prompt_ids in prompts:
-            stream = TokenStream(
-                dual,
-                prompt_ids,
-                config,
-                eos_token_ids=base.eos_token_ids,
-                context_length=base.context_length,
-            )
-            stats = stream.drain().stats
+        engine = Engine(EagerRunner(dual))
+        requests = [engine.submit(ids, config, eos_token_ids=base.eos_token_ids) for ids in prompts]
+        for request in requests:
+            stats = TokenStream(engine, request).drain().stats
             num_tokens += max(stats.num_tokens - 1, 0)
             num_cycles += stats.num_cycles
     return num_tokens, num_cycles
@@ -106,7 +104,7 @@ def served(dual: DualView) -> Iterator[None]:
             parameter.data = exact[name]
 
 
-def keep_view(dual: DualView, folder: Path, origin: dict[str, Any]) -> None:
-    """Write the trained view with its provenance, in place of an earlier one."""
+def keep_view(dual: DualView, run: RunFolder, name: str, origin: dict[str, Any]) -> None:
+    """Write the trained view with its provenance into the run's folder, in place of its earlier one."""
     dual.config = replace(dual.config, trained=True, provenance=origin)
-    save_view(dual, folder, overwrite=True)
+    save_view(dual, run.path / name, owner=run.owner)

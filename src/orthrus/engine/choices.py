@@ -1,0 +1,133 @@
+"""What the logits of a pass become, for all of its requests together: the AR view's choices, and drafts."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from orthrus.decoding.noise import exponential_noise
+from orthrus.decoding.pairs import given_the_prefix
+from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise, filtered_probs
+from orthrus.decoding.tree import Candidates
+from orthrus.engine.request import Request
+from orthrus.errors import UnsupportedModelError
+from orthrus.kernels.best import best_tokens, first_best
+from orthrus.kernels.pairs import repaired_pairs
+from orthrus.model.runner import Runner
+
+
+class Judged(NamedTuple):
+    """Rows of the AR view of one request: rows of the logits, the positions that they decide, and the tokens
+    that each has seen beyond the committed ones."""
+
+    request: Request
+    rows: slice
+    positions: list[int]
+    paths: list[list[int]]
+
+
+class Guessed(NamedTuple):
+    """Draft rows of one request: rows of the hidden states, and the first position that they decide."""
+
+    request: Request
+    rows: slice
+    first_position: int
+
+
+def choose(logits_RV: Tensor, judged: Sequence[Judged]) -> list[list[int]]:
+    """The AR view's own token after each row, by request. logits_RV: of the rows of all requests.
+
+    A sampled token is a function of seed and position, whoever asks and how often: so drafts and neighbours
+    cannot touch the text. Raises UnsupportedModelError where a chosen logit is NaN or infinite.
+    """
+    special = [j for j in judged if not j.request.config.sampling.greedy or j.request.rules.active]
+    ids_R = torch.zeros(len(logits_RV), dtype=torch.long, device=logits_RV.device)
+    if len(special) < len(judged):
+        ids_R = first_best(logits_RV)
+    for j in special:
+        ruled_QV = j.request.rules(logits_RV[j.rows], j.paths)
+        if j.request.config.sampling.greedy:
+            ids_R[j.rows] = first_best(ruled_QV)
+            continue
+        probs_QV = filtered_probs(ruled_QV, j.request.config.sampling)
+        ids_R[j.rows] = draw_with_noise(probs_QV, _noise(j.request, j.positions, probs_QV))
+    known_R = logits_RV.gather(-1, ids_R[:, None])[:, 0].isfinite()
+    if not bool(known_R.all()):
+        raise UnsupportedModelError(
+            "the model's own logits became NaN or infinite: load it in another dtype (float32, bfloat16), or "
+            "check its weights."
+        )
+    ids = ids_R.tolist()
+    return [ids[j.rows] for j in judged]
+
+
+def rank(
+    runner: Runner, hidden_DC: Tensor, logits_DV: Tensor, guessed: Sequence[Guessed]
+) -> list[Candidates]:
+    """The best candidates of each draft row, by request; a request's first row follows its anchor.
+
+    hidden_DC, logits_DV: of the draft rows of all requests, before and after the head. A repair head lets the
+    first row know the anchor, and each further candidate the one before it: see `Candidates.pairs_DPC`.
+    """
+    dual = runner.dual
+    width = min(8 if dual.repair is None else 16, logits_DV.shape[-1])
+    found: list[Candidates | None] = [None] * len(guessed)
+    for temperature in dict.fromkeys(_temperature(g) for g in guessed):
+        mine = [i for i, g in enumerate(guessed) if _temperature(g) == temperature]
+        scores = [_scores(guessed[i], logits_DV[guessed[i].rows]) for i in mine]
+        sizes = [len(some_DV) for some_DV in scores]
+        scores_DV = scores[0] if len(mine) == 1 else torch.cat(scores)
+        best_DC, ids_DC, all_D1 = best_tokens(scores_DV, width)
+        alone_DC = best_DC - all_D1
+        log_probs_DC, pairs_DPC = given_the_prefix(alone_DC), None
+        firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+        if dual.repair is None:
+            log_probs_DC[firsts] = alone_DC[firsts]
+        else:
+            parents_DP = ids_DC.roll(1, 0)
+            anchors = [guessed[i].request.anchor_id for i in mine]
+            parents_DP[firsts] = torch.tensor(anchors, device=parents_DP.device)[:, None]
+            rows_DC = torch.cat([hidden_DC[guessed[i].rows] for i in mine])
+            given_DPC = repaired_pairs(
+                dual, runner.repair_tables, rows_DC, parents_DP, ids_DC, best_DC, all_D1, temperature
+            )
+            log_probs_DC[firsts] = given_DPC[firsts, 0]
+            pairs_DPC = given_the_prefix(given_DPC)
+        ids, log_probs = ids_DC.tolist(), log_probs_DC.tolist()
+        pairs = None if pairs_DPC is None else pairs_DPC.tolist()
+        for i, first, size in zip(mine, firsts, sizes, strict=True):
+            rows = slice(first, first + size)
+            found[i] = Candidates(ids[rows], log_probs[rows], None if pairs is None else pairs[rows])
+    return [candidates for candidates in found if candidates is not None]
+
+
+def _temperature(guessed: Guessed) -> float:
+    sampling = guessed.request.config.sampling
+    return 1.0 if sampling.greedy else sampling.temperature
+
+
+def _scores(guessed: Guessed, logits_DV: Tensor) -> Tensor:
+    """Unnormalised log probs, scores_DV float32, by which draft rows rank their guesses.
+
+    Sampled drafts rank by the same noise that the AR view's own choice will meet: where both laws agree, so do
+    the tokens (arXiv 2408.07978).
+    """
+    request = guessed.request
+    logits_DV = request.rules(logits_DV, [()] * len(logits_DV))
+    if request.config.sampling.greedy:
+        return logits_DV.float()
+    probs_DV = filtered_probs(logits_DV, request.config.sampling)
+    positions = range(guessed.first_position, guessed.first_position + len(probs_DV))
+    return coupled_log_scores(probs_DV, _noise(request, positions, probs_DV))
+
+
+def _noise(request: Request, positions: Sequence[int], probs_RV: Tensor) -> list[Tensor]:
+    """The rows of noise_RV; kept until passed, since drafting and verifying ask for the same."""
+    new = [p for p in dict.fromkeys(positions) if p not in request.noise]
+    if new:
+        length = request.slots.length
+        request.noise = {p: row for p, row in request.noise.items() if p >= length}
+        rows = exponential_noise(request.seed, new, probs_RV.shape[-1], probs_RV.device)
+        request.noise |= zip(new, rows, strict=True)
+    return [request.noise[p] for p in positions]

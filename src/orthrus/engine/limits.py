@@ -1,0 +1,36 @@
+"""What a request must keep to, checked before it is taken in."""
+
+from orthrus.errors import UserInputError
+from orthrus.model.dual_view import DualView
+
+
+def check_prompt(prompt_ids: list[int], context_length: int) -> None:
+    """UserInputError unless there is a prompt and room behind it."""
+    if not prompt_ids:
+        raise UserInputError("the prompt is empty; give at least one token.")
+    if len(prompt_ids) >= context_length:
+        raise UserInputError(
+            f"the prompt has {len(prompt_ids)} tokens, but the model's context holds {context_length}; "
+            "shorten it."
+        )
+
+
+def check_token_ids(dual: DualView, token_ids: list[int]) -> None:
+    """UserInputError for an id that the model has no embedding for."""
+    num_ids = dual.vocab_size
+    wrong = next((i for i in token_ids if type(i) is not int or not 0 <= i < num_ids), None)
+    if wrong is not None:
+        raise UserInputError(f"the prompt has token id {wrong!r}, but the model knows 0 to {num_ids - 1}.")
+
+
+def check_block_size(dual: DualView, block_size: int | None) -> int:
+    """The block size asked for, or the view's own; UserInputError when larger than the view's."""
+    trained = dual.config.block_size
+    if block_size is None:
+        return trained
+    if block_size > trained:
+        raise UserInputError(
+            f"block_size {block_size} is larger than the {trained} of this view; choose 2 to {trained}, "
+            "or make a view with larger blocks."
+        )
+    return block_size

@@ -1,0 +1,88 @@
+"""Pages of earlier requests, kept by what they hold: the next turn of a chat starts where the last one ended."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from orthrus.model.pool import PAGE, SlotPool
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(slots=True, eq=False)
+class PrefixPage:
+    """A page of committed history: its tokens, and the page before it (None at a beginning)."""
+
+    page: int
+    tokens: Tokens
+    parent: "PrefixPage | None"
+    children: "dict[Tokens, PrefixPage]" = field(default_factory=dict)
+
+
+class PrefixStore:
+    """Whole pages of committed history by the tokens from the beginning on; the least recently used go first.
+
+    The store owns its pages beside the requests that use them. Tokens are compared, not hashes of them. Not
+    thread-safe: the engine guards it.
+    """
+
+    def __init__(self, pool: SlotPool) -> None:
+        self._pool = pool
+        self._first: dict[Tokens, PrefixPage] = {}
+        # From the least to the most recently used.
+        self._pages: OrderedDict[int, PrefixPage] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Pages that are kept."""
+        return len(self._pages)
+
+    @property
+    def num_idle(self) -> int:
+        """Pages that nobody else uses."""
+        return sum(self._pool.owners(page) == 1 for page in self._pages)
+
+    def find(self, token_ids: Sequence[int]) -> list[PrefixPage]:
+        """The longest run of kept pages that begin these tokens; the last token is never among them."""
+        found: list[PrefixPage] = []
+        children = self._first
+        for start in range(0, len(token_ids) - PAGE, PAGE):
+            node = children.get(tuple(token_ids[start : start + PAGE]))
+            if node is None:
+                break
+            found.append(node)
+            children = node.children
+        # Beginnings serve most requests: they count as used last.
+        for node in reversed(found):
+            self._pages.move_to_end(node.page)
+        return found
+
+    def add(self, parent: PrefixPage | None, token_ids: Sequence[int], page: int) -> PrefixPage:
+        """Keep a committed page that follows `parent`; returns what stands for it, which may be an equal one.
+
+        Where `parent` has been given up meanwhile nothing is kept, and `parent` is what comes back.
+        """
+        tokens = tuple(token_ids)
+        assert len(tokens) == PAGE, "only whole pages are kept"
+        if parent is not None and self._pages.get(parent.page) is not parent:
+            return parent
+        children = self._first if parent is None else parent.children
+        if tokens not in children:
+            self._pool.share(page)
+            children[tokens] = self._pages[page] = PrefixPage(page, tokens, parent)
+        return children[tokens]
+
+    def evict(self, num_pages: int) -> int:
+        """Give up as many pages that nobody uses, the ends of texts first; returns how many there were."""
+        freed = 0
+        while freed < num_pages:
+            node = next((n for n in self._pages.values() if self._is_idle_end(n)), None)
+            if node is None:
+                break
+            del self._pages[node.page]
+            del (self._first if node.parent is None else node.parent.children)[node.tokens]
+            self._pool.release(node.page)
+            freed += 1
+        return freed
+
+    def _is_idle_end(self, node: PrefixPage) -> bool:
+        return not node.children and self._pool.owners(node.page) == 1

@@ -1,0 +1,169 @@
+"""One prompt being answered: pure data, and the one way in which tokens become part of the answer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from orthrus.config import DecodeConfig
+from orthrus.decoding.policy import Policy
+from orthrus.decoding.processors import LogitRules
+from orthrus.decoding.stopping import StopRules
+from orthrus.decoding.tree import Candidates, DraftTree
+from orthrus.engine.detokenize import AnswerText
+from orthrus.model.passes import Part
+from orthrus.model.pool import Slots
+from orthrus.types import Cycle, CycleKind, FinishReason, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a request wants of the next pass.
+
+    kind: of the cycle that the pass belongs to. tree: drafts to be verified. block_rows: AR rows at which
+    diffusion blocks are anchored, block_size rows each, of which num_guesses count. late: the drafts' block
+    had not seen all of the text. without_floor: the paper's draft pass, a block without an AR row. is_last: of
+    a prompt's chunks, or any other work.
+    """
+
+    kind: CycleKind
+    part: Part
+    tree: DraftTree
+    block_rows: tuple[int, ...] = ()
+    block_size: int = 0
+    num_guesses: int = 0
+    late: bool = False
+    without_floor: bool = False
+    is_last: bool = True
+
+    def guess_rows(self, block: int, first: int = 0) -> range:
+        """Rows of the part that guess, of one block, from guess `first` on.
+
+        What a block's first row guesses the AR view decides, unless the pass has no AR row.
+        """
+        start = self.part.num_ar + block * self.block_size + (0 if self.without_floor else 1)
+        return range(start + first, start + self.num_guesses)
+
+
+@dataclass(slots=True)
+class Step:
+    """What a cycle has committed so far, and what it took."""
+
+    kind: CycleKind
+    token_ids: list[int] = field(default_factory=list)
+    is_draft: list[bool] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    text: str = ""
+    num_drafted: int = 0
+    num_passes: int = 0
+    num_rows: int = 0
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """Settings and state of one request; the engine that it was given to is the only one to change it.
+
+    The anchor, its last known token, is not in the cache yet: it stands at position slots.length once the
+    prompt has been fed. block_size: rows of the blocks that are drafted next. drafts: what the diffusion view
+    proposes after the anchor, None where it has not been asked; late: their block stood further back, so it
+    has not seen all of the text before them. next_work: the second half of a cycle, decided with the first.
+    should_stop sees all new token ids after every single token. deadline: in seconds of `time.monotonic`.
+    closed: nothing more will come, and `cycles` is complete.
+    """
+
+    prompt_ids: list[int]
+    config: DecodeConfig
+    stop: StopRules
+    rules: LogitRules
+    text: AnswerText
+    slots: Slots
+    seed: int
+    block_size: int
+    context_length: int
+    policy: Policy | None = None
+    should_stop: Callable[[list[int]], bool] | None = None
+    on_cycle: Callable[[Cycle], None] | None = None
+    deadline: float | None = None
+    token_ids: list[int] = field(default_factory=list)
+    drafts: Candidates | None = None
+    late: bool = False
+    next_work: Work | None = None
+    step: Step | None = None
+    cycles: list[Cycle] = field(default_factory=list)
+    finish: FinishReason | None = None
+    failure: Exception | None = None
+    cancelled: bool = False
+    closed: bool = False
+    num_cached: int = 0
+    num_preempted: int = 0
+    elapsed_ms: float = 0.0
+    noise: dict[int, Tensor] = field(default_factory=dict)
+    prefix: Any = None
+
+    @property
+    def num_known(self) -> int:
+        """Tokens of the prompt and of the answer so far."""
+        return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def anchor_id(self) -> int:
+        return self.token_ids[-1] if self.token_ids else self.prompt_ids[-1]
+
+    @property
+    def num_to_feed(self) -> int:
+        """Tokens that must go into the cache before the request can go on; 0 where it only has its anchor left.
+
+        The first pass over a fresh prompt's last token decides a token too; after a preemption that token is
+        known.
+        """
+        return self.num_known - self.slots.length - (1 if self.token_ids else 0)
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be committed."""
+        return self.stop.max_new_tokens - len(self.token_ids)
+
+    def known(self, start: int, end: int) -> list[int]:
+        """Known tokens [start, end), prompt first."""
+        num_prompt = len(self.prompt_ids)
+        if end <= num_prompt:
+            return self.prompt_ids[start:end]
+        return (
+            (self.prompt_ids[start:] + self.token_ids)[: end - start]
+            if start < num_prompt
+            else (self.token_ids[start - num_prompt : end - num_prompt])
+        )
+
+    def commit(self, token_ids: list[int], num_drafts: int, logprobs: list[TokenLogprob]) -> int:
+        """Take decided tokens one by one, the first `num_drafts` of which were drafts, until the answer ends.
+
+        Text, stop strings, penalties and log probs all follow this one list. Returns how many were taken.
+        """
+        assert self.step is not None
+        for i, token_id in enumerate(token_ids):
+            self.token_ids.append(token_id)
+            self.rules.see([token_id])
+            self.step.token_ids.append(token_id)
+            self.step.is_draft.append(i < num_drafts)
+            if logprobs:
+                self.step.logprobs.append(logprobs[i])
+            self.finish = self._ended(token_id)
+            if self.finish is not None:
+                return i + 1
+        return len(token_ids)
+
+    def _ended(self, token_id: int) -> FinishReason | None:
+        """Why the answer ends with this token, if it does; a stop comes before the limit."""
+        assert self.step is not None
+        piece, complete = self.text.push(token_id)
+        self.step.text += piece
+        finish: FinishReason | None = "stop" if complete else None
+        finish = finish or self.stop.finish_reason(token_id, len(self.token_ids))
+        if finish is None and self.should_stop is not None and self.should_stop(self.token_ids):
+            finish = "stop"
+        if finish is not None and not complete:
+            tail, complete = self.text.flush()
+            self.step.text += tail
+            finish = "stop" if complete else finish
+        return finish

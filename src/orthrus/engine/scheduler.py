@@ -1,0 +1,139 @@
+"""Who takes part in the next pass: plain Python over requests and pages, without a tensor.
+
+First come, first served; running requests go first; of prompts at most one chunk's rows a pass; where pages run
+out, kept pages go first, then the request that came last starts again later, from its tokens.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from orthrus.engine.prefix import PrefixPage, PrefixStore
+from orthrus.engine.request import Request, Work
+from orthrus.engine.work import prompt_work
+from orthrus.model.pool import PAGE, SlotPool, pages_for
+
+Wanted = Callable[[Request], Work]
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """The requests of an engine: `waiting` for pages, in their order, and `running`, oldest first.
+
+    chunk: rows of prompts in one pass. max_running: requests that may run at once. prefixes: None without
+    reuse. Not thread-safe: the engine guards it.
+    """
+
+    pool: SlotPool
+    chunk: int
+    max_running: int
+    prefixes: PrefixStore | None
+    waiting: deque[Request] = field(default_factory=deque)
+    running: list[Request] = field(default_factory=list)
+
+    def add(self, request: Request) -> None:
+        """Line up behind all whose priority number is the same or lower."""
+        behind = [i for i, r in enumerate(self.waiting) if r.config.priority > request.config.priority]
+        self.waiting.insert(behind[0] if behind else len(self.waiting), request)
+
+    def next_pass(self, wanted: Wanted) -> list[tuple[Request, Work]]:
+        """The work of the next pass, each with slots for its rows; empty where nobody can go on.
+
+        A request that alone is too large for the pool gets finish "length".
+        """
+        chosen: list[tuple[Request, Work]] = []
+        for request in list(self.running):
+            if request in self.running and not request.num_to_feed:
+                work = wanted(request)
+                if self._make_room(request, work.part.num_rows):
+                    chosen.append((request, work))
+        # Whoever was sent back for somebody's sake takes no part.
+        chosen = [(request, work) for request, work in chosen if request in self.running]
+        left = self.chunk
+        for request in list(self.running):
+            if request in self.running and request.num_to_feed and left:
+                left -= self._feed(request, left, chosen)
+        while left and self.waiting and len(self.running) < self.max_running:
+            request = self.waiting[0]
+            if not self._can_begin(request):
+                break
+            self.waiting.popleft()
+            self.running.append(request)
+            if request.num_to_feed:
+                size = self._feed(request, left, chosen)
+                left = left - size if size else 0
+        return chosen
+
+    def finish(self, request: Request) -> None:
+        """Take a request out, wherever it is; all of its pages are free, or kept for others, at once."""
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        request.slots.free()
+
+    def keep(self, request: Request) -> None:
+        """Keep the pages that have become whole; what a request has fed or decided others can use at once."""
+        if self.prefixes is None:
+            return
+        node: PrefixPage | None
+        node, num_kept = request.prefix or (None, 0)
+        while (num_kept + 1) * PAGE <= request.slots.length:
+            tokens = request.known(num_kept * PAGE, (num_kept + 1) * PAGE)
+            node = self.prefixes.add(node, tokens, request.slots.pages[num_kept])
+            num_kept += 1
+        request.prefix = node, num_kept
+
+    def _feed(self, request: Request, left: int, chosen: list[tuple[Request, Work]]) -> int:
+        """Choose a chunk of a request's prompt; returns its rows. Chunks end at fixed places of the text."""
+        length = request.slots.length
+        size = min(self.chunk - length % self.chunk, request.num_to_feed)
+        if size > left or not self._make_room(request, size):
+            return 0
+        work = prompt_work(request, size)
+        chosen.append((request, work))
+        return size
+
+    def _can_begin(self, request: Request) -> bool:
+        """Whether there are pages for a waiting request's text; takes over what is kept of it."""
+        if self.prefixes is not None and not request.slots.pages:
+            found = self.prefixes.find(request.known(0, request.num_known))
+            request.slots.adopt([node.page for node in found])
+            request.prefix = (found[-1] if found else None), len(found)
+            request.num_cached = max(request.num_cached, request.slots.length)
+        missing = pages_for(request.num_known + 1) - len(request.slots.pages)
+        if self._free_pages(missing) or not self.running:
+            return True
+        request.slots.free()
+        return False
+
+    def _free_pages(self, num_pages: int) -> bool:
+        """Whether so many pages are free, after giving up kept ones."""
+        missing = num_pages - self.pool.num_free
+        if missing > 0 and self.prefixes is not None:
+            missing -= self.prefixes.evict(missing)
+        return missing <= 0
+
+    def _make_room(self, request: Request, num_rows: int) -> bool:
+        """Slots for the rows of a pass; may send other requests back. False: this one must wait, or has ended."""
+        num_slots = request.slots.length + num_rows
+        while True:
+            missing = pages_for(num_slots) - len(request.slots.pages)
+            if missing <= 0 or self._free_pages(missing):
+                return request.slots.reserve(num_slots)
+            last = max(self.running, key=lambda r: (r.config.priority, self.running.index(r)))
+            if last is request and len(self.running) == 1:
+                request.finish = "length"
+                return False
+            self._send_back(last)
+            if last is request:
+                return False
+
+    def _send_back(self, request: Request) -> None:
+        """Free a running request's pages; it keeps its tokens and comes back before all who wait."""
+        self.running.remove(request)
+        request.slots.free()
+        request.drafts, request.late, request.next_work, request.prefix = None, False, None, None
+        request.noise.clear()
+        request.num_preempted += 1
+        self.waiting.appendleft(request)

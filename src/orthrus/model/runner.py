@@ -1,0 +1,98 @@
+"""What runs passes. The eager runner is the stock forward, and the slow oracle of all others."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from orthrus.base.families import layer_windows
+from orthrus.model import attention
+from orthrus.model.attention import RunningPass
+from orthrus.model.drafting import RepairTables
+from orthrus.model.dual_view import DualView
+from orthrus.model.passes import Pass
+from orthrus.model.pool import SlotPool
+from orthrus.model.shadow import shadow
+
+
+class Runner(Protocol):
+    """Runs passes of one model. An engine owns its runner; one thread runs passes at a time.
+
+    name: "eager" or "compiled". dual: the model. repair_tables: what stands for the view's repair head, where
+    the runner keeps it.
+    """
+
+    name: str
+    dual: DualView
+    repair_tables: RepairTables | None
+
+    def new_pool(self, num_pages: int) -> SlotPool:
+        """An empty pool that fits this runner's passes."""
+        ...
+
+    def hidden(self, p: Pass, pool: SlotPool) -> Tensor:
+        """Run a pass; returns the final hidden states hidden_RC of all its rows, before the head."""
+        ...
+
+    def head(self, hidden_RC: Tensor, *, drafts: bool = False) -> Tensor:
+        """logits_RV of hidden states; drafts: of block rows, as `DualView.head` has it."""
+        ...
+
+
+class EagerRunner:
+    """The stock transformers forward, over twins, with attention span by span. For any device and dtype.
+
+    Weights are shared with the model, so training shows at once.
+    """
+
+    name = "eager"
+    repair_tables: RepairTables | None = None
+
+    def __init__(self, dual: DualView) -> None:
+        self.dual = dual
+        self._decoder = decoder_with_attention(dual, attention.NAME)
+        self._windows = layer_windows(dual.base.config)
+
+    def new_pool(self, num_pages: int) -> SlotPool:
+        return SlotPool(self.dual.base.config, num_pages, dtype=self.dual.dtype, device=self.dual.device)
+
+    def hidden(self, p: Pass, pool: SlotPool) -> Tensor:
+        dual, running = self.dual, RunningPass(p, pool, self._windows)
+        with dual.split.at(p.num_ar_rows):
+            out = self._decoder(
+                inputs_embeds=dual.embed(p.token_ids_R[None]),
+                attention_mask=no_mask(dual),
+                position_ids=p.position_ids_R[None],
+                past_key_values=running,
+                use_cache=True,
+                running=running,
+            )
+        hidden_RC: Tensor = out.last_hidden_state[0]
+        return hidden_RC
+
+    def head(self, hidden_RC: Tensor, *, drafts: bool = False) -> Tensor:
+        return self.dual.head(hidden_RC, drafts=drafts)
+
+
+def decoder_with_attention(dual: DualView, name: str) -> torch.nn.Module:
+    """The stock decoder whose attention modules call the attention function of that name; weights shared."""
+    configs: dict[int, object] = {}
+
+    def change(path: str, module: torch.nn.Module) -> dict[str, object] | None:
+        if not path.endswith("self_attn"):
+            return None
+        config = module.config
+        if id(config) not in configs:
+            ours = object.__new__(type(config))
+            ours.__dict__.update(config.__dict__)
+            ours._attn_implementation = name  # type: ignore[attr-defined]
+            configs[id(config)] = ours
+        return {"config": configs[id(config)]}
+
+    return shadow(dual.base.get_decoder(), change)
+
+
+def no_mask(dual: DualView) -> Tensor | dict[str, Tensor]:
+    """A mask (1, 1, 1, 1) that only makes the stock code skip its own: our attention knows who reads what."""
+    unused = torch.zeros((1, 1, 1, 1), device=dual.device)
+    return dual.mask_argument(unused, unused)

@@ -1,0 +1,102 @@
+"""Recipes as files: YAML with a key for each field of `TrainConfig`, and `key=value` that win over it."""
+
+import math
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from orthrus.errors import UserInputError
+from orthrus.training.recipe import TrainConfig, shown
+
+_KINDS = {str: "a text", int: "a whole number", bool: "true or false", float: "a number", tuple: "a list"}
+
+
+def load_recipe(file: Path, overrides: list[str] | None = None) -> TrainConfig:
+    """Read a YAML recipe; `overrides` are `key=value` strings and win.
+
+    Raises UserInputError for unknown keys (with a suggestion), wrong types and unreadable files.
+    """
+    import yaml
+
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserInputError(
+            f"the recipe {file} cannot be read ({getattr(e, 'strerror', None) or 'it is not UTF-8 text'}); "
+            "those that come with Orthrus are in recipes/."
+        ) from e
+    try:
+        content = yaml.safe_load(text)
+    # Beside its own errors: impossible dates and endless numbers (ValueError), and nesting beyond all bounds.
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise UserInputError(
+            f"{file} is not valid YAML ({shown(e, str)}); compare it with recipes/smoke-cpu.yaml."
+        ) from e
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserInputError(f"{file} must hold `key: value` lines; compare it with recipes/smoke-cpu.yaml.")
+    for override in overrides or ():
+        key, found, value = override.partition("=")
+        if not found:
+            raise UserInputError(f"an override must read key=value, not {shown(override)}.")
+        try:
+            content[key.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as e:
+            raise UserInputError(
+                f"the value in {shown(override)} is not valid YAML; put text in quotes."
+            ) from e
+    return config_from(TrainConfig, content, where=str(file))
+
+
+def config_from(kind: type[TrainConfig], content: dict[str, Any], *, where: str) -> TrainConfig:
+    """A config from plain values; unknown keys are errors with a suggestion."""
+    known = {f.name: f for f in fields(kind)}
+    for key in content:
+        if key not in known:
+            close = get_close_matches(str(key)[:50], known, n=1) if isinstance(key, str) else []
+            hint = f"; did you mean {close[0]}?" if close else f"; the keys are {', '.join(known)}."
+            raise UserInputError(f"{where}: unknown key {shown(key)}{hint}")
+    values = {key: _coerced(kind, key, value) for key, value in content.items()}
+    try:
+        return kind(**values)
+    except TypeError as e:
+        raise UserInputError(f"{where}: {e}.") from e
+
+
+def _coerced(kind: type[TrainConfig], key: str, value: Any) -> Any:
+    """YAML writes 2e-4 as text and tuples as lists; everything else must have the default's type.
+
+    A mask is a word or a number; what it may be is for the config itself to say.
+    """
+    default = getattr(kind(), key)
+    if value is None and default is not None:
+        raise UserInputError(f"{key} has no value; give one or leave the line out.")
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and not _is_text(text):
+            raise UserInputError(f"{key} holds characters that no name or path may hold: {shown(text)}.")
+    if key == "corpus":
+        return tuple(value) if isinstance(value, list) else (value,)
+    if isinstance(value, list) and (default is None or isinstance(default, tuple)):
+        return tuple(value)
+    if isinstance(default, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserInputError(f"{key} must be a number, not {shown(value)}.")
+        return number
+    if key != "mask" and default is not None and type(value) is not type(default):
+        raise UserInputError(f"{key} must be {_KINDS[type(default)]}, not {shown(value)}.")
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise UserInputError(f"{key} must be a number of at most 63 bits, not {shown(value)}.")
+    return value
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return len(value) < 4096 and "\0" not in value
