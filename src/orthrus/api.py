@@ -131,7 +131,7 @@ class Orthrus:
         """
         if not _is_list_of_prompts(prompt):
             return self.stream(prompt, raw=raw, **decode).drain()  # type: ignore[arg-type]
-        streams = [self.stream(each, raw=raw, **decode) for each in prompt]
+        streams = [self.stream(each, raw=raw, **decode) for each in prompt]  # type: ignore[arg-type]
         return [stream.drain() for stream in streams]
 
     def stream(self, prompt: Prompt, *, raw: bool = False, **decode: Unpack[DecodeOptions]) -> TokenStream:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from orthrus.engine.compiled import CompiledRunner
 from orthrus.engine.layer_code import kind
 from orthrus.engine.probe import stock_generate
 from orthrus.engine.runners import use_runner
-from orthrus.errors import OrthrusWarning, UserInputError
+from orthrus.errors import OrthrusWarning, StorageError, UserInputError
 from orthrus.model.attention import folded_heads
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass, draft_block, fused, prefill, verify_tree
@@ -333,10 +334,55 @@ def test_wrong_runner_is_one_sentence() -> None:
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     dual = tiny_dual()
-    use_runner(dual, "auto")
+    with pytest.warns(OrthrusWarning, match=r"running eagerly.*needs a C\+\+ compiler"):
+        use_runner(dual, "auto")
     assert dual.runner == "eager"
     with pytest.raises(UserInputError, match=r"needs a C\+\+ compiler"):
         use_runner(dual, "compiled")
+
+
+def test_without_memory_auto_says_that_it_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orthrus.engine.compiled.available_bytes", lambda: 1000)
+    dual = tiny_dual()
+    with pytest.warns(OrthrusWarning, match=r"running eagerly.*needs .* GB more"):
+        use_runner(dual, "auto")
+    assert dual.runner == "eager"
+
+
+@pytest.mark.parametrize(
+    ("system", "machine"),
+    [("darwin", "arm64"), ("darwin", "x86_64"), ("linux", "aarch64"), ("win32", "AMD64")],
+)
+def test_where_nobody_has_run_the_tests_auto_is_eager(
+    system: str, machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orthrus.engine.compiled.sys.platform", system)
+    monkeypatch.setattr("orthrus.engine.compiled.platform.machine", lambda: machine)
+    dual = tiny_dual()
+    use_runner(dual, "auto")
+    assert dual.runner == "eager"
+    with pytest.raises(UserInputError, match="x86-64 Linux only"):
+        use_runner(dual, "compiled")
+
+
+def test_a_full_disk_while_compiling_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("fatal error: error writing to x.s: No space left on device")
+
+    monkeypatch.setenv("ORTHRUS_CACHE", str(tmp_path))
+    monkeypatch.setattr("orthrus.engine.layer_code._exported", full)
+    dual = tiny_dual()
+    with pytest.raises(StorageError, match=r"too full to compile code: /.* free some space"):
+        use_runner(dual, "compiled")
+    with pytest.warns(OrthrusWarning, match=r"too full to compile code: /.* running eagerly"):
+        use_runner(dual, "auto")
+    assert dual.runner == "eager"
+
+
+def test_eager_ends_the_runner_before() -> None:
+    dual = compiled(tiny_dual("llama"))
+    use_runner(dual, "eager")
+    assert dual.runner == "eager"
 
 
 def test_auto_goes_on_when_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:

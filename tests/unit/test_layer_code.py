@@ -1,5 +1,6 @@
 """Where the code of compiled layers is kept: what its name depends on, and what happens to damaged files."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ from tests.tiny import tiny_dual
 from orthrus.base.families import decoder_layers
 from orthrus.engine import layer_code
 from orthrus.engine.fast_layers import fast_layer
-from orthrus.kernels.build import load_kernels
 from orthrus.engine.layer_code import Arguments
+from orthrus.kernels.build import load_kernels
 from orthrus.model.dual_view import DualView
 
 
@@ -51,22 +52,45 @@ def test_the_name_of_the_code_tells_apart_what_compiles_to_other_code() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"bad"])
 def test_damaged_code_is_made_anew(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(path: Path) -> str:
-        if path.read_bytes() != b"good":
-            raise RuntimeError("no such archive")
-        return "code"
+    def load(path: Path) -> bytes:
+        return path.read_bytes()
 
-    def compile_to(_: object, *, package_path: str, **__: object) -> None:
-        Path(package_path).write_bytes(b"good")
+    def compile_to(*_: object, options: dict[str, str]) -> str:
+        made = options["aot_inductor.output_path"]
+        Path(made).write_bytes(b"good")
+        return made
 
+    program = SimpleNamespace(module=lambda: None, example_inputs=((), {}))
+    monkeypatch.setenv("ORTHRUS_CACHE", str(tmp_path))
     monkeypatch.setattr(layer_code, "_digest", lambda *_: "name")
-    monkeypatch.setattr(layer_code, "_exported", lambda *_: None)
+    monkeypatch.setattr(layer_code, "_exported", lambda *_: program)
     monkeypatch.setattr(layer_code, "_loaded", load)
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_to)
-    (tmp_path / "name.pt2").write_bytes(content)
+    monkeypatch.setattr(torch._inductor, "aot_compile", compile_to)
     nothing = SimpleNamespace()
-    assert layer_code.layer_code(nothing, nothing, tmp_path, config=None) == "code"  # type: ignore[arg-type]
-    assert [path.name for path in tmp_path.iterdir()] == ["name.pt2"]
+    for _ in range(2):
+        assert layer_code.layer_code(nothing, nothing, config=None) == b"good"  # type: ignore[arg-type]
+        (tmp_path / "compiled" / "layers-name.so").write_bytes(content)
+
+
+def test_compiling_leaves_the_environment_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads compile too, and find their files where they left them."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "theirs"))
+    seen = []
+
+    def compile_to(*_: object, options: dict[str, str]) -> str:
+        seen.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        Path(options["aot_inductor.output_path"]).write_bytes(b"good")
+        return options["aot_inductor.output_path"]
+
+    program = SimpleNamespace(module=lambda: None, example_inputs=((), {}))
+    monkeypatch.setenv("ORTHRUS_CACHE", str(tmp_path))
+    monkeypatch.setattr(layer_code, "_digest", lambda *_: "name")
+    monkeypatch.setattr(layer_code, "_exported", lambda *_: program)
+    monkeypatch.setattr(layer_code, "_loaded", Path.read_bytes)
+    monkeypatch.setattr(torch._inductor, "aot_compile", compile_to)
+    nothing = SimpleNamespace()
+    layer_code.layer_code(nothing, nothing, config=None)  # type: ignore[arg-type]
+    assert seen == [str(tmp_path / "theirs")]
 
 
 def test_the_linears_can_be_imported_without_onednn() -> None:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from orthrus.base.outputs import disk_problem, write_text_atomic
 from orthrus.base.provenance import installed_version
@@ -22,36 +22,26 @@ from orthrus.errors import StorageError
 Progress = Callable[[str, int, int | None], None]
 """Called as `progress(stage, done, total)`; done and total count bytes, total None when unknown."""
 
-T = TypeVar("T")
-
 MANIFEST, CHECKED = "manifest.json", "checked.json"
 _PACKAGES = ("orthrus-lm", "torch", "transformers", "gguf", "safetensors")
 
 
 def cache_dir() -> Path:
-    """Where converted models live: ORTHRUS_CACHE, else XDG_CACHE_HOME/orthrus, else ~/.cache/orthrus."""
-    own = os.environ.get("ORTHRUS_CACHE")
-    if own:
-        return Path(own).expanduser().absolute()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache").absolute() / "orthrus"
+    """Where converted models and compiled code live: ORTHRUS_CACHE, else XDG_CACHE_HOME/orthrus, else
+    ~/.cache/orthrus.
 
-
-def kept_file(path: Path, make: Callable[[Path], str | Path], load: Callable[[Path], T]) -> T:
-    """What `load` makes of a file, which `make` writes somewhere into a folder that it is given.
-
-    It is made where it is missing, and anew where it does not load: damaged, or made for another system.
-    Raises what making, or loading what was just made, raises.
+    Raises StorageError where `~` is nobody's home.
     """
-    if path.exists():
-        try:
-            return load(path)
-        except Exception:
-            path.unlink(missing_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        os.replace(make(Path(scratch)), path)
-    return load(path)
+    own = os.environ.get("ORTHRUS_CACHE")
+    shared = os.environ.get("XDG_CACHE_HOME")
+    try:
+        if own:
+            return Path(own).expanduser().absolute()
+        return (Path(shared).expanduser() if shared else Path.home() / ".cache").absolute() / "orthrus"
+    except RuntimeError as error:
+        raise StorageError(
+            f"the cache folder has no place ({error}): point ORTHRUS_CACHE at a folder of yours."
+        ) from error
 
 
 def sha256_file(path: Path, progress: Progress | None = None, stage: str = "checking") -> str:

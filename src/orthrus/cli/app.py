@@ -1,7 +1,6 @@
 """The table of commands. Nothing here or in a command's module imports torch: bodies do, when they run."""
 
 import logging
-import os
 from typing import Annotated
 
 import typer
@@ -56,10 +55,6 @@ def root(
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and leave with its status: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C."""
-    # A pass hands out work hundreds of times, so threads that sleep in between cost a third of its time; but
-    # threads that spin on turn milliseconds into seconds when another program wants the cores. So: half a
-    # millisecond. Read by GNU's OpenMP, PyTorch's on Linux, when torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # Where they are installed, transformers imports them with every model, and they talk of missing kernels.
     for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)

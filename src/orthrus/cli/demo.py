@@ -117,7 +117,13 @@ def _ms(result: GenerationResult) -> float:
 
 
 def _answer(
-    orthrus: "Orthrus", prompt: str, strategy: str, max_new_tokens: int, *, show: bool, color: bool = False
+    orthrus: "Orthrus",
+    prompt: str,
+    strategy: "Strategy",
+    max_new_tokens: int,
+    *,
+    show: bool,
+    color: bool = False,
 ) -> GenerationResult:
     # A model without chat template continues the prompt as plain text.
     tokens = orthrus.stream(prompt, strategy=strategy, max_new_tokens=max_new_tokens)

@@ -40,6 +40,7 @@ def collect() -> dict[str, Any]:
     import psutil
     import torch
 
+    from orthrus.base.memory import available_bytes
     from orthrus.base.provenance import cpu_model, installed_version
     from orthrus.base.storage import cache_dir, folder_bytes
 
@@ -50,7 +51,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cores": f"{_usable_cores()} usable of {os.cpu_count()}, {psutil.cpu_count(logical=False)} physical",
-        "memory": f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB available",
+        "memory": f"{memory.total / 1e9:.1f} GB, {available_bytes() / 1e9:.1f} GB available",
         "torch_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_libraries": ", ".join(_cpu_libraries()) or "none",

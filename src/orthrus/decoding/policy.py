@@ -2,8 +2,8 @@
 
 All values are in tokens: a pass is worth the tokens it is expected to commit, less what its time would have
 brought at the best rate known (the renewal-reward rule). Expectations are the draft's own probabilities,
-corrected by how they fared so far in this request; times come from a table measured once on the machine, so
-the decisions repeat. None of them can change the text: every token is the AR view's own choice.
+corrected by how they fared so far in this request; times come from a table measured once on the machine, and
+follow what passes are seen to take. None of them can change the text: every token is the AR view's own choice.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ from itertools import accumulate
 from math import exp
 from typing import Literal, NamedTuple
 
-from orthrus.decoding.cost_table import CostTable, joint_guesses
+from orthrus.decoding.cost_table import joint_guesses
+from orthrus.decoding.prices import Prices
 
 MEMORY = 0.85
 """Weight of the past in a moving average, for each new observation."""
@@ -97,7 +98,7 @@ class Policy:
     where one of them stood; and how often a late draft was left where it did not.
     """
 
-    costs: CostTable
+    costs: Prices
     most_guesses: int
     max_nodes: int
     max_blocks: int
@@ -116,6 +117,7 @@ class Policy:
     _pass_ms: dict[tuple[int, int, int], float] = field(default_factory=dict)
     _draft_rate: float = field(init=False)
     _num_requests: int = 1
+    _version: int = 0
 
     def __post_init__(self) -> None:
         sizes = [n for n in LENGTHS if n < self.most_guesses]
@@ -130,8 +132,8 @@ class Policy:
     def among(self, num_requests: int) -> None:
         """Decide as one of so many running requests: a pass costs this one its share of what it costs when all
         carry as much. Rows then cost more beside the weights that are read once, and drafts shrink."""
-        if num_requests != self._num_requests:
-            self._num_requests = num_requests
+        if (num_requests, self.costs.version) != (self._num_requests, self._version):
+            self._num_requests, self._version = num_requests, self.costs.version
             self._pass_ms.clear()
             self._choose_length()
 

@@ -5,18 +5,19 @@ place. All layers of a kind share it, so compiling takes seconds, and sizes are 
 """
 
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from orthrus.base.families import decoder_layers
+from orthrus.base.memory import available_bytes
 from orthrus.base.quantised import quantisation
-from orthrus.base.storage import Progress, cache_dir
+from orthrus.base.storage import Progress
 from orthrus.engine.fast_layers import fast_layer
 from orthrus.engine.layer_code import Arguments, LayerCode, flatten, kind, layer_code, named_tensors
 from orthrus.errors import UnsupportedModelError
@@ -37,15 +38,15 @@ class CompiledRunner:
     of a prompt's chunk or of a tree. Weights are packed when the runner is made, which takes as much memory
     again; what changes them later is not seen. Hooks on the model's layers are not called.
 
-    Raises what goes wrong while compiling; UnsupportedModelError where the stock forward does more between
+    on_progress: called only while code is compiled that the cache folder does not have. Raises what goes wrong
+    while compiling; UnsupportedModelError where the stock forward does more between
     two layers than to hand one's result to the next.
     """
 
     name = "compiled"
 
     def __init__(self, dual: DualView, on_progress: Progress | None = None) -> None:
-        _say(on_progress, 0)
-        load_kernels()
+        load_kernels(on_progress)
         self.dual = dual
         self.repair_tables = RepairTables.of(dual)
         layers = list(decoder_layers(dual.base))
@@ -90,7 +91,7 @@ class CompiledRunner:
         """All layers by one call, without a way back to Python between them."""
         p, pool = calls.pass_, calls.pool
         mixed = p.num_ar_rows < p.num_rows
-        codes = [self._code[kind, mixed] for kind in self._kinds]
+        codes = [self._code[first, mixed] for first in self._kinds]
         rest = [p.plan_P, torch.empty(p.num_ar_rows + 1, 0)] if mixed else [p.plan_P]
         out: Tensor = self._layers.run(
             0, codes, hidden_1RC.contiguous(), calls.flat, p.slots_R, pool.keys, pool.values, rest
@@ -106,10 +107,7 @@ class CompiledRunner:
         slots.commit(11)
         ids = [i % self.dual.base.config.vocab_size for i in range(5)]
         mask_token_id = self.dual.mask_token_id
-        for done, part in enumerate(
-            (tree(ids, [0, 1, 0, 3]), tree(ids, [0, 1, 0, 3], [2], size, mask_token_id))
-        ):
-            _say(on_progress, 1 + done)
+        for part in (tree(ids, [0, 1, 0, 3]), tree(ids, [0, 1, 0, 3], [2], size, mask_token_id)):
             p = join([(part, slots)])
             seen = _Calls(lambda _, hidden: hidden, p, pool)
             self._decode(p, seen)
@@ -117,23 +115,18 @@ class CompiledRunner:
                 raise UnsupportedModelError(
                     "the stock forward of this model leaves out layers: run it eagerly."
                 )
-            for kind, layer in self._examples.items():
-                given = seen.given[min(kind, len(seen.given) - 1)]
+            for first, layer in self._examples.items():
+                given = seen.given[first]
                 hidden_1RC = self.dual.embed(p.token_ids_R[None])
                 marker = torch.empty(p.num_ar_rows + 1, 0) if p.num_ar_rows < p.num_rows else None
-                stores = pool.keys[kind], pool.values[kind]
+                stores = pool.keys[first], pool.values[first]
                 arguments = Arguments(hidden_1RC, given, p.slots_R, *stores, p.plan_P, marker)
-                self._code[kind, marker is not None] = layer_code(
-                    layer, arguments, cache_dir() / "compiled", config=self.dual.base.config
+                self._code[first, marker is not None] = layer_code(
+                    layer, arguments, config=self.dual.base.config, progress=on_progress
                 )
         if len({id(given) for given in seen.given}) == 1:
             # One call stands for all layers: thirty calls of modules would show.
             self._decoder = _with_layers(self.dual, _Stack(len(self._kinds)))
-
-
-def _say(on_progress: Progress | None, done: int) -> None:
-    if on_progress is not None:
-        on_progress("preparing compiled code (the first time: about a minute)", done, 3)
 
 
 def _with_layers(dual: DualView, layers: nn.Module) -> nn.Module:
@@ -202,22 +195,36 @@ class _Stack(nn.ModuleList):
 
 
 def compile_problem(dual: DualView) -> str | None:
-    """Why compiled code cannot run here; None where it can."""
+    """Why compiled code is not made for this model or machine; None where it is.
+
+    Ends a sentence that begins with "the compiled runner", as those of the next two functions do.
+    """
     if (method := quantisation(dual.base.config)) is not None:
         return f"does not run {method} weights"
     if dual.device.type != "cpu":
         return f"is made for CPUs, and the model is on {dual.device.type}"
-    if dual.dtype not in (torch.float32, torch.bfloat16):
-        return f"runs float32 and bfloat16, not {str(dual.dtype).removeprefix('torch.')}"
-    if sys.platform == "win32":
-        return "does not run on Windows"
-    if not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c):
-        return "needs a C++ compiler, and none is on the PATH: install g++ or clang++"
+    machine = platform.machine()
+    if sys.platform != "linux" or machine.lower() not in ("x86_64", "amd64"):
+        # Others may do: nobody has run the tests there yet.
+        return f"is made for x86-64 Linux only, and this is {platform.system() or sys.platform} on {machine}"
     return None
 
 
-def fits_twice(dual: DualView) -> bool:
-    """Whether there is memory for packed weights beside the stock ones, and for a repair head's tables."""
+def compiler_problem() -> str | None:
+    """What is missing to compile with; None where nothing is."""
+    if any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c):
+        return None
+    return "needs a C++ compiler, and none is on the PATH: install g++ or clang++"
+
+
+def memory_problem(dual: DualView) -> str | None:
+    """What is missing of memory for packed weights beside the stock ones, and a repair head's tables."""
     num_bytes = sum(t.nbytes for t in (*dual.base.parameters(), *dual.base.buffers()))
     num_bytes += 2 * dual.vocab_size * (dual.config.repair_rank or 0) * dual.dtype.itemsize
-    return bool(psutil.virtual_memory().available > 1.2 * num_bytes)
+    needed, available = 1.2 * num_bytes, available_bytes()
+    if available > needed:
+        return None
+    return (
+        f"keeps the weights twice and needs {needed / 1e9:.1f} GB more, and {available / 1e9:.1f} GB of "
+        "memory are free: free some, or choose a smaller dtype"
+    )

@@ -11,31 +11,26 @@ from threading import Lock, RLock
 from time import monotonic, perf_counter
 
 import torch
-from torch import Tensor
 
 from orthrus.base.families import context_length
 from orthrus.base.memory import available_bytes
 from orthrus.config import DecodeConfig
-from orthrus.decoding.cost_table import CostTable, joint_guesses
-from orthrus.decoding.logprobs import token_logprobs
+from orthrus.decoding.cost_table import CostTable
 from orthrus.decoding.policy import Policy
+from orthrus.decoding.prices import Prices
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.stopping import StopRules, end_ids
-from orthrus.engine.choices import Guessed, Judged, choose, rank
 from orthrus.engine.costs import OnMeasure, pass_costs
 from orthrus.engine.detokenize import AnswerText, Decoder
 from orthrus.engine.limits import check_block_size, check_prompt, check_token_ids
 from orthrus.engine.prefix import PrefixStore
 from orthrus.engine.request import Request, Step, Work
+from orthrus.engine.round import Observer, run_round
 from orthrus.engine.scheduler import Scheduler
-from orthrus.engine.work import end_pass, settle, settle_draft, wanted
-from orthrus.model.passes import Pass, join
-from orthrus.model.pool import SlotPool, Slots, pages_for, slot_bytes
+from orthrus.engine.work import end_pass, wanted
+from orthrus.model.pool import Slots, pages_for, slot_bytes
 from orthrus.model.runner import Runner
-from orthrus.types import Cycle, TokenLogprob
-
-Observer = Callable[[Pass, SlotPool, Tensor], None]
-"""Called after every pass, before its tokens are committed, with the pass, the pool and hidden_RC of its rows."""
+from orthrus.types import Cycle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +60,7 @@ class Engine:
         self._stepping, self._inbox_lock = RLock(), Lock()
         self._inbox: list[Request] = []
         self._scheduler: Scheduler | None = None
-        self._costs: dict[bool, CostTable] = {}
+        self._prices: dict[bool, Prices] = {}
 
     @property
     def context_length(self) -> int:
@@ -194,123 +189,19 @@ class Engine:
 
     def _run(self, chosen: list[tuple[Request, Work]]) -> list[Request]:
         """One pass and all that follows from it; returns the requests whose cycle has ended."""
-        dual, runner, pool = self.runner.dual, self.runner, self.scheduler.pool
-        p = join([(work.part, request.slots) for request, work in chosen], dual.device)
-        hidden_RC = runner.hidden(p, pool)
-        for observe in self.observers:
-            observe(p, pool, hidden_RC)
-
-        judged_rows: list[int] = []
-        judged: list[Judged] = []
-        for (request, work), span in zip(chosen, p.spans, strict=True):
-            rows = work.part.judged
-            if len(rows):
-                first = len(judged_rows)
-                judged_rows += [span.ar_first + row for row in rows]
-                places = [span.length + work.part.offsets[row] + 1 for row in rows]
-                paths = work.tree.paths_of_tokens() if work.tree.num_nodes else [[] for _ in rows]
-                judged.append(Judged(request, slice(first, len(judged_rows)), places, paths))
-        sure = self._sure_guesses(chosen, p)
-        rows = [*judged_rows, *(row for some in sure.values() for row in some)]
-        logits_RV = runner.head(hidden_RC[rows]) if rows else hidden_RC.new_empty((0, dual.vocab_size))
-        own_ids = dict(
-            zip((id(j.request) for j in judged), choose(logits_RV[: len(judged_rows)], judged), strict=True)
-        )
-        logprobs = self._logprobs(logits_RV, judged, own_ids)
-
-        wishes: list[tuple[Request, Work, int, int]] = []
-        for request, work in chosen:
-            key = id(request)
-            serving = settle(request, dual, work, own_ids.get(key, []), logprobs.get(key, []))
-            if serving is not None:
-                wishes.append((request, work, *serving))
-        self._draft(chosen, p, hidden_RC, logits_RV, len(judged_rows), sure, wishes)
-        ended = []
-        for request, work in chosen:
+        pool = self.scheduler.pool
+        p, took = run_round(self.runner, pool, chosen, self.observers)
+        is_decoding = all(work.kind != "prefill" for _, work in chosen)
+        prices = self._prices.get(chosen[0][0].config.sampling.greedy)
+        if prices is not None and is_decoding:
+            prices.observe(p.num_ar_rows, p.num_rows - p.num_ar_rows, took.num_guesses, took.ms)
+        for request, _ in chosen:
             self.scheduler.keep(request)
-            if end_pass(request, dual, work) or request.finish is not None:
-                ended.append(request)
-        return ended
-
-    def _sure_guesses(self, chosen: list[tuple[Request, Work]], p: Pass) -> dict[int, list[int]]:
-        """Rows of the pass, by request, whose guesses are projected with the AR rows.
-
-        Of few rows all: they cost less than reading the head a second time. Of many those that are needed
-        whatever stands: of blocks that are drafted alone. The others wait until it is known which block serves.
-        """
-        if self.runner.dual.draft_head is not None:
-            return {}
-        found = {}
-        every = sum(len(work.block_rows) * work.num_guesses for _, work in chosen)
-        few = joint_guesses(every, own_head=False) > 0
-        for (request, work), span in zip(chosen, p.spans, strict=True):
-            if work.block_rows and (few or not work.tree.num_nodes):
-                blocks = range(len(work.block_rows))
-                found[id(request)] = [
-                    span.draft_first + row - work.part.num_ar for b in blocks for row in work.guess_rows(b)
-                ]
-        return found
-
-    def _draft(
-        self,
-        chosen: list[tuple[Request, Work]],
-        p: Pass,
-        hidden_RC: Tensor,
-        logits_RV: Tensor,
-        num_judged: int,
-        sure: dict[int, list[int]],
-        wishes: list[tuple[Request, Work, int, int]],
-    ) -> None:
-        """New drafts for the requests whose text goes on from a block of this pass."""
-        if not wishes:
-            return
-        spans = {id(request): span for (request, _), span in zip(chosen, p.spans, strict=True)}
-        starts, at = {}, num_judged
-        for key, some in sure.items():
-            starts[key], at = at, at + len(some)
-        rows: list[int] = []
-        places: list[int | None] = []
-        guessed = []
-        for request, work, index, first in wishes:
-            span = spans[id(request)]
-            mine = [span.draft_first + row - work.part.num_ar for row in work.guess_rows(index, first)]
-            here = slice(len(rows), len(rows) + len(mine))
-            rows += mine
-            start = starts.get(id(request))
-            places += (
-                [None] * len(mine)
-                if start is None
-                else range(start + index * work.num_guesses + first, start + (index + 1) * work.num_guesses)
-            )
-            guessed.append(Guessed(request, here, request.slots.length + 1))
-        hidden_DC = hidden_RC[rows]
-        missing = [i for i, place in enumerate(places) if place is None]
-        if not missing:
-            first_place = places[0]
-            assert first_place is not None
-            in_a_row = places == list(range(first_place, first_place + len(places)))
-            logits_DV = logits_RV[first_place : first_place + len(places)] if in_a_row else logits_RV[places]
-        elif len(missing) == len(places):
-            logits_DV = self.runner.head(hidden_DC, drafts=True)
-        else:
-            late_V = iter(self.runner.head(hidden_DC[missing], drafts=True))
-            logits_DV = torch.stack([next(late_V) if at is None else logits_RV[at] for at in places])
-        for (request, work, _, first), candidates in zip(
-            wishes, rank(self.runner, hidden_DC, logits_DV, guessed), strict=True
-        ):
-            settle_draft(request, work, candidates, first)
-
-    def _logprobs(
-        self, logits_RV: Tensor, judged: list[Judged], own_ids: dict[int, list[int]]
-    ) -> dict[int, list[TokenLogprob]]:
-        """By request that asked for them, of the AR view's own token after each judged row."""
-        return {
-            id(j.request): token_logprobs(
-                logits_RV[j.rows], own_ids[id(j.request)], j.request.config.logprobs
-            )
-            for j in judged
-            if j.request.config.logprobs is not None
-        }
+        return [
+            request
+            for request, work in chosen
+            if end_pass(request, self.runner.dual, work) or request.finish is not None
+        ]
 
     def _record(self, request: Request) -> None:
         """Close a request's cycle, and the request itself where it has ended."""
@@ -350,15 +241,15 @@ class Engine:
         Sampled decoding has a table of its own.
         """
         with self._stepping:
-            if greedy not in self._costs:
-                self._costs[greedy] = pass_costs(self.runner, on_measure, greedy=greedy)
-            return self._costs[greedy]
+            if greedy not in self._prices:
+                self._prices[greedy] = Prices(pass_costs(self.runner, on_measure, greedy=greedy))
+            return self._prices[greedy].costs
 
     def _num_pages(self) -> int:
         dual, most = self.runner.dual, self.config.max_slots
         if most is None:
             config = dual.base.config
-            most = available_bytes(dual.device) // 5 // slot_bytes(config, dual.dtype)
+            most = _available(dual.device) // 5 // slot_bytes(config, dual.dtype)
             most = min(most, 32 * self.context_length)
         return max(pages_for(most), 4)
 
@@ -366,11 +257,17 @@ class Engine:
         """What decides for `auto`; None for the fixed strategies. Times the machine where nobody has."""
         if config.strategy != "auto":
             return None
-        dual = self.runner.dual
+        dual, greedy = self.runner.dual, config.sampling.greedy
+        self.costs(greedy=greedy)
         return Policy(
-            self.costs(greedy=config.sampling.greedy),
+            self._prices[greedy],
             dual.config.num_guesses(block_size),
             config.node_budget,
             config.block_budget,
             own_head=dual.draft_head is not None,
         )
+
+
+def _available(device: torch.device) -> int:
+    """Bytes that can still be taken where the pool will lie."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()

@@ -2,10 +2,7 @@
 
 import copy
 import hashlib
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,8 +11,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from orthrus.base.compiled_files import kept_code
 from orthrus.base.provenance import processor
-from orthrus.base.storage import kept_file
+from orthrus.base.storage import Progress
 from orthrus.engine import fast_layers, layer_attention
 from orthrus.kernels import build, linear
 from orthrus.model import int4_linear, int8_linear, twin
@@ -66,36 +64,39 @@ def flatten(given: dict[str, Any]) -> list[Tensor]:
     return [value.contiguous() for value in values]
 
 
-def layer_code(layer: nn.Module, example: Arguments, folder: Path, *, config: Any) -> LayerCode:
-    """The code of layers of this kind, from `folder` or made now (ten seconds or so) and kept there.
+def layer_code(
+    layer: nn.Module, example: Arguments, *, config: Any, progress: Progress | None = None
+) -> LayerCode:
+    """The code of layers of this kind, from the cache folder or made now (ten seconds or so) and kept there.
 
     Rows, AR rows, slots of the pool and the plan's numbers are sizes that it takes as they come, if all of the example's
     differ; the rest of the example stays: kind, dtype, batch size 1. Nothing is checked and nothing compiled
-    anew. config: the model's, part of the name that the code is kept under.
+    anew. config: the model's, part of the name that the code is kept under. progress: called only while the
+    code is made. Raises what compiling raises; StorageError where the cache folder cannot be used.
     """
-    path = folder / f"{_digest(layer, example, config)}.pt2"
 
-    def make(scratch: Path) -> Path:
+    def make(folder: Path) -> Path:
         # The compiler takes seconds to import, and most starts find the code made.
-        from torch._inductor import aoti_compile_and_package
+        from torch._inductor import aot_compile
 
-        made = scratch / path.name
         options = {**_OPTIONS, "aot_inductor.custom_ops_to_c_shims": build.c_functions()}
-        with _compiling_in(scratch):
-            aoti_compile_and_package(
-                _exported(layer, example), package_path=str(made), inductor_configs=options
-            )
-        return made
+        # A file's path, so that all that belongs to this code is written beside it. (The compiler's own cache
+        # holds headers for any code, and stays.)
+        options["aot_inductor.output_path"] = str(folder / "layers.so")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = _exported(layer, example)
+            args, kwargs = exported.example_inputs
+            made = aot_compile(exported.module(), args, kwargs, options=options)
+        assert isinstance(made, str), "one library, as its path was given"
+        return Path(made)
 
-    return kept_file(path, make, _loaded)
+    return kept_code(f"layers-{_digest(layer, example, config)}", make, _loaded, progress)
 
 
 @cache
 def _loaded(path: Path) -> LayerCode:
-    """Once a process: each loading unpacks a library of its own.
-
-    `aoti_load_package` would first spend two seconds on finding out what this processor is; our names tell.
-    """
+    """Once a process: each loading sets up a library of its own."""
     return torch.classes.orthrus.LayerCode(str(path))
 
 
@@ -116,23 +117,6 @@ _OPTIONS = {
     "scalar_asserts": False,
     "cpp.dynamic_threads": True,
 }
-
-
-@contextmanager
-def _compiling_in(folder: Path) -> Iterator[None]:
-    """Let the compiler's own files lie in a folder that can be thrown away, and be quiet."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(name)
-    os.environ[name] = str(folder)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _digest(layer: nn.Module, example: Arguments, config: Any) -> str:

@@ -4,8 +4,8 @@ import os
 import warnings
 
 from orthrus.base.storage import Progress
-from orthrus.engine.compiled import CompiledRunner, compile_problem, fits_twice
-from orthrus.errors import OrthrusWarning, UserInputError
+from orthrus.engine.compiled import CompiledRunner, compile_problem, compiler_problem, memory_problem
+from orthrus.errors import OrthrusError, OrthrusWarning, UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.model.runner import EagerRunner, Runner
 
@@ -26,29 +26,34 @@ def chosen_runner(runner: str | None) -> str:
 def make_runner(dual: DualView, runner: str = "auto", on_progress: Progress | None = None) -> Runner:
     """The runner of that name for a model.
 
-    "auto": compiled where it can be, else eager, with an OrthrusWarning that says why where the model is on a
-    CPU. Raises UserInputError for an unknown runner, or one that cannot run here.
+    "auto": compiled on an x86-64 Linux CPU, else eager; an OrthrusWarning says so where the compiler, the memory
+    or the disk for it is missing. Raises UserInputError for an unknown runner, or one that cannot run here;
+    StorageError where the cache folder cannot keep compiled code.
     """
     runner = chosen_runner(runner)
     if runner == "eager":
         return EagerRunner(dual)
     problem = compile_problem(dual)
-    if problem is None and runner == "auto" and not fits_twice(dual):
-        problem = "needs as much memory again as the model takes, and there is less"
-    if problem is None:
-        try:
-            return CompiledRunner(dual, on_progress)
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-            if runner == "compiled":
-                raise UserInputError(f"compiling failed ({reason}): use runner='eager'.") from error
-            problem = f"could not be made ({reason})"
-    elif runner == "compiled":
-        raise UserInputError(f"the compiled runner {problem}; use runner='eager'.")
-    if dual.device.type == "cpu":
-        warnings.warn(
-            f"the compiled runner {problem}: passes run eagerly, several times slower.",
-            OrthrusWarning,
-            stacklevel=2,
-        )
+    if runner == "auto" and problem is not None:
+        return EagerRunner(dual)
+    problem = problem or compiler_problem()
+    if runner == "compiled" and problem is not None:
+        raise UserInputError(f"the compiled runner {problem}; or use runner='eager'.")
+    if runner == "auto" and (missing := problem or memory_problem(dual)) is not None:
+        return _eager(dual, f"the compiled runner {missing}")
+    try:
+        return CompiledRunner(dual, on_progress)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not isinstance(error, OrthrusError):
+            reason = reason[:160]
+        if runner == "auto":
+            return _eager(dual, f"compiling failed ({reason.rstrip('.')})")
+        if isinstance(error, OrthrusError):
+            raise
+        raise UserInputError(f"compiling failed ({reason}): use runner='eager'.") from error
+
+
+def _eager(dual: DualView, reason: str) -> Runner:
+    warnings.warn(f"running eagerly, which is slower: {reason}.", OrthrusWarning, stacklevel=3)
     return EagerRunner(dual)

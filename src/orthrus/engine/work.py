@@ -78,7 +78,6 @@ def wanted(request: Request, dual: DualView) -> Work:
 
 def settle(
     request: Request,
-    dual: DualView,
     work: Work,
     own_ids: list[int],
     logprobs: list[TokenLogprob],
@@ -114,7 +113,7 @@ def settle(
     return _serving_block(work, rows)
 
 
-def settle_draft(request: Request, work: Work, candidates: Candidates, num_known: int) -> None:
+def settle_draft(request: Request, candidates: Candidates, num_known: int) -> None:
     """Take what the serving block guesses; num_known: of its guesses, how many had been decided already."""
     request.drafts, request.late = candidates, num_known > 0
 

@@ -5,7 +5,6 @@
 // by its weight. So a row comes out equal to the last bit in whatever pass it stands, beside whatever requests, and
 // wherever its history lies in the pool; and a NaN in a slot that it may not read cannot reach it.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
@@ -16,6 +15,7 @@
 #include <memory>
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
@@ -359,7 +359,7 @@ void attend_all(
     costs.push_back(costs.back() + static_cast<double>(queries) * (span.slots() + kPage));
   }
   const int64_t threads = num_queries > kRows ? std::max<int64_t>(1, at::get_num_threads()) : 1;
-  at::parallel_for(0, threads, 1, [&](int64_t first_thread, int64_t last_thread) {
+  parallel_for(0, threads, 1, [&](int64_t first_thread, int64_t last_thread) {
     const double low = costs.back() * first_thread / threads, high = costs.back() * last_thread / threads;
     for (size_t i = 0; i < spans.size(); ++i) {
       const int64_t queries = shape.num_heads * spans[i].rows();

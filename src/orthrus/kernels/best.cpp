@@ -3,7 +3,6 @@
 // PyTorch's topk moves pairs of numbers about, one at a time; here one look finds the largest score of each chunk
 // of a row, and only the few chunks that can hold one of the best are looked into.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -14,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
@@ -84,7 +84,8 @@ float best_of_row(const float* scores, int64_t size, int64_t num, float* values,
 
 // scores (rows, V) float32 -> values and ids (rows, num), best first, and totals (rows, 1): log-sum-exp.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> best_tokens(const at::Tensor& scores, int64_t num) {
-  TORCH_CHECK(scores.dim() == 2 && scores.scalar_type() == at::kFloat, "best_tokens: rows of float32");
+  TORCH_CHECK(
+      scores.dim() == 2 && scores.is_cpu() && scores.scalar_type() == at::kFloat, "best_tokens: rows of float32");
   const int64_t rows = scores.size(0), size = scores.size(1);
   TORCH_CHECK(0 < num && num <= size, "best_tokens: ", num, " of ", size);
   const at::Tensor whole = scores.contiguous();
@@ -94,7 +95,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> best_tokens(const at::Tensor& sco
   auto* to = values.mutable_data_ptr<float>();
   auto* total_of = totals.mutable_data_ptr<float>();
   auto* id = ids.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
       total_of[r] = best_of_row(from + r * size, size, num, to + r * num, id + r * num);
   });
@@ -107,7 +108,7 @@ void first_of_rows(const at::Tensor& scores, at::Tensor& ids) {
   const int64_t size = scores.size(1);
   const T* from = scores.const_data_ptr<T>();
   auto* id = ids.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, scores.size(0), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, scores.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const T* row = from + r * size;
       float most = kNone;
@@ -125,7 +126,10 @@ void first_of_rows(const at::Tensor& scores, at::Tensor& ids) {
 
 // scores (rows, V) of float32 or bfloat16 -> ids (rows): the first of the largest of each.
 at::Tensor first_best(const at::Tensor& scores) {
-  TORCH_CHECK(scores.dim() == 2 && scores.size(1) > 0, "first_best: rows of scores");
+  TORCH_CHECK(
+      scores.dim() == 2 && scores.size(1) > 0 && scores.is_cpu() &&
+          (scores.scalar_type() == at::kFloat || scores.scalar_type() == at::kBFloat16),
+      "first_best: rows of scores in float32 or bfloat16");
   const at::Tensor whole = scores.contiguous();
   at::Tensor ids = at::empty({scores.size(0)}, scores.options().dtype(at::kLong));
   if (scores.scalar_type() == at::kFloat)

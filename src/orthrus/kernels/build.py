@@ -4,40 +4,48 @@ import ctypes
 import hashlib
 import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from orthrus.base.compiled_files import kept_code
 from orthrus.base.provenance import processor
-from orthrus.base.storage import cache_dir, kept_file
+from orthrus.base.storage import Progress
 
 SOURCES = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".cpp", ".h"))
-FLAGS = ["-Wno-psabi", "-fno-unsafe-math-optimizations"]
+# Pipes between a compiler's stages: no temporary files of theirs, which stay where it is killed.
+FLAGS = ["-Wno-psabi", "-fno-unsafe-math-optimizations", "-pipe"]
 
 
-@cache
-def load_kernels() -> None:
+_loading, _are_loaded = threading.Lock(), threading.Event()
+
+
+def load_kernels(progress: Progress | None = None) -> None:
     """Make `torch.ops.orthrus` of them: compiled here (half a minute, once), or taken from the cache folder.
 
-    Raises what goes wrong: no compiler, or one that refuses.
+    progress: called only while they are compiled. Safe to call from several threads. Raises what goes wrong:
+    no compiler, or one that refuses; StorageError where the cache folder cannot be used.
     """
-    folder = cache_dir() / "compiled"
-    sources = [path.read_bytes() for path in (Path(__file__), *SOURCES)]
-    parts = (sources, FLAGS, torch.__version__, processor(), os.environ.get("CXX"))
-    path = folder / f"kernels-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
-    kept_file(path, _build, _load)
-    torch.library.register_fake("orthrus::few_rows_linear", _shape_of_linear)
-    torch.library.register_fake("orthrus::few_rows_twin_linear", _shape_of_twin_linear)
-    torch.library.register_fake("orthrus::paged_attention", _shape_of_attention)
+    with _loading:
+        if _are_loaded.is_set():
+            return
+        sources = [path.read_bytes() for path in (Path(__file__), *SOURCES)]
+        parts = (sources, FLAGS, torch.__version__, processor(), os.environ.get("CXX"))
+        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+        kept_code(f"kernels-{digest}", _build, _load, progress)
+        torch.library.register_fake("orthrus::few_rows_linear", _shape_of_linear)
+        torch.library.register_fake("orthrus::few_rows_twin_linear", _shape_of_twin_linear)
+        torch.library.register_fake("orthrus::paged_attention", _shape_of_attention)
+        _are_loaded.set()
 
 
 def kernels_loaded() -> bool:
     """Whether `load_kernels` has been called, and `torch.ops.orthrus` is there."""
-    return load_kernels.cache_info().currsize > 0
+    return _are_loaded.is_set()
 
 
 def _load(path: Path) -> None:
@@ -45,7 +53,7 @@ def _load(path: Path) -> None:
     ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
-def _build(folder: Path) -> str:
+def _build(folder: Path) -> Path:
     """The library's path, made as PyTorch's compiler makes its own."""
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
     from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -63,7 +71,7 @@ def _build(folder: Path) -> str:
         list(pool.map(lambda part: part.build(), parts))
     library = builder("kernels", [part.get_target_file_path() for part in parts], False)
     library.build()
-    return str(library.get_target_file_path())
+    return Path(library.get_target_file_path())
 
 
 def _shape_of_linear(

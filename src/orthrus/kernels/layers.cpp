@@ -1,19 +1,21 @@
 // Compiled decoder layers, run one after another without a way back to Python between them: a layer of few rows
 // takes a tenth of a millisecond, and calling it from Python as much as half of that again.
 
-#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/csrc/inductor/aoti_runner/model_container_runner_cpu.h>
 #include <torch/custom_class.h>
 
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "threads.h"
+
 namespace {
 
-// The code of all layers of a kind: (a layer's tensors, hidden state, arguments) -> hidden state.
+// The code of all layers of a kind, a library: (a layer's tensors, hidden state, arguments) -> hidden state.
 struct LayerCode : torch::CustomClassHolder {
-  explicit LayerCode(const std::string& path) : loader(path) {}
-  torch::inductor::AOTIModelPackageLoader loader;
+  explicit LayerCode(const std::string& path) : runner(path) {}
+  torch::inductor::AOTIModelContainerRunnerCpu runner;
 };
 
 // The layers of a model by the tensors that are theirs.
@@ -40,7 +42,8 @@ struct Layers : torch::CustomClassHolder {
       inputs.insert(inputs.end(), own.begin(), own.end());
       inputs.insert(inputs.end(), {slots, keys[layer], values[layer]});
       inputs.insert(inputs.end(), rest.begin(), rest.end());
-      hidden = std::move(codes[i]->loader.run(inputs)[0]);
+      const orthrus::LimitedThreads limited;
+      hidden = std::move(codes[i]->runner.run(inputs)[0]);
     }
     return hidden;
   }

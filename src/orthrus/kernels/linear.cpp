@@ -14,7 +14,6 @@
 // A twin's linear multiplies its first rows with one weight and the others with another, in one go if they are laid
 // out alike.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
@@ -25,6 +24,7 @@
 #include "dots.h"
 #include "groups.h"
 #include "rounding.h"
+#include "threads.h"
 #include "tiles.h"
 #include "vectors.h"
 
@@ -33,6 +33,7 @@ namespace {
 using namespace orthrus;
 constexpr int kVectors = 3;
 constexpr int64_t kPlainWidth = kLanes * kVectors;
+constexpr int64_t kTileNumberBytes = 4;
 constexpr int64_t kBfloat16Beside = ORTHRUS_BFLOAT16_DOTS ? 2 : 1;
 
 // How a packed weight is laid out, by its dtype and sizes.
@@ -43,6 +44,13 @@ struct Layout {
   explicit Layout(const at::Tensor& weight) {
     const auto dtype = weight.scalar_type();
     const bool beside = weight.dim() == 4;
+    TORCH_CHECK(
+        dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kChar || dtype == at::kByte,
+        "linear: a weight of ", dtype);
+    TORCH_CHECK(weight.numel() > 0 && weight.is_cpu(), "linear: a weight that is empty or not on the CPU");
+    TORCH_CHECK(
+        weight.dim() == 3 || (beside && (dtype == at::kBFloat16 || dtype == at::kChar)),
+        "linear: a weight that is not packed");
     const int64_t side_by_side = beside ? weight.size(3) : 1;
     tiled = beside && weight.size(2) == kTileColumns;
     dots = beside && !tiled;
@@ -50,8 +58,8 @@ struct Layout {
     step = tiled ? kTileBytes / weight.element_size() : dtype == at::kByte ? kGroup : side_by_side;
     width = tiled ? kTileColumns : dots ? kDotWidth : dtype == at::kByte ? kGroupWidth : kPlainWidth;
     const bool whole = dtype == at::kByte ? weight.size(2) == kGroupBytes : weight.size(2) == width;
-    const bool known = tiled  ? has_tiles()
-                       : dots ? side_by_side == (dtype == at::kChar ? WholeDot::kBeside : kBfloat16Beside)
+    const bool known = tiled  ? has_tiles() && side_by_side * weight.element_size() == kTileNumberBytes
+                       : dots ? side_by_side > 1 && side_by_side == (dtype == at::kChar ? WholeDot::kBeside : kBfloat16Beside)
                               : dtype != at::kChar;
     TORCH_CHECK(whole && known && weight.is_contiguous(), "linear: a weight packed for another processor");
   }
@@ -103,7 +111,7 @@ void finish(
 template <int kMost, int64_t kWidth, typename Sum, typename Out, typename Multiply>
 void products_of(const std::vector<Side>& sides, const Target<Out>& to, const Multiply& multiply) {
   const int64_t bytes = sides[0].weight.nbytes() / sides[0].weight.size(0);
-  at::parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
     Sum sums[kMost * kWidth];
     for (const Side& side : sides) {
       if (side.rows == 0) continue;
@@ -140,7 +148,7 @@ void tiles(const T* x, int64_t filled, const std::vector<Side>& sides, const Tar
 #if ORTHRUS_TILES
   using Sum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
   const int64_t bytes = filled * static_cast<int64_t>(sizeof(T)), steps = bytes / kTileBytes;
-  at::parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
     alignas(64) Sum sums[kTileMostRows * kTileColumns];
     for (const Side& side : sides) {
       if (side.rows == 0) continue;
@@ -228,20 +236,27 @@ void bfloat16_rows(
 using Given = std::optional<at::Tensor>;
 
 Side side_of(
-    int64_t first, int64_t rows, int64_t inputs, int64_t columns, const at::Tensor& weight, const Given& scales,
+    int64_t first, int64_t rows, const at::Tensor& x, int64_t columns, const at::Tensor& weight, const Given& scales,
     const Given& bias) {
   const Layout layout(weight);
+  const auto dtype = weight.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+  TORCH_CHECK(
+      x.is_cpu() && x.scalar_type() == dtype, "linear: ", x.scalar_type(), " on ", x.device(),
+      " times a weight that takes ", dtype);
+  const int64_t inputs = x.size(-1);
   const bool fits = layout.inputs == (inputs + layout.step - 1) / layout.step * layout.step;
   TORCH_CHECK(
       fits && (weight.scalar_type() != at::kByte || layout.inputs == inputs),
       "linear: inputs that do not fit the weight");
   const int64_t room = weight.size(0) * layout.width;
-  TORCH_CHECK(columns <= room, "linear: outputs that do not fit the weight");
+  TORCH_CHECK(0 <= columns && columns <= room, "linear: outputs that do not fit the weight");
   TORCH_CHECK(
       scales.has_value() == (weight.scalar_type() == at::kChar),
       "linear: scales are for weights of int8, and they need them");
   for (const auto& each : {scales, bias})
-    TORCH_CHECK(!each || each->numel() >= room, "linear: scales and bias must be filled up to blocks");
+    TORCH_CHECK(
+        !each || (each->numel() >= room && each->is_contiguous() && each->is_cpu() && each->scalar_type() == at::kFloat),
+        "linear: scales and bias must be filled up to blocks, in float32 and without gaps");
   return {
       first, rows, weight, layout, scales ? scales->const_data_ptr<float>() : nullptr,
       bias ? bias->const_data_ptr<float>() : nullptr};
@@ -298,7 +313,7 @@ at::Tensor linear(
     const at::Tensor& x, const at::Tensor& weight, const Given& scales, const Given& bias, int64_t columns) {
   const int64_t inputs = x.size(-1);
   TORCH_CHECK(inputs > 0, "linear: no inputs");
-  return products(x, columns, {side_of(0, x.numel() / inputs, inputs, columns, weight, scales, bias)});
+  return products(x, columns, {side_of(0, x.numel() / inputs, x, columns, weight, scales, bias)});
 }
 
 // The same for rows x (1, rows, in) of which the first `num` have a weight of their own.
@@ -316,8 +331,8 @@ at::Tensor twin_linear(
       "linear: weights that are no twins");
   return products(
       x, columns,
-      {side_of(0, num, inputs, columns, weight, scales, bias),
-       side_of(num, rows - num, inputs, columns, other, other_scales, other_bias)});
+      {side_of(0, num, x, columns, weight, scales, bias),
+       side_of(num, rows - num, x, columns, other, other_scales, other_bias)});
 }
 
 at::Tensor tensor(AtenTensorHandle handle) { return *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle); }

@@ -2,7 +2,6 @@
 //
 // The tables are small and the steps many: operator by operator, most of the time would go into calling them.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -11,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
@@ -75,7 +75,7 @@ void fill(
     const float share = std::min(log_sum_exp(score + d * num_children, num_children) - total[d], 0.0f);
     rest[d] = total[d] + std::log(-std::expm1(share));
   }
-  at::parallel_for(0, parent_ids.numel(), 16, [&](int64_t begin, int64_t end) {
+  parallel_for(0, parent_ids.numel(), 16, [&](int64_t begin, int64_t end) {
     std::vector<float> met(rank);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t d = i / num_parents;
@@ -90,23 +90,41 @@ void fill(
   });
 }
 
+// The ids, one after the other, if each has a row in the table.
+at::Tensor checked_ids(const at::Tensor& ids, const at::Tensor& table) {
+  TORCH_CHECK(ids.scalar_type() == at::kLong, "pair_log_probs: ids in int64");
+  at::Tensor whole = ids.contiguous();
+  const auto* id = whole.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < whole.numel(); ++i)
+    TORCH_CHECK(0 <= id[i] && id[i] < table.size(0), "pair_log_probs: id ", id[i], " of ", table.size(0));
+  return whole;
+}
+
 // rows (D, r) float32, tables (V, r) of float32 or bfloat16, ids (D, P) and (D, M), scores (D, M), totals (D, 1) ->
 // log probs (D, P, M).
 at::Tensor pair_log_probs(
     const at::Tensor& rows, const at::Tensor& parents, const at::Tensor& children, const at::Tensor& parent_ids,
     const at::Tensor& child_ids, const at::Tensor& scores, const at::Tensor& totals, double temperature) {
+  for (const at::Tensor* each : {&rows, &parents, &children, &parent_ids, &child_ids, &scores})
+    TORCH_CHECK(each->dim() == 2 && each->is_cpu(), "pair_log_probs: tensors of two dimensions on the CPU");
+  for (const at::Tensor* each : {&rows, &scores, &totals})
+    TORCH_CHECK(each->scalar_type() == at::kFloat, "pair_log_probs: rows, scores and totals in float32");
+  TORCH_CHECK(
+      (parents.scalar_type() == at::kFloat || parents.scalar_type() == at::kBFloat16) &&
+          children.scalar_type() == parents.scalar_type(),
+      "pair_log_probs: tables of one dtype, float32 or bfloat16");
   const int64_t num = rows.size(0), rank = rows.size(1);
   TORCH_CHECK(parents.size(1) == rank && children.size(1) == rank, "pair_log_probs: tables of another rank");
   TORCH_CHECK(
       parent_ids.size(0) == num && child_ids.size(0) == num && scores.sizes() == child_ids.sizes() &&
-          totals.numel() == num && child_ids.size(1) > 0,
+          totals.numel() == num && totals.is_cpu() && child_ids.size(1) > 0,
       "pair_log_probs: sizes");
-  for (const at::Tensor* ids : {&parent_ids, &child_ids}) TORCH_CHECK(ids->scalar_type() == at::kLong, "ids: int64");
   TORCH_CHECK(parents.is_contiguous() && children.is_contiguous(), "pair_log_probs: tables with gaps");
+  const at::Tensor of_parents = checked_ids(parent_ids, parents), of_children = checked_ids(child_ids, children);
   at::Tensor out = at::empty({num, parent_ids.size(1), child_ids.size(1)}, scores.options());
   const auto run = parents.scalar_type() == at::kFloat ? fill<float> : fill<at::BFloat16>;
-  run(rows.contiguous(), parents, children, parent_ids.contiguous(), child_ids.contiguous(), scores.contiguous(),
-      totals.contiguous(), static_cast<float>(temperature), out);
+  run(rows.contiguous(), parents, children, of_parents, of_children, scores.contiguous(), totals.contiguous(),
+      static_cast<float>(temperature), out);
   return out;
 }
 

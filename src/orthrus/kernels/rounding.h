@@ -1,10 +1,10 @@
 // Rows of float32 rounded to whole numbers: by a scale for each row, or for each group of its numbers.
 #pragma once
 
-#include <ATen/Parallel.h>
 
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace orthrus {
@@ -60,7 +60,7 @@ int32_t round_by(float scale, const float* x, int64_t size, To* to) {
 // Calls part(row) for each of the rows, several of them on a thread.
 template <typename Part>
 void each_row(int64_t rows, const Part& part) {
-  at::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) part(row);
   });
 }

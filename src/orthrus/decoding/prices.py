@@ -1,0 +1,47 @@
+"""What passes cost now: the machine's cost table, corrected by what passes have been seen to take."""
+
+from math import log2
+
+from orthrus.decoding.cost_table import CostTable
+from orthrus.decoding.price_correction import CLASSES, PriceCorrection
+
+STEP, HOLD = 0.25, 0.2
+"""Corrections change in steps of so many doublings, and only once they are this far beyond half a step: noise
+must not change decisions."""
+
+
+class Prices:
+    """A cost table that follows the machine: beside a busy process passes cost more, and not all alike.
+
+    version: rises whenever prices have changed. The engine that runs the passes is the only one to call
+    `observe`.
+    """
+
+    def __init__(self, costs: CostTable) -> None:
+        self.costs = costs
+        self.version = 0
+        self._correction = PriceCorrection()
+        self._steps = dict.fromkeys(CLASSES, 0)
+
+    @property
+    def draft_ms(self) -> float:
+        """Of making a draft of one block, beside its pass."""
+        return self.costs.draft_ms * self._factor(1)
+
+    def __call__(self, num_ar: int, num_block: int = 0, num_projected: int = 0) -> float:
+        """Milliseconds of a pass of AR rows, all projected, and block rows, of which `num_projected` are."""
+        return self.costs(num_ar, num_block, num_projected) * self._factor(num_ar + num_block)
+
+    def observe(self, num_ar: int, num_block: int, num_projected: int, measured_ms: float) -> None:
+        """Take note of what a pass took."""
+        num_rows = num_ar + num_block
+        self._correction.observe(num_rows, self.costs(num_ar, num_block, num_projected), measured_ms)
+        for rows, step in self._steps.items():
+            exact = log2(self._correction(rows)) / STEP
+            if abs(exact - step) > 0.5 + HOLD:
+                self._steps[rows] = round(exact)
+                self.version += 1
+
+    def _factor(self, num_rows: int) -> float:
+        rows = next((rows for rows in CLASSES if num_rows <= rows), CLASSES[-1])
+        return float(2.0 ** (STEP * self._steps[rows]))

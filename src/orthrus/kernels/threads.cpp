@@ -1,0 +1,65 @@
+// The number of threads: threads.h says how it is found.
+
+#include "threads.h"
+
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+namespace orthrus {
+
+ThreadLimit& thread_limit() {
+  static ThreadLimit limit;
+  return limit;
+}
+
+void ThreadLimit::waited(int64_t threads, Nanoseconds now) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  // Another caller's region has said so already.
+  if (threads > limit_.load(std::memory_order_relaxed)) return;
+  const Nanoseconds stayed = now - changed_at_;
+  pause_ = stayed < pause_ ? std::min(2 * pause_, kLongestPause)
+                           : std::max(kFirstPause, std::min(pause_, stayed / 8));
+  step_ = falling_ ? 2 * step_ : 1;
+  falling_ = true;
+  limit_.store(std::max<int64_t>(1, threads - step_), std::memory_order_relaxed);
+  rises_at_.store(now + pause_, std::memory_order_relaxed);
+  changed_at_ = now;
+}
+
+int64_t ThreadLimit::rise(int64_t usual, Nanoseconds now) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const int64_t limit = limit_.load(std::memory_order_relaxed);
+  if (limit >= usual || now < rises_at_.load(std::memory_order_relaxed)) return std::min(limit, usual);
+  step_ = falling_ ? 1 : 2 * step_;
+  falling_ = false;
+  const int64_t risen = std::min(usual, limit + step_);
+  limit_.store(risen < usual ? risen : kNone, std::memory_order_relaxed);
+  rises_at_.store(now + pause_, std::memory_order_relaxed);
+  changed_at_ = now;
+  return risen;
+}
+
+namespace {
+
+// For tests, which have a clock of their own.
+struct LimitByHand : torch::CustomClassHolder {
+  int64_t threads(int64_t usual, int64_t now) { return limit.threads(usual, now); }
+  void waited(int64_t threads, int64_t now) { limit.waited(threads, now); }
+  ThreadLimit limit;
+};
+
+int64_t num_threads() { return thread_limit().threads(at::get_num_threads(), clock_now()); }
+
+}  // namespace
+
+}  // namespace orthrus
+
+TORCH_LIBRARY_FRAGMENT(orthrus, library) {
+  library.class_<orthrus::LimitByHand>("ThreadLimit")
+      .def(torch::init<>())
+      .def("threads", &orthrus::LimitByHand::threads)
+      .def("waited", &orthrus::LimitByHand::waited);
+  library.def("num_threads() -> int", &orthrus::num_threads);
+}
