@@ -22,6 +22,7 @@ _SETTINGS = {
     "first_target": "first target with weight",
     "clean_share": "share of blocks with more than one known token",
     "reveal": "mask rows that show their token",
+    "rejected_share": "share of blocks that start at rejected drafts",
     "num_anchors": "blocks in a row",
     "row_length": "tokens of a row",
     "batch_rows": "rows of a step",
@@ -41,6 +42,7 @@ _ORDINARY = {
     "first_target": 0,
     "clean_share": 1.0,
     "reveal": 0.0,
+    "rejected_share": 0.0,
     "weight_decay": 0.0,
 }
 

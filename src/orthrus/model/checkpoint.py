@@ -109,6 +109,15 @@ def save_view(
         (temporary / "README.md").write_text(view_card(dual, encoding), encoding="utf-8")
 
 
+def round_as_stored(dual: DualView, encoding: Encoding) -> None:
+    """Give the view the weights that it would have after it was written in that encoding and loaded again."""
+    if encoding != "full":
+        twins_of = _ar_tensors(dual)
+        assign_view(
+            dual, decode_tensors(stored_tensors(dual, encoding), twins_of, where="memory"), where="memory"
+        )
+
+
 def check_unquantised(dual: DualView) -> None:
     """CheckpointError for a model whose linears were quantised after loading: their weights are gone."""
     precision = dual.precision or dual.draft_precision

@@ -34,7 +34,7 @@ class TrainConfig:
 
     base, corpus, output: the model, the corpus folders, and where the run keeps its state and its view.
     Blocks: block_size (K), num_anchors (blocks a row), row_length (tokens), drop_long; num_clean,
-    first_target, clean_share and reveal as in `BlockLayout`.
+    first_target, clean_share, reveal and rejected_share as in `BlockLayout`.
     Loss: loss, weights, gamma (decay), smoothing (dpace). Batch: batch_rows rows a step over all processes,
     in micro-batches of micro_rows. Optimiser: AdamW with cosine schedule; learning_rate, warmup, floor
     (shares of all steps and of the peak), weight_decay, clip_norm. steps: 0 means `epochs` passes over the
@@ -59,6 +59,7 @@ class TrainConfig:
     first_target: int = 0
     clean_share: float = 1.0
     reveal: float = 0.0
+    rejected_share: float = 0.0
     layers: tuple[int, ...] | None = None
     twins: tuple[str, ...] | None = None
     rank: int | None = None
@@ -178,8 +179,9 @@ def _check_blocks(config: TrainConfig) -> None:
             f"first_target must lie between 0 and {size - 2}, the last target of blocks of {size}, "
             f"not {config.first_target}."
         )
-    if not 0 <= config.clean_share <= 1:
-        raise UserInputError(f"clean_share must lie between 0 and 1, not {config.clean_share}.")
+    for name in ("clean_share", "rejected_share"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserInputError(f"{name} must lie between 0 and 1, not {getattr(config, name)}.")
     if not 0 <= config.reveal < 1:
         raise UserInputError(
             f"reveal must lie between 0 and below 1, where a block would have no mask, not {config.reveal}."
