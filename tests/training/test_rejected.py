@@ -119,6 +119,13 @@ def test_the_drafts_that_are_looked_at_are_the_views_own(repair_rank):
     assert moved.anchor_BN.tolist() == anchors
 
 
+def test_the_look_at_drafts_keeps_no_weight_from_learning():
+    dual = tiny_dual(block_size=5, disturb=0.3, mask_token_id=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        TrainingPass(dual, Objective())(draw_blocks(packed_rows(), SEEDS, NUM, LAYOUT)).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in dual.view_parameters().values())
+
+
 def test_a_run_that_learns_from_rejected_drafts_resumes_bit_for_bit(tmp_path):
     config = replace(CONFIG, steps=6, first_target=1, rejected_share=0.5)
     whole, _ = run(tmp_path, "whole", config)

@@ -146,6 +146,8 @@ class TrainingPass(nn.Module):
             own_R = logits_RV.gather(1, next_ids.flatten()[part_R][:, None])[:, 0]
             # Ties count as hits; argmax is many times slower on a CPU.
             hit_BMJ.view(-1)[part_R] = own_R >= logits_RV.amax(-1)
+        # Autocast keeps the weights that it rounded, here without a way back to those that learn.
+        torch.clear_autocast_cache()
         batch = rejected_anchors(batch, hit_BMJ)
         return batch, self._context(batch, context.keys, context.values)
 
