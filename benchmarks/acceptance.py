@@ -20,6 +20,7 @@ from orthrus.base.bench_prompts import BenchPrompt, load_prompts
 from orthrus.base.fingerprint import fingerprint
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
+from orthrus.bench.cycles import without_reuse
 from orthrus.bench.runner import prompts_digest
 from orthrus.cli.common import check_strategies
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
@@ -73,7 +74,7 @@ def main(
     sets = {file.stem: load_prompts(file)[:limit] for file in files}
     if len(sets) < len(files):
         raise typer.BadParameter("two files have the same name; results go by the names")
-    orthrus = Orthrus.load(model, view, dtype, device)
+    orthrus = without_reuse(Orthrus.load(model, view, dtype, device))
     report = open_report(output, orthrus, options, sets)
     for which in chosen:
         for name, prompts in sets.items():

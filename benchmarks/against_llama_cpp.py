@@ -26,6 +26,7 @@ from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import installed_version, provenance
 from orthrus.base.storage import sha256_file
+from orthrus.bench.cycles import without_reuse
 from orthrus.bench.runner import prompts_digest
 
 LLAMA = "llama.cpp"
@@ -95,7 +96,8 @@ def main(
     for keywords, function in ((loads[0], Orthrus.load), (decodes[0], decode_config)):
         check_keywords(keywords, function)
     asked = load_prompts(prompts, tuple(domain or ()), limit)
-    loaded = [Orthrus.load(model, view, **keywords) for keywords in loads]
+    # Both sides read every prompt anew.
+    loaded = [without_reuse(Orthrus.load(model, view, **keywords)) for keywords in loads]
     ids = [loaded[0].base.encode_prompt(prompt.prompt) for prompt in asked]
     arms: dict[str, Decode] = {}
     settings: dict[str, dict[str, Any]] = {}

@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig
 
 from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
@@ -22,8 +24,9 @@ from orthrus.base.provenance import provenance
 from orthrus.bench.metrics import Spread
 from orthrus.kernels.build import load_kernels
 from orthrus.kernels.linear import fast_linear
-from orthrus.model.attention import attend_folded, folded_mask
 from orthrus.model.int8_linear import Int8Linear
+from orthrus.model.passes import causal, join
+from orthrus.model.pool import SlotPool, Slots, pages_for
 
 ROWS = (1, 4, 8, 16, 25, 32, 48)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
@@ -84,19 +87,33 @@ def linears(dtype: str) -> Callable[[int], tuple[Job, Job]]:
 
 def attention(dtype: str, history: int) -> Callable[[int], tuple[Job, Job]]:
     """That of all layers, each with keys and values of its own."""
-    kind = DTYPES[dtype]
-    stores = torch.randn(NUM_LAYERS, 2, 1, KV_HEADS, history + max(ROWS), SIZE, dtype=kind)
+    kind, fold = DTYPES[dtype], HEADS // KV_HEADS
+    config = LlamaConfig(
+        hidden_size=HEADS * SIZE,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        num_hidden_layers=NUM_LAYERS,
+    )
+    pool = SlotPool(config, pages_for(history + max(ROWS)), dtype=kind)
+    for store in (*pool.keys, *pool.values):
+        store.normal_()
+    slots = Slots(pool)
+    slots.reserve(pool.num_slots)
+    slots.commit(history)
 
     def jobs(num_rows: int) -> tuple[Job, Job]:
-        slots = history + num_rows
+        end = history + num_rows
         query = torch.randn(1, num_rows, HEADS, SIZE, dtype=kind).transpose(1, 2)
-        visible = torch.ones(1, 1, num_rows, slots, dtype=torch.bool).tril(history)
-        mask = folded_mask(visible, HEADS // KV_HEADS, kind)
-        caches = [(keys[:, :, :slots], values[:, :, :slots]) for keys, values in stores]
-        ours = torch.ops.orthrus.few_rows_attention
+        folded = query.unflatten(1, (KV_HEADS, fold)).transpose(2, 3).flatten(2, 3)
+        visible = torch.ones(num_rows, end, dtype=torch.bool).tril(history)
+        mask = torch.zeros(num_rows, end, dtype=kind).masked_fill(~visible, -torch.inf)
+        mask = mask.repeat_interleave(fold, 0)
+        plan = join([(causal([0] * num_rows), slots)]).plan_P
+        stores = list(zip(pool.keys, pool.values, strict=True))
+        theirs, ours = scaled_dot_product_attention, torch.ops.orthrus.paged_attention
         return (
-            lambda: [attend_folded(query, k, v, mask, None) for k, v in caches] and None,
-            lambda: [ours(query, k, v, visible, SIZE**-0.5) for k, v in caches] and None,
+            lambda: [theirs(folded, k[:, :, :end], v[:, :, :end], mask) for k, v in stores] and None,
+            lambda: [ours(query, k, v, plan, SIZE**-0.5, 0, 0.0) for k, v in stores] and None,
         )
 
     return jobs

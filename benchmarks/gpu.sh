@@ -11,11 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${1:-runs/gpu} BIN=${BIN:-.venv/bin} DEVICE=${DEVICE:-cuda}
 corpus=(--batch-size 512 --shard-size 4096 --self-prompts math=20000 --self-prompts code=20000
     --self-prompts chat=12000 --self-prompts writing=6000 --self-prompts summary=6000)
-recipe=recipes/smollm2-1gpu.yaml runners=(eager captured) runner=captured
+recipe=recipes/smollm2-1gpu.yaml
 length=(-n 256) passes=(--starts 3) few=(--limit 4)
-if [[ $DEVICE == cpu ]]; then
-    runners=(eager) runner=eager
-fi
 if [[ -n ${TINY:-} ]]; then
     corpus=(--self-prompts math=12 --max-new-tokens 48)
     recipe=recipes/smoke-cpu.yaml
@@ -36,11 +33,11 @@ for_seconds "${TRAIN_S:-0}" "$BIN/orthrus" train "$recipe" corpus="$OUT/corpus" 
 "$BIN/python" -m pytest -q -m gpu -rs
 
 "$BIN/python" benchmarks/runners.py --device "$DEVICE" --view "$OUT/view/best" "${passes[@]}" \
-    "${runners[@]/#/--setting=bfloat16/}" --output "$OUT/runners.json"
-"$BIN/orthrus" bench --device "$DEVICE" --view "$OUT/view/best" --dtype bfloat16 --runner "$runner" \
+    --setting bfloat16/eager --output "$OUT/runners.json"
+"$BIN/orthrus" bench --device "$DEVICE" --view "$OUT/view/best" --dtype bfloat16 --runner eager \
     --strategy chain --strategy tree --strategy fused --strategy fused_tree --strategy auto "${few[@]}" "${length[@]}" \
     --format md -o "$OUT/bench.json"
-"$BIN/python" benchmarks/peak_memory.py --device "$DEVICE" --view "$OUT/view/best" --runner "$runner" \
+"$BIN/python" benchmarks/peak_memory.py --device "$DEVICE" --view "$OUT/view/best" --runner eager \
     --num-tokens "${length[1]}" --output "$OUT/peak-memory.json"
-"$BIN/orthrus" audit --device "$DEVICE" --view "$OUT/view/best" --dtype bfloat16 --runner "$runner" \
+"$BIN/orthrus" audit --device "$DEVICE" --view "$OUT/view/best" --dtype bfloat16 --runner eager \
     --strategy chain --strategy fused_tree --strategy auto --limit 2 --max-new-tokens "${length[1]}" -o "$OUT/audit.json"

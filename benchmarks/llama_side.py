@@ -47,7 +47,7 @@ Decode = Callable[[list[int], int], Run]
 class Llama:
     """llama.cpp through its C interface: one decode and one greedy choice a token, and nothing in between."""
 
-    def __init__(self, path: Path, num_positions: int) -> None:
+    def __init__(self, path: Path, num_positions: int, num_sequences: int = 1) -> None:
         import llama_cpp
 
         self._c: Any = llama_cpp
@@ -59,7 +59,9 @@ class Llama:
             str(path).encode(), llama_cpp.llama_model_default_params()
         )
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = num_positions
+        params.n_batch = params.n_ubatch = max(num_positions, num_sequences)
+        # What each sequence may have is its share.
+        params.n_ctx, params.n_seq_max = num_positions * num_sequences, num_sequences
         self._context = self._model and llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
             raise ValueError(f"llama.cpp cannot load {path}")
@@ -84,6 +86,41 @@ class Llama:
         end = time.perf_counter()
         return Run(tuple(token_ids), (first - start) * 1e3, (end - first) * 1e3)
 
+    def decode_together(self, prompts: list[list[int]], num_new: int) -> list[tuple[int, ...]]:
+        """New tokens of each prompt: prompts one after the other, then a token of all of them in each decode."""
+        c, context = self._c, self._context
+        c.llama_memory_clear(c.llama_get_memory(context), True)
+        found = []
+        for sequence, prompt_ids in enumerate(prompts):
+            self._feed_batch([(i, at, sequence) for at, i in enumerate(prompt_ids)])
+            found.append([c.llama_sampler_sample(self._sampler, context, -1)])
+        for done in range(1, num_new):
+            self._feed_batch(
+                [
+                    (ids[-1], len(prompts[sequence]) + done - 1, sequence)
+                    for sequence, ids in enumerate(found)
+                ],
+                every=True,
+            )
+            for sequence, ids in enumerate(found):
+                ids.append(c.llama_sampler_sample(self._sampler, context, sequence))
+        return [tuple(ids) for ids in found]
+
+    def _feed_batch(self, rows: list[tuple[int, int, int]], *, every: bool = False) -> None:
+        """Rows of (token, position, sequence); every: all are projected, else the last one."""
+        batch = self._c.llama_batch_init(len(rows), 0, 1)
+        try:
+            batch.n_tokens = len(rows)
+            for row, (token_id, position, sequence) in enumerate(rows):
+                batch.token[row], batch.pos[row] = token_id, position
+                batch.n_seq_id[row], batch.seq_id[row][0] = 1, sequence
+                batch.logits[row] = every or row == len(rows) - 1
+            status = self._c.llama_decode(self._context, batch)
+        finally:
+            self._c.llama_batch_free(batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+
     def _feed(self, token_ids: list[int]) -> None:
         array = (self._c.llama_token * len(token_ids))(*token_ids)
         status = self._c.llama_decode(self._context, self._c.llama_batch_get_one(array, len(token_ids)))
@@ -94,9 +131,9 @@ class Llama:
 class LlamaSide:
     """llama.cpp in a process of its own: in torch's it would find the CPU's AMX tiles set up by others."""
 
-    def __init__(self, path: Path, num_positions: int) -> None:
+    def __init__(self, path: Path, num_positions: int, num_sequences: int = 1) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, context, _start, (path, num_positions))
+        self._pool = ProcessPoolExecutor(1, context, _start, (path, num_positions, num_sequences))
         self.system_info: str = self._ask("system_info")
 
     def set_threads(self, number: int) -> None:
@@ -104,6 +141,9 @@ class LlamaSide:
 
     def decode(self, prompt_ids: list[int], num_new: int) -> Run:
         return self._ask("decode", prompt_ids, num_new)  # type: ignore[no-any-return]
+
+    def decode_together(self, prompts: list[list[int]], num_new: int) -> list[tuple[int, ...]]:
+        return self._ask("decode_together", prompts, num_new)  # type: ignore[no-any-return]
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -121,9 +161,9 @@ class LlamaSide:
 _llama: Llama
 
 
-def _start(path: Path, num_positions: int) -> None:
+def _start(path: Path, num_positions: int, num_sequences: int) -> None:
     global _llama
-    _llama = Llama(path, num_positions)
+    _llama = Llama(path, num_positions, num_sequences)
 
 
 def _answer(what: str, *arguments: Any) -> Any:

@@ -1,7 +1,8 @@
 """What a cycle costs as the context grows: python benchmarks/long_context.py [--help]
 
 All contexts and strategies take turns in one run, repeat by repeat, so that what slows the machine down hits
-all of them. A cycle is decoded again and again from the same state; it has the same rows at every context.
+all of them. Each time a request of the same prompt takes up the pages that are kept of it, and the cycle that
+is timed starts from the same state; it has the same rows at every context.
 """
 
 import json
@@ -17,20 +18,18 @@ from unittest.mock import patch
 import typer
 
 from orthrus.api import Orthrus
+from orthrus.base.devices import synchronize
 from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
+from orthrus.bench.cycles import ready_request, step_cycle
 from orthrus.bench.metrics import Spread
 from orthrus.cli.common import check_strategies
-from orthrus.config import DecodeConfig, SamplingParams, Strategy
-from orthrus.decoding.processors import LogitRules
-from orthrus.engine.cycles import Plan, decode_cycle, fixed_plan
-from orthrus.engine.passes import Block, commit_pass
-from orthrus.engine.probe import synchronize, watch_caches
-from orthrus.engine.state import DecodeState
-from orthrus.model.dual_view import DualView
-from orthrus.model.passes import Pass
-from orthrus.model.slot_cache import SlotCache
+from orthrus.config import Strategy
+from orthrus.engine import engine as engine_module
+from orthrus.engine.beside import EngineBeside
+from orthrus.engine.engine import Engine
+from orthrus.model.pool import slot_bytes
 
 CONTEXTS = (256, 1024, 2048, 4096, 8000)
 STRATEGIES: tuple[Strategy, ...] = ("ar", "chain", "fused_tree")
@@ -41,11 +40,11 @@ LEGEND = {
     "ratio": "cycle_ms / that of the shortest context in the same repeat; median (min..max) over repeats",
     "layers_ms": "of a second run of that cycle: decoder layers of its passes, attention included; median",
     "head_ms": "its projections to the vocabulary; median",
-    "upkeep_ms": "checks of its passes, masks, and the cache's ledger (and growth, were there any); median",
-    "rest_ms": "all else: building passes, choosing tokens, trees, moving accepted rows; median",
+    "upkeep_ms": "joining its parts into passes: checks, the plan for attention, the pool's ledger; median",
+    "rest_ms": "all else: building parts, choosing tokens, trees, moving accepted rows; median",
     "num_passes, num_rows": "of one cycle; the same at every context",
-    "prefill_ms": "time to first token of the request that filled the cache, once for each context",
-    "kv_bytes": "keys and values of that request's cache (fused_tree), free to grow to the model's context",
+    "prefill_ms": "time to first token of the request that filled the pages, once for each context",
+    "kv_bytes": "keys and values of the pages that the request has at the end of the cycle",
     "history_bytes": "keys and values of `context` tokens",
 }
 
@@ -95,103 +94,84 @@ def main(
 
 @dataclass(slots=True)
 class Case:
-    """A cycle of one strategy, ready to be run from one state as often as wanted. Times in ms."""
+    """A cycle of one strategy after one context, to be run as often as wanted. Times in ms."""
 
     strategy: Strategy
     context: int
-    plan: Plan
-    state: DecodeState
-    start: tuple[int, int, Any]
+    engine: Engine
+    prompt_ids: list[int]
     prefill_ms: float
-    kv_bytes: int
+    kv_bytes: int = 0
     whole: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
     shape: tuple[int, int] = (0, 0)
 
     def measure(self) -> None:
         """One cycle timed as a whole, then one in parts: clocks inside would stall an accelerator."""
-        dual = self.state.dual
-        self.whole.append(self._cycle())
-        with clocks(dual) as spent:
-            total = self._cycle()
-        layers = spent["hidden"] - spent["upkeep"]
-        rest = total - spent["hidden"] - spent["head"]
-        self.parts.append({"layers": layers, "head": spent["head"], "upkeep": spent["upkeep"], "rest": rest})
+        self.whole.append(self._cycle({}))
+        spent = {"hidden": 0.0, "head": 0.0, "join": 0.0}
+        total = self._cycle(spent)
+        rest = total - sum(spent.values())
+        self.parts.append(
+            {"layers": spent["hidden"], "head": spent["head"], "upkeep": spent["join"], "rest": rest}
+        )
 
-    def _cycle(self) -> float:
-        state = self.state
-        state.cache.lengths[0], state.anchor_id, state.drafts = self.start
-        synchronize(state.dual.device)
-        started = perf_counter()
-        step = decode_cycle(state, self.plan, state.block_size + 2)
-        synchronize(state.dual.device)
-        elapsed = (perf_counter() - started) * 1e3
-        self.shape = step.num_passes, step.num_rows
+    def _cycle(self, spent: dict[str, float]) -> float:
+        request = ready_request(self.engine, self.prompt_ids, self.strategy)
+        dual = self.engine.runner.dual
+        with clocks(self.engine, spent):
+            synchronize(dual.device)
+            started = perf_counter()
+            step_cycle(self.engine, request)
+            synchronize(dual.device)
+            elapsed = (perf_counter() - started) * 1e3
+        cycle = request.cycles[-1]
+        self.shape = cycle.num_passes, cycle.num_rows
+        self.kv_bytes = request.slots.num_slots * slot_bytes(dual.base.config, dual.dtype)
+        self.engine.drop(request)
         return elapsed
 
 
 def filled_cases(orthrus: Orthrus, context: int, strategies: list[Strategy], seed: int) -> Iterator[Case]:
-    """Prefill `context` random ids once; every strategy decodes behind them, in the same cache."""
-    dual, block_size, limit = orthrus.dual, orthrus.dual.config.block_size, orthrus.base.context_length
+    """Prefill `context` random ids once; every strategy decodes behind them, from the kept pages."""
+    dual, limit = orthrus.dual, orthrus.base.context_length
     # A cycle, the draft before it and the draft that it leaves behind.
-    if context + 3 * block_size > limit:
+    if context + 3 * dual.config.block_size > limit:
         raise typer.BadParameter(
             f"a context of {context} leaves no room for a cycle below the model's {limit}"
         )
     typer.echo(f"prefill of {context} tokens", err=True)
     prompt_ids = random.Random(seed).choices(range(dual.vocab_size), k=context)
-    config = DecodeConfig(strategy="fused_tree", max_new_tokens=limit, ignore_eos=True)
-    with watch_caches(dual) as caches:
-        first = next(orthrus.stream_ids(prompt_ids, config))
-    (cache,) = caches
-    kv_bytes = cache.num_bytes
+    engine = EngineBeside(orthrus.engine, reuse=True, max_slots=context + 1024)
+    started = perf_counter()
+    request = ready_request(engine, prompt_ids, "ar")
+    prefill_ms = (perf_counter() - started) * 1e3
+    engine.drop(request)
     for strategy in strategies:
-        plan, sampling = fixed_plan(DecodeConfig(strategy=strategy), block_size), SamplingParams()
-        cache.lengths[0] = context
-        state = DecodeState(
-            dual=dual,
-            cache=cache,
-            sampling=sampling,
-            seed=seed,
-            rules=LogitRules(sampling, dual.vocab_size, dual.device),
-            block_size=block_size,
-            floor=True,
-            context_length=limit,
-            anchor_id=first.token_ids[-1],
-        )
-        if plan.num_blocks:
-            # A fused cycle finds its draft at hand: the cycle before has made it.
-            commit_pass(state, blocks=[Block(0)])
-        start = state.length, state.anchor_id, state.drafts
-        yield Case(strategy, context, plan, state, start, first.elapsed_ms, kv_bytes)
+        yield Case(strategy, context, engine, prompt_ids, prefill_ms)
 
 
 @contextmanager
-def clocks(dual: DualView) -> Iterator[dict[str, float]]:
-    """Milliseconds spent in passes before the head, in the head, and in upkeep, a part of the former."""
-    spent = {"hidden": 0.0, "head": 0.0, "upkeep": 0.0}
+def clocks(engine: Engine, spent: dict[str, float]) -> Iterator[None]:
+    """Adds the milliseconds that calls of these names take: of the runner, and `join` of the engine."""
+    device = engine.runner.dual.device
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            synchronize(dual.device)
+            synchronize(device)
             started = perf_counter()
             result = call(*args, **kwargs)
-            synchronize(dual.device)
+            synchronize(device)
             spent[name] += (perf_counter() - started) * 1e3
             return result
 
         return run
 
     with ExitStack() as stack:
-        for owner, method, name in (
-            (dual, "hidden", "hidden"),
-            (dual, "head", "head"),
-            (dual, "masks", "upkeep"),
-            (Pass, "check", "upkeep"),
-            (SlotCache, "begin", "upkeep"),
-        ):
-            stack.enter_context(patch.object(owner, method, timed(name, getattr(owner, method))))
-        yield spent
+        for name in spent:
+            owner = engine_module if name == "join" else engine.runner
+            stack.enter_context(patch.object(owner, name, timed(name, getattr(owner, name))))
+        yield
 
 
 def build_report(
@@ -199,19 +179,18 @@ def build_report(
 ) -> dict[str, Any]:
     """All results, and where they come from."""
     about = orthrus.describe()
-    cache = cases[0].state.cache
-    slot_bytes = cache.num_bytes // cache.num_slots
+    bytes_of_slot = slot_bytes(orthrus.dual.base.config, orthrus.dual.dtype)
     return {
         "kind": "orthrus-long-context",
         "legend": LEGEND,
-        "results": [_row(case, cases, warmup, slot_bytes) for case in cases],
+        "results": [_row(case, cases, warmup, bytes_of_slot) for case in cases],
         "model": about,
         "options": options,
         "provenance": provenance(device=about["device"], dtype=about["dtype"], seed=seed),
     }
 
 
-def _row(case: Case, cases: list[Case], warmup: int, slot_bytes: int) -> dict[str, Any]:
+def _row(case: Case, cases: list[Case], warmup: int, bytes_of_slot: int) -> dict[str, Any]:
     base = next(other for other in cases if other.strategy == case.strategy)
     kept = case.whole[warmup:]
     parts = {
@@ -228,7 +207,7 @@ def _row(case: Case, cases: list[Case], warmup: int, slot_bytes: int) -> dict[st
         "num_rows": num_rows,
         "prefill_ms": round(case.prefill_ms, 1),
         "kv_bytes": case.kv_bytes,
-        "history_bytes": slot_bytes * case.context,
+        "history_bytes": bytes_of_slot * case.context,
     }
 
 

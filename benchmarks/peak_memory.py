@@ -17,7 +17,7 @@ from orthrus.base import load_base
 from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
-from orthrus.bench.runner import stock_generate
+from orthrus.engine.stock import stock_generate
 
 BASE = "plain base"
 PROMPT = "Explain how a bicycle stays upright."

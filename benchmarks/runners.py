@@ -18,12 +18,15 @@ import torch
 import typer
 
 from orthrus.api import Orthrus, decode_config
+from orthrus.base.devices import synchronize
 from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
+from orthrus.bench.cycles import without_reuse
 from orthrus.bench.metrics import Spread
-from orthrus.engine.probe import stock_generate, synchronize
-from orthrus.model.passes import Pass, fused, verify_chain
+from orthrus.engine.stock import stock_generate
+from orthrus.model.passes import Pass, causal, join, tree
+from orthrus.model.pool import SlotPool, Slots, pages_for
 
 SETTINGS = (
     "float32/eager",
@@ -55,21 +58,21 @@ class Arm:
     name: str
     orthrus: Orthrus
     passes: dict[str, Pass]
-    cache: Any
+    pool: SlotPool
     pass_ms: dict[str, list[float]] = field(default_factory=dict)
     plain: list[float] = field(default_factory=list)
     stock: list[float] = field(default_factory=list)
 
     @torch.inference_mode()
     def time_passes(self) -> None:
-        dual = self.orthrus.dual
+        runner, device = self.orthrus.engine.runner, self.orthrus.dual.device
         # Not timed: another setting's weights are in the caches, and passes follow passes of their own.
-        dual.hidden(next(iter(self.passes.values())), self.cache)
+        runner.hidden(next(iter(self.passes.values())), self.pool)
         for name, p in self.passes.items():
-            synchronize(dual.device)
+            synchronize(device)
             started = perf_counter()
-            dual.head(dual.hidden(p, self.cache))
-            synchronize(dual.device)
+            runner.head(runner.hidden(p, self.pool))
+            synchronize(device)
             self.pass_ms.setdefault(name, []).append((perf_counter() - started) * 1e3)
 
     def time_decoding(self, num_tokens: int) -> None:
@@ -131,23 +134,28 @@ def main(
 
 
 def load_arm(name: str, model: str, view: str, device: str | None, history: int) -> Arm:
-    """One setting, loaded, with a filled cache and the passes that are to be timed."""
+    """One setting, loaded, with filled slots and the passes that are to be timed."""
     kind, _, runner = name.partition("/")
     dtype, _, draft_dtype = kind.partition("+")
     typer.echo(f"loading {name}", err=True)
-    orthrus = Orthrus.load(model, view, dtype, device, runner=runner, draft_dtype=draft_dtype or None)
+    loaded = Orthrus.load(model, view, dtype, device, runner=runner, draft_dtype=draft_dtype or None)
+    orthrus = without_reuse(loaded)
     dual, size = orthrus.dual, orthrus.dual.config.block_size
-    ids_1T = torch.arange(history, device=dual.device)[None] % dual.base.config.vocab_size
-    passes = {f"{n}": verify_chain(ids_1T[:, :n], [history]) for n in ROWS}
-    chain = range(BESIDE - 1)
-    for m in BLOCKS:
-        blocks = fused(ids_1T[:, :BESIDE], chain, [history], range(m), size, dual.mask_token_id)
-        passes[f"{BESIDE}+{m} blocks"] = blocks
+    ids = [i % dual.vocab_size for i in range(max(history, *ROWS))]
+    most = history + max(*ROWS, BESIDE + max(BLOCKS) * size)
+    pool = orthrus.engine.runner.new_pool(pages_for(most))
+    slots = Slots(pool)
+    slots.reserve(most)
     with torch.inference_mode():
-        cache = dual.new_cache(history + 128)
-        dual.run(verify_chain(ids_1T, [0]), cache)
-        cache.commit(history)
-    return Arm(name, orthrus, passes, cache)
+        orthrus.engine.runner.hidden(join([(causal(ids[:history]), slots)], dual.device), pool)
+    slots.commit(history)
+    parts = {f"{n}": causal(ids[:n]) for n in ROWS}
+    for m in BLOCKS:
+        parts[f"{BESIDE}+{m} blocks"] = tree(
+            ids[:BESIDE], range(BESIDE - 1), range(m), size, dual.mask_token_id
+        )
+    passes = {name: join([(part, slots)], dual.device) for name, part in parts.items()}
+    return Arm(name, orthrus, passes, pool)
 
 
 def results(arms: list[Arm]) -> list[dict[str, Any]]:

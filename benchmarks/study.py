@@ -6,9 +6,9 @@ has already are not run again. `python benchmarks/study.py render` writes the ta
 """
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from shutil import rmtree
 from time import monotonic
 from typing import Annotated, Any
 
@@ -20,15 +20,19 @@ from two_steps import TwoSteps
 from orthrus.base.bench_prompts import load_prompts
 from orthrus.base.loading import Base, load_base
 from orthrus.base.outputs import write_text_atomic
+from orthrus.base.owned import LOCK
 from orthrus.base.provenance import provenance
 from orthrus.config import DecodeConfig
+from orthrus.engine.engine import Engine, EngineConfig
 from orthrus.engine.stream import TokenStream
 from orthrus.model.dual_view import DualView
+from orthrus.model.runner import EagerRunner
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample, corpus_digest, load_corpus
 from orthrus.training.packing import PackedRow, pack
 from orthrus.training.recipe import TrainConfig, to_plain
 from orthrus.training.recipe_file import load_recipe
+from orthrus.training.run_folder import RUN_FILE, STATE_FILE
 from orthrus.training.start import starting_view
 from orthrus.training.trainer import Hooks, TrainLog, rows_of_step, train
 from orthrus.training.view_score import served
@@ -89,7 +93,11 @@ def _run(
     seconds = monotonic() - began
     prompts = _prompts(base, num_prompts)
     scores = {str(n): _score(dual, base, prompts, max_new_tokens, n) for n in arm.denoising_steps}
-    rmtree(folder)
+    # Its own files only: the folder may have been there before.
+    for name in (STATE_FILE, RUN_FILE, LOCK):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
     return {
         "overrides": arm.overrides,
         "recipe": to_plain(config),
@@ -132,18 +140,15 @@ def _score(
     denoising_steps: int,
 ) -> list[dict[str, Any]]:
     """Greedy chain decoding of each prompt: its tokens, cycles and passes."""
-    drafter: Any = TwoSteps(dual) if denoising_steps == 2 else dual
+    config = DecodeConfig(strategy="chain", max_new_tokens=max_new_tokens)
     scored = []
     with served(dual):
+        runner = EagerRunner(dual)
+        # No request leaves history for another: every prompt's passes are counted.
+        engine = Engine(TwoSteps(runner) if denoising_steps == 2 else runner, EngineConfig(reuse=False))
         for domain, prompt_ids in prompts:
-            stream = TokenStream(
-                drafter,
-                prompt_ids,
-                DecodeConfig(max_new_tokens=max_new_tokens),
-                eos_token_ids=base.eos_token_ids,
-                context_length=base.context_length,
-            )
-            stats = stream.drain().stats
+            request = engine.submit(prompt_ids, config, eos_token_ids=base.eos_token_ids)
+            stats = TokenStream(engine, request).drain().stats
             # Every draft pass of two denoising steps is two passes; each chain cycle has one.
             extra = (denoising_steps - 1) * stats.num_cycles
             scored.append(

@@ -5,21 +5,21 @@ import torch
 from torch import Tensor
 
 from orthrus.api import Orthrus
-from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass
-from orthrus.model.slot_cache import SlotCache
+from orthrus.model.pool import DIFFUSION, SlotPool
+from orthrus.model.runner import EagerRunner
 
 
 def plant_wrong_writer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After every pass slot 0 is marked as a diffusion row's."""
-    hidden = DualView.hidden
+    """After every pass the first slot of each request is marked as a diffusion row's."""
+    hidden = EagerRunner.hidden
 
-    def corrupted(self: DualView, p: Pass, cache: SlotCache) -> Tensor:
-        hidden_BTC = hidden(self, p, cache)
-        cache.writers_BS[0, 0] = 2
-        return hidden_BTC
+    def corrupted(self: EagerRunner, p: Pass, pool: SlotPool) -> Tensor:
+        hidden_RC = hidden(self, p, pool)
+        pool.writers_S[[span.places[0] for span in p.spans]] = DIFFUSION
+        return hidden_RC
 
-    monkeypatch.setattr(DualView, "hidden", corrupted)
+    monkeypatch.setattr(EagerRunner, "hidden", corrupted)
 
 
 def plant_tie(orthrus: Orthrus, token_id: int) -> int:

@@ -7,6 +7,7 @@ from orthrus.api import Orthrus
 from orthrus.base.families import context_length
 from orthrus.base.loading import Base
 from orthrus.base.resolve import Source
+from orthrus.engine.engine import EngineConfig
 
 
 class TinyTokenizer:
@@ -32,6 +33,7 @@ def tiny_orthrus(
     block_size: int = 8,
     disturb: float = 0.3,
     dtype: torch.dtype = torch.float32,
+    config: EngineConfig | None = None,
 ) -> Orthrus:
     """Instant, offline; `disturb` makes the view's drafts partly wrong, so that cycles differ in length."""
     dual = tiny_dual(name, seed=seed, block_size=block_size, disturb=disturb).to(dtype)
@@ -44,4 +46,4 @@ def tiny_orthrus(
         family=dual.family,
         source=Source("folder", f"tiny-{name}"),
     )
-    return Orthrus(base, dual)
+    return Orthrus(base, dual, config=config)

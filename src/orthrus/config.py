@@ -24,7 +24,7 @@ LARGEST_COUNT_PENALTY = 2.0
 MOST_LOGPROBS = 20
 GrammarKind = Literal["json_schema", "regex", "lark", "json_object"]
 GRAMMAR_KINDS: tuple[GrammarKind, ...] = get_args(GrammarKind)
-LONGEST_GRAMMAR = 2**18
+LONGEST_GRAMMAR = 2**16
 """Characters of a grammar's text: far more than schemas that people write, little enough to compile soon."""
 
 

@@ -23,12 +23,13 @@ from orthrus.audit.shapes import AS_DECODED, ONE_ROW, baseline_logits
 from orthrus.config import BASELINES, FIXED_STRATEGIES, SamplingParams, Strategy
 from orthrus.decoding.noise import exponential_noise
 from orthrus.decoding.tree import DraftTree
-from orthrus.engine.state import DecodeState
-from orthrus.engine.stream import TokenStream
+from orthrus.engine import choices, engine
+from orthrus.engine.engine import EngineConfig
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass
-from orthrus.model.slot_cache import SlotCache
+from orthrus.model.pool import SlotPool
+from orthrus.model.runner import EagerRunner
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def test_accepting_everything_fails(temperature: float, monkeypatch: pytest.Monk
     def last_path(tree: DraftTree, ar_ids: Sequence[int]) -> list[int]:
         return tree.paths()[-1]
 
-    monkeypatch.setattr("orthrus.engine.passes.accepted_rows", last_path)
+    monkeypatch.setattr("orthrus.engine.work.accepted_rows", last_path)
     report = audit(tiny_orthrus(), temperature=temperature)
 
     assert not report.passed
@@ -110,12 +111,13 @@ def test_noise_that_is_not_the_seeds_fails_a_sampled_audit(
     strategy: Strategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Draws of the right law, but others than plain decoding's once a draft was judged."""
-    choose = DecodeState.choose
+    choose = choices.choose
 
-    def shifted(self: DecodeState, logits_RV: Tensor, positions: Sequence[int], paths: Any) -> list[int]:
-        return choose(self, logits_RV, [p + 1000 * (len(paths) > 1) for p in positions], paths)
+    def shifted(logits_RV: Tensor, judged: Sequence[choices.Judged]) -> list[list[int]]:
+        moved = [j._replace(positions=[p + 1000 * (len(j.paths) > 1) for p in j.positions]) for j in judged]
+        return choose(logits_RV, moved)
 
-    monkeypatch.setattr(DecodeState, "choose", shifted)
+    monkeypatch.setattr(engine, "choose", shifted)
     assert audit(tiny_orthrus(), strategies=(strategy,)).passed
     report = audit(tiny_orthrus(), strategies=(strategy,), temperature=1.0)
     assert report.strategies[0].num_broken > 0
@@ -128,15 +130,16 @@ def test_a_corrupt_cache_does_not_excuse_itself(
     strategy: Strategy, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every token is our own scores' best, and still wrong: only the stock model's noise can tell."""
-    hidden = DualView.hidden
+    hidden = EagerRunner.hidden
 
-    def corrupted(self: DualView, p: Pass, cache: SlotCache) -> Tensor:
-        hidden_BTC = hidden(self, p, cache)
-        if cache.lengths[0] > 20:
-            cache.values[0][:, :, 5] = 0.0
-        return hidden_BTC
+    def corrupted(self: EagerRunner, p: Pass, pool: SlotPool) -> Tensor:
+        hidden_RC = hidden(self, p, pool)
+        for span in p.spans:
+            if span.length > 20:
+                pool.values[0][:, :, span.places[5]] = 0.0
+        return hidden_RC
 
-    monkeypatch.setattr(DualView, "hidden", corrupted)
+    monkeypatch.setattr(EagerRunner, "hidden", corrupted)
     report = audit(tiny_orthrus(), strategies=(strategy,), temperature=temperature)
 
     assert not report.passed
@@ -155,14 +158,52 @@ def test_a_slot_of_the_wrong_writer_is_damage(monkeypatch: pytest.MonkeyPatch) -
     assert "slot 0" in report.damages[0]
 
 
+def together(**options: object) -> AuditReport:
+    """Five prompts, two of which begin with the same whole page, at most three at a time."""
+    page = "the same beginning of more than sixty-four characters, which fills a page of slots: "
+    prompts = [*PROMPTS, Ask(page + "one"), Ask(page + "and another")]
+    orthrus = tiny_orthrus("qwen3", config=EngineConfig(chunk=32))
+    given: dict[str, Any] = {"prompts": prompts, "max_new_tokens": 24, "concurrency": 3, **options}
+    return run_audit(orthrus, AuditOptions(**given))
+
+
+@pytest.mark.parametrize("against", BASELINES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_requests_that_share_passes_have_the_baselines_text(against: str, temperature: float) -> None:
+    report = together(against=against, temperature=temperature, strategies=("ar", "chain", "fused_tree"))
+
+    assert report.passed
+    assert [s.num_identical for s in report.strategies] == [5, 5, 5]
+    assert report.options["concurrency"] == 3
+    assert "3 at a time" in report.summary
+
+
+def test_a_fault_of_company_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request reads its neighbour's slot; alone, as the replay is, nothing is wrong."""
+    hidden = EagerRunner.hidden
+
+    def corrupted(self: EagerRunner, p: Pass, pool: SlotPool) -> Tensor:
+        if len(p.spans) > 1:
+            first, second = (span.places[0] for span in p.spans[:2])
+            pool.values[0][:, :, second] = pool.values[0][:, :, first]
+        return hidden(self, p, pool)
+
+    monkeypatch.setattr(EagerRunner, "hidden", corrupted)
+    assert together(concurrency=1, strategies=("ar",)).passed
+    report = together(strategies=("ar",))
+    assert not report.passed
+    assert all("decoding again" in m.reason for m in report.mismatches)
+
+
+def test_auto_can_be_audited() -> None:
+    report = audit(tiny_orthrus(), strategies=("auto",), concurrency=2)
+    assert report.passed
+    assert report.strategies[0].num_identical == 3
+
+
 def test_an_early_end_is_a_broken_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    init = TokenStream.__init__
-
-    def impatient(self: TokenStream, *args: object, **kwargs: object) -> None:
-        init(self, *args, **kwargs)  # type: ignore[arg-type]
-        object.__setattr__(self._rules, "max_new_tokens", 5)
-
-    monkeypatch.setattr(TokenStream, "__init__", impatient)
+    rules = engine.StopRules
+    monkeypatch.setattr(engine, "StopRules", lambda ends, max_new_tokens: rules(ends, 5))
     report = audit(tiny_orthrus(), strategies=("ar",))
 
     assert not report.passed
@@ -253,17 +294,17 @@ def test_a_replay_projects_the_rows_that_the_engine_projects(
 ) -> None:
     """With a head whose logits hang on how many rows it is given, as in low precision they do a little."""
     orthrus = tiny_orthrus()
-    real_head, real_choose, seen = orthrus.dual.head, DecodeState.choose, []
+    real_head, real_choose, seen = orthrus.dual.head, engine.choose, []
 
     def head(hidden: Tensor, *, drafts: bool = False) -> Tensor:
         return real_head(hidden, drafts=drafts) * (1 + 0.01 * len(hidden))
 
-    def choose(self: DecodeState, logits_RV: Tensor, *rest: Any) -> list[int]:
+    def choose(logits_RV: Tensor, judged: Sequence[choices.Judged]) -> list[list[int]]:
         seen.extend(logits_RV.clone())
-        return real_choose(self, logits_RV, *rest)
+        return real_choose(logits_RV, judged)
 
     monkeypatch.setattr(orthrus.dual, "head", head)
-    monkeypatch.setattr(DecodeState, "choose", choose)
+    monkeypatch.setattr(engine, "choose", choose)
     config = decode_config(strategy=strategy, max_new_tokens=30)
     prompt_ids = orthrus.base.encode_prompt("replay this prompt")
     ids = orthrus.stream_ids(prompt_ids, config).drain().token_ids
@@ -302,6 +343,7 @@ def test_the_report_in_every_form() -> None:
     assert "| chain | 1 | 1 |" in report.to_markdown()
     assert report.to_csv().startswith("strategy,")
     assert [done for _, done, _ in seen] == list(range(7))
+    assert [name for name, *_ in seen] == ["baseline", *FIXED_STRATEGIES, "done"]
     assert all(total == 6 for *_, total in seen)
 
 
@@ -312,6 +354,7 @@ def test_the_report_in_every_form() -> None:
         {"prompts": PROMPTS, "strategies": ()},
         {"prompts": PROMPTS, "strategies": ("magic",)},
         {"prompts": PROMPTS, "against": "llama.cpp"},
+        {"prompts": PROMPTS, "concurrency": 0},
     ],
 )
 def test_wrong_options_are_told(options: dict[str, object]) -> None:

@@ -2,9 +2,9 @@
 what an audit does."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tests.faults import plant_tie, plant_wrong_writer
@@ -17,8 +17,9 @@ from orthrus.audit.replay import replay_ours
 from orthrus.audit.shapes import AS_DECODED, ONE_ROW, baseline_logits
 from orthrus.config import FIXED_STRATEGIES, Strategy
 from orthrus.decoding.tree import DraftTree
+from orthrus.engine.engine import EngineConfig
 from orthrus.model.dual_view import DualView
-from orthrus.model.slot_cache import SlotCache
+from orthrus.model.pool import Slots
 
 PROMPTS = [
     SimpleNamespace(prompt=text) for text in ("a tiny prompt", "x", "something longer, to be read first")
@@ -51,7 +52,7 @@ def test_no_stock_model_is_asked(temperature: float, monkeypatch: pytest.MonkeyP
     def last_path(tree: DraftTree, ar_ids: Sequence[int]) -> list[int]:
         return tree.paths()[-1]
 
-    monkeypatch.setattr("orthrus.engine.passes.accepted_rows", last_path)
+    monkeypatch.setattr("orthrus.engine.work.accepted_rows", last_path)
     monkeypatch.setattr(Orthrus, "stock", None)
     report = audit(tiny_orthrus(), temperature=temperature)
 
@@ -68,15 +69,15 @@ def test_a_corrupt_cache_does_not_excuse_itself(
     strategy: Strategy, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Accepted drafts leave wrong values behind: later tokens are our own scores' best, and still wrong."""
-    compact = SlotCache.compact
+    compact = Slots.compact
 
-    def corrupted(self: SlotCache, slots: list[int], row: int = 0) -> None:
-        start = self.lengths[row]
-        compact(self, slots, row)
-        if len(slots) > 1:
-            self.values[0][row, :, start + 1 : start + len(slots)] = 0.0
+    def corrupted(self: Slots, rows: Sequence[int]) -> None:
+        start = self.length
+        compact(self, rows)
+        places = self.places(np.arange(start + 1, start + len(rows)))
+        self.pool.values[0][0, :, places] = 0.0
 
-    monkeypatch.setattr(SlotCache, "compact", corrupted)
+    monkeypatch.setattr(Slots, "compact", corrupted)
     report = audit(tiny_orthrus(dtype=torch.bfloat16), strategies=("ar", strategy), temperature=temperature)
 
     assert not report.passed
@@ -89,7 +90,7 @@ def test_a_corrupt_cache_does_not_excuse_itself(
 
 def test_a_path_that_is_not_moved_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     """The history of a tree's accepted branch must be gathered; left where it lies, text goes wrong."""
-    monkeypatch.setattr(SlotCache, "compact", lambda self, slots, row=0: self.commit(len(slots), row))
+    monkeypatch.setattr(Slots, "compact", lambda self, rows: self.commit(len(rows)))
     report = audit(tiny_orthrus(), strategies=("chain", "tree"))
 
     chain, tree = report.strategies
@@ -135,8 +136,8 @@ def test_a_head_that_rounds_by_the_number_of_rows_makes_near_ties(monkeypatch: p
 
 def test_the_shape_of_plain_decoding_is_plain_decoding_to_the_bit() -> None:
     """A prompt of several chunks, then row by row: what the baseline decided by, and no other rounding."""
-    orthrus = tiny_orthrus(dtype=torch.bfloat16)
-    config = replace(AuditOptions(prompts=PROMPTS, max_new_tokens=12).decode_config("ar"), prefill_chunk=5)
+    orthrus = tiny_orthrus(dtype=torch.bfloat16, config=EngineConfig(chunk=5))
+    config = AuditOptions(prompts=PROMPTS, max_new_tokens=12).decode_config("ar")
     prompt_ids = orthrus.base.encode_prompt("a prompt of some chunks")
     ids = orthrus.stream_ids(prompt_ids, config).drain().token_ids
 
@@ -163,7 +164,7 @@ def test_what_is_compared_with_when_nobody_says(
 ) -> None:
     orthrus = tiny_orthrus(dtype=dtype)
     # Labels are enough: nothing is compiled or rounded here.
-    orthrus.dual.runner, orthrus.dual.precision = runner, precision
+    orthrus.engine.runner.name, orthrus.dual.precision = runner, precision
     report = audit(orthrus, against=None, strategies=("ar",), max_new_tokens=2)
 
     assert report.passed

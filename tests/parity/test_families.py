@@ -1,20 +1,20 @@
 """Every family, every strategy: the tokens of the stock model's own `generate`, and drafts that hit."""
 
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
+from tests import engines
+from tests.rows import Rows
 from tests.tiny import FAMILY_CONFIGS, VARIANTS, tiny_dual, tiny_prompt, variant_of
+from tests.unit.test_policy import FLAT
 from torch import nn
-from transformers.integrations import flex_attention
 
 from orthrus.base.devices import check_attention
 from orthrus.config import DecodeConfig, Strategy
-from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
-from orthrus.model.passes import prefill
+from orthrus.model.runner import Runner
 from orthrus.model.twin import Twin, twins
 from orthrus.types import GenerationResult
 
@@ -28,13 +28,9 @@ EVERY_FAMILY = pytest.mark.parametrize("name", FAMILY_CONFIGS)
 CHAINS = {
     "floor": DecodeConfig(max_new_tokens=NUM_NEW, strategy="chain"),
     "no floor": DecodeConfig(max_new_tokens=NUM_NEW, strategy="chain", floor=False),
-    "floor, K 3, chunks of 7": DecodeConfig(
-        max_new_tokens=NUM_NEW, strategy="chain", block_size=3, prefill_chunk=7
-    ),
+    "floor, K 3": DecodeConfig(max_new_tokens=NUM_NEW, strategy="chain", block_size=3),
     "no floor, K 2": DecodeConfig(max_new_tokens=NUM_NEW, strategy="chain", block_size=2, floor=False),
-    "no floor, K 5, chunks of 1": DecodeConfig(
-        max_new_tokens=NUM_NEW, strategy="chain", block_size=5, floor=False, prefill_chunk=1
-    ),
+    "no floor, K 5": DecodeConfig(max_new_tokens=NUM_NEW, strategy="chain", block_size=5, floor=False),
 }
 OTHERS = {
     "tree": DecodeConfig(max_new_tokens=NUM_NEW, strategy="tree"),
@@ -42,8 +38,10 @@ OTHERS = {
         max_new_tokens=NUM_NEW, strategy="tree", floor=False, node_budget=12
     ),
     "fused": DecodeConfig(max_new_tokens=NUM_NEW, strategy="fused", block_budget=8),
-    "fused_tree, chunks of 7": DecodeConfig(max_new_tokens=NUM_NEW, strategy="fused_tree", prefill_chunk=7),
+    "fused_tree": DecodeConfig(max_new_tokens=NUM_NEW, strategy="fused_tree"),
 }
+CHUNKS = {"floor, K 3": 7, "no floor, K 5": 1, "fused_tree": 7}
+"""Rows of a prompt in one pass, where it is cut."""
 
 
 @cache
@@ -54,9 +52,9 @@ def dual_of(name: str) -> DualView:
 @cache
 def stock_texts(name: str) -> list[tuple[int, ...]]:
     """What the untouched model generates with its own code and its own cache."""
-    with dual_of(name).stock() as model:
-        assert not twins(model)
-        return [stock_text(model, prompt) for prompt in PROMPTS]
+    model = dual_of(name).stock()
+    assert not twins(model)
+    return [stock_text(model, prompt) for prompt in PROMPTS]
 
 
 def stock_text(model: nn.Module, prompt: list[int]) -> tuple[int, ...]:
@@ -72,8 +70,10 @@ def stock_text(model: nn.Module, prompt: list[int]) -> tuple[int, ...]:
     return tuple(out_1T[0, len(prompt) :].tolist())
 
 
-def decode(dual: DualView, prompt: list[int], config: DecodeConfig) -> GenerationResult:
-    return TokenStream(dual, prompt, config, eos_token_ids=frozenset(), context_length=256).drain()
+def decode(
+    dual: DualView | Runner, prompt: list[int], config: DecodeConfig, chunk: int = 256
+) -> GenerationResult:
+    return engines.decode(dual, prompt, config, chunk=chunk)
 
 
 @EVERY_FAMILY
@@ -87,18 +87,17 @@ def test_the_models_of_this_file_are_worth_testing_with(name: str) -> None:
 @EVERY_FAMILY
 @pytest.mark.parametrize("chunk", [512, 7])
 def test_ar_is_the_stock_model(name: str, chunk: int) -> None:
-    config = DecodeConfig(max_new_tokens=NUM_NEW, strategy="ar", prefill_chunk=chunk)
-    results = [decode(dual_of(name), prompt, config) for prompt in PROMPTS]
+    config = DecodeConfig(max_new_tokens=NUM_NEW, strategy="ar")
+    results = [decode(dual_of(name), prompt, config, chunk) for prompt in PROMPTS]
     assert [r.token_ids for r in results] == stock_texts(name)
     assert {r.stats.num_drafted for r in results} == {0}
 
 
 @EVERY_FAMILY
-@pytest.mark.parametrize("config", (CHAINS | OTHERS).values(), ids=CHAINS | OTHERS)
-def test_drafting_gives_the_stock_models_text_and_drafts_hit_and_miss(
-    name: str, config: DecodeConfig
-) -> None:
-    results = [decode(dual_of(name), prompt, config) for prompt in PROMPTS]
+@pytest.mark.parametrize("kind", CHAINS | OTHERS)
+def test_drafting_gives_the_stock_models_text_and_drafts_hit_and_miss(name: str, kind: str) -> None:
+    config = (CHAINS | OTHERS)[kind]
+    results = [decode(dual_of(name), prompt, config, CHUNKS.get(kind, 256)) for prompt in PROMPTS]
     assert [r.token_ids for r in results] == stock_texts(name)
     num_drafted = sum(r.stats.num_drafted for r in results)
     num_accepted = sum(r.stats.num_accepted for r in results)
@@ -112,7 +111,7 @@ def test_drafting_gives_the_stock_models_text_and_drafts_hit_and_miss(
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "all"])
 def test_views_of_every_kind_are_lossless_and_draft(name: str, variant: str) -> None:
     dual = tiny_dual(name, disturb=0.15, **variant_of(name, variant))
-    for config in (CHAINS["floor"], CHAINS["no floor"], OTHERS["fused_tree, chunks of 7"]):
+    for config in (CHAINS["floor"], CHAINS["no floor"], OTHERS["fused_tree"]):
         results = [decode(dual, prompt, config) for prompt in PROMPTS]
         assert [r.token_ids for r in results] == stock_texts(name)
         assert 0 < sum(r.stats.num_accepted for r in results) < sum(r.stats.num_drafted for r in results)
@@ -134,20 +133,14 @@ def test_every_draft_of_an_undisturbed_first_row_hits(name: str) -> None:
 @pytest.mark.parametrize("chunk", [64, 5])
 def test_prefill_logits_are_the_stock_models(name: str, chunk: int) -> None:
     dual, prompt = dual_of(name), tiny_prompt(41, seed=3)
-    cache = dual.new_cache(len(prompt))
-    logits: list[torch.Tensor] = []
+    rows = Rows(dual)
+    logits_TV = torch.cat(
+        [rows.feed(prompt[start : start + chunk]) for start in range(0, len(prompt), chunk)]
+    )
+    rows.slots.check()
     with torch.inference_mode():
-        for start in range(0, len(prompt), chunk):
-            ids_1T = torch.tensor([prompt[start : start + chunk]])
-            p = prefill(ids_1T, cache.lengths)
-            logits.append(dual.run(p, cache)[0, -1])
-            cache.commit(ids_1T.shape[1])
-        cache.check()
-        model = dual.stock()
-        expected_TV = model(torch.tensor([prompt])).logits[0]
-    for i, logits_V in enumerate(logits):
-        row = min((i + 1) * chunk, len(prompt)) - 1
-        torch.testing.assert_close(logits_V, expected_TV[row], atol=1e-5, rtol=1e-5)
+        expected_TV = dual.stock()(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(logits_TV, expected_TV, atol=1e-5, rtol=1e-5)
 
 
 @EVERY_FAMILY
@@ -166,44 +159,51 @@ def test_stock_gives_back_the_original_modules(name: str) -> None:
     assert twins(dual.base) == before
 
 
-def test_stock_restores_the_twins_after_an_error() -> None:
-    dual = dual_of("llama")
-    before = twins(dual.base)
-    with pytest.raises(RuntimeError, match="on purpose"), dual.stock():
-        raise RuntimeError("on purpose")
-    assert twins(dual.base) == before
+def test_stock_and_views_run_at_the_same_time() -> None:
+    """Nothing is swapped: a stock model lives beside a request that is half done."""
+    dual, prompt = dual_of("llama"), PROMPTS[0]
+    running = engines.stream(dual, prompt, OTHERS["fused_tree"])
+    next(running)
+    next(running)
+    model = dual.stock()
+    assert stock_text(model, prompt) == stock_texts("llama")[0]
+    next(running)
+    assert stock_text(model, prompt) == stock_texts("llama")[0]
+    result = running.drain()
+    assert result.token_ids == stock_texts("llama")[0]
+    assert result.stats.num_accepted > 0
 
 
 @EVERY_FAMILY
-def test_eager_and_sdpa_agree(name: str) -> None:
+def test_the_text_does_not_hang_on_the_attention_of_the_stock_model(name: str) -> None:
     dual = tiny_dual(name, seed=SEEDS.get(name, 0), disturb=0.15)
     # Gemma 2 caps its scores, which sdpa cannot, so transformers has no sdpa for it.
     for implementation in ("eager", "sdpa") if name != "gemma2" else ("eager",):
         dual.base.set_attn_implementation(implementation)
         assert dual.base.config._attn_implementation == implementation
-        for config in (CHAINS["floor"], OTHERS["fused_tree, chunks of 7"]):
+        for config in (CHAINS["floor"], OTHERS["fused_tree"]):
             results = [decode(dual, prompt, config) for prompt in PROMPTS]
             assert [r.token_ids for r in results] == stock_texts(name)
             assert 0 < sum(r.stats.num_accepted for r in results) < sum(r.stats.num_drafted for r in results)
+        assert [stock_text(dual.stock(), prompt) for prompt in PROMPTS] == stock_texts(name)
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3"])
-# Off the beaten path: torch notes that the un-compiled form is slow, which is why models compile it.
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_flex_attention_un_compiled_agrees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def plain(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, training: bool = False, **options: Any
-    ) -> Any:
-        return flex_attention.flex_attention(q, k, v, **options)
-
-    monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", plain)
-    dual = tiny_dual(name, disturb=0.15)
-    dual.base.set_attn_implementation("flex_attention")
-    for strategy in ("chain", "fused_tree"):
-        config = DecodeConfig(max_new_tokens=9, strategy=strategy, node_budget=6)
-        result = decode(dual, PROMPTS[1], config)
-        assert result.token_ids == stock_texts(name)[1][:9]
-        assert result.stats.num_accepted > 0
+@EVERY_FAMILY
+@pytest.mark.parametrize("strategy", ["ar", "chain", "fused_tree"])
+def test_prompts_together_are_prompts_alone(name: str, strategy: Strategy) -> None:
+    """All in one engine, so that passes carry the rows of several: the stock model's text, the same drafts."""
+    config = DecodeConfig(max_new_tokens=NUM_NEW, strategy=strategy)
+    engine = engines.engine_for(dual_of(name), chunk=16)
+    requests = [engine.submit(prompt, config, eos_token_ids=frozenset()) for prompt in PROMPTS]
+    engines.run_all(engine, requests)
+    assert [tuple(r.token_ids) for r in requests] == stock_texts(name)
+    for request, prompt in zip(requests, PROMPTS, strict=True):
+        alone = engines.engine_for(dual_of(name), chunk=16)
+        again = alone.submit(prompt, config, eos_token_ids=frozenset())
+        engines.run_all(alone, [again])
+        assert engines.acceptance(request) == engines.acceptance(again)
+    num_accepted = sum(cycle.num_accepted for r in requests for cycle in r.cycles)
+    assert (num_accepted > 0) == (strategy != "ar")
 
 
 def test_flex_attention_is_refused_on_a_cpu_where_its_compiled_form_crashes() -> None:
@@ -214,8 +214,11 @@ def test_flex_attention_is_refused_on_a_cpu_where_its_compiled_form_crashes() ->
 
 
 @pytest.mark.parametrize("strategy", ["chain", "fused_tree", "auto"])
-def test_a_view_of_k_2_with_floor_has_no_draft_left_and_says_so(strategy: Strategy) -> None:
+def test_a_view_of_k_2_with_floor_has_no_draft_left_and_says_so(
+    strategy: Strategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The anchor's AR row decides what the only draft would: every cycle is a plain one."""
+    monkeypatch.setattr("orthrus.engine.engine.pass_costs", lambda *_, **__: FLAT)
     dual = tiny_dual("llama", disturb=0.15, block_size=2)
     result = decode(dual, PROMPTS[0], DecodeConfig(max_new_tokens=NUM_NEW, strategy=strategy))
     assert result.token_ids == stock_texts("llama")[0]

@@ -243,7 +243,7 @@ def test_saving_takes_its_options_or_refuses_them(folders: dict[str, Path], tmp_
 def test_the_runner_is_an_argument_and_the_environments(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert OrthrusForCausalLM.from_pretrained(folders["merged"], runner="eager").dual.runner == "eager"
+    assert OrthrusForCausalLM.from_pretrained(folders["merged"], runner="eager").engine.runner.name == "eager"
     monkeypatch.setenv("ORTHRUS_RUNNER", "steam")
     with pytest.raises(UserInputError, match="not 'steam'"):
         OrthrusForCausalLM.from_pretrained(folders["merged"])
@@ -263,8 +263,8 @@ def test_a_lora_reaches_the_ar_side_of_the_twins(folders: dict[str, Path]) -> No
                 assert ".ar." in name
                 parameter.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(len(name)))
     ours = adapted.generate(input_ids=IDS_1T, max_new_tokens=20, eos_token_id=None)
-    with model.dual.stock() as stock:
-        assert torch.equal(ours, stock.generate(IDS_1T, max_new_tokens=20, eos_token_id=None))
+    stock = model.dual.stock()
+    assert torch.equal(ours, stock.generate(IDS_1T, max_new_tokens=20, eos_token_id=None))
     assert not torch.equal(ours, before)
     merged = adapted.merge_and_unload()
     assert torch.equal(merged.generate(IDS_1T, max_new_tokens=20, eos_token_id=None), ours)

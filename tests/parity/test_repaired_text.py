@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.engines import decode
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.ways import WAYS
 
 from orthrus.config import DecodeConfig, SamplingParams
 from orthrus.decoding.reference import reference_decode
-from orthrus.engine.stream import TokenStream
 from orthrus.model.dual_view import DualView
 from orthrus.types import GenerationResult
 
@@ -25,16 +25,7 @@ SETTINGS = {
 
 def texts(dual: DualView, params: SamplingParams) -> list[GenerationResult]:
     config = DecodeConfig(max_new_tokens=NUM_NEW, sampling=params, node_budget=12)
-    return [
-        TokenStream(
-            dual,
-            PROMPT,
-            replace(config, strategy=strategy, floor=floor),
-            eos_token_ids=frozenset(),
-            context_length=256,
-        ).drain()
-        for strategy, floor in WAYS
-    ]
+    return [decode(dual, PROMPT, replace(config, strategy=strategy, floor=floor)) for strategy, floor in WAYS]
 
 
 @pytest.mark.parametrize("amount", [0.2, 3.0], ids=["some say", "no sense"])
@@ -43,7 +34,8 @@ def texts(dual: DualView, params: SamplingParams) -> list[GenerationResult]:
 def test_every_strategy_writes_the_reference_text(name: str, params: SamplingParams, amount: float) -> None:
     plain, headed = tiny_dual(name, disturb=0.1), tiny_dual(name, disturb=0.1)
     headed.add_repair(6)
-    with headed.stock() as model, torch.inference_mode():
+    model = headed.stock()
+    with torch.inference_mode():
         assert headed.repair is not None
         headed.repair.out.weight.normal_(0.0, amount, generator=torch.Generator().manual_seed(1))
         expected = reference_decode(lambda ids_T: model(ids_T[None]).logits[0], PROMPT, NUM_NEW, params)

@@ -8,12 +8,12 @@ from functools import cache
 
 import pytest
 import torch
+from tests.engines import decode
 from tests.tiny import FAMILY_CONFIGS, tiny_dual, tiny_prompt
 from tests.ways import WAYS
 
 from orthrus.config import DecodeConfig, SamplingParams
 from orthrus.decoding.reference import reference_decode
-from orthrus.engine.stream import TokenStream
 from orthrus.model.dual_view import DualView
 from orthrus.types import GenerationResult
 
@@ -35,15 +35,13 @@ def dual_of(name: str) -> DualView:
 
 def texts(name: str, params: SamplingParams) -> list[GenerationResult]:
     return [
-        TokenStream(
+        decode(
             dual_of(name),
             PROMPT,
             DecodeConfig(
                 max_new_tokens=NUM_NEW, strategy=strategy, floor=floor, sampling=params, node_budget=12
             ),
-            eos_token_ids=frozenset(),
-            context_length=256,
-        ).drain()
+        )
         for strategy, floor in WAYS
     ]
 
@@ -57,7 +55,8 @@ def agree_and_draft(results: list[GenerationResult], expected: list[int]) -> Non
 @EVERY_FAMILY
 @pytest.mark.parametrize("params", SETTINGS.values(), ids=SETTINGS)
 def test_sampled_text_is_a_function_of_the_seed(name: str, params: SamplingParams) -> None:
-    with dual_of(name).stock() as model, torch.inference_mode():
+    model = dual_of(name).stock()
+    with torch.inference_mode():
         expected = reference_decode(lambda ids_T: model(ids_T[None]).logits[0], PROMPT, NUM_NEW, params)
     assert len(set(expected)) >= 3
     agree_and_draft(texts(name, params), expected)
@@ -67,15 +66,15 @@ def test_sampled_text_is_a_function_of_the_seed(name: str, params: SamplingParam
 def test_greedy_text_under_penalty_and_bias_is_transformers_own(name: str) -> None:
     ids_1T = torch.tensor([PROMPT])
     options = {"max_new_tokens": NUM_NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    with dual_of(name).stock() as model:
-        model.generation_config.eos_token_id = None
-        free_1T, expected_1T = (
-            model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), **options, **rules)
-            for rules in (
-                {},
-                {"repetition_penalty": PENALTY, "sequence_bias": [[[i], v] for i, v in BIAS.items()]},
-            )
+    model = dual_of(name).stock()
+    model.generation_config.eos_token_id = None
+    free_1T, expected_1T = (
+        model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), **options, **rules)
+        for rules in (
+            {},
+            {"repetition_penalty": PENALTY, "sequence_bias": [[[i], v] for i, v in BIAS.items()]},
         )
+    )
     expected = expected_1T[0, len(PROMPT) :].tolist()
     assert expected != free_1T[0, len(PROMPT) :].tolist()
     params = SamplingParams(repetition_penalty=PENALTY, logit_bias=BIAS)

@@ -9,12 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 from scipy.optimize import brentq
+from tests.engines import decode, engine_for
+from tests.rows import Rows
 from tests.tiny import disturb_view
 from tests.ways import EVERY_DRAFTING_WAY, EVERY_WAY
 from torch import Tensor
@@ -22,16 +25,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthrus.base.families import find_family
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
-from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.reference import reference_law
 from orthrus.decoding.sampling import filtered_probs
 from orthrus.decoding.tree import DraftTree
-from orthrus.engine import passes, state
-from orthrus.engine.cycles import decode_cycle, fixed_plan
-from orthrus.engine.state import DecodeState
-from orthrus.engine.stream import TokenStream
+from orthrus.engine import choices, work
+from orthrus.engine import round as engine_round
+from orthrus.engine.choices import Judged
+from orthrus.engine.request import Request
 from orthrus.model.dual_view import DualView
-from orthrus.model.passes import Pass, prefill
+from orthrus.model.passes import Pass
+from orthrus.model.pool import SlotPool
+from orthrus.model.runner import EagerRunner
 from orthrus.model.view_config import ViewConfig
 
 VOCAB, DEPTH, BLOCK_SIZE = 7, 3, 5
@@ -69,85 +73,89 @@ def dual() -> DualView:
 
 @cache
 def law(params: SamplingParams) -> dict[tuple[int, ...], float]:
-    with dual().stock() as model, torch.inference_mode():
+    model = dual().stock()
+    with torch.inference_mode():
         return reference_law(lambda ids_T: model(ids_T[None]).logits[0], PROMPT, DEPTH, params)
 
 
-class History:
-    """Stands in for the slot cache: which tokens are committed, and which the last pass put where."""
-
-    def __init__(self, token_ids: list[int]) -> None:
-        self.token_ids = token_ids
-        self.scratch: dict[int, int] = {}
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(self.token_ids)]
-
-    def commit(self, num_tokens: int) -> None:
-        self.compact([len(self.token_ids) + i for i in range(num_tokens)])
-
-    def compact(self, slots: list[int]) -> None:
-        self.token_ids += [self.scratch[slot] for slot in slots]
-
-
 class Remembering:
-    """Stands in for the dual view: a pass with the same rows over the same history is computed once, on a
-    fresh cache. That its outcome depends on the history alone is what tests/unit/test_slot_cache.py shows."""
+    """A runner that computes the rows of a request once for each text before them, in a pool of their own.
+    That their outcome depends on the text alone is what tests/unit/test_pool.py shows."""
+
+    name = "remembering"
+    repair_tables = None
 
     def __init__(self) -> None:
-        self.device, self.mask_token_id = torch.device("cpu"), dual().mask_token_id
-        self.config, self.head, self.repair, self.draft_head = dual().config, dual().head, None, None
+        self.dual, self._eager = dual(), EagerRunner(dual())
+        self._texts: dict[int, int] = {}
         self._known: dict[tuple[object, ...], Tensor] = {}
 
-    def hidden(self, p: Pass, history: History) -> Tensor:
-        ids, past = p.token_ids_BT[0].tolist(), tuple(history.token_ids)
-        key = (past, *ids, p.num_ar_rows, p.visible_BTS.numpy().tobytes())
-        if key not in self._known:
-            fresh = dual().new_cache(64)
-            if past:
-                dual().run(prefill(torch.tensor([past]), [0]), fresh)
-                fresh.commit(len(past))
-            self._known[key] = dual().hidden(p, fresh)
-        ar_slots = p.slots_BT[0, : p.num_ar_rows].tolist()
-        history.scratch = dict(zip(ar_slots, ids[: p.num_ar_rows], strict=True))
-        return self._known[key]
+    def new_pool(self, num_pages: int) -> SlotPool:
+        self._texts = {}
+        # Accepted paths move here too, so that a slot is known by what was written into it.
+        return SlotPool(dual().base.config, num_pages, move=self._move)
 
-    def run(self, p: Pass, history: History) -> Tensor:
-        return self.head(self.hidden(p, history)[:, p.logit_rows_R])
+    def _move(self, _: list[Tensor], sources: list[int], targets: list[int]) -> None:
+        moved = [self._texts[source] for source in sources]
+        self._texts.update(zip(targets, moved, strict=True))
+
+    def hidden(self, p: Pass, pool: SlotPool) -> Tensor:
+        hidden_RC = torch.empty(p.num_rows, dual().base.config.hidden_size)
+        for span in p.spans:
+            part, places = span.part, span.places.tolist()
+            past = tuple(self._texts[place] for place in places[: span.length])
+            self._texts.update(zip(places[span.length :], part.token_ids, strict=True))
+            tail = b"" if part.tail_II is None else part.tail_II.tobytes()
+            key = (past, *part.token_ids, part.num_ar, tail)
+            if key not in self._known:
+                rows = Rows(self._eager, 64)
+                if past:
+                    rows.feed(past)
+                self._known[key] = rows.hidden(part)
+            own_IC = self._known[key]
+            hidden_RC[span.ar_rows] = own_IC[: part.num_ar]
+            hidden_RC[span.draft_rows] = own_IC[part.num_ar :]
+        return hidden_RC
+
+    def head(self, hidden_RC: Tensor, *, drafts: bool = False) -> Tensor:
+        return dual().head(hidden_RC, drafts=drafts)
 
 
-VIEW = Remembering()
+RUNNER = Remembering()
+TOGETHER = 20
 
 
 def sample(
     params: SamplingParams, strategy: Strategy, floor: bool, num_draws: int = FEW_DRAWS
 ) -> tuple[list[tuple[int, ...]], float]:
-    """Continuations of PROMPT by the engine's own cycles, one per seed; the share of drafts that stood."""
-    config = DecodeConfig(strategy=strategy, floor=floor, node_budget=6, block_budget=2)
-    plan, rules = fixed_plan(config, BLOCK_SIZE), LogitRules(params, VOCAB, "cpu")
-    seen: list[tuple[int, ...]] = []
+    """Continuations of PROMPT by the engine, one per seed, some at a time; the share of drafts that stood."""
+    engine = engine_for(RUNNER, max_slots=TOGETHER * 64, reuse=False)
+    waiting = iter(range(num_draws))
+    running: list[Request] = []
+    seen: dict[int, tuple[int, ...]] = {}
     num_drafted = num_accepted = 0
-    for seed in range(num_draws):
-        running = DecodeState(
-            dual=VIEW,  # type: ignore[arg-type]
-            cache=History(PROMPT[:-1]),  # type: ignore[arg-type]
-            sampling=params,
-            seed=seed,
-            rules=rules,
-            block_size=BLOCK_SIZE,
-            floor=floor,
-            context_length=64,
-            anchor_id=PROMPT[-1],
-        )
-        ids: list[int] = []
-        while len(ids) < DEPTH:
-            step = decode_cycle(running, plan, room=32)
-            ids += step.token_ids
-            num_drafted += step.num_drafted
-            num_accepted += sum(step.is_draft)
-        seen.append(tuple(ids[:DEPTH]))
-    return seen, num_accepted / max(1, num_drafted)
+    while len(seen) < num_draws:
+        for seed in islice(waiting, TOGETHER - len(running)):
+            config = DecodeConfig(
+                max_new_tokens=32,
+                strategy=strategy,
+                floor=floor,
+                node_budget=6,
+                block_budget=2,
+                sampling=replace(params, seed=seed),
+            )
+            request = engine.submit(PROMPT[:-1], config, eos_token_ids=frozenset())
+            # As if the last token had been decided before: cycles begin at once, and passes decide several.
+            request.token_ids.append(PROMPT[-1])
+            running.append(request)
+        engine.step()
+        for request in [r for r in running if len(r.token_ids) > DEPTH]:
+            running.remove(request)
+            seen[request.seed] = tuple(request.token_ids[1 : DEPTH + 1])
+            num_drafted += sum(cycle.num_drafted for cycle in request.cycles)
+            num_accepted += sum(cycle.num_accepted for cycle in request.cycles)
+            engine.drop(request)
+    return [seen[seed] for seed in range(num_draws)], num_accepted / max(1, num_drafted)
 
 
 def chi_square(draws: list[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> tuple[float, int]:
@@ -205,36 +213,36 @@ def accept_every_draft(tree: DraftTree, ar_ids: Sequence[int]) -> list[int]:
     return tree.paths()[-1]
 
 
-def prefer_drafts(
-    choose: Callable[..., list[int]], running: DecodeState, logits_RV: Tensor, places: Any, paths: Any
-) -> list[int]:
+Choose = Callable[[Tensor, Sequence[Judged]], list[list[int]]]
+
+
+def prefer_drafts(choose: Choose, logits_RV: Tensor, judged: Sequence[Judged]) -> list[list[int]]:
     """Draws until a draft is matched, eight times at most: each draw has the right law, the text has not."""
-    drafts = {(*path,) for path in paths}
-    chosen = choose(running, logits_RV, places, paths)
+    chosen = choose(logits_RV, judged)
     for again in range(1, 8):
-        other = choose(
-            replace(running, seed=running.seed + 10**6 * again, _noise={}), logits_RV, places, paths
-        )
-        found = [(*path, token_id) in drafts for path, token_id in zip(paths, chosen, strict=True)]
-        chosen = [one if ok else two for ok, one, two in zip(found, chosen, other, strict=True)]
+        others = [
+            j._replace(request=replace(j.request, seed=j.request.seed + 10**6 * again, noise={}))
+            for j in judged
+        ]
+        for i, (j, other_ids) in enumerate(zip(judged, choose(logits_RV, others), strict=True)):
+            drafts = {(*path,) for path in j.paths}
+            found = [(*path, token_id) in drafts for path, token_id in zip(j.paths, chosen[i], strict=True)]
+            chosen[i] = [one if ok else two for ok, one, two in zip(found, chosen[i], other_ids, strict=True)]
     return chosen
 
 
-def one_noise_for_all_rows(
-    choose: Callable[..., list[int]], running: DecodeState, logits_RV: Tensor, places: Any, paths: Any
-) -> list[int]:
+def one_noise_for_all_rows(choose: Choose, logits_RV: Tensor, judged: Sequence[Judged]) -> list[list[int]]:
     """Each row by itself has the right law; the tokens of one pass are not independent."""
-    return choose(running, logits_RV, [places[0]] * len(places), paths)
+    return choose(logits_RV, [j._replace(positions=[j.positions[0]] * len(j.positions)) for j in judged])
 
 
 def propose_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts that know nothing of the coming draw: coupled ones nearly have the right law themselves."""
-    propose = DecodeState.propose
 
-    def likeliest(self: DecodeState, logits_DV: Tensor, first_position: int, *rest: Any) -> Any:
-        return propose(replace(self, sampling=SamplingParams()), logits_DV, first_position)
+    def scores(guessed: object, logits_DV: Tensor) -> Tensor:
+        return logits_DV.float()
 
-    monkeypatch.setattr(DecodeState, "propose", likeliest)
+    monkeypatch.setattr(choices, "_scores", scores)
 
 
 @pytest.mark.parametrize("strategy", ["chain", "fused_tree"])
@@ -244,10 +252,10 @@ def test_a_biased_rule_fails_the_same_test(
 ) -> None:
     params = SETTINGS["temperature"]
     if biased is accept_every_draft:
-        monkeypatch.setattr(passes, "accepted_rows", biased)
+        monkeypatch.setattr(work, "accepted_rows", biased)
     else:
-        choose = DecodeState.choose
-        monkeypatch.setattr(DecodeState, "choose", lambda *args: biased(choose, *args))
+        choose = choices.choose
+        monkeypatch.setattr(engine_round, "choose", lambda *args: biased(choose, *args))
     num_draws = FEW_DRAWS
     if biased is prefer_drafts:
         # The likeliest drafts of this disturbed view are seldom drawn, so it takes more texts to tell.
@@ -261,7 +269,7 @@ def test_drawing_from_the_unfiltered_law_fails_it_too(monkeypatch: pytest.Monkey
     """Some outcomes lie outside the filtered law here."""
     real = filtered_probs
     unfiltered = SamplingParams(temperature=SETTINGS["top-k"].temperature)
-    monkeypatch.setattr(state, "filtered_probs", lambda logits_RV, _: real(logits_RV, unfiltered))
+    monkeypatch.setattr(choices, "filtered_probs", lambda logits_RV, _: real(logits_RV, unfiltered))
     draws, _ = sample(SETTINGS["top-k"], "chain", False)
     assert chi_square(draws, law(SETTINGS["top-k"]))[0] < SIGNIFICANCE
 
@@ -284,11 +292,7 @@ def test_the_same_seed_gives_the_same_text_and_no_seed_another(strategy: Strateg
     def text(seed: int | None) -> tuple[int, ...]:
         sampling = SamplingParams(temperature=1.0, seed=seed)
         config = DecodeConfig(max_new_tokens=24, strategy=strategy, floor=floor, sampling=sampling)
-        return (
-            TokenStream(dual(), PROMPT, config, eos_token_ids=frozenset(), context_length=64)
-            .drain()
-            .token_ids
-        )
+        return decode(dual(), PROMPT, config).token_ids
 
     assert text(5) == text(5)
     assert len({text(seed) for seed in (5, 6, None, None)}) == 4

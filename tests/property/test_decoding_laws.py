@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import tiny_dual, tiny_prompt
+from tests.engines import decode
+from tests.tiny import FAMILY_CONFIGS, tiny_dual, tiny_prompt
 from tests.ways import DRAFTING
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -16,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
 from orthrus.decoding.stopping import StopStrings
 from orthrus.engine.detokenize import Detokenizer
-from orthrus.engine.stream import TokenStream
-from orthrus.model.passes import Pass, ar_step, draft_block, prefill, verify_chain
+from orthrus.model.passes import block, causal, join, tree
+from orthrus.model.pool import SlotPool, Slots
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -48,42 +49,53 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def ar_rows_stay_clean(p: Pass, lengths: list[int]) -> None:
-    for b, length in enumerate(lengths):
-        slots = p.slots_BT[b].tolist()
-        clean = set(range(length)) | set(slots[: p.num_ar_rows])
-        for row in range(p.num_ar_rows):
-            seen = set(p.visible_BTS[b, row].nonzero()[:, 0].tolist())
-            assert seen <= clean
-            # And nothing that comes after it: AR rows are causal.
-            assert seen == set(range(slots[row] + 1))
-        for row in range(p.num_ar_rows, p.num_rows):
-            seen = set(p.visible_BTS[b, row].nonzero()[:, 0].tolist())
-            assert not seen & set(slots[: p.num_ar_rows]), (
-                "the block reads history strictly before the anchor"
-            )
-
-
 @few
 @given(
-    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4),
+    lengths=st.lists(st.integers(0, 140), min_size=1, max_size=4),
     block_size=st.integers(2, 12),
-    floor=st.booleans(),
-    num_rows=st.integers(1, 6),
+    data=st.data(),
 )
-def test_ar_rows_never_see_diffusion_rows(
-    lengths: list[int], block_size: int, floor: bool, num_rows: int
+def test_ar_rows_never_read_diffusion_rows_nor_other_requests(
+    lengths: list[int], block_size: int, data: Any
 ) -> None:
-    ids_BT = torch.ones(len(lengths), num_rows, dtype=torch.long)
-    passes = [
-        prefill(ids_BT, lengths),
-        ar_step(ids_BT[:, :1], lengths),
-        verify_chain(ids_BT, lengths),
-        draft_block(ids_BT[:, :1], lengths, block_size, 0, floor=floor),
-    ]
-    for p in passes:
-        p.check(lengths)
-        ar_rows_stay_clean(p, lengths)
+    """Whatever parts are joined: what the plan says, slot by slot."""
+    pool = SlotPool(FAMILY_CONFIGS["llama"], 16)
+    parts = []
+    for length in lengths:
+        num_rows = data.draw(st.integers(1, 6))
+        ids, parents = [1] * num_rows, [data.draw(st.integers(0, i)) for i in range(num_rows - 1)]
+        block_rows = data.draw(st.lists(st.integers(0, num_rows - 1), max_size=2))
+        part = data.draw(
+            st.sampled_from(
+                [
+                    causal(ids),
+                    tree(ids, parents),
+                    tree(ids, parents, block_rows, block_size),
+                    block(1, block_size),
+                ]
+            )
+        )
+        slots = Slots(pool)
+        assert slots.reserve(length + part.num_rows)
+        slots.commit(length)
+        parts.append((part, slots))
+    p = join(parts)
+    written = p.slots_R.tolist()
+    assert len(set(written)) == p.num_rows
+    diffusion = set(written[p.num_ar_rows :])
+    for span, (part, _) in zip(p.spans, parts, strict=True):
+        places = span.places.tolist()
+        history, own = set(places[: span.length]), places[span.length :]
+        assert history.isdisjoint(written)
+        others = {place for other in p.spans if other is not span for place in other.places_N.tolist()}
+        assert others.isdisjoint(places)
+        for row in range(part.num_rows):
+            tail = range(row + 1) if part.tail_II is None else part.tail_II[row].nonzero()[0]
+            seen = history | {own[other] for other in tail}
+            if row < part.num_ar:
+                assert seen.isdisjoint(diffusion)
+            assert len(seen) >= part.offsets[row] + 1 + span.length
+            assert own[row] in seen
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -171,9 +183,7 @@ def test_with_floor_every_pass_commits_at_least_one_token(
     config = DecodeConfig(max_new_tokens=max_new_tokens, block_size=block_size, strategy=strategy)
     if temperature:
         config = sampled(config, temperature, seed)
-    result = TokenStream(
-        dual, tiny_prompt(7, seed), config, eos_token_ids=frozenset(), context_length=256
-    ).drain()
+    result = decode(dual, tiny_prompt(7, seed), config)
     assert len(result.token_ids) == max_new_tokens
     assert all(len(c.token_ids) >= c.num_passes for c in result.cycles)
     assert result.stats.tokens_per_forward >= 1.0
@@ -200,9 +210,7 @@ def sampled(config: DecodeConfig, temperature: float, seed: int) -> DecodeConfig
 def test_without_floor_noise_costs_passes() -> None:
     """The other side of the law above: it is the floor that upholds it, and the test can fail."""
     config = DecodeConfig(max_new_tokens=20, strategy="chain", floor=False)
-    result = TokenStream(
-        noise_view(0), tiny_prompt(7), config, eos_token_ids=frozenset(), context_length=256
-    ).drain()
+    result = decode(noise_view(0), tiny_prompt(7), config)
     assert result.stats.tokens_per_forward < 1.0
 
 

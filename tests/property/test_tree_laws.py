@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tests.rows import Rows
 from tests.tiny import VOCAB, tiny_dual
 from torch import Tensor
 
 from orthrus.decoding.tree import DraftTree
 from orthrus.model.dual_view import DualView
-from orthrus.model.passes import Pass, draft_block, fused, prefill, verify_chain, verify_tree
-from orthrus.model.slot_cache import SlotCache
+from orthrus.model.passes import Part, block, causal, tree
+from orthrus.model.runner import EagerRunner
 
 MASK = VOCAB - 1
-NUM_SLOTS = 96
+NUM_SLOTS = 128
 # Windows of 12 positions: in every layer, and in every other one.
 FAMILIES = pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
 laws = settings(max_examples=60, deadline=None, derandomize=True)
@@ -34,7 +35,6 @@ class Case:
     tree: DraftTree
     block_rows: list[int]
     block_size: int
-    given: list[list[int]]
     seed: int
 
     def prefix(self, row: int) -> list[int]:
@@ -42,12 +42,9 @@ class Case:
         path = self.tree.paths()[row]
         return [*self.history, self.anchor, *(self.tree.token_ids[r - 1] for r in path)]
 
-    def rows(self) -> Tensor:
-        return torch.tensor([[self.anchor, *self.tree.token_ids]])
-
-    def fused(self, **other: Any) -> Pass:
+    def part(self, **other: Any) -> Part:
         c = replace(self, **other)
-        return fused(c.rows(), c.tree.parents, [len(c.history)], c.block_rows, c.block_size, MASK, c.given)
+        return tree([c.anchor, *c.tree.token_ids], c.tree.parents, c.block_rows, c.block_size, MASK)
 
 
 @st.composite
@@ -58,15 +55,13 @@ def cases(draw: Any) -> Case:
     # Half of the trees lean to depth, so that paths outgrow the window together with the history.
     deep = draw(st.booleans())
     parents = [draw(st.integers(max(0, i - 2) if deep else 0, i)) for i in range(num_nodes)]
-    block_rows = draw(st.lists(st.integers(0, num_nodes), max_size=3))
-    known = st.lists(token, max_size=block_size - 1)
     return Case(
-        history=draw(st.lists(token, max_size=28)),
+        # Some end just before the end of a page.
+        history=draw(st.lists(token, max_size=28) | lists_of(token, 61)),
         anchor=draw(token),
         tree=DraftTree(draw(lists_of(token, num_nodes)), parents, [0.0] * num_nodes),
-        block_rows=block_rows,
+        block_rows=draw(st.lists(st.integers(0, num_nodes), max_size=3)),
         block_size=block_size,
-        given=draw(st.just([]) | lists_of(known, len(block_rows))),
         seed=draw(st.integers(0, 99)),
     )
 
@@ -80,41 +75,39 @@ def dual_of(name: str) -> DualView:
     return tiny_dual(name, disturb=0.3)
 
 
-def committed(name: str, token_ids: list[int], seed: int = 0, num_slots: int = NUM_SLOTS) -> SlotCache:
-    """A cache with a prefilled history, over scratch that holds rubbish of an earlier life."""
-    cache_ = dual_of(name).new_cache(num_slots)
+@cache
+def runner_of(name: str) -> EagerRunner:
+    return EagerRunner(dual_of(name))
+
+
+def committed(name: str, token_ids: list[int], seed: int = 0) -> Rows:
+    """A request with a committed history, over scratch that holds rubbish of an earlier life."""
+    rows = Rows(runner_of(name), NUM_SLOTS)
     generator = torch.Generator().manual_seed(seed)
-    for store in (*cache_.keys, *cache_.values):
+    for store in (*rows.pool.keys, *rows.pool.values):
         store.normal_(0.0, 50.0, generator=generator)
-    cache_.positions_BS.random_(0, 60, generator=generator)
-    cache_.writers_BS.random_(0, 3, generator=generator)
+    if seed % 2:
+        rows.slots.pages.reverse()
     if token_ids:
-        dual_of(name).run(prefill(torch.tensor([token_ids]), [0]), cache_)
-        cache_.commit(len(token_ids))
-    return cache_
+        rows.feed(token_ids)
+    return rows
 
 
-def run(name: str, case: Case, p: Pass) -> Tensor:
-    """Logits (T, V) of all rows, in a cache of their own."""
-    p = replace(p, logit_rows_R=torch.arange(p.num_rows))
-    return dual_of(name).run(p, committed(name, case.history, case.seed))[0]
+def run(name: str, case: Case, part: Part) -> Tensor:
+    """Logits (I, V) of all rows, in a pool of their own."""
+    return committed(name, case.history, case.seed).logits(part)
 
 
 def causal_logits(name: str, token_ids: list[int]) -> Tensor:
     """The slow oracle: the untouched model over the whole sequence, no cache; the last row's logits (V,)."""
-    with dual_of(name).stock() as model:
-        return model(torch.tensor([token_ids]), use_cache=False).logits[0, -1]
+    model = dual_of(name).stock()
+    return model(torch.tensor([token_ids]), use_cache=False).logits[0, -1]  # type: ignore[no-any-return]
 
 
-def block_logits(name: str, case: Case, block: int) -> Tensor:
+def block_logits(name: str, case: Case, number: int) -> Tensor:
     """An ordinary block (K, V) over a committed history that ends before the block's anchor."""
-    *before, anchor = case.prefix(case.block_rows[block])
-    p = draft_block(torch.tensor([[anchor]]), [len(before)], case.block_size, MASK, floor=False)
-    token_ids_BT = p.token_ids_BT.clone()
-    if case.given and (known := case.given[block]):
-        token_ids_BT[0, 1 : 1 + len(known)] = torch.tensor(known)
-    p = replace(p, token_ids_BT=token_ids_BT, logit_rows_R=torch.arange(case.block_size))
-    return dual_of(name).run(p, committed(name, before, case.seed + 1))[0]
+    *before, anchor = case.prefix(case.block_rows[number])
+    return committed(name, before, case.seed + 1).logits(block(anchor, case.block_size, MASK))
 
 
 @FAMILIES
@@ -122,13 +115,13 @@ def block_logits(name: str, case: Case, block: int) -> Tensor:
 @given(case=cases())
 @torch.inference_mode()
 def test_every_row_gives_what_a_plain_pass_over_its_own_path_gives(name: str, case: Case) -> None:
-    logits_RV = run(name, case, case.fused())
+    logits_IV = run(name, case, case.part())
     num_ar, size = case.tree.num_nodes + 1, case.block_size
     for row in range(num_ar):
-        torch.testing.assert_close(logits_RV[row], causal_logits(name, case.prefix(row)), **close)
-    for block in range(len(case.block_rows)):
-        own_KV = logits_RV[num_ar + block * size :][:size]
-        torch.testing.assert_close(own_KV, block_logits(name, case, block), **close)
+        torch.testing.assert_close(logits_IV[row], causal_logits(name, case.prefix(row)), **close)
+    for number in range(len(case.block_rows)):
+        own_KV = logits_IV[num_ar + number * size :][:size]
+        torch.testing.assert_close(own_KV, block_logits(name, case, number), **close)
 
 
 @FAMILIES
@@ -138,15 +131,13 @@ def test_every_row_gives_what_a_plain_pass_over_its_own_path_gives(name: str, ca
 def test_ar_rows_never_see_the_blocks(name: str, case: Case, data: Any) -> None:
     """Bit-equal for other tokens in the blocks; equal but for rounding where the blocks are not there."""
     num_ar, size = case.tree.num_nodes + 1, case.block_size
-    p = case.fused()
-    p.check([len(case.history)])
-    ar_RV = run(name, case, p)[:num_ar]
-    token_ids_BT = p.token_ids_BT.clone()
+    part = case.part()
+    part.check()
+    ar_IV = run(name, case, part)[:num_ar]
     other = data.draw(lists_of(st.integers(0, VOCAB - 1), size * len(case.block_rows)))
-    token_ids_BT[0, num_ar:] = torch.tensor(other)
-    assert torch.equal(run(name, case, replace(p, token_ids_BT=token_ids_BT))[:num_ar], ar_RV)
-    alone = verify_tree(case.rows(), case.tree.parents, [len(case.history)])
-    torch.testing.assert_close(run(name, case, alone), ar_RV, **close)
+    changed = replace(part, token_ids=[*part.token_ids[:num_ar], *other])
+    assert torch.equal(run(name, case, changed)[:num_ar], ar_IV)
+    torch.testing.assert_close(run(name, case, case.part(block_rows=[])), ar_IV, **close)
 
 
 @FAMILIES
@@ -156,62 +147,35 @@ def test_ar_rows_never_see_the_blocks(name: str, case: Case, data: Any) -> None:
 def test_a_block_never_sees_another(name: str, case: Case) -> None:
     """Each block alone with the tree gives what it gives in company."""
     num_ar, size = case.tree.num_nodes + 1, case.block_size
-    together_RV = run(name, case, case.fused())[num_ar:]
-    for block, row in enumerate(case.block_rows):
-        given = case.given[block : block + 1]
-        alone_RV = run(name, case, case.fused(block_rows=[row], given=given))[num_ar:]
-        torch.testing.assert_close(together_RV[block * size :][:size], alone_RV, **close)
+    together_IV = run(name, case, case.part())[num_ar:]
+    for number, row in enumerate(case.block_rows):
+        alone_IV = run(name, case, case.part(block_rows=[row]))[num_ar:]
+        torch.testing.assert_close(together_IV[number * size :][:size], alone_IV, **close)
 
 
 @FAMILIES
 @laws
 @given(case=cases(), data=st.data())
 @torch.inference_mode()
-def test_compacting_an_accepted_path_leaves_what_a_prefill_writes(name: str, case: Case, data: Any) -> None:
-    dual, start = dual_of(name), len(case.history)
-    cache_ = committed(name, case.history, case.seed)
-    dual.run(case.fused(), cache_)
+def test_compacting_an_accepted_path_leaves_what_a_prompt_writes(name: str, case: Case, data: Any) -> None:
+    rows = committed(name, case.history, case.seed)
+    rows.hidden(case.part())
     last = data.draw(st.integers(0, case.tree.num_nodes))
-    rows = [0, *case.tree.paths()[last]]
-    cache_.compact([start + row for row in rows])
-
-    as_if_prefilled(name, cache_, case.prefix(last))
-
-
-@FAMILIES
-@laws
-@given(case=cases(), data=st.data())
-@torch.inference_mode()
-def test_a_cache_that_grows_for_a_pass_gives_what_a_large_one_gives(name: str, case: Case, data: Any) -> None:
-    """To the bit: logits, the history after an accepted path, and the pass after that."""
-    dual, p, start = dual_of(name), case.fused(), len(case.history)
-    large = committed(name, case.history, case.seed)
-    small = committed(name, case.history, case.seed, data.draw(st.integers(start, p.num_slots - 1)))
-    small.max_slots = NUM_SLOTS
-    assert torch.equal(dual.run(p, small), dual.run(p, large))
-    last = data.draw(st.integers(0, case.tree.num_nodes))
-    for cache_ in (small, large):
-        cache_.compact([start + row for row in (0, *case.tree.paths()[last])])
-        cache_.check()
-    assert small.lengths == large.lengths
-    after = verify_chain(torch.tensor([[30, 31]]), small.lengths)
-    assert torch.equal(dual.run(after, small), dual.run(after, large))
+    rows.slots.compact([0, *case.tree.paths()[last]])
+    as_if_fed(name, rows, case.prefix(last))
 
 
 @laws
 @given(case=cases(), data=st.data())
-def test_check_sees_every_single_change_and_every_hole_in_the_history(case: Case, data: Any) -> None:
-    p, length = case.fused(), len(case.history)
-    row = data.draw(st.integers(0, p.num_rows - 1))
-    visible_BTS = p.visible_BTS.clone()
-    slot = data.draw(st.integers(0, p.num_slots - 1))
-    visible_BTS[0, row, slot] = not visible_BTS[0, row, slot]
-    hidden = (~p.visible_BTS[0, row]).nonzero()[:, 0].tolist()
-    if slot < length and hidden:
-        # Another slot in its place, so that the number of slots read is right.
-        visible_BTS[0, row, data.draw(st.sampled_from(hidden))] = True
+def test_check_sees_every_single_change(case: Case, data: Any) -> None:
+    part = case.part()
+    assume(part.tail_II is not None)
+    assert part.tail_II is not None
+    tail_II = part.tail_II.copy()
+    row, other = (data.draw(st.integers(0, part.num_rows - 1)) for _ in range(2))
+    tail_II[row, other] = not tail_II[row, other]
     with pytest.raises(AssertionError):
-        replace(p, visible_BTS=visible_BTS).check([length])
+        replace(part, tail_II=tail_II).check()
 
 
 @FAMILIES
@@ -219,22 +183,19 @@ def test_check_sees_every_single_change_and_every_hole_in_the_history(case: Case
 @torch.inference_mode()
 def test_compacting_nothing_the_anchor_alone_and_a_whole_chain(name: str, rows: list[int]) -> None:
     chain = DraftTree([20, 21, 22, 23], [0, 1, 2, 3], [0.0] * 4)
-    case = Case([5, 6, 7] * 5, 19, chain, [0, 4], 4, [], seed=3)
-    cache_ = committed(name, case.history, case.seed)
-    dual_of(name).run(case.fused(), cache_)
-    cache_.compact([len(case.history) + row for row in rows])
-    as_if_prefilled(name, cache_, [*case.history, 19, 20, 21, 22, 23][: len(case.history) + len(rows)])
+    case = Case([5, 6, 7] * 5, 19, chain, [0, 4], 4, seed=3)
+    request = committed(name, case.history, case.seed)
+    request.hidden(case.part())
+    request.slots.compact(rows)
+    as_if_fed(name, request, [*case.history, 19, 20, 21, 22, 23][: len(case.history) + len(rows)])
 
 
-def as_if_prefilled(name: str, cache_: SlotCache, token_ids: list[int]) -> None:
-    """Keys, values and ledgers of the history, and what a next pass makes of them."""
-    dual, length = dual_of(name), len(token_ids)
+def as_if_fed(name: str, rows: Rows, token_ids: list[int]) -> None:
+    """Keys, values and ledger of the history, and what a next pass makes of them."""
     expected = committed(name, token_ids, seed=7)
-    assert cache_.lengths == expected.lengths == [length]
-    cache_.check()
-    for stored, fresh in zip((*cache_.keys, *cache_.values), (*expected.keys, *expected.values), strict=True):
-        torch.testing.assert_close(stored[:, :, :length], fresh[:, :, :length], **close)
-    assert torch.equal(cache_.positions_BS[:, :length], expected.positions_BS[:, :length])
-    assert torch.equal(cache_.writers_BS[:, :length], expected.writers_BS[:, :length])
-    p = verify_chain(torch.tensor([[30, 31]]), [length])
-    torch.testing.assert_close(dual.run(p, cache_), dual.run(p, expected), **close)
+    assert rows.length == expected.length == len(token_ids)
+    rows.slots.check()
+    for stored, fresh in zip(rows.stored(), expected.stored(), strict=True):
+        torch.testing.assert_close(stored, fresh, **close)
+    part = causal([30, 31])
+    torch.testing.assert_close(rows.logits(part), expected.logits(part), **close)

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.rows import Rows
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.training.test_trainer import CONFIG, run
 
 from orthrus.errors import UserInputError
-from orthrus.model.passes import draft_block, prefill
+from orthrus.model.passes import block
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample
 from orthrus.training.forward import Objective, TrainingPass
@@ -61,14 +62,10 @@ def oracle(dual, rows, seeds, num_anchors, layout, weights):
                 else dual.mask_token_id
                 for k in range(layout.block_size)
             ]
-            cache = dual.new_cache(64)
-            history_1T = torch.tensor([tokens[start:anchor]])
-            dual.run(prefill(history_1T, cache.lengths, last=False), cache)
-            cache.commit(anchor - start)
-            block = draft_block(
-                torch.tensor([[ids[0]]]), cache.lengths, layout.block_size, dual.mask_token_id, floor=False
-            )
-            log_q_JV = dual.run(replace(block, token_ids_BT=torch.tensor([ids])), cache)[0].log_softmax(-1)
+            decoding = Rows(dual)
+            decoding.feed(tokens[start:anchor])
+            part = replace(block(ids[0], layout.block_size, dual.mask_token_id), token_ids=ids)
+            log_q_JV = decoding.logits(part).log_softmax(-1)
             model = dual.stock()
             log_p_TV = model(torch.tensor([tokens[start:end]])).logits[0].log_softmax(-1)
             targets = [j for j in range(first_target, layout.block_size - 1) if anchor + j + 1 < end]

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.engines import decode, engine_for
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.tiny_orthrus import tiny_orthrus
 
 from orthrus.base.loading import Base
 from orthrus.config import DecodeConfig, SamplingParams
-from orthrus.engine.stream import TokenStream
 from orthrus.errors import CorruptFileError, UserInputError
 from orthrus.training import self_prompts as self_prompts_module
 from orthrus.training import synth as synth_module
-from orthrus.training.batch_decode import Answer, Request, decode_batch
+from orthrus.training.answers import Answer, Question, answer_all
 from orthrus.training.corpus import (
     PROMPTS,
     Unseen,
@@ -44,7 +44,7 @@ def config(folder: Path, **changes: object) -> SynthConfig:
 def make(
     tmp_path: Path, name: str = "corpus", config_: SynthConfig | None = None, base: Base = ORTHRUS.base
 ) -> Path:
-    synthesise(base, ORTHRUS.dual, config_ or config(tmp_path), tmp_path / name)
+    synthesise(base, ORTHRUS.engine, config_ or config(tmp_path), tmp_path / name)
     return tmp_path / name
 
 
@@ -70,14 +70,14 @@ def test_an_interrupted_corpus_goes_on_and_equals_an_unbroken_one(tmp_path: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        synthesise(ORTHRUS.base, ORTHRUS.dual, config(tmp_path), tmp_path / "parts", interrupt)
+        synthesise(ORTHRUS.base, ORTHRUS.engine, config(tmp_path), tmp_path / "parts", interrupt)
     assert sorted(file.name for file in (tmp_path / "parts").glob("answers-*")) == ["answers-00000.jsonl"]
     assert contents(make(tmp_path, "parts")) == whole
 
 
 def test_progress_counts_answers_and_estimates_from_whole_shards(tmp_path: Path) -> None:
     seen: list[SynthProgress] = []
-    synthesise(ORTHRUS.base, ORTHRUS.dual, config(tmp_path), tmp_path / "corpus", seen.append)
+    synthesise(ORTHRUS.base, ORTHRUS.engine, config(tmp_path), tmp_path / "corpus", seen.append)
     answers = [p for p in seen if p.stage == "answers"]
     assert {p.done for p in answers} == set(range(11))
     assert all(p.seconds_left is None for p in answers if p.done < 4)
@@ -89,11 +89,9 @@ def test_progress_counts_answers_and_estimates_from_whole_shards(tmp_path: Path)
 def test_answers_are_the_bases_own_and_shares_are_kept(tmp_path: Path) -> None:
     samples = load_corpus(make(tmp_path, config_=config(tmp_path, greedy_share=1.0)))
     for sample in samples:
-        decode = DecodeConfig(max_new_tokens=12, strategy="ar")
-        stream = TokenStream(
-            ORTHRUS.dual, list(sample.prompt_ids), decode, eos_token_ids=frozenset({2}), context_length=256
-        )
-        assert stream.drain().token_ids == sample.answer_ids
+        settings = DecodeConfig(max_new_tokens=12, strategy="ar")
+        alone = decode(ORTHRUS.dual, list(sample.prompt_ids), settings, eos=frozenset({2}))
+        assert alone.token_ids == sample.answer_ids
     sampled = load_corpus(make(tmp_path, "sampled", config(tmp_path, greedy_share=0.0)))
     assert corpus_digest(sampled) != corpus_digest(samples)
     manifest = json.loads((tmp_path / "sampled" / MANIFEST).read_text())
@@ -102,25 +100,24 @@ def test_answers_are_the_bases_own_and_shares_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-sliding", "gemma3"])
-@pytest.mark.parametrize("batch_size", [3, 8])
-def test_greedy_rows_of_a_batch_equal_single_rows(
-    name: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dual = tiny_dual(name)
-    prompts = [tiny_prompt(length, seed) for seed, length in enumerate((3, 14, 7, 1, 9))]
-    requests = [Request(i, ids, SamplingParams()) for i, ids in enumerate(prompts)]
-    # Sampled neighbours must not disturb greedy rows.
-    requests.insert(2, Request(99, tiny_prompt(5), SamplingParams(temperature=1.0)))
-    options = {"max_new_tokens": 15, "max_prompt_tokens": 14, "eos_token_ids": frozenset({7, 20}), "seed": 0}
-    # Some at a time, as soon as one or two rows are free; and all at once, with rows that nobody wants.
-    monkeypatch.setattr("orthrus.training.batch_decode._ADMITTED", 2)
-    found = {a.key: a for a in decode_batch(dual, requests, batch_size=batch_size, **options)}  # type: ignore[arg-type]
-    assert len(found) == 6
-    for key, prompt_ids in enumerate(prompts):
-        decode = DecodeConfig(max_new_tokens=15, strategy="ar")
-        alone = TokenStream(
-            dual, prompt_ids, decode, eos_token_ids=frozenset({7, 20}), context_length=256
-        ).drain()
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_an_answer_is_a_function_of_its_question(name: str, batch_size: int) -> None:
+    """Greedy and sampled, whatever is answered beside it."""
+    dual, eos = tiny_dual(name), frozenset({7, 20})
+    lengths = (3, 14, 7, 1, 9, 5)
+    sampled = SamplingParams(temperature=1.0, seed=4)
+    questions = [
+        Question(i, tiny_prompt(length, i), sampled if i in (2, 5) else SamplingParams())
+        for i, length in enumerate(lengths)
+    ]
+    answers = answer_all(
+        engine_for(dual), iter(questions), batch_size=batch_size, max_new_tokens=15, eos_token_ids=eos
+    )
+    found = {answer.key: answer for answer in answers}
+    assert found.keys() == set(range(6))
+    for key, prompt_ids, sampling in questions:
+        settings = DecodeConfig(max_new_tokens=15, strategy="ar", sampling=sampling)
+        alone = decode(dual, prompt_ids, settings, eos=eos)
         assert tuple(found[key].token_ids) == alone.token_ids
         assert found[key].finished == (alone.finish_reason == "stop")
 
@@ -131,7 +128,7 @@ def test_held_out_prompts_and_duplicates_stay_out(tmp_path: Path) -> None:
     settings = config(tmp_path, held_out=(str(held_out),))
     with (tmp_path / "prompts.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "Number 4, please"}) + "\n")
-    synthesise(ORTHRUS.base, ORTHRUS.dual, settings, tmp_path / "corpus", keep_out=["Number 5, please"])
+    synthesise(ORTHRUS.base, ORTHRUS.engine, settings, tmp_path / "corpus", keep_out=["Number 5, please"])
     kept = [r["prompt_ids"] for r in read_jsonl(tmp_path / "corpus" / PROMPTS)]
     expected = [i for i in range(10) if i not in (3, 5)]
     assert sorted(kept) == sorted(ORTHRUS.base.encode_prompt(f"Number {i}, please") for i in expected)
@@ -156,11 +153,11 @@ def test_repetition_filter() -> None:
 def test_answers_that_go_round_in_circles_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def answers(dual: object, requests: list[Request], **_: object) -> Iterator[Answer]:
-        for r in requests:
+    def answers(engine: object, questions: list[Question], **_: object) -> Iterator[Answer]:
+        for r in questions:
             yield Answer(r.key, [5] * 12 if r.key % 2 else list(range(12)), True)
 
-    monkeypatch.setattr(synth_module, "decode_batch", answers)
+    monkeypatch.setattr(synth_module, "answer_all", answers)
     folder = make(tmp_path)
     assert len(load_corpus(folder)) == 5
     assert all(record["prompt"] % 2 == 0 for file in folder.glob("answers-*") for record in read_jsonl(file))
@@ -184,19 +181,19 @@ def test_prompts_of_its_own_making(monkeypatch: pytest.MonkeyPatch) -> None:
     written = [list(range(9)), [1, 2], [4] * 20, list(range(30, 45))]
     heads: list[list[int]] = []
 
-    def answers(dual: object, requests: list[Request], **_: object) -> Iterator[Answer]:
-        heads.extend(r.prompt_ids for r in requests)
-        for r, token_ids in zip(requests, written, strict=True):
+    def answers(engine: object, questions: list[Question], **_: object) -> Iterator[Answer]:
+        heads.extend(r.prompt_ids for r in questions)
+        for r, token_ids in zip(questions, written, strict=True):
             yield Answer(r.key, token_ids, r.key != 3)
 
-    monkeypatch.setattr(self_prompts_module, "decode_batch", answers)
+    monkeypatch.setattr(self_prompts_module, "answer_all", answers)
     templated = dataclasses.replace(base, tokenizer=Templated())  # type: ignore[arg-type]
-    found = list(self_prompts(templated, ORTHRUS.dual, {"mine": 4}, seed=0))
+    found = list(self_prompts(templated, ORTHRUS.engine, {"mine": 4}, seed=0))
     # The second is too short, the third goes round in circles, the fourth was cut off.
     assert found == [(" ".join(f"w{i}" for i in range(9)), "mine")]
     assert heads[0] == base.tokenizer("user: ")["input_ids"]
     with pytest.raises(UserInputError, match="no chat template"):
-        list(self_prompts(base, ORTHRUS.dual, {"math": 1}, seed=0))
+        list(self_prompts(base, ORTHRUS.engine, {"math": 1}, seed=0))
 
 
 def test_a_manifest_of_other_settings_or_another_base_is_refused(tmp_path: Path) -> None:

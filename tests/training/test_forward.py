@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from tests.rows import Rows
 from tests.tiny import FAMILY_CONFIGS, VARIANTS, tiny_dual, tiny_prompt, variant_of
 
-from orthrus.model.passes import draft_block, prefill
+from orthrus.model.passes import block
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample
 from orthrus.training.forward import Objective, TrainingPass
@@ -42,15 +43,10 @@ def assert_training_equals_decoding(dual):
     for b, anchors in enumerate(batch.anchor_BN.tolist()):
         for n, anchor in enumerate(anchors):
             start = int((batch.document_BT[b] == batch.document_BT[b, anchor]).nonzero()[0])
-            cache = dual.new_cache(64)
-            history = batch.token_ids_BT[b : b + 1, start:anchor]
-            with torch.no_grad():
-                dual.run(prefill(history, cache.lengths, last=False), cache)
-                cache.commit(anchor - start)
-                anchor_ids = batch.token_ids_BT[b : b + 1, anchor : anchor + 1]
-                block = draft_block(anchor_ids, cache.lengths, 5, dual.mask_token_id, floor=False)
-                decoded_JV = dual.run(block, cache)[0]
-            torch.testing.assert_close(logits_BNKV[b, n, :4], decoded_JV, atol=2e-4, rtol=2e-4)
+            rows = Rows(dual)
+            rows.feed(batch.token_ids_BT[b, start:anchor].tolist())
+            decoded_KV = rows.logits(block(int(batch.token_ids_BT[b, anchor]), 5, dual.mask_token_id))
+            torch.testing.assert_close(logits_BNKV[b, n, :4], decoded_KV[:4], atol=2e-4, rtol=2e-4)
 
 
 def test_teacher_rows_equal_the_stock_forward_on_each_document():

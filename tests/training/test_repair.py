@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.engines import decode
 from tests.folders import save_base
+from tests.rows import Rows
 from tests.tiny import tiny_dual
 from tests.training.test_forward import LAYOUT, _rows
 from tests.training.test_trainer import CONFIG, own_answers, run
@@ -12,11 +14,10 @@ from tests.training.test_trainer import CONFIG, own_answers, run
 from orthrus.base.loading import load_base
 from orthrus.base.resolve import resolve
 from orthrus.config import DecodeConfig
-from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.model.checkpoint import fresh_view, save_view
-from orthrus.model.passes import draft_block, prefill
-from orthrus.model.repair import repaired
+from orthrus.model.drafting import repaired
+from orthrus.model.passes import block
 from orthrus.training.blocks import draw_blocks
 from orthrus.training.forward import Objective, TrainingPass
 from orthrus.training.recipe import TrainConfig
@@ -37,10 +38,7 @@ def accepted(dual, strategy):
     total = 0
     for sample in own_answers(dual, 5, 20):
         config = DecodeConfig(max_new_tokens=20, strategy=strategy, node_budget=6)
-        stream = TokenStream(
-            dual, list(sample.prompt_ids), config, eos_token_ids=frozenset(), context_length=256
-        )
-        result = stream.drain()
+        result = decode(dual, list(sample.prompt_ids), config)
         assert result.token_ids == sample.answer_ids
         total += result.stats.num_accepted / result.stats.num_cycles
     return total / 5
@@ -93,15 +91,11 @@ def test_training_knows_the_same_parent_as_decoding():
     batch = replace(batch, valid_BNJ=batch.valid_BNJ[:1])
     anchor, ids_T = int(batch.anchor_BN), batch.token_ids_BT[0]
     start = int((batch.document_BT[0] == batch.document_BT[0, anchor]).nonzero()[0])
-    cache, expected = dual.new_cache(64), 0.0
+    rows, expected = Rows(dual), 0.0
     with torch.no_grad():
         output = TrainingPass(dual, Objective(loss="ce", weights="uniform"))(batch)
-        dual.run(prefill(ids_T[None, start:anchor], cache.lengths, last=False), cache)
-        cache.commit(anchor - start)
-        block = draft_block(
-            ids_T[None, anchor : anchor + 1], cache.lengths, 5, dual.mask_token_id, floor=False
-        )
-        hidden_KC = dual.hidden(block, cache)[0]
+        rows.feed(ids_T[start:anchor].tolist())
+        hidden_KC = rows.hidden(block(int(ids_T[anchor]), 5, dual.mask_token_id))
         for j in batch.valid_BNJ[0, 0].nonzero()[:, 0].tolist():
             known = repaired(dual, hidden_KC[j], ids_T[anchor + j])
             expected -= float(dual.head(known).log_softmax(-1)[ids_T[anchor + j + 1]])

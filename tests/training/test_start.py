@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.engines import decode
 from tests.folders import save_base
 from tests.tiny import disturb_view, tiny_dual
 from tests.training.test_trainer import CONFIG, own_answers, run
@@ -9,7 +10,6 @@ from tests.training.test_trainer import CONFIG, own_answers, run
 from orthrus.base.loading import load_base
 from orthrus.base.resolve import resolve
 from orthrus.config import DecodeConfig
-from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.model.checkpoint import fresh_view, save_view
 from orthrus.training.recipe import TrainConfig
@@ -133,10 +133,7 @@ def acceptance(dual, samples):
     accepted = drafted = 0
     for sample in samples:
         config = DecodeConfig(max_new_tokens=20, strategy="chain", floor=False)
-        stream = TokenStream(
-            dual, list(sample.prompt_ids), config, eos_token_ids=frozenset(), context_length=256
-        )
-        result = stream.drain()
+        result = decode(dual, list(sample.prompt_ids), config)
         assert result.token_ids == sample.answer_ids
         accepted, drafted = accepted + result.stats.num_accepted, drafted + result.stats.num_drafted
     return accepted / drafted

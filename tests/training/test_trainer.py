@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.engines import decode
 from tests.tiny import tiny_dual, tiny_prompt
 
 from orthrus.config import DecodeConfig
-from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.training.corpus import Sample, corpus_digest
 from orthrus.training.packing import pack
@@ -35,7 +35,7 @@ def own_answers(dual, num_prompts, length):
     for seed in range(num_prompts):
         prompt = tiny_prompt(6, seed)
         config = DecodeConfig(max_new_tokens=length, strategy="ar")
-        result = TokenStream(dual, prompt, config, eos_token_ids=frozenset(), context_length=256).drain()
+        result = decode(dual, prompt, config)
         samples.append(Sample(tuple(prompt), result.token_ids, "test"))
     return samples
 
@@ -55,11 +55,8 @@ def test_a_view_overfits_a_tiny_corpus_to_full_acceptance(tmp_path):
     run(tmp_path, "overfit", config, dual=dual)
     accepted = drafted = 0
     for sample in own_answers(dual, 5, 20):
-        decode = DecodeConfig(max_new_tokens=20, strategy="chain", floor=False)
-        stream = TokenStream(
-            dual, list(sample.prompt_ids), decode, eos_token_ids=frozenset(), context_length=256
-        )
-        result = stream.drain()
+        settings = DecodeConfig(max_new_tokens=20, strategy="chain", floor=False)
+        result = decode(dual, list(sample.prompt_ids), settings)
         assert result.token_ids == sample.answer_ids
         accepted, drafted = accepted + result.stats.num_accepted, drafted + result.stats.num_drafted
     assert accepted == drafted > 0

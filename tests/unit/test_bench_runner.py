@@ -10,7 +10,7 @@ from tests.tiny_orthrus import tiny_orthrus
 from orthrus.base.bench_prompts import BenchPrompt
 from orthrus.bench import BenchOptions, run_bench, runner
 from orthrus.bench.runner import prompts_digest
-from orthrus.engine.probe import stock_generate
+from orthrus.engine.stock import stock_generate
 from orthrus.errors import UserInputError
 from orthrus.model.twin import twins
 

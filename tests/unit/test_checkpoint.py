@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.engines import decode
 from tests.folders import load_disturbed, save_base
 from tests.tiny import tiny_prompt
 
 from orthrus.base import hub
 from orthrus.base.loading import Base
 from orthrus.config import DecodeConfig
-from orthrus.engine.stream import TokenStream
 from orthrus.errors import (
     CheckpointError,
     CorruptFileError,
@@ -110,8 +110,8 @@ def test_a_view_folder_loads_its_base_by_name(base_folder: Path, view_folder: Pa
 def test_loading_and_decoding_leave_the_frozen_base_as_it_was(base_folder: Path, view_folder: Path) -> None:
     before = load_file(base_folder / "model.safetensors")
     _, dual = load(base_folder, view_folder)
-    config = DecodeConfig(max_new_tokens=30)
-    result = TokenStream(dual, tiny_prompt(9), config, eos_token_ids=frozenset(), context_length=256).drain()
+    config = DecodeConfig(max_new_tokens=30, strategy="fused_tree")
+    result = decode(dual, tiny_prompt(9), config)
     assert result.stats.num_accepted > 0
     stock = dual.stock()
     after = stock.state_dict()
@@ -227,11 +227,8 @@ def test_a_view_of_another_base_of_the_same_shape_warns_with_both_fingerprints(
     assert trained_on in message
     assert fresh in message
     assert fresh != trained_on
-    options: dict[str, Any] = {"eos_token_ids": frozenset(), "context_length": 256}
     ar, chain = (
-        TokenStream(dual, tiny_prompt(9), DecodeConfig(max_new_tokens=20, strategy=s), **options)
-        .drain()
-        .token_ids
+        decode(dual, tiny_prompt(9), DecodeConfig(max_new_tokens=20, strategy=s)).token_ids
         for s in ("ar", "chain")
     )
     assert ar == chain

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.rows import Rows
 from tests.tiny import FAMILY_CONFIGS, tiny_dual
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from orthrus.engine.fast_layers import fast_layer
 from orthrus.kernels.build import load_kernels
 from orthrus.kernels.linear import FewRowsLinear
 from orthrus.model.dual_view import DualView
-from orthrus.model.passes import fused, prefill
+from orthrus.model.passes import tree
 from orthrus.model.quantise import quantise, quantise_drafts
 
 
@@ -32,14 +33,12 @@ def with_fast_layers(dual: DualView) -> DualView:
     return dual
 
 
-@torch.inference_mode()
 def hidden(dual: DualView) -> Tensor:
     torch.manual_seed(0)
-    ids_1T = torch.randint(3, 60, (1, 16))
-    cache = dual.new_cache(64)
-    dual.run(prefill(ids_1T[:, :11], [0]), cache)
-    cache.commit(11)
-    return dual.hidden(fused(ids_1T[:, 11:], [0, 1, 0, 3], [11], [2], 4, dual.mask_token_id), cache)
+    ids = torch.randint(3, 60, (16,)).tolist()
+    rows = Rows(dual)
+    rows.feed(ids[:11])
+    return rows.hidden(tree(ids[11:], [0, 1, 0, 3], [2], 4, dual.mask_token_id))
 
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)

@@ -2,20 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from tests.engines import engine_for
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.ways import EVERY_WAY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
-from orthrus.engine.state import DecodeState
-from orthrus.engine.stream import TokenStream
-from orthrus.model.passes import Pass
-from orthrus.types import GenerationResult
+from orthrus.engine import round as engine_round
 
 
 class HostCopies(TorchDispatchMode):
@@ -38,8 +35,6 @@ def host_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """All reads by Python (on a CPU `tolist` needs no torch operation), and those hidden in operations."""
     copies: list[str] = []
     with monkeypatch.context() as patch:
-        # The check of every pass is for CPUs only.
-        patch.setattr(Pass, "check", lambda *_: None)
         for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
             original = getattr(torch.Tensor, name)
 
@@ -57,111 +52,47 @@ def host_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("repair_rank", [None, 4], ids=["no head", "repair head"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("num_requests", [1, 3])
 @EVERY_WAY
 def test_a_pass_copies_to_the_host_what_was_chosen_and_what_was_proposed(
     strategy: Strategy,
     floor: bool,
+    num_requests: int,
     temperature: float,
     repair_rank: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """However many requests take part: they are chosen for, and drafted for, together."""
     asked: list[str] = []
-    for name in ("choose", "propose"):
-        method = getattr(DecodeState, name)
+    for name in ("choose", "rank"):
+        function = getattr(engine_round, name)
 
-        def noted(self: DecodeState, *args: Any, _name: str = name, _method: Any = method) -> Any:
+        def noted(*args: Any, _name: str = name, _function: Any = function) -> Any:
             asked.append(_name)
-            return _method(self, *args)
+            return _function(*args)
 
-        monkeypatch.setattr(DecodeState, name, noted)
+        monkeypatch.setattr(engine_round, name, noted)
     sampling = SamplingParams(temperature=temperature, top_p=0.9, top_k=40, min_p=0.01, seed=0)
     config = DecodeConfig(max_new_tokens=24, strategy=strategy, floor=floor, sampling=sampling)
-    running = TokenStream(
-        tiny_dual("llama", disturb=0.1, repair_rank=repair_rank),
-        tiny_prompt(9),
-        config,
-        eos_token_ids=frozenset(),
-        context_length=256,
-    )
+    engine = engine_for(tiny_dual("llama", disturb=0.1, repair_rank=repair_rank))
+    requests = [
+        engine.submit(tiny_prompt(9, seed=i), config, eos_token_ids=frozenset()) for i in range(num_requests)
+    ]
+    num_passes = 0
     with host_copies(monkeypatch) as copies:
-        records = list(running)
+        while engine.has_work:
+            engine.step()
+            num_passes += 1
         made = copies.copy()
-    assert made == ["tolist"] * len(asked)
+    # What was chosen and whether it is a number; ids and log probs of drafts, and of their pairs.
+    per_draft = 2 if repair_rank is None else 3
+    num_tolist = asked.count("choose") + per_draft * asked.count("rank")
+    assert sorted(made) == ["__bool__"] * asked.count("choose") + ["tolist"] * num_tolist
     assert copies == made, "an operation reads a value of a tensor behind our back"
-    # Each pass with AR rows asks once for a choice, and at most one of its blocks is ever looked at.
-    num_passes = sum(c.num_passes for c in records)
     assert asked.count("choose") <= num_passes
-    assert asked.count("propose") <= num_passes
-    assert (asked.count("propose") > 0) == (strategy != "ar")
-
-
-@pytest.mark.parametrize("repair_rank", [None, 4], ids=["no head", "repair head"])
-@pytest.mark.parametrize("block_size", [4, 8])
-@EVERY_WAY
-def test_where_reads_are_dear_a_pass_copies_once_and_a_chain_once_a_cycle(
-    strategy: Strategy,
-    floor: bool,
-    block_size: int,
-    repair_rank: int | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """And makes the same passes, drafts and text: the host that knows everything is the oracle."""
-    made = []
-    for dear in (False, True):
-        monkeypatch.setattr("orthrus.engine.stream.reads_are_dear", lambda _, dear=dear: dear)
-        config = DecodeConfig(
-            max_new_tokens=40, strategy=strategy, floor=floor, block_size=block_size, block_budget=2
-        )
-        dual = tiny_dual("llama", disturb=0.1, repair_rank=repair_rank)
-        running = TokenStream(dual, tiny_prompt(9), config, eos_token_ids=frozenset(), context_length=256)
-        with host_copies(monkeypatch) as copies:
-            records = [replace(record, elapsed_ms=0.0) for record in running]
-        made.append((records, copies))
-    (known, _), (asked, copies) = made
-    assert asked == known
-    # The paper's draft pass has no AR row, and is looked at all the same.
-    reads = [1 if strategy == "chain" and floor else c.num_passes for c in asked]
-    assert copies == ["tolist"] * sum(reads)
-    if strategy != "ar":
-        assert sum(c.num_accepted for c in asked) > 0
-
-
-@pytest.mark.parametrize("limit", ["context_length", "max_new_tokens", "eos"])
-def test_a_chain_that_is_read_once_ends_where_it_should(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever text and context end: the same tokens, whichever of the two passes decides the last one."""
-    plain = decoded(monkeypatch, dear=False, strategy="ar").token_ids
-    ends: dict[str, list[Any]] = {
-        "context_length": [*range(12, 40)],
-        "max_new_tokens": [*range(2, 24)],
-        "eos": [frozenset({token_id}) for token_id in dict.fromkeys(plain) if token_id != plain[0]],
-    }
-    more_passes = set()
-    for end in ends[limit]:
-        known, asked = (decoded(monkeypatch, dear=dear, **{limit: end}) for dear in (False, True))
-        assert asked.token_ids == known.token_ids == plain[: len(known.token_ids)]
-        assert 1 < len(known.token_ids) < len(plain)
-        assert (asked.stats.num_drafted, asked.stats.num_accepted) == (
-            known.stats.num_drafted,
-            known.stats.num_accepted,
-        )
-        more_passes.add(asked.stats.num_passes - known.stats.num_passes)
-    # Only a first pass that ends the text makes the second one vain, and some do.
-    assert more_passes == ({0, 1} if limit == "eos" else {0})
-
-
-def decoded(
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    dear: bool,
-    eos: frozenset[int] = frozenset(),
-    context_length: int = 256,
-    max_new_tokens: int = 60,
-    strategy: Strategy = "chain",
-) -> GenerationResult:
-    monkeypatch.setattr("orthrus.engine.stream.reads_are_dear", lambda _: dear)
-    config = DecodeConfig(max_new_tokens=max_new_tokens, strategy=strategy)
-    dual = tiny_dual("llama", disturb=0.1, repair_rank=4)
-    return TokenStream(dual, tiny_prompt(9), config, eos_token_ids=eos, context_length=context_length).drain()
+    assert asked.count("rank") <= num_passes
+    assert (asked.count("rank") > 0) == (strategy != "ar")
+    assert all(request.finish == "length" for request in requests)
 
 
 def test_the_counter_of_host_copies_sees_hidden_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.rows import Rows
 from tests.tiny import tiny_dual
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from orthrus.model.checkpoint import save_view
 from orthrus.model.dual_view import DualView
 from orthrus.model.int8_linear import Int8Linear, check_quantised
 from orthrus.model.merged import save_merged
-from orthrus.model.passes import fused, verify_chain
+from orthrus.model.passes import causal, tree
 from orthrus.model.quantise import quantise, quantise_drafts
 from orthrus.model.twin import Twin, twins
 
@@ -63,14 +64,9 @@ def test_int8_keeps_the_dtype_of_its_input() -> None:
 
 
 def logits_alone_and_together(dual: DualView) -> tuple[Tensor, Tensor]:
-    ids_1T = torch.randint(3, 60, (1, 12))
-    with torch.inference_mode():
-        together = dual.run(verify_chain(ids_1T, [0]), dual.new_cache(16))[0]
-        cache, alone = dual.new_cache(16), []
-        for i in range(12):
-            alone.append(dual.run(verify_chain(ids_1T[:, i : i + 1], [i]), cache)[0])
-            cache.commit(1)
-    return torch.cat(alone), together
+    ids = torch.randint(3, 60, (12,)).tolist()
+    rows = Rows(dual)
+    return torch.cat([rows.feed([token_id]) for token_id in ids]), Rows(dual).feed(ids)
 
 
 def test_each_rows_logits_hang_on_no_other_row() -> None:
@@ -90,12 +86,11 @@ def test_quantise_leaves_no_plain_linear_behind() -> None:
 
 
 def test_quantised_drafts_leave_the_ar_rows_alone() -> None:
-    ids_1T = torch.randint(3, 60, (1, 9))
+    part = causal(torch.randint(3, 60, (9,)).tolist())
     dual = tiny_dual("llama", disturb=0.3)
-    with torch.inference_mode():
-        before = dual.run(verify_chain(ids_1T, [0]), dual.new_cache(16))
-        quantise_drafts(dual, "int8")
-        after = dual.run(verify_chain(ids_1T, [0]), dual.new_cache(16))
+    before = Rows(dual).logits(part)
+    quantise_drafts(dual, "int8")
+    after = Rows(dual).logits(part)
     assert torch.equal(before, after)
     assert all(isinstance(m.diffusion, Int8Linear) for m in dual.base.modules() if isinstance(m, Twin))
     model = dual.stock()
@@ -155,8 +150,7 @@ def test_low_rank_twins_draft_in_the_precision_of_their_ar_side() -> None:
     before = [name for name in twins(dual.base) if "self_attn" in name]
     quantise_drafts(dual, "int8")
     assert [name for name in twins(dual.base) if "self_attn" in name] == before
-    ids_1T = torch.randint(3, 60, (1, 5))
-    with torch.inference_mode():
-        dual.run(fused(ids_1T, [0, 1, 2, 3], [0], [1], 8, 60), dual.new_cache(16))
+    part = tree([5, 6, 7, 8, 9], [0, 1, 2, 3], [1], 8, 60)
+    assert Rows(dual).logits(part).isfinite().all()
     model = dual.stock()
     assert not any(isinstance(module, Twin) for module in model.modules())

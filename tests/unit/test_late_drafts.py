@@ -2,19 +2,21 @@
 
 import pytest
 import torch
+from tests.engines import decode, engine_for
+from tests.rows import Rows
 from tests.tiny import tiny_dual, tiny_prompt
 
-from orthrus.config import SamplingParams
+from orthrus.config import DecodeConfig
 from orthrus.decoding.pairs import given_the_prefix
-from orthrus.decoding.processors import LogitRules
-from orthrus.decoding.tree import EMPTY_TREE, DraftTree
-from orthrus.engine.passes import Block, commit_pass, prefill_pass
-from orthrus.engine.state import DecodeState
+from orthrus.decoding.tree import DraftTree
+from orthrus.engine.choices import Guessed, rank
+from orthrus.engine.request import Request, Work
 from orthrus.model.dual_view import DualView
-from orthrus.model.passes import draft_block
+from orthrus.model.passes import block, tree
 from orthrus.model.quantise import quantise_drafts
 
 SIZE = 6
+PROMPT = tiny_prompt(9)
 
 
 def view(kind: str, trained: int = SIZE) -> DualView:
@@ -29,29 +31,25 @@ def view(kind: str, trained: int = SIZE) -> DualView:
     return dual
 
 
-def state_after(dual: DualView, prompt: list[int]) -> DecodeState:
-    sampling = SamplingParams(temperature=0.0)
-    state = DecodeState(
-        dual=dual,
-        cache=dual.new_cache(96),
-        sampling=sampling,
-        seed=0,
-        rules=LogitRules(sampling, 64, dual.device),
-        block_size=SIZE,
-        floor=True,
-        context_length=96,
+def verified(dual: DualView, drafts: DraftTree, block_rows: list[int]) -> Request:
+    """A request whose first pass after the prompt verifies these drafts, beside these blocks."""
+    engine = engine_for(dual)
+    config = DecodeConfig(strategy="fused_tree", block_size=SIZE)
+    request = engine.submit(PROMPT, config, eos_token_ids=frozenset())
+    engine.step()
+    ids = [request.anchor_id, *drafts.token_ids]
+    part = tree(ids, drafts.parents, block_rows, SIZE, dual.mask_token_id)
+    request.next_work = Work(
+        "fused_tree", part, drafts, tuple(block_rows), SIZE, dual.config.num_guesses(SIZE)
     )
-    prefill_pass(state, prompt, last=True)
-    return state
+    engine.step()
+    return request
 
 
 def the_models_own(num_tokens: int) -> list[int]:
     """What the AR view writes after the prompt, one token a pass."""
-    state = state_after(tiny_dual("llama", disturb=0.3), tiny_prompt(9))
-    token_ids = [state.anchor_id]
-    while len(token_ids) < num_tokens:
-        token_ids += commit_pass(state, EMPTY_TREE).token_ids
-    return token_ids
+    config = DecodeConfig(max_new_tokens=num_tokens, strategy="ar")
+    return list(decode(tiny_dual("llama", disturb=0.3), PROMPT, config).token_ids)
 
 
 @pytest.mark.parametrize("kind", ["plain", "repair", "own head"])
@@ -61,61 +59,61 @@ def the_models_own(num_tokens: int) -> list[int]:
 def test_what_the_nearest_block_on_the_path_guessed_beyond_its_end(
     kind: str, num_accepted: int, block_row: int, trained: int
 ) -> None:
-    dual, prompt = view(kind, trained), tiny_prompt(9)
+    dual = view(kind, trained)
     own = the_models_own(8)
     drafts = own[1:5]
     if num_accepted < 4:
         drafts[num_accepted] = (drafts[num_accepted] + 1) % 60
     # The last node, with a block of its own, is on no path that is accepted.
-    tree = DraftTree([*drafts, (own[1] + 2) % 60], [0, 1, 2, 3, 0], [-0.1] * 5)
-    state = state_after(dual, prompt)
-    done = commit_pass(state, tree, [Block(block_row), Block(5)])
+    nodes = DraftTree([*drafts, (own[1] + 2) % 60], [0, 1, 2, 3, 0], [-0.1] * 5)
+    request = verified(dual, nodes, [block_row, 5])
+    done = request.cycles[-1]
     assert done.num_accepted == num_accepted
-    assert done.token_ids == own[1 : num_accepted + 2]
+    assert list(done.token_ids) == own[1 : num_accepted + 2]
     # Of the block's guesses the pass has decided the first ones; the last row of a whole block has none.
     num_rows = SIZE if trained > SIZE else SIZE - 1
     num_known = num_accepted - block_row + 1
     if block_row > num_accepted or num_known >= num_rows:
-        assert state.drafts is None
+        assert request.drafts is None
         return
-    assert state.drafts is not None
-    assert len(state.drafts) == num_rows - num_known
-    assert state.late == (num_known > 1)
+    assert request.drafts is not None
+    assert len(request.drafts) == num_rows - num_known
+    assert request.late == (num_known > 1)
 
-    oracle = state_after(dual, prompt)
-    for _ in range(block_row):
-        commit_pass(oracle, EMPTY_TREE)
-    anchor_11 = torch.tensor([[own[block_row]]])
+    oracle = Rows(dual)
+    oracle.feed(PROMPT + own[:block_row])
     with torch.inference_mode():
-        alone = draft_block(anchor_11, oracle.cache.lengths, SIZE, dual.mask_token_id, floor=False)
-        rows_DC = dual.hidden(alone, oracle.cache)[0, num_known:num_rows]
-        oracle.anchor_id = done.token_ids[-1]
-        expected = oracle.propose(rows_DC, 0)
-        top = dual.head(rows_DC, drafts=True).log_softmax(-1).topk(8)
-    assert expected.token_ids_DC == top.indices.tolist()
+        alone = block(own[block_row], SIZE, dual.mask_token_id)
+        rows_DC = oracle.hidden(alone)[num_known:num_rows]
+        logits_DV = dual.head(rows_DC, drafts=True)
+        guessed = [Guessed(request, slice(0, len(rows_DC)), 0)]
+        (expected,) = rank(oracle.runner, rows_DC, logits_DV, guessed)
+        top = logits_DV.log_softmax(-1).topk(8)
+    if kind != "repair":
+        assert expected.token_ids_DC == top.indices.tolist()
     # Rounding to int8 hangs on the last bits, which another shape of pass changes.
     tolerance = 0.1 if kind == "own head" else 1e-4
-    ours, theirs = (torch.tensor(drafts.log_probs_DC) for drafts in (state.drafts, expected))
+    ours, theirs = (torch.tensor(drafts.log_probs_DC) for drafts in (request.drafts, expected))
     torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
     if kind != "own head":
-        assert state.drafts.token_ids_DC == expected.token_ids_DC
+        assert request.drafts.token_ids_DC == expected.token_ids_DC
     if kind == "plain":
         expected_DC = torch.cat([top.values[:1], given_the_prefix(top.values[1:])])
         torch.testing.assert_close(ours, expected_DC, atol=1e-4, rtol=1e-4)
     if kind == "repair" and len(rows_DC) > 1:
-        pairs = (torch.tensor((drafts.pairs_DPC or [])[1:]) for drafts in (state.drafts, expected))
+        pairs = (torch.tensor((drafts.pairs_DPC or [])[1:]) for drafts in (request.drafts, expected))
         torch.testing.assert_close(*pairs, atol=1e-4, rtol=1e-4)
 
 
 def test_of_two_blocks_on_the_path_the_nearer_one_counts() -> None:
     dual, own = view("plain"), the_models_own(8)
-    tree = DraftTree([*own[1:4], 3], [0, 1, 2, 0], [-0.1] * 4)
+    nodes = DraftTree([*own[1:4], 3], [0, 1, 2, 0], [-0.1] * 4)
     for blocks, num_left, late in (
-        ([Block(0), Block(3), Block(4)], SIZE - 2, False),
-        ([Block(0), Block(2), Block(4)], SIZE - 3, True),
-        ([Block(0), Block(4)], SIZE - 5, True),
+        ([0, 3, 4], SIZE - 2, False),
+        ([0, 2, 4], SIZE - 3, True),
+        ([0, 4], SIZE - 5, True),
     ):
-        state = state_after(dual, tiny_prompt(9))
-        assert commit_pass(state, tree, blocks).num_accepted == 3
-        assert state.drafts is not None
-        assert (len(state.drafts), state.late) == (num_left, late)
+        request = verified(dual, nodes, blocks)
+        assert request.cycles[-1].num_accepted == 3
+        assert request.drafts is not None
+        assert (len(request.drafts), request.late) == (num_left, late)

@@ -16,6 +16,7 @@ from orthrus.engine.fast_layers import fast_layer
 from orthrus.engine.layer_code import Arguments
 from orthrus.kernels.build import load_kernels
 from orthrus.model.dual_view import DualView
+from orthrus.model.runner import EagerRunner
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -24,23 +25,21 @@ def _kernels() -> None:
     load_kernels()
 
 
-def digest(dual: DualView, *, mask_dtype: torch.dtype = torch.bool, mixed: bool = False) -> str:
+def digest(dual: DualView, *, given_dtype: torch.dtype = torch.float32, mixed: bool = False) -> str:
     layer = fast_layer(next(iter(decoder_layers(dual.base))))
-    mask = torch.ones(1, 1, 3, 5, dtype=mask_dtype)
-    keys = dual.new_cache(7).keys[0]
+    given = {"position_embeddings": (torch.ones(1, 3, 8, dtype=given_dtype),) * 2}
+    keys = EagerRunner(dual).new_pool(1).keys[0]
+    plan_P = torch.zeros(9, dtype=torch.long)
     marker = torch.empty(2, 0) if mixed else None
     hidden_1TC = torch.zeros(1, 3, 32, dtype=dual.dtype)
-    example = Arguments(hidden_1TC, {"attention_mask": mask}, torch.arange(3), keys, keys, marker)
+    example = Arguments(hidden_1TC, given, torch.arange(3), keys, keys, plan_P, marker)
     return layer_code._digest(layer, example, dual.base.config)
 
 
 def test_the_name_of_the_code_tells_apart_what_compiles_to_other_code() -> None:
-    eager = tiny_dual("llama")
-    eager.base.config._attn_implementation = "eager"
     names = [
         digest(tiny_dual("llama")),
-        digest(eager),
-        digest(tiny_dual("llama"), mask_dtype=torch.float32),
+        digest(tiny_dual("llama"), given_dtype=torch.bfloat16),
         digest(tiny_dual("llama"), mixed=True),
         digest(tiny_dual("llama").to(torch.bfloat16)),
         digest(tiny_dual("llama", layers=(1,))),

@@ -13,7 +13,7 @@ from orthrus.errors import StorageError, UserInputError
 
 
 def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(UserInputError, match="exists already"), atomic_folder(tmp_path / "out") as scratch:
+    with pytest.raises(UserInputError, match="exists already"), atomic_folder(tmp_path / "out") as scratch:  # noqa: PT012
         (scratch / "file").touch()
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine").write_text("precious")

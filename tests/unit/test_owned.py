@@ -77,7 +77,7 @@ def test_another_runs_and_somebodys_folder_are_not_replaced(tmp_path: Path) -> N
 
 
 def test_what_appears_while_the_new_folder_is_made_stays(tmp_path: Path) -> None:
-    with pytest.raises(UserInputError, match="move it away"), replace_folder(tmp_path / "out", "run"):
+    with pytest.raises(UserInputError, match="move it away"), replace_folder(tmp_path / "out", "run"):  # noqa: PT012
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine").write_text("precious")
     assert found(tmp_path / "out") == {"mine": "precious"}

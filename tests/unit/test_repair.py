@@ -4,18 +4,21 @@ from math import inf, log
 
 import pytest
 import torch
+from tests.engines import engine_for
 from tests.tiny import tiny_dual, tiny_prompt
 
-from orthrus.config import SamplingParams
+from orthrus.config import DecodeConfig, SamplingParams
 from orthrus.decoding.noise import exponential_noise
 from orthrus.decoding.pairs import FORESIGHT, pair_log_probs
-from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.sampling import filtered_probs
 from orthrus.decoding.tree import Candidates
-from orthrus.engine.state import DecodeState
+from orthrus.engine.choices import Guessed, rank
+from orthrus.engine.request import Request
 from orthrus.errors import CheckpointError
+from orthrus.model.drafting import RepairTables
 from orthrus.model.dual_view import DualView
-from orthrus.model.repair import RepairHead, RepairTables
+from orthrus.model.repair import RepairHead
+from orthrus.model.runner import EagerRunner
 from orthrus.model.view_config import ViewConfig
 
 FAMILIES = ["llama", "llama-tied", "gemma2", "gemma3", "phi3"]
@@ -23,22 +26,29 @@ RULES = SamplingParams(temperature=2.0, top_k=30, top_p=0.98, seed=3, repetition
 SETTINGS = {"greedy": SamplingParams(), "sampled": SamplingParams(temperature=1.3, seed=2), "rules": RULES}
 
 
-def state_of(dual: DualView, params: SamplingParams) -> DecodeState:
-    cache = dual.new_cache(32)
-    rules = LogitRules(params, 61, dual.device)
-    rules.see(tiny_prompt(4))
-    return DecodeState(
-        dual=dual,
-        cache=cache,
-        sampling=params,
-        seed=params.seed or 0,
-        rules=rules,
-        block_size=8,
-        floor=True,
-        context_length=256,
-        anchor_id=7,
-        num_candidates=5,
-    )
+def runner_of(dual: DualView, *, tables: bool = False) -> EagerRunner:
+    runner = EagerRunner(dual)
+    if tables:
+        runner.repair_tables = RepairTables.of(dual)
+    return runner
+
+
+def request_of(dual: DualView, params: SamplingParams) -> Request:
+    """One that has decided token 7 after the prompt."""
+    config = DecodeConfig(strategy="chain", sampling=params)
+    request = engine_for(dual).submit(tiny_prompt(4), config, eos_token_ids=frozenset())
+    request.token_ids.append(7)
+    request.rules.see([7])
+    return request
+
+
+def propose(
+    runner: EagerRunner, params: SamplingParams, hidden_DC: torch.Tensor, first_position: int = 9
+) -> Candidates:
+    dual = runner.dual
+    guessed = Guessed(request_of(dual, params), slice(0, len(hidden_DC)), first_position)
+    logits_DV = runner.head(hidden_DC, drafts=True)
+    return rank(runner, hidden_DC, logits_DV, [guessed])[0]
 
 
 def head_of(dual: DualView, hidden_C: torch.Tensor, parent_id: int | None) -> torch.Tensor:
@@ -62,21 +72,23 @@ def foreseen(probs_C: torch.Tensor) -> list[float]:
     return [min(0.0, log(p) + FORESIGHT) if p else -inf for p in probs_C.tolist()]
 
 
-def slow_proposal(state: DecodeState, hidden_DC: torch.Tensor, first_position: int) -> Candidates:
+def slow_proposal(
+    dual: DualView, params: SamplingParams, hidden_DC: torch.Tensor, first_position: int = 9
+) -> Candidates:
     """One parent and one child after the other; only the noise and the filters are the fast code's."""
-    dual, params = state.dual, state.sampling
+    request = request_of(dual, params)
     temperature = 1.0 if params.greedy else params.temperature
     ids_DC, log_probs_DC, pairs_DPC = [], [], []
     for d, hidden_C in enumerate(hidden_DC):
         logits_V = head_of(dual, hidden_C, None)
-        scores_V = state.rules(logits_V[None], [()])[0]
+        scores_V = request.rules(logits_V[None], [()])[0]
         if not params.greedy:
-            noise_V = exponential_noise(state.seed, [first_position + d], len(logits_V), "cpu")[0]
+            noise_V = exponential_noise(request.seed, [first_position + d], len(logits_V), "cpu")[0]
             scores_V = (filtered_probs(scores_V[None], params)[0] / noise_V).log()
         scores = scores_V.double().exp()
-        ids = scores.argsort(descending=True)[: state.num_candidates].tolist()
+        ids = scores.argsort(descending=True)[:16].tolist()
         given_PC = []
-        for parent in ids_DC[-1] if d else [state.anchor_id]:
+        for parent in ids_DC[-1] if d else [request.anchor_id]:
             change_V = head_of(dual, hidden_C, parent) - logits_V
             given = scores.clone()
             given[ids] *= (change_V[ids].double() / temperature).exp()
@@ -94,21 +106,21 @@ def test_a_proposal_is_that_of_a_loop_over_parents_and_children(
     name: str, params: SamplingParams, tables: bool
 ) -> None:
     dual = tiny_dual(name, disturb=0.3, repair_rank=6)
+    runner = runner_of(dual, tables=tables)
     if tables:
-        dual.repair_tables = RepairTables.of(dual)
         # Capped logits are no sums.
-        assert (dual.repair_tables is None) == (name == "gemma2")
-    state = state_of(dual, params)
+        assert (runner.repair_tables is None) == (name == "gemma2")
     hidden_DC = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        fast, slow = state.propose(hidden_DC, 9), slow_proposal(state, hidden_DC, 9)
-        blind = state_of(tiny_dual(name, disturb=0.3), params).propose(hidden_DC, 9)
+        fast, slow = propose(runner, params, hidden_DC), slow_proposal(dual, params, hidden_DC)
+        blind = propose(runner_of(tiny_dual(name, disturb=0.3)), params, hidden_DC)
     assert blind.pairs_DPC is None
     assert fast.pairs_DPC is not None
     assert slow.pairs_DPC is not None
     assert fast.token_ids_DC == slow.token_ids_DC
-    assert fast.token_ids_DC == blind.token_ids_DC
-    assert fast.log_probs_DC[0] != pytest.approx(blind.log_probs_DC[0], abs=1e-2)
+    # Without a head fewer candidates are asked for; those are the same.
+    assert [ids[:8] for ids in fast.token_ids_DC] == [ids[:8] for ids in blind.token_ids_DC]
+    assert fast.log_probs_DC[0][:8] != pytest.approx(blind.log_probs_DC[0][:8], abs=1e-2)
     for table, expected in (
         (fast.log_probs_DC, slow.log_probs_DC),
         *zip(fast.pairs_DPC, slow.pairs_DPC, strict=True),
@@ -121,14 +133,11 @@ def test_tables_in_bfloat16() -> None:
     dual = tiny_dual(disturb=0.3, repair_rank=6).to(torch.bfloat16)
     hidden_DC = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     with torch.inference_mode():
-        computed = state_of(dual, SamplingParams()).propose(hidden_DC, 9)
-        dual.repair_tables = RepairTables.of(dual)
-        found = state_of(dual, SamplingParams()).propose(hidden_DC, 9)
+        computed = propose(runner_of(dual), SamplingParams(), hidden_DC)
+        found = propose(runner_of(dual, tables=True), SamplingParams(), hidden_DC)
     assert found.token_ids_DC == computed.token_ids_DC
     for ours, theirs in zip(found.pairs_DPC or [], computed.pairs_DPC or [], strict=True):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=2e-2, rtol=2e-2)
-    dual.add_repair(4)
-    assert dual.repair_tables is None
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -146,9 +155,9 @@ def test_a_head_without_rows_to_read_is_used_whole(name: str) -> None:
             return self.inner(x)  # type: ignore[no-any-return]
 
     with torch.inference_mode():
-        expected = state_of(dual, SamplingParams()).propose(hidden_DC, 9)
+        expected = propose(runner_of(dual), SamplingParams(), hidden_DC)
         dual.base.set_output_embeddings(Opaque(dual.base.get_output_embeddings()))
-        found = state_of(dual, SamplingParams()).propose(hidden_DC, 9)
+        found = propose(runner_of(dual), SamplingParams(), hidden_DC)
     assert found.token_ids_DC == expected.token_ids_DC
     for ours, theirs in zip(found.pairs_DPC or [], expected.pairs_DPC or [], strict=True):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=1e-4)
@@ -160,13 +169,14 @@ def test_a_fresh_head_changes_no_draft(params: SamplingParams) -> None:
     headed.add_repair(4)
     hidden_DC = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        ours, theirs = (state_of(dual, params).propose(hidden_DC, 3) for dual in (headed, plain))
-    assert ours.token_ids_DC == theirs.token_ids_DC
-    torch.testing.assert_close(torch.tensor(ours.log_probs_DC), torch.tensor(theirs.log_probs_DC))
+        ours, theirs = (propose(runner_of(dual), params, hidden_DC, 3) for dual in (headed, plain))
+    assert [ids[:8] for ids in ours.token_ids_DC] == theirs.token_ids_DC
+    ours_DC = torch.tensor([log_probs[:8] for log_probs in ours.log_probs_DC])
+    torch.testing.assert_close(ours_DC, torch.tensor(theirs.log_probs_DC))
     assert ours.pairs_DPC is not None
     for d in range(1, 5):
         for row in ours.pairs_DPC[d]:
-            assert row == pytest.approx(theirs.log_probs_DC[d], abs=1e-5)
+            assert row[:8] == pytest.approx(theirs.log_probs_DC[d], abs=1e-5)
 
 
 def test_pairs_are_finite_where_the_candidates_hold_all_the_mass() -> None:

@@ -1,15 +1,15 @@
 """Ends of a text inside a block: end-of-sequence ids, stop strings, and the exact token limit."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
+from tests import engines
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.ways import EVERY_DRAFTING_WAY, EVERY_WAY, WAYS
 from tokenizers import AddedToken
 
 from orthrus.config import DecodeConfig, Strategy
 from orthrus.decoding.stopping import StopRules, StopStrings, end_ids
-from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.types import GenerationResult
 
@@ -35,9 +35,7 @@ def decode(
     **options: object,
 ) -> GenerationResult:
     config = DecodeConfig(**{"max_new_tokens": 40, "strategy": strategy, "floor": floor, **options})  # type: ignore[arg-type]
-    return TokenStream(
-        DUAL, PROMPT, config, eos_token_ids=eos, context_length=256, tokenizer=tokenizer
-    ).drain()
+    return engines.decode(DUAL, PROMPT, config, eos=eos, tokenizer=tokenizer)
 
 
 FREE = decode("ar").token_ids
@@ -87,19 +85,18 @@ def test_an_end_that_the_draft_pass_decides_costs_no_verify_pass(strategy: Strat
     prompt = next(p for n in range(50) if len({*plain(p := tiny_prompt(9, seed=n))[:2]}) == 2)
     head = plain(prompt)[1]
     config = DecodeConfig(max_new_tokens=40, strategy=strategy)
-    options: dict[str, Any] = {"context_length": 256}
-    result = TokenStream(DUAL, prompt, config, eos_token_ids=frozenset({head}), **options).drain()
+    result = engines.decode(DUAL, prompt, config, eos=frozenset({head}))
     assert result.token_ids == plain(prompt)[:2]
     last = result.cycles[-1]
     assert (last.token_ids, last.num_passes, last.num_drafted) == ((head,), 1, 0)
     # The limit ends a text there without a draft pass at all; what is no end goes on to be verified.
-    free = TokenStream(DUAL, prompt, config, eos_token_ids=frozenset(), **options).drain()
+    free = engines.decode(DUAL, prompt, config)
     assert (free.cycles[1].num_passes, free.cycles[1].token_ids[0]) == (2, head)
 
 
 def plain(prompt: list[int]) -> tuple[int, ...]:
     config = DecodeConfig(max_new_tokens=40, strategy="ar")
-    return TokenStream(DUAL, prompt, config, eos_token_ids=frozenset(), context_length=256).drain().token_ids
+    return engines.decode(DUAL, prompt, config).token_ids
 
 
 @EVERY_WAY
@@ -244,13 +241,12 @@ def test_should_stop_sees_every_token_and_may_end_the_text_inside_a_block(
         return len(token_ids) == 7
 
     config = DecodeConfig(max_new_tokens=40, strategy=strategy, floor=floor)
-    stream = TokenStream(
-        DUAL, PROMPT, config, eos_token_ids=frozenset(), context_length=256, should_stop=after_seven
-    )
-    result = stream.drain()
-    assert result.token_ids == FREE[:7]
+    engine = engines.engine_for(DUAL)
+    request = engine.submit(PROMPT, config, eos_token_ids=frozenset(), should_stop=after_seven)
+    engines.run_all(engine, [request])
+    assert request.token_ids == list(FREE[:7])
     assert seen == list(range(1, 8))
-    assert result.finish_reason == "stop"
+    assert request.finish == "stop"
 
 
 def test_what_ends_a_text_is_the_models_own_tokens_and_those_asked_for() -> None:

@@ -1,21 +1,24 @@
 """The stream of records: bookkeeping, cancelling, the end of the context, budgets and slots."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
+from tests import engines
+from tests.engines import noting
 from tests.tiny import VOCAB, tiny_dual, tiny_prompt
 from tests.ways import EVERY_DRAFTING_WAY, EVERY_WAY
 
 from orthrus.config import DecodeConfig, Strategy
 from orthrus.decoding.tree import DraftTree
-from orthrus.engine import passes
-from orthrus.engine.probe import watch_caches, watch_passes
+from orthrus.engine import work
+from orthrus.engine.round import Observer
 from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Pass
-from orthrus.model.slot_cache import SlotCache
+from orthrus.model.pool import SlotPool, pages_for
 
 PROMPT = tiny_prompt(9)
 DUAL = tiny_dual("llama", disturb=0.1)
@@ -29,11 +32,19 @@ def stream(
     dual: DualView = DUAL,
     context_length: int = 256,
     tokenizer: Any = None,
+    chunk: int = 256,
+    observers: Iterable[Observer] = (),
     **options: Any,
 ) -> TokenStream:
     config = DecodeConfig(**{"max_new_tokens": 40, "strategy": strategy, "floor": floor, **options})
-    return TokenStream(
-        dual, prompt, config, eos_token_ids=frozenset(), context_length=context_length, tokenizer=tokenizer
+    return engines.stream(
+        dual,
+        prompt,
+        config,
+        tokenizer=tokenizer,
+        context_length=context_length,
+        chunk=chunk,
+        observers=observers,
     )
 
 
@@ -74,21 +85,20 @@ def test_the_records_sum_to_the_result(strategy: Strategy, floor: bool) -> None:
 def test_one_record_per_cycle_and_it_counts_what_ran(strategy: Strategy, floor: bool) -> None:
     ran: list[Pass] = []
 
-    with watch_passes(DUAL, lambda p, *_: ran.append(p)):
-        for cycle in stream(strategy, floor, prefill_chunk=4):
-            assert cycle.num_passes == len(ran)
-            assert cycle.num_rows == sum(p.num_rows for p in ran)
-            *first, last = [(p.num_ar_rows, (p.num_rows - p.num_ar_rows) // 8) for p in ran]
-            if cycle.kind == "prefill":
-                assert [*first, last] == [(4, 0), (4, 0), (1, 0)]
-            elif cycle.kind == "ar":
-                assert (first, last) == ([], (1, 0))
-            else:
-                # The draft pass has its one block, and an AR row by its side with floor.
-                assert first in ([], [(int(floor), 1)])
-                assert last[0] == 1 + cycle.num_drafted
-                assert (last[1] > 0) == strategy.startswith("fused") or cycle.finish_reason
-            ran.clear()
+    for cycle in stream(strategy, floor, chunk=4, observers=[noting(ran.append)]):
+        assert cycle.num_passes == len(ran)
+        assert cycle.num_rows == sum(p.num_rows for p in ran)
+        *first, last = [(p.num_ar_rows, (p.num_rows - p.num_ar_rows) // 8) for p in ran]
+        if cycle.kind == "prefill":
+            assert [*first, last] == [(4, 0), (4, 0), (1, 0)]
+        elif cycle.kind == "ar":
+            assert (first, last) == ([], (1, 0))
+        else:
+            # The draft pass has its one block, and an AR row by its side with floor.
+            assert first in ([], [(int(floor), 1)])
+            assert last[0] == 1 + cycle.num_drafted
+            assert (last[1] > 0) == strategy.startswith("fused") or cycle.finish_reason
+        ran.clear()
 
 
 def test_a_chain_cycle_has_two_passes_and_a_fused_one_only_where_no_block_was_at_hand() -> None:
@@ -124,13 +134,15 @@ def test_is_draft_marks_the_tokens_that_the_diffusion_view_proposed(strategy: St
 
 
 @EVERY_WAY
-def test_the_cache_holds_ar_history_only(strategy: Strategy, floor: bool) -> None:
-    with watch_caches(DUAL) as caches:
-        for _ in stream(strategy, floor):
-            (cache,) = caches
-            cache.check()
-    # All but the last token, which nobody has fed yet; a cycle may have committed beyond the limit.
-    assert cache.lengths[0] >= len(PROMPT) + len(FREE) - 1
+def test_the_slots_hold_ar_history_only(strategy: Strategy, floor: bool) -> None:
+    running = stream(strategy, floor)
+    longest = 0
+    for _ in running:
+        running.request.slots.check()
+        longest = max(longest, running.request.slots.length)
+    # All but what the last cycle committed, whose slots are free by now.
+    assert longest >= len(PROMPT) + len(FREE) - 1 - 9
+    assert running.request.slots.pages == []
 
 
 @EVERY_WAY
@@ -148,16 +160,15 @@ def test_cancelling_between_cycles(strategy: Strategy, floor: bool) -> None:
 
 
 def test_cancelling_during_a_chunked_prefill_leaves_the_rest_of_the_prompt_unread() -> None:
-    running = stream(prompt=tiny_prompt(40), prefill_chunk=4)
     ran: list[int] = []
 
-    def note(p: Pass, *_: Any) -> None:
+    def note(p: Pass) -> None:
         ran.append(p.num_rows)
         if len(ran) == 3:
             running.cancel()
 
-    with watch_passes(DUAL, note):
-        result = running.drain()
+    running = stream(prompt=tiny_prompt(40), chunk=4, observers=[noting(note)])
+    result = running.drain()
     assert ran == [4, 4, 4]
     assert (result.token_ids, result.text, result.finish_reason) == ((), "", "cancelled")
     assert result.stats.num_passes == result.stats.num_prefill_passes == 3
@@ -181,16 +192,15 @@ def test_a_closed_stream_yields_nothing_more() -> None:
 @EVERY_WAY
 @pytest.mark.parametrize("room", range(1, 11))
 def test_no_position_reaches_the_end_of_the_context(room: int, strategy: Strategy, floor: bool) -> None:
-    """The block is shortened, and every token that fits is still made, in the slots that were made."""
+    """The block is shortened, and every token that fits is still made."""
     context_length, highest = len(PROMPT) + room, 0
 
-    def note(p: Pass, cache: SlotCache, _: torch.Tensor) -> None:
+    def note(p: Pass, pool: SlotPool, _: torch.Tensor) -> None:
         nonlocal highest
-        highest = max(highest, int(p.position_ids_BT.max()))
-        assert p.num_slots <= cache.num_slots
+        highest = max(highest, int(p.position_ids_R.max()))
+        assert int(p.slots_R.max()) < pool.num_slots
 
-    with watch_passes(DUAL, note):
-        result = stream(strategy, floor, context_length=context_length).drain()
+    result = stream(strategy, floor, context_length=context_length, observers=[note]).drain()
     assert result.token_ids == FREE[:room]
     assert result.finish_reason == "length"
     assert highest < context_length
@@ -220,13 +230,13 @@ def test_a_block_of_one_is_refused_with_the_way_out() -> None:
 def test_prefill_projects_only_its_last_row() -> None:
     rows: list[int] = []
     hook = DUAL.base.get_output_embeddings().register_forward_hook(
-        lambda _m, args, _out: rows.append(args[0].shape[1])
+        lambda _m, args, _out: rows.append(len(args[0]))
     )
     try:
-        stream(prompt=tiny_prompt(40), prefill_chunk=16, max_new_tokens=1).drain()
+        stream(prompt=tiny_prompt(40), chunk=16, max_new_tokens=1).drain()
     finally:
         hook.remove()
-    assert rows == [0, 0, 1]
+    assert rows == [1]
 
 
 @pytest.mark.parametrize(
@@ -241,16 +251,49 @@ def test_prefill_projects_only_its_last_row() -> None:
         ({"strategy": "fused_tree", "node_budget": 1, "block_budget": 1000}, 1 + 2 * 8),
     ],
 )
-def test_the_slots_of_a_request_are_text_and_the_largest_pass(options: Any, head_room: int) -> None:
-    highest = 0
+def test_a_request_takes_pages_for_its_text_and_the_largest_pass_as_it_needs_them(
+    options: Any, head_room: int
+) -> None:
+    most, highest = 0, 0
 
-    def note(p: Pass, *_: Any) -> None:
-        nonlocal highest
-        highest = max(highest, p.num_slots)
+    def note(p: Pass) -> None:
+        nonlocal most, highest
+        (span,) = p.spans
+        needed = span.length + span.part.num_rows
+        assert len(span.pages) == pages_for(needed)
+        most = max(most, len(running.request.slots.pages))
+        highest = max(highest, needed)
 
-    with watch_caches(DUAL) as caches, watch_passes(DUAL, note):
-        assert stream(**options).drain().token_ids == FREE
-    assert caches[0].num_slots == len(PROMPT) + 40 + head_room >= highest
+    running = stream(**options, observers=[noting(note)])
+    assert running.drain().token_ids == FREE
+    assert highest <= len(PROMPT) + 40 + head_room
+    assert most == pages_for(highest)
+
+
+@pytest.mark.parametrize("strategy", ["ar", "chain", "fused_tree"])
+def test_what_was_asked_for_takes_no_page_before_it_is_there(strategy: Strategy) -> None:
+    running = stream(strategy, max_new_tokens=8000, context_length=10_000)
+    next(running)
+    assert len(running.request.slots.pages) <= 2
+    assert running.request.stop.max_new_tokens == 8000
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize("strategy", ["chain", "fused_tree"])
+def test_a_prompt_in_chunks_reads_what_is_there(strategy: Strategy, length: int) -> None:
+    prompt, chunks = tiny_prompt(length), []
+    at_once = stream(strategy, prompt=prompt).drain()
+
+    def note(p: Pass) -> None:
+        (span,) = p.spans
+        chunks.append((p.num_rows, span.length))
+
+    chunked = stream(strategy, prompt=prompt, chunk=8, observers=[noting(note)]).drain()
+    assert chunked.token_ids == at_once.token_ids
+    assert chunked.stats.num_accepted == at_once.stats.num_accepted > 0
+    starts = range(0, length, 8)
+    assert chunks[: len(starts)] == [(min(8, length - start), start) for start in starts]
+    assert chunked.stats.num_prefill_passes == len(starts)
 
 
 @EVERY_WAY
@@ -258,7 +301,7 @@ def test_the_slots_of_a_request_are_text_and_the_largest_pass(options: Any, head
     "options",
     [
         {"block_size": 2},
-        {"block_size": 3, "prefill_chunk": 1},
+        {"block_size": 3, "chunk": 1},
         {"node_budget": 1, "block_budget": 1},
         {"node_budget": 3, "block_budget": 50},
         {"node_budget": 60, "block_budget": 2},
@@ -294,7 +337,7 @@ def test_accepting_everything_changes_the_text(strategy: Strategy, monkeypatch: 
     def last_path(tree: DraftTree, ar_ids: Any) -> list[int]:
         return tree.paths()[-1]
 
-    monkeypatch.setattr(passes, "accepted_rows", last_path)
+    monkeypatch.setattr(work, "accepted_rows", last_path)
     result = stream(strategy).drain()
     assert result.token_ids != FREE
     assert max(result.token_ids) < VOCAB
@@ -302,7 +345,7 @@ def test_accepting_everything_changes_the_text(strategy: Strategy, monkeypatch: 
 
 def test_the_readers_time_is_not_decoding_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("orthrus.engine.stream.perf_counter", lambda: now[0])
+    monkeypatch.setattr("orthrus.engine.engine.perf_counter", lambda: now[0])
     running = stream("chain")
     for _ in running:
         now[0] += 100.0

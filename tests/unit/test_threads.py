@@ -1,137 +1,190 @@
-"""How many threads our kernels use beside other programs, by the test's own clock; and equal bits by any."""
+"""Threads on one model: each gets the text that it would get alone, and stock models live beside them."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from time import sleep
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from tests.engines import check_pages, engine_for, run_all
+from tests.tiny import tiny_dual, tiny_prompt
+from tests.tiny_orthrus import tiny_orthrus
 
-from orthrus.kernels.build import load_kernels
-from orthrus.kernels.linear import fast_linear
+from orthrus.api import decode_config
+from orthrus.config import DecodeConfig
+from orthrus.engine.request import Request
+from orthrus.engine.stock import stock_generate
+from orthrus.engine.stream import TokenStream
+from orthrus.errors import UserInputError
+from orthrus.model.pool import SlotPool
+from orthrus.model.runner import EagerRunner
 
-MS = 1_000_000
-USUAL = 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def kernels() -> None:
-    load_kernels()
-
-
-@pytest.fixture
-def limit() -> Any:
-    return torch.classes.orthrus.ThreadLimit()
-
-
-def rises_after(limit: Any, now: int, usual: int = 2) -> int:
-    """Milliseconds until a thread comes back, and it comes back at that moment."""
-    threads = limit.threads(usual, now)
-    for ms in range(1, 10_000):
-        if limit.threads(usual, now + ms * MS) > threads:
-            return ms
-    raise AssertionError("no thread comes back")
+PROMPTS = [f"Prompt {i}, of length {'x' * i}" for i in range(8)]
+OPTIONS: list[dict[str, Any]] = [
+    {"strategy": strategy, "temperature": temperature, "seed": 5, "max_new_tokens": 24, "ignore_eos": True}
+    for strategy in ("ar", "chain", "tree", "fused_tree")
+    for temperature in (0.0, 1.0)
+]
 
 
-def test_all_threads_until_one_is_late(limit: Any) -> None:
-    assert limit.threads(USUAL, 0) == USUAL
-    limit.waited(USUAL, 0)
-    assert limit.threads(USUAL, 1) == USUAL - 1
+def at_once(*jobs: Callable[[], Any]) -> list[Any]:
+    """Run all in threads that begin together."""
+    barrier = Barrier(len(jobs))
+
+    def start(job: Callable[[], Any]) -> Any:
+        barrier.wait()
+        return job()
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return list(pool.map(start, jobs))
 
 
-def test_one_hiccup_costs_ten_milliseconds(limit: Any) -> None:
-    limit.waited(2, 0)
-    assert limit.threads(2, 9 * MS) == 1
-    assert limit.threads(2, 10 * MS) == 2
+def test_threads_get_the_texts_of_one_thread() -> None:
+    def results(orthrus: Any, numbers: Iterator[int] | range) -> list[Any]:
+        return [orthrus.generate(PROMPTS[i], raw=True, **OPTIONS[i]) for i in numbers]
+
+    expected = results(tiny_orthrus(disturb=0.1), range(8))
+    orthrus = tiny_orthrus(disturb=0.1)
+    for _ in range(3):
+        first, second = at_once(
+            lambda: results(orthrus, range(8)), lambda: results(orthrus, range(7, -1, -1))
+        )
+        for found in (first, second[::-1]):
+            assert [r.text for r in found] == [r.text for r in expected]
+            assert [r.token_ids for r in found] == [r.token_ids for r in expected]
+            assert [r.stats.num_accepted for r in found] == [r.stats.num_accepted for r in expected]
+            assert [r.finish_reason for r in found] == ["length"] * 8
+    assert sum(r.stats.num_accepted for r in expected) > 0
+    check_pages(orthrus.engine)
 
 
-def test_rare_hiccups_cost_no_more(limit: Any) -> None:
-    now = 0
-    for _ in range(20):
-        limit.waited(2, now)
-        assert rises_after(limit, now) == 10
-        now += 1000 * MS
+def test_stock_models_run_beside_requests() -> None:
+    orthrus = tiny_orthrus(disturb=0.1)
+    prompt, config = tiny_prompt(9), decode_config(strategy="fused_tree", max_new_tokens=40, ignore_eos=True)
+
+    def stock() -> tuple[int, ...]:
+        ends: frozenset[int] = frozenset()
+        return stock_generate(orthrus.stock(), prompt, max_new_tokens=40, eos_token_ids=ends).token_ids
+
+    expected = stock()
+
+    def ours() -> tuple[int, ...]:
+        return orthrus.stream_ids(prompt, config).drain().token_ids
+
+    def forward() -> bool:
+        """The live base, which others know as an ordinary model."""
+        ids_1T = torch.tensor([prompt])
+        with torch.inference_mode():
+            return torch.equal(orthrus.dual.base(ids_1T).logits, orthrus.stock()(ids_1T).logits)
+
+    for _ in range(3):
+        found = at_once(ours, stock, ours, forward)
+        assert found == [expected, expected, expected, True]
 
 
-def test_a_lasting_neighbour_is_asked_less_and_less_often(limit: Any) -> None:
-    now, pauses = 0, []
-    for _ in range(10):
-        limit.waited(2, now)
-        pauses.append(rises_after(limit, now))
-        # Late again, two milliseconds after it came back.
-        now += (pauses[-1] + 2) * MS
-    assert pauses == [10, 20, 40, 80, 160, 320, 640, 1000, 1000, 1000]
+@pytest.mark.parametrize("attempt", range(5))
+def test_the_first_requests_of_many_threads_share_one_pool(
+    attempt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has asked for the pool before: whoever comes first makes it."""
+    made: list[SlotPool] = []
+    new_pool = EagerRunner.new_pool
+
+    def slow_pool(self: EagerRunner, num_pages: int) -> SlotPool:
+        sleep(0.01)
+        made.append(new_pool(self, num_pages))
+        return made[-1]
+
+    monkeypatch.setattr(EagerRunner, "new_pool", slow_pool)
+    engine = engine_for(tiny_dual(), max_slots=20 * 64)
+    config = DecodeConfig(max_new_tokens=4, strategy="ar")
+
+    def submit() -> Request:
+        return engine.submit(tiny_prompt(9), config, eos_token_ids=frozenset())
+
+    requests = at_once(*[submit] * 8)
+    assert len(made) == 1
+    assert {id(request.slots.pool) for request in requests} == {id(made[0])}
+    run_all(engine, requests)
+    assert len({tuple(request.token_ids) for request in requests}) == 1
 
 
-def test_many_neighbours_are_found_in_few_steps_and_threads_come_back_in_few(limit: Any) -> None:
-    threads, steps = 64, 0
-    while threads > 1:
-        limit.waited(threads, steps * MS)
-        threads, steps = limit.threads(64, steps * MS), steps + 1
-    assert steps == 6
-    now, rises = steps * MS, 0
-    while threads < 64:
-        now, rises = now + 1000 * MS, rises + 1
-        threads = limit.threads(64, now)
-    assert rises == 6
+def test_a_stream_that_is_read_by_one_thread_moves_those_of_others_on() -> None:
+    """Records wait for whoever asks later, and none is lost or doubled."""
+    dual = tiny_dual(disturb=0.1)
+    config = DecodeConfig(max_new_tokens=30, strategy="fused_tree")
+    engine = engine_for(dual)
+    streams = [
+        TokenStream(engine, engine.submit(tiny_prompt(9, seed), config, eos_token_ids=frozenset()))
+        for seed in range(4)
+    ]
+    records = at_once(*[lambda stream=stream: list(stream) for stream in streams])
+    for stream, found in zip(streams, records, strict=True):
+        assert found == stream.request.cycles
+        assert [c.index for c in found] == list(range(len(found)))
+        assert sum(len(c.token_ids) for c in found) == 30
 
 
-def test_never_fewer_than_one_nor_more_than_usual(limit: Any) -> None:
-    for now in range(5):
-        limit.waited(1, now)
-    assert limit.threads(4, 10) == 1
-    assert limit.threads(1, 10) == 1
+def test_cancelling_and_closing_from_other_threads() -> None:
+    dual = tiny_dual(disturb=0.1)
+    engine = engine_for(dual, max_slots=40 * 64)
+    config = DecodeConfig(max_new_tokens=200, strategy="chain")
+
+    def one(seed: int) -> str:
+        request = engine.submit(tiny_prompt(9, seed), config, eos_token_ids=frozenset())
+        stream = TokenStream(engine, request)
+        for number, _ in enumerate(stream):
+            if number == seed % 5:
+                if seed % 2:
+                    stream.cancel()
+                else:
+                    stream.close()
+        return str(request.finish)
+
+    found = at_once(*[lambda seed=seed: one(seed) for seed in range(6)])
+    assert found == ["None", "cancelled"] * 3
+    check_pages(engine)
+    scheduler = engine.scheduler
+    assert (scheduler.running, [*scheduler.waiting]) == ([], [])
 
 
-def test_what_another_caller_has_said_counts_once(limit: Any) -> None:
-    limit.waited(8, 0)
-    limit.waited(8, 1)
-    assert limit.threads(8, 2) == 7
+def test_what_one_thread_asks_wrongly_is_no_matter_to_another() -> None:
+    orthrus = tiny_orthrus()
+
+    def wrong() -> str:
+        with pytest.raises(UserInputError) as caught:
+            orthrus.generate("", raw=True)
+        return str(caught.value)
+
+    def right() -> int:
+        return len(orthrus.generate("abc", raw=True, strategy="chain", max_new_tokens=9).token_ids)
+
+    text, length, again = at_once(wrong, right, right)
+    assert "empty" in text
+    assert length == again > 0
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+def test_an_error_of_a_pass_reaches_all_who_took_part_and_nobody_else() -> None:
+    dual = tiny_dual(disturb=0.1)
+    engine = engine_for(dual)
+    config = DecodeConfig(max_new_tokens=20, strategy="chain")
+    streams = [
+        TokenStream(engine, engine.submit(tiny_prompt(9, seed), config, eos_token_ids=frozenset()))
+        for seed in range(2)
+    ]
+    next(streams[0])
 
+    def fail(*_: object) -> None:
+        raise ValueError("by the way")
 
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_equal_by_any_number_of_threads(dtype: torch.dtype) -> None:
-    packed = fast_linear([nn.Linear(70, 200, dtype=dtype)])
-    assert packed is not None
-    x_TC = torch.randn(9, 70, dtype=dtype)
-    found = []
-    for num in (1, 2, 3, 5):
-        torch.set_num_threads(num)
-        found.append(packed(x_TC))
-        # What a kernel uses for itself is its own business.
-        assert torch.get_num_threads() == num
-    assert all(torch.equal(found[0], each) for each in found)
-
-
-SCRIPT = """
-import time, torch
-from torch import nn
-from orthrus.kernels.build import load_kernels
-from orthrus.kernels.linear import fast_linear
-load_kernels()
-torch.set_num_threads(8 * torch.get_num_threads())
-packed, x_TC = fast_linear([nn.Linear(1024, 4096)]), torch.randn(8, 1024)
-first, least = packed(x_TC), torch.get_num_threads()
-until = time.monotonic() + 20
-while least == torch.get_num_threads() and time.monotonic() < until:
-    assert torch.equal(packed(x_TC), first)
-    least = min(least, torch.ops.orthrus.num_threads())
-print(least < torch.get_num_threads())
-"""
-
-
-def test_more_threads_than_cores_are_found_to_be_too_many() -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip().endswith("True"), done.stderr
+    engine.observers.append(fail)
+    with pytest.raises(ValueError, match="by the way"):
+        streams[0].drain()
+    with pytest.raises(ValueError, match="by the way"):
+        streams[1].drain()
+    engine.observers.clear()
+    check_pages(engine)
+    later = TokenStream(engine, engine.submit(tiny_prompt(9), config, eos_token_ids=frozenset())).drain()
+    assert len(later.token_ids) == 20

@@ -96,9 +96,9 @@ def test_a_mask_token_that_the_base_lacks_is_refused(mask_token_id: int) -> None
 def test_callers_who_know_nothing_of_us_get_the_base() -> None:
     dual = tiny_dual("llama", disturb=0.5)
     ids_BT = torch.tensor([[5, 6, 7, 8]])
-    with stock(dual.base):
-        expected = dual.base(ids_BT).logits
+    expected = stock(dual.base)(ids_BT).logits
     assert torch.equal(dual.base(ids_BT).logits, expected)
+    assert twins(dual.base)
 
 
 def test_a_trained_mask_embedding_starts_at_the_mean_and_stands_for_mask_rows_only() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.engines import decode
 from tests.folders import save_base
 from tests.tiny import FAMILY_CONFIGS, VARIANTS, VOCAB, disturb_view, tiny_dual, tiny_model, variant_of
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from orthrus.base.families import attention_modules, find_family
 from orthrus.base.loading import load_base
 from orthrus.base.resolve import resolve
 from orthrus.config import DecodeConfig
-from orthrus.engine.stream import TokenStream
 from orthrus.errors import CheckpointError, UserInputError
 from orthrus.model.checkpoint import fresh_view, load_view, save_view, stored_tensors
 from orthrus.model.dual_view import DualView
@@ -63,8 +63,7 @@ def test_the_low_rank_part_is_multiplied_by_its_scale() -> None:
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3", "phi3", "olmo2"])
 def test_a_fresh_view_of_every_kind_equals_the_base(name: str, variant: str) -> None:
     dual = tiny_dual(name, **variant_of(name, variant))
-    with stock(dual.base):
-        expected_1TV = dual.base(IDS_1T).logits
+    expected_1TV = stock(dual.base)(IDS_1T).logits
     assert torch.equal(dual.base(IDS_1T).logits, expected_1TV)
     with dual.split.at(0):
         torch.testing.assert_close(dual.base(IDS_1T).logits, expected_1TV, atol=1e-5, rtol=1e-5)
@@ -173,9 +172,8 @@ def test_low_rank_twins_stand_on_a_quantised_base(tmp_path: Path) -> None:
     dual = made()
     disturb_view(dual, 0.2)
     assert all(p.dtype == torch.float32 for p in dual.view_parameters().values())
-    options: dict[str, Any] = {"eos_token_ids": frozenset(), "context_length": 256}
     ids = IDS_1T[0].tolist()
-    result = TokenStream(dual, ids, DecodeConfig(max_new_tokens=24), **options).drain()
+    result = decode(dual, ids, DecodeConfig(max_new_tokens=24, strategy="fused_tree"))
     model = dual.stock()
     assert not twins(model)
     expected_1T = model.generate(IDS_1T, max_new_tokens=24, do_sample=False, eos_token_id=None)

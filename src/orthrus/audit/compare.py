@@ -3,7 +3,7 @@
 The baseline is the stock model's own `generate`, or plain decoding by the same runner.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol
@@ -19,10 +19,13 @@ from orthrus.base.provenance import provenance
 from orthrus.config import BASELINES, FIXED_STRATEGIES, Baseline, DecodeConfig, SamplingParams, Strategy
 from orthrus.decoding.noise import exponential_noise
 from orthrus.decoding.sampling import filtered_probs
-from orthrus.engine.stock import stock_generate, watch_caches
-from orthrus.engine.stream import check_block_size, check_prompt
+from orthrus.engine.beside import EngineBeside
+from orthrus.engine.limits import check_block_size, check_prompt
+from orthrus.engine.request import Request
+from orthrus.engine.stock import stock_generate
+from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
-from orthrus.model.dual_view import DualView
+from orthrus.model.pool import SlotPool, Slots
 from orthrus.types import GenerationResult
 
 OnProgress = Callable[[str, int, int], None]
@@ -42,6 +45,7 @@ class AuditOptions:
 
     against: "stock", "plain", or None for `default_baseline`. With a temperature above 0 the baseline draws
     too, with the very noise that ours draws with: then even sampled texts must be equal, token for token.
+    concurrency: requests that share the passes of our side; a baseline always answers one at a time.
     Raises UserInputError for a value out of range.
     """
 
@@ -55,12 +59,15 @@ class AuditOptions:
     floor: bool = True
     temperature: float = 0.0
     seed: int = 0
+    concurrency: int = 1
 
     def __post_init__(self) -> None:
         if not self.prompts or not self.strategies:
             raise UserInputError("there is nothing to audit; give at least one prompt and one strategy.")
         if self.against is not None and self.against not in BASELINES:
             raise UserInputError(f"against must be one of {', '.join(BASELINES)}, not {self.against!r}.")
+        if type(self.concurrency) is not int or self.concurrency < 1:
+            raise UserInputError(f"concurrency must be a whole number from 1, not {self.concurrency!r}.")
         for strategy in self.strategies:
             self.decode_config(strategy)
 
@@ -76,45 +83,58 @@ class AuditOptions:
         )
 
 
-def default_baseline(dual: DualView) -> Baseline:
+def default_baseline(orthrus: Orthrus) -> Baseline:
     """Plain decoding where another runner than the stock code rounds in less than float32: near-ties against
     the stock model are then a matter of course, and lossless means equal to plain decoding by that runner."""
+    dual = orthrus.dual
     in_float32 = dual.dtype == torch.float32 and dual.precision is None
-    return "stock" if dual.runner == "eager" or in_float32 else "plain"
+    return "stock" if orthrus.engine.runner.name == "eager" or in_float32 else "plain"
 
 
 def run_audit(orthrus: Orthrus, options: AuditOptions, on_progress: OnProgress | None = None) -> AuditReport:
     """Compare, and explain every first difference of two outputs; see `orthrus.audit.explain`.
 
-    After each run the slot cache is checked too: every committed slot must be the AR view's own. Raises
-    UserInputError for a prompt or block size that does not fit the model.
+    Each strategy answers all prompts through an engine of its own, `options.concurrency` at a time; a
+    difference is explained by a replay of that request alone. Whenever a request gives its slots back they
+    are checked too: every committed slot must be the AR view's own. No other thread may decode meanwhile.
+    Raises UserInputError for a prompt or block size that does not fit the model.
     """
     base = orthrus.base
     prompts = [base.encode_prompt(prompt.prompt) for prompt in options.prompts]
     for prompt_ids in prompts:
         check_prompt(prompt_ids, base.context_length)
     check_block_size(orthrus.dual, options.block_size)
-    against = options.against or default_baseline(orthrus.dual)
+    against = options.against or default_baseline(orthrus)
     strategies = tuple(dict.fromkeys(options.strategies))
-    results: dict[Strategy, list[GenerationResult]] = {strategy: [] for strategy in strategies}
-    mismatches: list[Mismatch] = []
-    damages: list[str] = []
     total = len(prompts) * (1 + len(strategies))
     report = on_progress or (lambda *_: None)
-    for index, prompt_ids in enumerate(prompts):
-        done = index * (1 + len(strategies))
-        report(f"prompt {index + 1}: {against}", done, total)
-        baseline_ids, damage = _baseline(orthrus, against, prompt_ids, options.decode_config("ar"))
-        damages += [f"prompt {index + 1}, baseline: {what}" for what in damage]
-        for number, strategy in enumerate(strategies, start=1):
-            report(f"prompt {index + 1}: {strategy}", done + number, total)
-            config = options.decode_config(strategy)
-            result, damage = _decode(orthrus, prompt_ids, config)
-            results[strategy].append(result)
-            damages += [f"prompt {index + 1}, {strategy}: {what}" for what in damage]
-            if result.token_ids != baseline_ids:
+    damages: list[str] = []
+
+    def answers(config: DecodeConfig, name: str, done: int, concurrency: int) -> list[GenerationResult]:
+        run = _Run(orthrus, prompts, config, concurrency)
+        for num_answers in run:
+            report(name, done + num_answers, total)
+        damages.extend(f"prompt {index + 1}, {name}: {what}" for index, what in run.damages)
+        return run.results
+
+    if against == "plain":
+        plain = answers(options.decode_config("ar"), "baseline", 0, 1)
+        baselines = [result.token_ids for result in plain]
+    else:
+        baselines = []
+        for done, prompt_ids in enumerate(prompts):
+            report("baseline", done, total)
+            baselines.append(_stock_ids(orthrus, prompt_ids, options.decode_config("ar")))
+    results: dict[Strategy, list[GenerationResult]] = {}
+    mismatches: list[Mismatch] = []
+    for number, strategy in enumerate(strategies, start=1):
+        config = options.decode_config(strategy)
+        mine = answers(config, strategy, number * len(prompts), options.concurrency)
+        results[strategy] = mine
+        for index, (prompt_ids, ids, result) in enumerate(zip(prompts, baselines, mine, strict=True)):
+            if result.token_ids != ids:
                 mismatches.append(
-                    _mismatch(orthrus, against, prompt_ids, config, index, baseline_ids, result.token_ids)
+                    _mismatch(orthrus, against, prompt_ids, config, index, ids, result.token_ids)
                 )
     report("done", total, total)
     about = orthrus.describe()
@@ -133,6 +153,7 @@ def run_audit(orthrus: Orthrus, options: AuditOptions, on_progress: OnProgress |
             "block_budget": options.block_budget,
             "floor": options.floor,
             "temperature": options.temperature,
+            "concurrency": options.concurrency,
         },
         provenance=provenance(
             device=about["device"], dtype=about["dtype"], seed=options.seed if options.temperature else None
@@ -154,38 +175,67 @@ class NoisyChoice(LogitsProcessor):
         return filtered_probs(logits_BV, self._params) / noise_1V
 
 
-def _baseline(
-    orthrus: Orthrus, against: Baseline, prompt_ids: list[int], config: DecodeConfig
-) -> tuple[tuple[int, ...], list[str]]:
-    """The baseline's new tokens, and what is wrong with the slot cache that it leaves behind, if any."""
-    if against == "plain":
-        result, damages = _decode(orthrus, prompt_ids, config)
-        return result.token_ids, damages
+def _stock_ids(orthrus: Orthrus, prompt_ids: list[int], config: DecodeConfig) -> tuple[int, ...]:
+    """The stock model's new tokens."""
     base, sampling = orthrus.base, config.sampling
-    model = orthrus.stock()
     run = stock_generate(
-        model,
+        orthrus.stock(),
         prompt_ids,
         max_new_tokens=min(config.max_new_tokens, base.context_length - len(prompt_ids)),
         eos_token_ids=base.eos_token_ids,
         processor=None if sampling.greedy else NoisyChoice(sampling.temperature, sampling.seed or 0),
     )
-    return run.token_ids, []
+    return run.token_ids
 
 
-def _decode(
-    orthrus: Orthrus, prompt_ids: list[int], config: DecodeConfig
-) -> tuple[GenerationResult, list[str]]:
-    """The result, and what is wrong with the cache that it leaves behind."""
-    damages = []
-    with watch_caches(orthrus.dual) as caches:
-        result = orthrus.stream_ids(prompt_ids, config).drain()
-    for cache in caches:
+class _Run:
+    """All prompts answered by one engine. Iterate to run: yields how many answers there are when that changes.
+
+    damages: (prompt, what is wrong with the slots that its request left behind).
+    """
+
+    def __init__(
+        self, orthrus: Orthrus, prompts: list[list[int]], config: DecodeConfig, concurrency: int
+    ) -> None:
+        self.damages: list[tuple[int, str]] = []
+        self._engine = engine = EngineBeside(orthrus.engine, max_running=concurrency)
+        ends = orthrus.base.eos_token_ids
+        self._requests = [engine.submit(ids, config, eos_token_ids=ends) for ids in prompts]
+        for index, request in enumerate(self._requests):
+            self._check_slots(index, request)
+
+    def __iter__(self) -> Iterator[int]:
+        known = -1
+        while (num_answers := sum(request.closed for request in self._requests)) < len(self._requests):
+            if num_answers > known:
+                known = num_answers
+                yield known
+            self._engine.step()
+
+    @property
+    def results(self) -> list[GenerationResult]:
+        return [TokenStream(self._engine, request).drain() for request in self._requests]
+
+    def _check_slots(self, index: int, request: Request) -> None:
+        """Nothing has run yet, so the request can be given slots that are checked."""
+        request.slots = _CheckedSlots(
+            self._engine.scheduler.pool, lambda what: self.damages.append((index, what))
+        )
+
+
+class _CheckedSlots(Slots):
+    """Slots that are checked while they still are the request's: when it gives them back."""
+
+    def __init__(self, pool: SlotPool, on_damage: Callable[[str], None]) -> None:
+        super().__init__(pool)
+        self._on_damage = on_damage
+
+    def free(self) -> None:
         try:
-            cache.check()
-        except AssertionError as e:
-            damages.append(str(e))
-    return result, damages
+            self.check()
+        except AssertionError as error:
+            self._on_damage(str(error))
+        super().free()
 
 
 def _mismatch(

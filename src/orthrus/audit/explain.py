@@ -112,5 +112,6 @@ def _largest_change(scores_V: Tensor, reference_V: Tensor, candidates_N: Tensor)
 
 
 def _unrepeatable(found: Judgement) -> Judgement:
-    """On devices whose sums come out differently every time, a replay may take the other side of a tie."""
-    return replace(found, reason=f"{found.reason}; decoding again gave another token")
+    """Beside others, or on devices whose sums come out differently every time, a request may take the other
+    side of a tie than alone."""
+    return replace(found, reason=f"{found.reason}; decoding again, alone, gave another token")

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from orthrus.api import Orthrus
 from orthrus.config import DecodeConfig
-from orthrus.engine.stock import watch_passes
-from orthrus.model.passes import Pass
-from orthrus.model.slot_cache import SlotCache
+from orthrus.engine.beside import EngineBeside
+from orthrus.model.passes import Part, Pass
+from orthrus.model.pool import SlotPool
+from orthrus.model.runner import Runner
 
 
 class Chunk(NamedTuple):
@@ -36,38 +37,55 @@ class OurReplay:
 def replay_ours(
     orthrus: Orthrus, prompt_ids: list[int], config: DecodeConfig, our_ids: Sequence[int], position: int
 ) -> OurReplay:
-    """Decode `our_ids` again up to token number `position` (from 0), and keep what that was decided by."""
-    replay = OurReplay()
-    text = [*prompt_ids, *our_ids[:position]]
-
-    def on_pass(p: Pass, cache: SlotCache, hidden_BTC: Tensor) -> None:
-        if p.num_ar_rows == 0:
-            return
-        start = cache.lengths[0]
-        rows = p.logit_rows_R.tolist()
-        replay.chunks.append(Chunk(start, p.num_rows, rows))
-        row = _row_that_read(text[start:], p, start)
-        if row is not None and row in rows:
-            # Projected with the rows that the engine projects it with: alone it might round otherwise.
-            logits_RV = orthrus.dual.head(hidden_BTC[0, p.logit_rows_R])
-            replay.logits_V = logits_RV[rows.index(row)].float().clone()
-
-    token_ids: list[int] = []
-    with watch_passes(orthrus.dual, on_pass):
-        for cycle in orthrus.stream_ids(prompt_ids, config):
-            token_ids += cycle.token_ids
-            if len(token_ids) > position:
-                break
-    replay.token = token_ids[position] if len(token_ids) > position else None
+    """Decode `our_ids` again, alone, up to token number `position` (from 0), and keep what that was decided by."""
+    watched = _Watched(orthrus.engine.runner, [*prompt_ids, *our_ids[:position]])
+    engine = EngineBeside(orthrus.engine, watched, reuse=False)
+    request = engine.submit(prompt_ids, config, eos_token_ids=orthrus.base.eos_token_ids)
+    while len(request.token_ids) <= position and not request.closed:
+        engine.step()
+    engine.drop(request)
+    replay = watched.replay
+    replay.token = request.token_ids[position] if len(request.token_ids) > position else None
     return replay
 
 
-def _row_that_read(tail: list[int], p: Pass, start: int) -> int | None:
-    """The AR row whose path in this pass is `tail`, the end of the text: siblings of a tree read another."""
-    ids, slots = p.token_ids_BT[0].tolist(), p.slots_BT[0].tolist()
-    id_at = dict(zip(slots, ids, strict=True))
-    for row in range(p.num_ar_rows):
-        read = p.visible_BTS[0, row, start:].nonzero()[:, 0].tolist()
-        if [id_at[start + slot] for slot in read] == tail:
+class _Watched:
+    """A runner that keeps what its passes, of one request, compute for the token after `text`."""
+
+    def __init__(self, runner: Runner, text: list[int]) -> None:
+        self.name, self.dual, self.repair_tables = runner.name, runner.dual, runner.repair_tables
+        self.replay = OurReplay()
+        self._runner, self._text = runner, text
+        self._part: Part | None = None
+
+    def new_pool(self, num_pages: int) -> SlotPool:
+        return self._runner.new_pool(num_pages)
+
+    def hidden(self, p: Pass, pool: SlotPool) -> Tensor:
+        (span,) = p.spans
+        self._part = span.part if span.part.num_ar else None
+        if self._part is not None:
+            self.replay.chunks.append(Chunk(span.length, p.num_rows, []))
+        return self._runner.hidden(p, pool)
+
+    def head(self, hidden_RC: Tensor, *, drafts: bool = False) -> Tensor:
+        logits_RV = self._runner.head(hidden_RC, drafts=drafts)
+        if not drafts and (part := self._part) is not None:
+            self._part = None
+            # Judged rows come first; rows of blocks may be projected with them.
+            start, num_rows, rows = self.replay.chunks[-1]
+            beside = len(hidden_RC) - len(part.judged)
+            rows += [*part.judged, *range(num_rows - beside, num_rows)]
+            row = _row_that_read(self._text[start:], part)
+            if row is not None and row in part.judged:
+                self.replay.logits_V = logits_RV[part.judged.index(row)].float().clone()
+        return logits_RV
+
+
+def _row_that_read(tail: list[int], part: Part) -> int | None:
+    """The AR row whose path in this part is `tail`, the end of the text: siblings of a tree read another."""
+    for row in range(part.num_ar):
+        read = range(row + 1) if part.tail_II is None else part.tail_II[row].nonzero()[0].tolist()
+        if [part.token_ids[i] for i in read] == tail:
             return row
     return None

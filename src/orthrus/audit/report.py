@@ -15,7 +15,7 @@ from orthrus.base.markdown import markdown_table
 
 LEGEND = {
     "baseline": "stock: the stock model's own generate, which draws a sampled text with the same noise; "
-    "plain: strategy ar by the same runner",
+    "plain: strategy ar by the same runner; one prompt at a time, whatever the concurrency of ours",
     "identical": "prompts whose tokens all equal the baseline's",
     "score": "a logit; for a sampled text logit / temperature - log(noise of the draw): the best is chosen",
     "near_ties": f"prompts whose first difference has a gap of at most {MARGIN:g} x noise, because each of "
@@ -97,8 +97,13 @@ class AuditReport:
         return (
             f"{'PASSED' if self.passed else 'FAILED'}: {same} of {runs} outputs identical to {whose}, "
             f"{ties} near-ties, {broken} broken rules, {len(self.damages)} damaged caches "
-            f"({m['model']}, {m['dtype']} on {m['device']}, {m['view']} view).{self._quantised}"
+            f"({m['model']}, {m['dtype']} on {m['device']}, {m['view']} view{self._company}).{self._quantised}"
         )
+
+    @property
+    def _company(self) -> str:
+        number = self.options["concurrency"]
+        return f", {number} at a time" if number > 1 else ""
 
     @property
     def _quantised(self) -> str:
@@ -113,7 +118,7 @@ class AuditReport:
         """JSON-ready and complete: verdict, counts, differences, formulas, model, options and provenance."""
         return {
             "kind": "orthrus-audit",
-            "format_version": 2,
+            "format_version": 3,
             "passed": self.passed,
             "summary": self.summary,
             "model": self.model,

@@ -8,9 +8,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from orthrus.api import Orthrus
 from orthrus.audit.replay import Chunk
+from orthrus.base.families import sliding_window
 from orthrus.config import Baseline, DecodeConfig
-from orthrus.model.dual_view import DualView
-from orthrus.model.passes import verify_chain
+from orthrus.model.dual_view import DualView, additive_mask, in_window
+from orthrus.model.passes import causal, join
+from orthrus.model.pool import Slots, pages_for
+from orthrus.model.runner import Runner
 
 ONE_ROW, AS_DECODED, AT_ONCE = "one row", "as decoded", "all at once"
 
@@ -34,10 +37,11 @@ def baseline_logits(
     causal behind it. The other shapes show what rounding does when these two agree.
     """
     ids, num_prompt = prompt_ids + new_ids, len(prompt_ids)
-    block_size = config.block_size or orthrus.dual.config.block_size
+    engine, dual = orthrus.engine, orthrus.dual
+    block_size = config.block_size or dual.config.block_size
     prompt = [
         Chunk(start, size, [size - 1])
-        for start, size in _cuts(0, num_prompt, config.prefill_chunk if against == "plain" else num_prompt)
+        for start, size in _cuts(0, num_prompt, engine.config.chunk if against == "plain" else num_prompt)
     ]
     shapes = {
         ONE_ROW: prompt + _blocks(num_prompt, len(ids), 1),
@@ -47,12 +51,12 @@ def baseline_logits(
         AT_ONCE: [Chunk(0, len(ids), [len(ids) - 1])],
     }
     if against == "plain":
-        return {name: _last_logits(_plain(orthrus.dual, shape), ids, shape) for name, shape in shapes.items()}
+        return {
+            name: _last_logits(_plain(engine.runner, shape), ids, shape) for name, shape in shapes.items()
+        }
     model = orthrus.stock()
     return {
-        name: _last_logits(
-            _stock(model, _CausalMasks(orthrus.dual, shape) if name == AS_DECODED else None), ids, shape
-        )
+        name: _last_logits(_stock(model, dual if name == AS_DECODED else None), ids, shape)
         for name, shape in shapes.items()
     }
 
@@ -70,25 +74,29 @@ def _last_logits(feed: Feed, ids: list[int], chunks: list[Chunk]) -> Tensor:
     return found.float().clone()
 
 
-def _plain(dual: DualView, chunks: list[Chunk]) -> Feed:
-    """AR rows through the runner that decodes, on a slot cache of their own, its lengths set from outside:
+def _plain(runner: Runner, chunks: list[Chunk]) -> Feed:
+    """AR rows through the runner that decodes, in slots of their own, whose length is set from outside:
     no engine, so a fault in how it drafts, commits or moves history shows in none of the shapes."""
-    cache = dual.new_cache(_num_slots(chunks))
+    num_pages = pages_for(max(chunk.start + chunk.num_rows for chunk in chunks))
+    pool = runner.new_pool(num_pages)
+    slots = Slots(pool)
+    slots.reserve(pool.num_slots)
 
     def feed(ids_1T: Tensor, chunk: Chunk, row: int | None) -> Tensor | None:
-        cache.lengths = [chunk.start]
-        hidden_TC = dual.hidden(verify_chain(ids_1T.to(dual.device), [chunk.start]), cache)[0]
+        slots.length = chunk.start
+        p = join([(causal(ids_1T[0].tolist()), slots)], runner.dual.device)
+        hidden_RC = runner.hidden(p, pool)
         if row is None:
             return None
         # Projected beside the rows that the engine projects in such a pass: alone it might round otherwise.
         rows = chunk.logit_rows if row in chunk.logit_rows else [row]
-        return dual.head(hidden_TC[rows])[rows.index(row)]
+        return runner.head(hidden_RC[rows])[rows.index(row)]
 
     return feed
 
 
-def _stock(model: PreTrainedModel, masks: "_CausalMasks | None") -> Feed:
-    """The stock forward with its own cache."""
+def _stock(model: PreTrainedModel, masked: DualView | None) -> Feed:
+    """The stock forward with its own cache. masked: hand it ready masks, in the form of this model's family."""
     # Without a config all layers keep the whole history, so that rejected rows can be cropped off again.
     cache = DynamicCache()
 
@@ -98,7 +106,7 @@ def _stock(model: PreTrainedModel, masks: "_CausalMasks | None") -> Feed:
         ids_1T = ids_1T.to(model.device)
         logits_BRV: Tensor = model(
             input_ids=ids_1T,
-            attention_mask=None if masks is None else masks(ids_1T, chunk.start),
+            attention_mask=None if masked is None else _causal_mask(masked, chunk),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=torch.tensor([row or 0], device=model.device),
@@ -108,22 +116,16 @@ def _stock(model: PreTrainedModel, masks: "_CausalMasks | None") -> Feed:
     return feed
 
 
-class _CausalMasks:
-    """The mask of causal rows in the form that our passes hand it over, windows included: with a mask
-    attention picks another kernel than without."""
-
-    def __init__(self, dual: DualView, chunks: list[Chunk]) -> None:
-        num_slots = _num_slots(chunks)
-        self._dual = dual
-        self._cache = dual.new_cache(num_slots)
-        self._cache.positions_BS[:] = torch.arange(num_slots, device=dual.device)
-
-    def __call__(self, ids_1T: Tensor, start: int) -> Tensor | dict[str, Tensor]:
-        return self._dual.masks(verify_chain(ids_1T, [start]), self._cache)
-
-
-def _num_slots(chunks: list[Chunk]) -> int:
-    return max(chunk.start + chunk.num_rows for chunk in chunks)
+def _causal_mask(dual: DualView, chunk: Chunk) -> Tensor | dict[str, Tensor]:
+    """The mask of causal rows, windows included: with a mask attention picks another kernel than without."""
+    end = chunk.start + chunk.num_rows
+    key_1S = torch.arange(end, device=dual.device)[None]
+    query_1T = key_1S[:, chunk.start :]
+    visible_1TS = key_1S[:, None] <= query_1T[:, :, None]
+    window = sliding_window(dual.base.config)
+    windowed_1TS = visible_1TS if window is None else in_window(visible_1TS, query_1T, key_1S, window)
+    full, windowed = (additive_mask(visible[:, None], dual.dtype) for visible in (visible_1TS, windowed_1TS))
+    return dual.mask_argument(full, windowed)
 
 
 def _blocks(start: int, end: int, size: int) -> list[Chunk]:

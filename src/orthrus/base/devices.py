@@ -1,9 +1,9 @@
 """Check and fill in where the model runs, in which precision, and with which attention code."""
 
 import difflib
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from orthrus.errors import UserInputError
+from orthrus.errors import UnsupportedModelError, UserInputError
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +13,8 @@ Precision = Literal["int8", "int4"]
 QUANTISED: tuple[Precision, ...] = get_args(Precision)
 """Asked for as a dtype: the linears are quantised once the model is loaded in float32."""
 ATTENTION = ("eager", "sdpa", "flex_attention")
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+_LOCAL_IMPLEMENTATIONS = (*ATTENTION, "flash_attention_2", "flash_attention_3", "batched_mm", "grouped_mm")
 
 
 def pick_device(device: str | None) -> str:
@@ -91,6 +93,21 @@ def check_attention(implementation: str | None, device: str) -> None:
     raise UserInputError(
         f"'{implementation}' is no attention implementation for Orthrus: use one of {choices}."
     )
+
+
+def refuse_foreign_code(declared: dict[str, Any], name: str) -> None:
+    """UnsupportedModelError for a config that asks for code from a hub, also in a config inside it."""
+    for key, value in declared.items():
+        if isinstance(value, dict):
+            refuse_foreign_code(value, name)
+        elif key.strip("_").removesuffix("_internal") in _IMPLEMENTATIONS and value not in (
+            None,
+            *_LOCAL_IMPLEMENTATIONS,
+        ):
+            raise UnsupportedModelError(
+                f"config.json of {name} asks for {key} = {value!r}, which may be code from a hub: remove "
+                f"that line, or set it to one of {', '.join(_LOCAL_IMPLEMENTATIONS)}."
+            )
 
 
 def synchronize(device: "torch.device") -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthrus.base import default_model, gguf, hub
-from orthrus.base.devices import check_attention, pick_device, pick_dtype
+from orthrus.base.devices import check_attention, pick_device, pick_dtype, refuse_foreign_code
 from orthrus.base.families import Family, check_layers, context_length, find_family, supported_families
 from orthrus.base.prompt import Message, encode_prompt
 from orthrus.base.quantised import cannot_run, check_installed, check_runs, quantisation
 from orthrus.base.quiet import quiet_libraries
 from orthrus.base.resolve import Source, resolve
 from orthrus.base.storage import Progress
+from orthrus.base.weights import Extra, check_all_used, check_finite, check_sizes, shapes_in
 from orthrus.errors import (
     CorruptFileError,
     ModelNotFoundError,
@@ -69,6 +70,7 @@ def load_base(
     device: str | None = None,
     attn_implementation: str | None = None,
     config: "PreTrainedConfig | None" = None,
+    extra: Extra | None = None,
     on_progress: Progress | None = None,
 ) -> Base:
     """Find, fetch where needed, check and load a base model.
@@ -83,6 +85,7 @@ def load_base(
         device: such as "cpu", "cuda", "cuda:1", "mps"; None picks the first accelerator, else the CPU.
         attn_implementation: "eager", "sdpa" or "flex_attention"; None leaves the stock model's choice.
         config: the base's config where the folder's own config.json holds something else around it.
+        extra: says which tensors in the folder's files are not the base's.
         on_progress: called with (stage, done, total), in bytes, while something is fetched or unpacked.
 
     Raises:
@@ -91,7 +94,8 @@ def load_base(
         UnsupportedModelError: a family or layer that cannot carry a second view, or a quantisation that does
             not run here.
         MissingExtraError: a quantisation whose package is not installed.
-        CorruptFileError: missing, truncated or altered files.
+        CorruptFileError: missing, truncated or altered files, weights that are no finite numbers, a config
+            that does not fit the weights (found before memory of its sizes is asked for).
         StorageError: the disk is full or not writable.
     """
     picked_device = pick_device(device)
@@ -107,7 +111,12 @@ def load_base(
         check_installed(method, name)
     if on_progress is not None:
         on_progress(f"loading {name}", 0, None)
-    loaded = _read_weights(folder, name, config, picked_dtype, picked_device, attn_implementation)
+    shapes = shapes_in(folder, extra)
+    check_sizes(config, shapes, name, packed=method is not None)
+    loaded, unexpected = _read_weights(folder, name, config, picked_dtype, picked_device, attn_implementation)
+    if method is None:
+        check_all_used(unexpected, name, extra)
+    check_finite(loaded, shapes, name)
     check_attention(getattr(loaded.config, "_attn_implementation", None), picked_device)
     check_layers(loaded, family)
     tokenizer = _read_tokenizer(folder, name)
@@ -165,8 +174,11 @@ def _read_config(folder: Path, name: str) -> "PreTrainedConfig":
     try:
         declared = json.loads(path.read_text(encoding="utf-8"))
         model_type = declared["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(model_type, str):
+            raise TypeError("model_type is no text")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptFileError(f"{path} is no readable model config: fetch the model again.") from error
+    refuse_foreign_code(declared, name)
     try:
         with quiet_libraries():
             config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -197,7 +209,8 @@ def _read_weights(
     dtype: "torch.dtype | None",
     device: str,
     attn_implementation: str | None,
-) -> "PreTrainedModel":
+) -> "tuple[PreTrainedModel, list[str]]":
+    """The model, and the names of tensors in its files that it has no place for."""
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"config": config, "dtype": "auto" if dtype is None else dtype}
@@ -227,22 +240,12 @@ def _read_weights(
         raise CorruptFileError(
             f"The weights of {name} lack {len(missing)} tensors, {missing[0]} first: fetch the model again."
         )
-    return loaded
+    return loaded, sorted(pair[1]["unexpected_keys"])
 
 
 def _weights_failed(folder: Path, name: str, method: str | None, error: Exception) -> OrthrusError:
     from safetensors import SafetensorError
 
-    index = folder / "model.safetensors.index.json"
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
-    except (OSError, ValueError, KeyError, AttributeError):
-        return CorruptFileError(f"{index} is unreadable: fetch the model again.")
-    absent = [shard for shard in shards if not (folder / shard).is_file()]
-    if absent:
-        return CorruptFileError(
-            f"{name} lacks {len(absent)} of {len(shards)} weight files, {absent[0]} first: fetch them again."
-        )
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         return CorruptFileError(f"{folder} holds a config but no weights: fetch model.safetensors too.")
     if method is not None and not isinstance(error, SafetensorError):

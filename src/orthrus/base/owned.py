@@ -119,16 +119,28 @@ def locked_folder(folder: Path, doing: str) -> Iterator[None]:
 
     Raises UserInputError naming the process that holds it, StorageError when its lock cannot be written.
     """
+    with _locked(folder / LOCK, f"{doing} in {folder}", "output folder"):
+        yield
+
+
+@contextmanager
+def locked_file(target: Path, doing: str) -> Iterator[None]:
+    """As `locked_folder`, of a file in a folder that exists; a hidden file beside it is the lock."""
+    with _locked(target.with_name(f".{target.name}{LOCK}"), f"{doing} {target}", "output file"):
+        yield
+
+
+@contextmanager
+def _locked(file: Path, doing: str, what: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
-    file = folder / LOCK
     lock = FileLock(file)
     try:
         with storage_errors(file):
             lock.acquire(timeout=0)
     except Timeout as error:
         raise UserInputError(
-            f"{_holder(file)} {doing} in {folder}; wait for it, stop it, or give another output folder."
+            f"{_holder(file)} {doing}; wait for it, stop it, or give another {what}."
         ) from error
     except (NotImplementedError, OSError) as error:
         raise StorageError(

@@ -3,12 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from orthrus.base.quiet import quiet_libraries
 from orthrus.errors import UserInputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
+
+# As in transformers: a template that trims what it is given loses the blank, and we know that it does.
+_CONTINUES = "CONTINUES_HERE "
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def encode_prompt(
@@ -22,22 +27,24 @@ def encode_prompt(
     Args:
         tokenizer: the base model's own.
         prompt: text, or messages with the keys `role` and `content`. Text becomes one user turn when the
-            tokenizer has a chat template.
+            tokenizer has a chat template. A content may be a list of text parts, and None beside the
+            `tool_calls` of an assistant. A last message of the assistant is continued.
         raw: take text as it stands, with only what the tokenizer itself adds (a BOS token, say).
 
     Raises:
-        UserInputError: nothing to continue, malformed messages, or messages without a template for them.
+        UserInputError: nothing to continue, malformed messages, messages without a template for them, or a
+            template that fails.
     """
     if isinstance(prompt, str):
+        check_text(prompt, "The prompt")
         if not prompt.strip():
             raise UserInputError("The prompt is empty: give some text to answer or continue.")
         if raw or tokenizer.chat_template is None:
-            ids: list[int] = tokenizer(prompt)["input_ids"]
-            return list(ids)
+            return _without_second_start(tokenizer, prompt, _token_ids(tokenizer, prompt))
         return _apply_template(tokenizer, [{"role": "user", "content": prompt}])
     if raw:
         raise UserInputError("raw=True takes plain text, not messages: give one string.")
-    messages = _checked(prompt)
+    messages = checked_messages(prompt)
     if tokenizer.chat_template is None:
         raise UserInputError(
             "This model has no chat template, so it cannot take messages: give one string, or choose an "
@@ -46,31 +53,122 @@ def encode_prompt(
     return _apply_template(tokenizer, messages)
 
 
-def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    if not isinstance(messages, Sequence) or len(messages) == 0:
+def check_text(text: str, what: str) -> None:
+    """UserInputError for text that cannot be written as UTF-8: halves of characters, bytes of another code."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserInputError(
+            f"{what} is not valid text (character {error.start} is half a character or a byte that is not "
+            "UTF-8): give it as UTF-8."
+        ) from error
+
+
+def checked_messages(messages: Any) -> list[dict[str, Any]]:
+    """Copies of chat messages with texts as contents; UserInputError names the first that is malformed."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise UserInputError(f"A prompt is text or a list of messages, not {_kind(messages)}.")
+    if not messages:
         raise UserInputError("The list of messages is empty: give at least one with a role and a content.")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise UserInputError(f"Message {index} is no dictionary: give {{'role': ..., 'content': ...}}.")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise UserInputError(f"Message {index} has no '{key}' text: give both 'role' and 'content'.")
-        if not message["role"].strip():
-            raise UserInputError(f"Message {index} has an empty role: use 'system', 'user' or 'assistant'.")
-    if not messages[-1]["content"].strip():
+    checked = [_checked(message, index) for index, message in enumerate(messages)]
+    last = checked[-1]
+    if not last["content"].strip() and not last.get("tool_calls"):
         raise UserInputError("The last message is empty: give some text to answer.")
-    return [dict(message) for message in messages]
+    return checked
+
+
+def _checked(message: Any, index: int) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise UserInputError(f"Message {index} is no dictionary: give {{'role': ..., 'content': ...}}.")
+    missing = [key for key in ("role", "content") if key not in message]
+    if missing and not (missing == ["content"] and "tool_calls" in message):
+        raise UserInputError(f"Message {index} has no '{missing[0]}' text: give both 'role' and 'content'.")
+    role, content = message["role"], message.get("content")
+    if not isinstance(role, str):
+        raise UserInputError(f"The role of message {index} must be text, not {_kind(role)}.")
+    if not role.strip():
+        raise UserInputError(f"Message {index} has an empty role: use 'system', 'user' or 'assistant'.")
+    if content is None and role == "assistant" and "tool_calls" in message:
+        content = ""
+    elif isinstance(content, list | tuple):
+        content = "".join(_part(part, index) for part in content)
+    if not isinstance(content, str):
+        raise UserInputError(
+            f"The content of message {index} must be text or a list of text parts, not {_kind(content)}."
+        )
+    check_text(role, f"The role of message {index}")
+    check_text(content, f"The content of message {index}")
+    return {**message, "role": role, "content": content}
+
+
+def _part(part: Any, index: int) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    text = part.get("text") if isinstance(part, Mapping) else None
+    if kind not in _TEXT_PARTS or not isinstance(text, str):
+        shown = f"of type {kind!r}" if isinstance(kind, str) and kind not in _TEXT_PARTS else "without a text"
+        raise UserInputError(
+            f"Message {index} has a part {shown}: Orthrus models read text only, as in "
+            "{'type': 'text', 'text': ...}."
+        )
+    return text
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
 def _apply_template(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]]) -> list[int]:
-    from jinja2 import TemplateError
+    from orthrus.base.template import render
 
+    template = _template(tokenizer)
+    continues = messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
+    if continues:
+        last = messages[-1]
+        messages = [*messages[:-1], {**last, "content": last["content"] + _CONTINUES}]
+    text = render(
+        template,
+        {
+            **tokenizer.special_tokens_map,
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": not continues,
+        },
+    )
+    if continues:
+        head, found, tail = text.rpartition(_CONTINUES.strip())
+        if not found:
+            raise UserInputError(
+                "The model's chat template leaves out the last message, so it cannot be continued: end with a "
+                "message of the user."
+            )
+        text = head if tail.startswith(" ") else head.rstrip()
+    return _token_ids(tokenizer, text, add_special_tokens=False)
+
+
+def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The template's source; of several named ones the default."""
     try:
-        encoded: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-    except TemplateError as error:
-        # Templates state their own rules this way, such as "roles must alternate".
-        reason = str(error).rstrip(".") or type(error).__name__
-        raise UserInputError(f"The model's chat template refuses these messages ({reason}).") from error
-    return list(encoded["input_ids"])
+        template: Any = tokenizer.get_chat_template()
+    except (ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160].rstrip(".")
+        raise UserInputError(f"The model's chat template cannot be chosen ({reason}).") from error
+    if not isinstance(template, str):
+        raise UserInputError(f"The model's chat template is {_kind(template)}, not text: fetch it again.")
+    return template
+
+
+def _token_ids(tokenizer: "PreTrainedTokenizerBase", text: str, **options: Any) -> list[int]:
+    # transformers would warn of a long text before we refuse it with the model's own limit.
+    with quiet_libraries():
+        return list(tokenizer(text, **options)["input_ids"])
+
+
+def _without_second_start(tokenizer: "PreTrainedTokenizerBase", text: str, ids: list[int]) -> list[int]:
+    """One BOS token where the text begins with one already, and the tokenizer adds another."""
+    start: Any = tokenizer.bos_token_id
+    name: Any = tokenizer.bos_token
+    twice = start is not None and ids[:2] == [start, start]
+    return ids[1:] if twice and text.startswith(name) and not text.startswith(name + name) else ids

@@ -9,12 +9,13 @@ from typing import NamedTuple, cast
 from orthrus.api import Orthrus
 from orthrus.base.bench_prompts import BenchPrompt
 from orthrus.base.provenance import provenance
+from orthrus.bench.cycles import without_reuse
 from orthrus.bench.layout import law
 from orthrus.bench.metrics import PLAIN, STOCK, Run, run_of_stats, run_of_stock
 from orthrus.bench.report import BenchReport
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
+from orthrus.engine.limits import check_block_size, check_prompt
 from orthrus.engine.stock import stock_generate
-from orthrus.engine.stream import check_block_size, check_prompt
 from orthrus.errors import UserInputError
 
 WARMUP_TOKENS = 16
@@ -81,8 +82,10 @@ class BenchOptions:
 def run_bench(orthrus: Orthrus, options: BenchOptions, on_progress: OnProgress | None = None) -> BenchReport:
     """Measure the stock model's own `generate`, our plain decoding and the strategies on the same prompts.
 
-    Raises UserInputError for a prompt or block size that does not fit the model.
+    No arm keeps a prompt's history for its next run. No other thread may decode meanwhile. Raises
+    UserInputError for a prompt or block size that does not fit the model.
     """
+    orthrus = without_reuse(orthrus)
     prompts = [orthrus.base.encode_prompt(prompt.prompt) for prompt in options.prompts]
     for prompt_ids in prompts:
         check_prompt(prompt_ids, orthrus.base.context_length)

@@ -1,6 +1,6 @@
 """`orthrus audit`: is every token the stock model's own, or that of plain decoding?"""
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,9 @@ def audit(
     floor: options.Floor = True,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Prompts that our side answers together, in shared passes.")
+    ] = 1,
     view: options.View = "default",
     dtype: options.Dtype = None,
     draft_dtype: options.DraftDtype = None,
@@ -36,8 +39,9 @@ def audit(
 ) -> None:
     """Compare output with the stock model's or plain decoding's, token by token, and explain each difference.
 
-    With a temperature, sampled texts are compared: the baseline draws with the same noise. Exit status 1
-    means that the audit failed.
+    With --concurrency, prompts share the passes of the engine, as requests to a server do. With a temperature,
+    sampled texts are compared: the baseline draws with the same noise. Exit status 1 means that the audit
+    failed.
     """
     decode: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -64,7 +68,9 @@ def audit(
         runner=runner,
         device=device,
     )
-    settings = AuditOptions(prompts=chosen, against=against, strategies=chosen_strategies, **decode)
+    settings = AuditOptions(
+        prompts=chosen, against=against, strategies=chosen_strategies, concurrency=concurrency, **decode
+    )
     with ProgressDisplay(count=True) as on_progress:
         report = run_audit(orthrus, settings, on_progress)
     show_report(report, "json" if json else format_, output)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from orthrus.api import Orthrus
+    from orthrus.config import Strategy
 
 PROMPTS = (
     (

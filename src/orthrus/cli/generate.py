@@ -1,6 +1,7 @@
-"""`orthrus generate`: one prompt, one answer."""
+"""`orthrus generate`: one prompt, one answer; or a file of prompts, see `generate_file`."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from orthrus.cli.common import (
     read_stdin,
     time_passes,
 )
+from orthrus.cli.generate_file import generate_file
 from orthrus.cli.render import DraftMarker, footer, note, print_json, print_result, print_stream
 from orthrus.errors import UserInputError
 
@@ -59,12 +61,40 @@ def generate(
     color: options.Color = False,
     quiet: options.Quiet = False,
     json: options.Json = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Answer the prompts of a JSONL file, with prompt, messages or turns a line. Goes on where an "
+            "earlier run of the same command ended. With --seed, line n has a seed of its own.",
+            rich_help_panel="A file of prompts",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT.jsonl",
+            help="Where the answers to --prompts go, a line each, in the order of the prompts.",
+            rich_help_panel="A file of prompts",
+        ),
+    ] = None,
+    concurrency: Annotated[
+        int,
+        typer.Option(min=1, help="Prompts that are answered together.", rich_help_panel="A file of prompts"),
+    ] = 1,
 ) -> None:
-    """Answer a prompt.
+    """Answer a prompt, or a file of prompts.
 
     The text goes to stdout as it comes, statistics to stderr.
     """
-    model, text = _model_and_prompt(words or [])
+    if prompts is None:
+        if output is not None:
+            raise UserInputError("--output is for the answers to a file of prompts; give --prompts too.")
+        model, text = _model_and_prompt(words or [])
+    else:
+        model, text = _model_for_file(words or [], output, json or color), ""
     if raw and system is not None:
         raise UserInputError(
             "--raw takes the text as it stands, so there is no place for --system; drop one."
@@ -87,18 +117,30 @@ def generate(
         "ignore_eos": ignore_eos,
     }
     check_decode(decode)
-    orthrus = load_orthrus(
-        model,
-        quiet=quiet,
-        view=view,
-        dtype=dtype,
-        draft_dtype=draft_dtype,
-        draft_vocab=draft_vocab,
-        runner=runner,
-        device=device,
-        revision=revision,
-        attn_implementation=attn,
-    )
+    load = {
+        "view": view,
+        "dtype": dtype,
+        "draft_dtype": draft_dtype,
+        "draft_vocab": draft_vocab,
+        "runner": runner,
+        "device": device,
+        "revision": revision,
+        "attn_implementation": attn,
+    }
+    if prompts is not None and output is not None:
+        generate_file(
+            prompts,
+            output,
+            model=model,
+            decode=decode,
+            load=load,
+            raw=raw,
+            system=system,
+            concurrency=concurrency,
+            quiet=quiet,
+        )
+        return
+    orthrus = load_orthrus(model, quiet=quiet, **load)
     time_passes(orthrus, [strategy], [temperature], quiet=quiet)
     tokens = orthrus.stream(text if system is None else _messages(system, text), raw=raw, **decode)
     marker = DraftMarker(orthrus.base.tokenizer) if color and not json else None
@@ -147,6 +189,17 @@ def _model_and_prompt(words: list[str]) -> tuple[str, str]:
     if not text.strip():
         raise UserInputError("the prompt is empty; give some text to answer or continue.")
     return model, text
+
+
+def _model_for_file(words: list[str], output: Path | None, one_answer: bool) -> str:
+    """The model that answers a file; UserInputError for what only goes with one prompt."""
+    if output is None:
+        raise UserInputError("--prompts needs a file for the answers: give --output OUT.jsonl.")
+    if len(words) > 1:
+        raise UserInputError("--prompts brings the prompts: give no other, only MODEL before it.")
+    if one_answer:
+        raise UserInputError("--json and --color show one answer; drop them, or --prompts.")
+    return words[0] if words else "default"
 
 
 def _messages(system: str, text: str) -> list[dict[str, str]]:

@@ -72,9 +72,11 @@ class Engine:
         """The requests, and the pool that they share; made with the first of them."""
         if self._scheduler is None:
             with self._stepping:
-                pool = self.runner.new_pool(self._num_pages())
-                prefixes = PrefixStore(pool) if self.config.reuse else None
-                self._scheduler = Scheduler(pool, self.config.chunk, self.config.max_running, prefixes)
+                # Another thread may have made it meanwhile; two pools would share nothing.
+                if self._scheduler is None:
+                    pool = self.runner.new_pool(self._num_pages())
+                    prefixes = PrefixStore(pool) if self.config.reuse else None
+                    self._scheduler = Scheduler(pool, self.config.chunk, self.config.max_running, prefixes)
         return self._scheduler
 
     def submit(

@@ -69,8 +69,8 @@ def layer_code(
 ) -> LayerCode:
     """The code of layers of this kind, from the cache folder or made now (ten seconds or so) and kept there.
 
-    Rows, AR rows, slots of the pool and the plan's numbers are sizes that it takes as they come, if all of the example's
-    differ; the rest of the example stays: kind, dtype, batch size 1. Nothing is checked and nothing compiled
+    Rows, AR rows, slots of the pool and the plan's numbers are sizes that it takes as they come, if all of the
+    example's differ; the rest of the example stays: kind, dtype, batch size 1. Nothing is checked and nothing compiled
     anew. config: the model's, part of the name that the code is kept under. progress: called only while the
     code is made. Raises what compiling raises; StorageError where the cache folder cannot be used.
     """

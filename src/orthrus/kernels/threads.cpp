@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 
 namespace orthrus {
 
@@ -14,12 +15,17 @@ ThreadLimit& thread_limit() {
   return limit;
 }
 
-void ThreadLimit::waited(int64_t threads, Nanoseconds now) {
+void ThreadLimit::waited(int64_t threads, Nanoseconds wait, Nanoseconds now) {
   const std::lock_guard<std::mutex> lock(mutex_);
   // Another caller's region has said so already.
   if (threads > limit_.load(std::memory_order_relaxed)) return;
+  lost_ = lost_ * std::exp((waited_at_ - now) / kMemory) + static_cast<double>(wait);
+  waited_at_ = now;
+  if (lost_ < kLost * kMemory) return;
+  lost_ = 0.0;
   const Nanoseconds stayed = now - changed_at_;
-  pause_ = stayed < pause_ ? std::min(2 * pause_, kLongestPause)
+  // Waits take a while to add up.
+  pause_ = stayed < pause_ + static_cast<Nanoseconds>(kMemory) ? std::min(2 * pause_, kLongestPause)
                            : std::max(kFirstPause, std::min(pause_, stayed / 8));
   step_ = falling_ ? 2 * step_ : 1;
   falling_ = true;
@@ -46,7 +52,7 @@ namespace {
 // For tests, which have a clock of their own.
 struct LimitByHand : torch::CustomClassHolder {
   int64_t threads(int64_t usual, int64_t now) { return limit.threads(usual, now); }
-  void waited(int64_t threads, int64_t now) { limit.waited(threads, now); }
+  void waited(int64_t threads, int64_t wait, int64_t now) { limit.waited(threads, wait, now); }
   ThreadLimit limit;
 };
 

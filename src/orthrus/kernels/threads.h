@@ -24,13 +24,16 @@ inline Nanoseconds clock_now() {
       .count();
 }
 
-// How many threads serve best, from the regions that waited. Each takes one thread away, the next ones at once more.
+// How many threads serve best, from the regions that waited. Much waiting takes one thread away, then at once more.
 // After a pause one comes back, then more; a pause doubles when the thread that came back is late as well, and
 // shrinks to a share of the time in which none was. So one hiccup costs a pause of some milliseconds, and a lasting
 // neighbour one wait in each of the longest pauses. Any thread may call it.
 class ThreadLimit {
  public:
   static constexpr Nanoseconds kFirstPause = 10'000'000, kLongestPause = 1'000'000'000;
+  // How long a wait is remembered, and the share of that time that must have been lost to waits: a thread less
+  // loses up to a half, and every machine has hiccups.
+  static constexpr double kMemory = 20'000'000, kLost = 0.4;
 
   // Threads to use now, of `usual`.
   int64_t threads(int64_t usual, Nanoseconds now) {
@@ -40,8 +43,8 @@ class ThreadLimit {
     return rise(usual, now);
   }
 
-  // A region of that many threads waited for one of them.
-  void waited(int64_t threads, Nanoseconds now);
+  // A region of that many threads waited so long for one of them.
+  void waited(int64_t threads, Nanoseconds wait, Nanoseconds now);
 
  private:
   static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
@@ -51,6 +54,8 @@ class ThreadLimit {
   std::mutex mutex_;
   std::atomic<int64_t> limit_{kNone};
   std::atomic<Nanoseconds> rises_at_{0};
+  double lost_ = 0.0;
+  Nanoseconds waited_at_ = 0;
   Nanoseconds pause_ = kFirstPause, changed_at_ = std::numeric_limits<Nanoseconds>::min() / 2;
   int64_t step_ = 1;
   bool falling_ = false;
@@ -102,7 +107,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Part& part) {
     }
   });
   const Nanoseconds now = clock_now(), first = first_done.load(std::memory_order_relaxed), wait = now - first;
-  if (wait > kLongWait && wait > kShares * (first - limited.started())) thread_limit().waited(limited.threads(), now);
+  if (wait > kLongWait && wait > kShares * (first - limited.started())) thread_limit().waited(limited.threads(), wait, now);
 }
 
 }  // namespace orthrus

@@ -73,7 +73,7 @@ class RunningPass:
 
 def _groups(p: Pass, span: Span) -> list[_Group]:
     part, device = span.part, p.token_ids_R.device
-    places_N = span.places_N
+    places_N = span.places
     groups = []
     for rows, own, num_tail in (
         (span.ar_rows, slice(part.num_ar), part.num_ar),

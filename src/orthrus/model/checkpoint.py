@@ -17,6 +17,7 @@ from orthrus.base.loading import Base
 from orthrus.base.outputs import atomic_folder
 from orthrus.base.owned import replace_folder
 from orthrus.base.quantised import is_quantised, plain_weight
+from orthrus.base.weights import is_finite
 from orthrus.errors import CheckpointError, CorruptFileError, OrthrusWarning, UserInputError
 from orthrus.model.card import view_card
 from orthrus.model.delta_codec import decode_tensors, encode_tensors
@@ -192,19 +193,34 @@ def assign_view(dual: DualView, tensors: dict[str, Tensor], *, where: str) -> No
                     "with the base that it was trained on."
                 )
             parameter.copy_(tensors[name])
+            if not is_finite(parameter):
+                raise UserInputError(
+                    f"{name} of the view in {where} overflows in "
+                    f"{str(parameter.dtype).removeprefix('torch.')}: load it in float32 or bfloat16."
+                )
 
 
 def read_view_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """The view's tensors in safetensors files, base tensors left unread."""
+    """The view's tensors in safetensors files, base tensors left unread; finite numbers only.
+
+    Raises CheckpointError for a missing file, CorruptFileError for one that is damaged or holds NaN or Inf.
+    """
     tensors: dict[str, Tensor] = {}
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file.name} is missing in {file.parent}; copy the whole view folder.")
         try:
             with safe_open(file, framework="pt") as f:
-                tensors |= {name: f.get_tensor(name) for name in f.keys() if is_view_tensor(name)}  # noqa: SIM118
+                found = {name: f.get_tensor(name) for name in f.keys() if is_view_tensor(name)}  # noqa: SIM118
         except (SafetensorError, OSError) as e:
             raise CorruptFileError(f"{file} cannot be read ({e}); copy or download it again.") from e
+        for name, tensor in found.items():
+            if not is_finite(tensor):
+                raise CorruptFileError(
+                    f"{name} in {file} holds a number that is not finite (NaN or Inf): copy or download it "
+                    "again, or train the view anew."
+                )
+        tensors |= found
     return tensors
 
 

@@ -21,6 +21,7 @@ from orthrus.model.draft_vocab import limit_drafts, single_characters
 from orthrus.model.dual_view import DualView
 from orthrus.model.int8_linear import check_quantised
 from orthrus.model.merged import folder_kind, load_released
+from orthrus.model.names import is_view_tensor
 from orthrus.model.quantise import quantise, quantise_drafts
 from orthrus.model.view_config import ViewConfig
 
@@ -98,6 +99,7 @@ def _load(
     base = load_base(
         source,
         config=_nested_config(folder) if folder is not None and kind == "merged" else None,
+        extra=is_view_tensor if kind == "released" else None,
         on_progress=on_progress,
         **options,
     )

@@ -69,7 +69,7 @@ class Span:
     """A part in its pass: where its rows stand, and where they and its history lie in the pool.
 
     Its AR rows are rows [ar_first, ar_first + num_ar) of the pass, its diffusion rows those from draft_first
-    on. places_N: pool slots of its history and of its own rows, in the order of positions and rows.
+    on. places: pool slots (N,) of its history and of its own rows, in the order of positions and rows.
     """
 
     part: Part
@@ -87,7 +87,7 @@ class Span:
         return slice(self.draft_first, self.draft_first + self.part.num_rows - self.part.num_ar)
 
     @property
-    def places_N(self) -> NDArray[np.int64]:
+    def places(self) -> NDArray[np.int64]:
         slots_N = np.arange(self.length + self.part.num_rows)
         return np.array(self.pages, dtype=np.int64)[slots_N // PAGE] * PAGE + slots_N % PAGE
 

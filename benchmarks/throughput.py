@@ -1,0 +1,299 @@
+"""Many requests at once: python benchmarks/throughput.py FILE.jsonl ... [--help]
+
+The same prompts are answered 1, 2, 4, ... at a time, by plain decoding and by `auto` through the engine, by the
+stock model's own `generate` over padded batches, and by llama.cpp with as many sequences, where it is there.
+Arms take turns at each concurrency, repeat by repeat. Every answer has the same number of tokens, so that a
+batch has no stragglers, which is the best case for `generate` and for llama.cpp. Leave the machine alone
+meanwhile; --quick rehearses.
+"""
+
+import hashlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import takewhile
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from llama_side import LlamaSide, best_threads, default_gguf, usable_cores
+from transformers import GenerationConfig
+
+from orthrus.api import Orthrus, decode_config
+from orthrus.base.bench_prompts import BenchPrompt, load_prompts
+from orthrus.base.devices import synchronize
+from orthrus.base.markdown import markdown_table
+from orthrus.base.outputs import write_text_atomic
+from orthrus.base.provenance import installed_version, provenance
+from orthrus.bench.metrics import Spread
+from orthrus.bench.runner import prompts_digest
+from orthrus.engine.beside import EngineBeside
+
+CONCURRENCY = (1, 2, 4, 8, 16, 32)
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")
+OURS, STOCK, LLAMA = ("ar", "auto"), "transformers", "llama.cpp"
+SETTLE_S = 0.02
+LEGEND = {
+    "tokens_per_second": "new tokens of all requests / time from the first request handed in to the last token, "
+    "prompts included; median (min..max) over repeats",
+    "to_one": "tokens_per_second / that of the same arm with one request at a time, same repeat; median",
+    "to_ar": "tokens_per_second / that of ar at the same concurrency and repeat; median",
+    "to_transformers": "the same against the stock model's `generate` over left-padded batches of that size",
+    "to_llama_cpp": "the same against llama.cpp, whose file (Q4_1) is the same whatever our precision",
+    "num_equal": "requests whose tokens all equal those of ar with one request at a time, same precision; of "
+    "other programs for information",
+    "tokens_per_pass": "of our arms: new tokens / passes of the engine, prompts included",
+}
+
+Answers = list[tuple[int, ...]]
+Arm = Callable[[int], tuple[Answers, int | None]]
+"""Answers all prompts, so many at a time; returns new tokens and passes, where they are counted."""
+
+
+def our_arm(orthrus: Orthrus, strategy: str, prompts: list[list[int]], num_new: int) -> Arm:
+    config = decode_config(strategy=strategy, max_new_tokens=num_new, ignore_eos=True)  # type: ignore[arg-type]
+
+    def run(concurrency: int) -> tuple[Answers, int | None]:
+        num_passes = 0
+
+        def count(*_: object) -> None:
+            nonlocal num_passes
+            num_passes += 1
+
+        # An engine of its own: nothing is left of an earlier run.
+        engine = EngineBeside(orthrus.engine, reuse=False, max_running=concurrency)
+        engine.observers.append(count)
+        requests = [engine.submit(ids, config, eos_token_ids=frozenset()) for ids in prompts]
+        while not all(request.closed for request in requests):
+            engine.step()
+        return [tuple(request.token_ids) for request in requests], num_passes
+
+    return run
+
+
+def stock_arm(orthrus: Orthrus, prompts: list[list[int]], num_new: int) -> Arm:
+    model = orthrus.stock()
+    config = GenerationConfig(max_new_tokens=num_new, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+    def run(concurrency: int) -> tuple[Answers, int | None]:
+        found: Answers = []
+        generate: Any = model.generate
+        for start in range(0, len(prompts), concurrency):
+            batch = prompts[start : start + concurrency]
+            longest = max(map(len, batch))
+            ids_BT = torch.tensor([[0] * (longest - len(ids)) + ids for ids in batch], device=model.device)
+            mask_BT = torch.tensor(
+                [[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=model.device
+            )
+            new_BT = generate(ids_BT, attention_mask=mask_BT, generation_config=config)[:, longest:]
+            found += map(tuple, new_BT.tolist())
+        return found, None
+
+    return run
+
+
+def llama_arm(side: LlamaSide, prompts: list[list[int]], num_new: int) -> Arm:
+    def run(concurrency: int) -> tuple[Answers, int | None]:
+        groups = [prompts[at : at + concurrency] for at in range(0, len(prompts), concurrency)]
+        return [ids for group in groups for ids in side.decode_together(group, num_new)], None
+
+    return run
+
+
+def main(
+    files: Annotated[list[Path], typer.Argument(help="JSONL files of prompts.")],
+    model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file or 'default'.")] = "default",
+    view: Annotated[str, typer.Option(help="View folder, 'default' or 'fresh'.")] = "default",
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, help=f"May be repeated. Left out: {CONCURRENCY}.")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help=f"May be repeated. Left out: {PRECISIONS}.")
+    ] = None,
+    runner: Annotated[str | None, typer.Option(help="As for Orthrus.load.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Prompts, from all files in turn.")] = 32,
+    longest: Annotated[int, typer.Option(min=1, help="Prompts of more tokens are passed over.")] = 400,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each arm at each concurrency.")] = 3,
+    stock: Annotated[bool, typer.Option(help="The stock model's generate beside ours.")] = True,
+    llama: Annotated[bool, typer.Option(help="llama.cpp beside ours, where it is installed.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="A rehearsal: little of everything.")] = False,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Measure, print a table and a line of JSON; the file is written after each precision."""
+    levels, precisions = sorted(set(concurrency or CONCURRENCY)), precision or list(PRECISIONS)
+    if quick:
+        levels, requests, max_new_tokens, repeats = levels[:3], min(requests, 4), min(max_new_tokens, 8), 1
+        precisions = precisions[:1]
+    asked = in_turn([load_prompts(file) for file in files])
+    report: dict[str, Any] = {
+        "kind": "orthrus-throughput",
+        "legend": LEGEND,
+        "results": [],
+        "settings": {},
+        "options": {
+            "files": [file.name for file in files],
+            "concurrency": levels,
+            "max_new_tokens": max_new_tokens,
+            "repeats": repeats,
+            "quick": quick,
+        },
+    }
+    side: LlamaSide | None = None
+    for name in precisions:
+        typer.echo(f"loading {name}", err=True)
+        orthrus = Orthrus.load(model, view, name, device, runner=runner)
+        orthrus.time_passes()
+        kept = chosen(orthrus, asked, requests, longest, max_new_tokens)
+        prompts = [ids for _, ids in kept]
+        arms = {strategy: our_arm(orthrus, strategy, prompts, max_new_tokens) for strategy in OURS}
+        if stock:
+            arms[STOCK] = stock_arm(orthrus, prompts, max_new_tokens)
+        if llama and side is None and importlib.util.find_spec("llama_cpp"):
+            side = LlamaSide(default_gguf(), max(map(len, prompts)) + max_new_tokens, max(levels))
+            tried = best_threads(side, prompts[0], range(1, usable_cores() + 1), min(48, max_new_tokens))
+            side.set_threads(max(tried, key=tried.__getitem__))
+            report["llama_cpp"] = {"version": installed_version("llama-cpp-python"), "threads": tried}
+        if side is not None:
+            arms[LLAMA] = llama_arm(side, prompts, max_new_tokens)
+        report["results"] += measure(name, arms, levels, repeats, orthrus.dual.device)
+        about = orthrus.describe()
+        report["settings"][name] = about
+        report["prompts"] = {
+            "digest": prompts_digest([prompt for prompt, _ in kept]),
+            "lengths": list(map(len, prompts)),
+        }
+        report["provenance"] = provenance(
+            device=about["device"], dtype=", ".join(report["settings"]), seed=None
+        )
+        kind = about["device"].split(":")[0]
+        path = output or Path(__file__).parent / "results" / f"throughput-{kind}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, json.dumps(report, indent=2) + "\n")
+        del orthrus, arms
+    if side is not None:
+        side.close()
+    typer.echo(table(report["results"]))
+    line = {
+        f"{row['precision']}, {row['arm']}, {row['concurrency']}": round(
+            row["tokens_per_second"]["median"], 1
+        )
+        for row in report["results"]
+    }
+    typer.echo(json.dumps({"tokens_per_second": line}))
+
+
+def in_turn(sets: Sequence[Sequence[BenchPrompt]]) -> list[BenchPrompt]:
+    """The prompts of all files, one of each in turn."""
+    most = max(map(len, sets))
+    return [prompts[i] for i in range(most) for prompts in sets if i < len(prompts)]
+
+
+def chosen(
+    orthrus: Orthrus, asked: list[BenchPrompt], number: int, longest: int, num_new: int
+) -> list[tuple[BenchPrompt, list[int]]]:
+    """The first prompts that are short enough, with their token ids."""
+    longest = min(longest, orthrus.base.context_length - num_new)
+    found = []
+    for prompt in asked:
+        ids = orthrus.base.encode_prompt(prompt.prompt)
+        if len(ids) <= longest:
+            found.append((prompt, ids))
+        if len(found) == number:
+            return found
+    raise typer.BadParameter(f"{len(found)} prompts have at most {longest} tokens, and {number} are needed")
+
+
+def measure(
+    precision: str, arms: dict[str, Arm], levels: list[int], repeats: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """A row for each arm and concurrency."""
+    names = list(arms)
+    speeds: dict[tuple[str, int], list[float]] = {}
+    answers: dict[tuple[str, int], Answers] = {}
+    passes: dict[tuple[str, int], int | None] = {}
+    for arm in arms.values():
+        # Not timed: lazy initialisation, and memory that is taken for the first time.
+        arm(levels[-1])
+    for repeat in range(repeats):
+        for level in levels:
+            shift = (repeat + levels.index(level)) % len(names)
+            for name in names[shift:] + names[:shift]:
+                # The threads of the arm before may still be spinning for more work.
+                time.sleep(SETTLE_S)
+                synchronize(device)
+                started = time.perf_counter()
+                answers[name, level], passes[name, level] = arms[name](level)
+                synchronize(device)
+                seconds = time.perf_counter() - started
+                speed = sum(map(len, answers[name, level])) / seconds
+                speeds.setdefault((name, level), []).append(speed)
+                typer.echo(f"{precision}, {level} at a time, {name}: {speed:.1f}/s", err=True)
+    return [
+        row(precision, name, level, speeds, answers, passes, levels) for level in levels for name in names
+    ]
+
+
+def row(
+    precision: str,
+    name: str,
+    level: int,
+    speeds: dict[tuple[str, int], list[float]],
+    answers: dict[tuple[str, int], Answers],
+    passes: dict[tuple[str, int], int | None],
+    levels: list[int],
+) -> dict[str, Any]:
+    mine = speeds[name, level]
+    found: dict[str, Any] = {
+        "precision": precision,
+        "arm": name,
+        "concurrency": level,
+        "tokens_per_second": asdict(Spread.of(mine)),
+    }
+    others = (("to_ar", "ar"), ("to_transformers", STOCK), ("to_llama_cpp", LLAMA))
+    for key, other in (("to_one", (name, levels[0])), *((key, (arm, level)) for key, arm in others)):
+        if other in speeds and (key != "to_one" or levels[0] == 1):
+            found[key] = median(a / b for a, b in zip(mine, speeds[other], strict=True))
+    plain = answers["ar", levels[0]]
+    found["num_equal"] = sum(a == b for a, b in zip(answers[name, level], plain, strict=True))
+    found["first_difference"] = [
+        None
+        if a == b
+        else sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+        for a, b in zip(answers[name, level], plain, strict=True)
+    ]
+    found["output"] = hashlib.blake2b(repr(answers[name, level]).encode(), digest_size=8).hexdigest()
+    num_passes = passes[name, level]
+    if num_passes:
+        found["tokens_per_pass"] = sum(map(len, answers[name, level])) / num_passes
+    return found
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    head = ["precision", "at a time", "arm", "tokens/s", "to one", "to ar", "to transformers", "to llama.cpp"]
+    lines = []
+    for found in results:
+        speed = found["tokens_per_second"]
+        shown = f"{speed['median']:.1f} ({speed['low']:.1f}..{speed['high']:.1f})"
+        ratios = [
+            f"{found[key]:.2f}" if key in found else "–"
+            for key in ("to_one", "to_ar", "to_transformers", "to_llama_cpp")
+        ]
+        equal = f"{found['num_equal']} of {len(found['first_difference'])}"
+        per_pass = f"{found['tokens_per_pass']:.2f}" if "tokens_per_pass" in found else "–"
+        lines.append(
+            [found["precision"], str(found["concurrency"]), found["arm"], shown, *ratios, per_pass, equal]
+        )
+    return markdown_table([*head, "tokens/pass", "equal"], lines, "lrl" + "r" * 7)
+
+
+app = typer.Typer(add_completion=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()

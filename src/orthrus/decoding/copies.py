@@ -1,0 +1,126 @@
+"""Drafts by copying: what followed the last tokens where they stood before, in the prompt or the text.
+
+No model and no draft pass: an index from the last few tokens to where they ended last, kept token by token.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import log
+from typing import NamedTuple
+
+
+class Copy(NamedTuple):
+    """The tokens that a copy proposes, and how many tokens before them are the same in both places."""
+
+    token_ids: tuple[int, ...]
+    match_length: int
+
+
+NO_COPY = Copy((), 0)
+
+
+class CopyIndex:
+    """Where the last `min_match` to `max_match` tokens stood before: of the longest match the latest place.
+
+    Each token costs one entry per match length, however long the text is. Not for use by two threads at once.
+    """
+
+    def __init__(self, min_match: int = 2, max_match: int = 4) -> None:
+        assert 1 <= min_match <= max_match, "at least one token has to match"
+        self._lengths = range(max_match, min_match - 1, -1)
+        self._token_ids: list[int] = []
+        # Per match length: the place after the latest occurrence of these tokens, the end of the text left
+        # out, since nothing follows there yet.
+        self._after: dict[int, dict[tuple[int, ...], int]] = {length: {} for length in self._lengths}
+
+    def __len__(self) -> int:
+        return len(self._token_ids)
+
+    def extend(self, token_ids: Iterable[int]) -> None:
+        """Add tokens: those of the prompt, then those that are committed."""
+        text = self._token_ids
+        for token_id in token_ids:
+            end = len(text)
+            for length in self._lengths:
+                if length <= end:
+                    self._after[length][tuple(text[end - length :])] = end
+            text.append(token_id)
+
+    def continuation(self, num_tokens: int) -> Copy:
+        """What followed the last tokens where they stood before: at most so many, fewer at the text's end."""
+        return self.after((), num_tokens)
+
+    def after(self, path_ids: Sequence[int], num_tokens: int) -> Copy:
+        """`continuation`, were the text followed by these tokens; they are not added.
+
+        Earlier occurrences are looked for in the text alone, and may end where it ends: then what follows is
+        the path itself.
+        """
+        text = self._token_ids
+        longest = self._lengths[0]
+        num_left = longest - len(path_ids)
+        tail = (*(text[-num_left:] if num_left > 0 else ()), *path_ids)[-longest:]
+        for length in self._lengths:
+            if length > len(tail):
+                continue
+            suffix = tail[len(tail) - length :]
+            place = self._after[length].get(suffix)
+            if path_ids and tuple(text[-length:]) == suffix and len(text) >= length:
+                place = len(text)
+            if place is not None:
+                copied = text[place : place + num_tokens]
+                copied += path_ids[: num_tokens - len(copied)] if len(copied) < num_tokens else ()
+                return Copy(tuple(copied), length)
+        return NO_COPY
+
+
+PRIOR_CHANCES = {2: 0.45, 3: 0.6, 4: 0.75}
+"""Chance that a copied token stands where those before it did, by match length, before anything was seen."""
+PRIOR_WEIGHT = 4.0
+"""How many observations such a chance counts for."""
+MEMORY = 0.95
+"""Weight of what was seen before, for each further observation of the same kind."""
+MOST_DEPTHS = 4
+"""Depths that are told apart; all further ones count as the last."""
+
+
+@dataclass(slots=True)
+class CopyPromise:
+    """What copies promise in one request: chances by match length (2, 3, and 4 or more) and depth.
+
+    A chance is that of a token to stand where all copied tokens before it did. It starts at a prior, which
+    rises with the match length, and follows how copies fared; what is not seen at a depth leans on what was
+    seen at the depth before it, as a copy that has been right for long goes on being right.
+    """
+
+    _came: dict[tuple[int, int], float] = field(default_factory=dict)
+    _seen: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    def chance(self, match_length: int, depth: int) -> float:
+        """Of the token at this depth, the first one's being 1, given those before it."""
+        kind = _kind(match_length)
+        chance = PRIOR_CHANCES[kind]
+        for level in range(1, min(depth, MOST_DEPTHS) + 1):
+            key = kind, level
+            came, seen = self._came.get(key, 0.0), self._seen.get(key, 0.0)
+            chance = (came + PRIOR_WEIGHT * chance) / (seen + PRIOR_WEIGHT)
+        return chance
+
+    def log_probs(self, copy: Copy) -> list[float]:
+        """Of each token of a copy, given that those before it stand; below 0, finite."""
+        return [log(self.chance(copy.match_length, depth)) for depth in range(1, len(copy.token_ids) + 1)]
+
+    def observe(self, match_length: int, num_stood: int, num_judged: int) -> None:
+        """Of the `num_judged` first tokens of a copy, which the text has come past, `num_stood` stood.
+
+        Tokens after the first that did not stand say nothing, and may be left out or counted as judged.
+        """
+        assert 0 <= num_stood <= num_judged, "more tokens stood than were judged"
+        for depth in range(1, min(num_judged, num_stood + 1) + 1):
+            key = _kind(match_length), min(depth, MOST_DEPTHS)
+            self._came[key] = MEMORY * self._came.get(key, 0.0) + (depth <= num_stood)
+            self._seen[key] = MEMORY * self._seen.get(key, 0.0) + 1.0
+
+
+def _kind(match_length: int) -> int:
+    return min(max(match_length, min(PRIOR_CHANCES)), max(PRIOR_CHANCES))

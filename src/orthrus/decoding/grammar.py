@@ -1,0 +1,300 @@
+"""Texts of a given form: which tokens a grammar allows, after the text and after every path of a draft tree.
+
+The work is done by llguidance (the extra `grammar`). A mask is a function of the committed tokens alone, so
+drafts under masks give the text that plain decoding under masks gives.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orthrus.config import Grammar
+from orthrus.errors import MissingExtraError, UnsupportedModelError, UserInputError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+COMPILE_SECONDS = 20.0
+"""Longest wait for a grammar to compile; people's own take milliseconds."""
+STACK_BYTES = 2**28
+"""Stack of the thread that compiles: rules that name each other in a long row are followed by recursion."""
+NUM_KEPT = 32
+"""Compiled grammars that are kept, the most recently used ones."""
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,24}"
+"""Between the parts of JSON; bounded, since weak models otherwise write blanks for ever."""
+LARGEST_REPEAT = 10_000
+
+
+class GrammarCompiler:
+    """Compiles grammars for one model; made once, safe to use by many threads.
+
+    tokenizer: one of transformers' fast ones; eos_token_ids: the model's own; vocab_size: of its logits.
+    Raises MissingExtraError without llguidance, UnsupportedModelError for a tokenizer that it cannot read.
+    """
+
+    def __init__(self, tokenizer: Any, eos_token_ids: Collection[int], vocab_size: int) -> None:
+        try:
+            from llguidance import LLTokenizer
+        except ImportError:
+            raise MissingExtraError(
+                "a grammar needs the package llguidance; run `pip install llguidance`."
+            ) from None
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UnsupportedModelError(
+                "a grammar needs the model's tokenizer.json, but its tokenizer has none; "
+                "convert it to a fast tokenizer."
+            )
+        ends = sorted(token_id for token_id in eos_token_ids if token_id < vocab_size)
+        if not ends:
+            raise UnsupportedModelError(
+                "a grammar needs a token that ends the text, but the model names none; "
+                "set eos_token_id in its generation_config.json."
+            )
+        settings = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
+        num_ids = max(vocab_size, backend.get_vocab_size(with_added_tokens=True))
+        try:
+            self._tokenizer = LLTokenizer(json.dumps(settings), n_vocab=num_ids, eos_token=ends)
+        except (ValueError, RuntimeError) as error:
+            raise UnsupportedModelError(
+                f"llguidance cannot read the model's tokenizer ({_gist(str(error))}); drop the grammar."
+            ) from None
+        self._vocab_size = vocab_size
+        self._end_ids = tuple(ends)
+        self._kept: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._lock, self._starting = threading.Lock(), threading.Lock()
+
+    def state(self, grammar: Grammar) -> "GrammarState":
+        """The state before the first token of a text.
+
+        Raises UserInputError for a grammar that is wrong, not supported, or takes too long to compile.
+        """
+        with self._lock:
+            if grammar in self._kept:
+                self._kept.move_to_end(grammar)
+                return self._new_state(grammar)
+        matcher = self._compiled(grammar)
+        with self._lock:
+            self._kept[grammar] = matcher
+            while len(self._kept) > NUM_KEPT:
+                self._kept.popitem(last=False)
+            return self._new_state(grammar)
+
+    def _new_state(self, grammar: Grammar) -> "GrammarState":
+        return GrammarState(self._kept[grammar].deep_copy(), self._vocab_size, self._end_ids)
+
+    def _compiled(self, grammar: Grammar) -> "LLMatcher":
+        made: list[LLMatcher | Exception] = []
+
+        def make() -> None:
+            try:
+                made.append(self._matcher(grammar))
+            except Exception as error:
+                made.append(error)
+
+        # A thread of its own, for its stack, and so that nobody waits for ever.
+        with self._starting:
+            size = threading.stack_size(STACK_BYTES)
+            try:
+                thread = threading.Thread(target=make, name="orthrus-grammar", daemon=True)
+                thread.start()
+            finally:
+                threading.stack_size(size)
+        thread.join(COMPILE_SECONDS)
+        if not made:
+            raise UserInputError(
+                f"the {grammar.kind} grammar did not compile within {COMPILE_SECONDS:g} s; simplify it."
+            )
+        if isinstance(made[0], Exception):
+            raise made[0]
+        return made[0]
+
+    def _matcher(self, grammar: Grammar) -> "LLMatcher":
+        from llguidance import LLMatcher
+
+        try:
+            matcher = LLMatcher(self._tokenizer, _serialised(grammar), log_level=0)
+            if not matcher.is_error():
+                # The first mask makes what all copies share, and finds what is too complex.
+                matcher.compute_bitmask()
+            error = matcher.get_error()
+        except ValueError as wrong:
+            error = str(wrong)
+        if error:
+            raise UserInputError(
+                f"the {grammar.kind} grammar cannot be used: {_gist(error)}; correct or simplify it."
+            )
+        return matcher
+
+
+class GrammarState:
+    """How far one text has come in its grammar. Not for use by two threads at once.
+
+    Made by `GrammarCompiler.state`. Masks are bool, True where a token may come next, over the vocabulary of
+    the model's logits, on the CPU; they are shared: do not write to them. Tokens that end the text are
+    allowed exactly where the grammar is satisfied.
+    """
+
+    def __init__(self, matcher: "LLMatcher", vocab_size: int, end_ids: tuple[int, ...]) -> None:
+        self._fresh, self._matcher = matcher, matcher.deep_copy()
+        self._vocab_size, self._end_ids = vocab_size, list(end_ids)
+        self._text: list[int] = []
+        self._ended = False
+        self._mask_V: Tensor | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the text is complete, so that nothing but its end is allowed."""
+        if self._ended:
+            return True
+        others_V = self.mask().clone()
+        others_V[self._end_ids] = False
+        return not bool(others_V.any())
+
+    def mask(self) -> Tensor:
+        """What is allowed after the committed text; after its end, tokens that end it.
+
+        Raises UserInputError where the grammar became too complex, or no token fits it.
+        """
+        if self._mask_V is None:
+            mask_V = self._mask_here()
+            if mask_V is None:
+                raise UserInputError(
+                    f"the grammar allows no token after {len(self._text)} "
+                    f"({_gist(self._matcher.get_error()) or 'a dead end'}); correct or simplify it."
+                )
+            self._mask_V = mask_V
+        return self._mask_V
+
+    def advance(self, token_id: int) -> None:
+        """Commit a token that the mask allows.
+
+        Raises UserInputError where the grammar does not allow it.
+        """
+        if not 0 <= token_id < self._vocab_size or not self.mask()[token_id]:
+            raise UserInputError(f"token {token_id} breaks the grammar; choose tokens that the mask allows.")
+        if token_id in self._end_ids:
+            self._ended = True
+        else:
+            if not self._matcher.consume_token(token_id):
+                raise UserInputError(
+                    f"the grammar became too complex after {len(self._text)} tokens "
+                    f"({_gist(self._matcher.get_error())}); simplify it."
+                )
+            self._text.append(token_id)
+        self._mask_V = None
+
+    def masks_for_paths(self, parents: Sequence[int], token_ids: Sequence[int]) -> tuple[Tensor, list[bool]]:
+        """Masks after each row of a draft tree, the root's first: masks_RV; and which nodes are allowed.
+
+        parents, token_ids: as in `DraftTree`. A node is allowed where its parent is and the mask after that
+        allows its token; nothing follows an end. Rows of other nodes have masks without meaning. Nothing is
+        committed.
+        Raises UserInputError as `mask` does, for the text alone: a path that leads nowhere is not allowed.
+        """
+        num_rows = len(token_ids) + 1
+        masks_RV = torch.zeros(num_rows, self._vocab_size, dtype=torch.bool)
+        masks_RV[:, self._end_ids] = True
+        masks_RV[0] = self.mask()
+        allowed = [True] + [False] * len(token_ids)
+        if self._ended:
+            return masks_RV, allowed[1:]
+        children: list[list[int]] = [[] for _ in range(num_rows)]
+        for row, parent in enumerate(parents, start=1):
+            children[parent].append(row)
+        # Depth first, so that the matcher goes back as seldom as it can; `here`: the rows it stands on.
+        here: list[int] = []
+        depths = [0] * num_rows
+        stack = children[0][::-1]
+        while stack:
+            row = stack.pop()
+            parent, token_id = parents[row - 1], token_ids[row - 1]
+            depths[row] = depths[parent] + 1
+            if not 0 <= token_id < self._vocab_size or not masks_RV[parent, token_id]:
+                continue
+            if token_id in self._end_ids:
+                allowed[row] = True
+                continue
+            num_back = len(here) - depths[parent]
+            del here[depths[parent] :]
+            path = [token_ids[node - 1] for node in here]
+            self._go_back(num_back, path)
+            mask_V = self._mask_here() if self._matcher.consume_token(token_id) else None
+            if mask_V is None:
+                self._start_again(path)
+                continue
+            here.append(row)
+            allowed[row], masks_RV[row] = True, mask_V
+            stack += children[row][::-1]
+        self._go_back(len(here), [])
+        return masks_RV, allowed[1:]
+
+    def forced(self, max_tokens: int) -> list[int]:
+        """The next tokens, at most so many, for as long as the mask allows exactly one: any logits choose it.
+
+        The last one may end the text. Nothing is committed.
+        """
+        found: list[int] = []
+        mask_V: Tensor | None = self.mask()
+        while mask_V is not None and len(found) < max_tokens and int(mask_V.count_nonzero()) == 1:
+            token_id = int(mask_V.to(torch.uint8).argmax())
+            found.append(token_id)
+            if self._ended or token_id in self._end_ids:
+                break
+            mask_V = self._mask_here() if self._matcher.consume_token(token_id) else None
+        self._go_back(sum(token_id not in self._end_ids for token_id in found), [])
+        return found
+
+    def _go_back(self, num_tokens: int, path: Sequence[int]) -> None:
+        """To where the text is followed by this path."""
+        if self._matcher.is_error() or (num_tokens and not self._matcher.rollback(num_tokens)):
+            self._start_again(path)
+
+    def _start_again(self, path: Sequence[int]) -> None:
+        """A matcher in an error state never leaves it: bring a new one to where text and path end."""
+        self._matcher = self._fresh.deep_copy()
+        for token_id in (*self._text, *path):
+            self._matcher.compute_bitmask()
+            self._matcher.consume_token(token_id)
+
+    def _mask_here(self) -> Tensor | None:
+        """Where the matcher stands; None where it failed, or allows nothing."""
+        if self._ended or self._matcher.is_stopped():
+            if self._matcher.is_error():
+                return None
+            mask_V = torch.zeros(self._vocab_size, dtype=torch.bool)
+            mask_V[self._end_ids] = True
+            return mask_V
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            return None
+        mask_V = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self._vocab_size].view(np.bool_))
+        mask_V[self._end_ids] = self._matcher.is_accepting()
+        return mask_V if bool(mask_V.any()) else None
+
+
+def _serialised(grammar: Grammar) -> str:
+    """In llguidance's own form. Raises ValueError where it is not even that."""
+    from llguidance import LLMatcher
+
+    if grammar.kind == "regex":
+        return LLMatcher.grammar_from_regex(grammar.text)
+    if grammar.kind == "lark":
+        return LLMatcher.grammar_from_lark(grammar.text)
+    schema = grammar.text if grammar.kind == "json_schema" else '{"type": "object"}'
+    return LLMatcher.grammar_from_json_schema(schema, {"whitespace_pattern": WHITESPACE})
+
+
+def _gist(message: str) -> str:
+    """The part of an error of llguidance's that says what is wrong, in one printable line."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    told = next((line.removeprefix("error:") for line in lines if line.startswith("error:")), "")
+    line = (told or (lines[0] if lines else "")).strip().rstrip(".")
+    line = "".join(char if char.isprintable() else "?" for char in line)
+    return line if len(line) <= 200 else line[:200] + "..."

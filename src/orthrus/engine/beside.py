@@ -1,0 +1,26 @@
+"""A second engine over the model of another: for audits and benchmarks, which want a pool of their own."""
+
+from dataclasses import replace
+from typing import Any
+
+from orthrus.decoding.cost_table import CostTable
+from orthrus.engine.costs import OnMeasure
+from orthrus.engine.engine import Engine
+from orthrus.model.runner import Runner
+
+
+class EngineBeside(Engine):
+    """An engine with slots and kept pages of its own, and with the prices of `engine`, so that `auto` decides
+    alike in both.
+
+    runner: the other engine's unless given; limits: fields of EngineConfig that differ. The other engine must
+    not step meanwhile: a runner serves one thread at a time.
+    """
+
+    def __init__(self, engine: Engine, runner: Runner | None = None, **limits: Any) -> None:
+        super().__init__(runner or engine.runner, replace(engine.config, **limits))
+        self._other = engine
+
+    def costs(self, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
+        """The other engine's."""
+        return self._other.costs(on_measure, greedy=greedy)
