@@ -226,7 +226,7 @@ def _counts(samples: "list[Sample]") -> dict[str, Any]:
 
     return {
         "dialogues": len(samples),
-        "answer_tokens": sum(len(s.answer_ids) for s in samples),
+        "answer_tokens": sum(s.num_answered for s in samples),
         "domains": dict(Counter(s.domain for s in samples)),
     }
 
