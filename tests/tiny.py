@@ -73,6 +73,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all": {},
     "no o": {"twins": ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_norm", "k_norm")},
     "rank 4": {"rank": 4},
+    "all of the MLP too, rank 4, scale 8": {
+        "twins": (
+            *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "q_norm", "k_norm"),
+            *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+        ),
+        "rank": 4,
+        "rank_scale": 8.0,
+    },
     "rank 3, one layer, no o, trained mask": {
         "twins": ("q_proj", "v_proj", "qkv_proj"),
         "rank": 3,
@@ -87,7 +95,7 @@ def variant_of(name: str, variant: str) -> dict[str, Any]:
     """The settings of that variant for a tiny model of that family."""
     settings = dict(VARIANTS[variant])
     if "twins" in settings:
-        known = find_family(FAMILY_CONFIGS[name]).twin_names
+        known = find_family(FAMILY_CONFIGS[name]).known_twins
         settings["twins"] = tuple(twin for twin in settings["twins"] if twin in known)
     return settings
 
@@ -143,7 +151,7 @@ def tiny_dual(
 ) -> DualView:
     """A tiny model with a view; `disturb` adds noise to the twins (0 leaves them equal to the AR ones).
 
-    variant: layers, twins, rank or repair_rank, as in ViewConfig.
+    variant: layers, twins, rank, rank_scale or repair_rank, as in ViewConfig.
     """
     model = tiny_model(name, seed)
     config = ViewConfig(block_size=block_size, mask_token_id=mask_token_id, **variant)

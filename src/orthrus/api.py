@@ -1,6 +1,6 @@
 """The Python interface: load a model with its view, then generate, stream or chat."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
@@ -13,6 +13,7 @@ from orthrus.engine.costs import OnMeasure
 from orthrus.engine.engine import Engine, EngineConfig
 from orthrus.engine.runners import chosen_runner, make_runner
 from orthrus.engine.stream import TokenStream
+from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.model.loading import load_dual
 from orthrus.model.runner import EagerRunner, Runner
@@ -138,7 +139,7 @@ class Orthrus:
 
     def stream(self, prompt: Prompt, *, raw: bool = False, **decode: Unpack[DecodeOptions]) -> TokenStream:
         """As `generate`, but yields a `Cycle` for each cycle; `.cancel()` stops, `.result` sums up."""
-        prompt_ids = self.base.encode_prompt(prompt if isinstance(prompt, str) else list(prompt), raw=raw)
+        prompt_ids = self.base.encode_prompt(prompt, raw=raw)
         return self.stream_ids(prompt_ids, decode_config(**decode))
 
     def stream_ids(self, prompt_ids: list[int], config: DecodeConfig) -> TokenStream:
@@ -258,6 +259,15 @@ class Turn(Iterator[Cycle]):
         return self._tokens.result
 
 
+def _listed(name: str, values: Any) -> tuple[Any, ...]:
+    """Values as a tuple, None as none of them; UserInputError for what is no list."""
+    if values is None:
+        return ()
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise UserInputError(f"{name} must be a list, not {values!r}.")
+    return tuple(values)
+
+
 def decode_config(
     *,
     max_new_tokens: int = 256,
@@ -298,8 +308,8 @@ def decode_config(
         block_budget=block_budget,
         floor=floor,
         copies=copies,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
-        stop_token_ids=tuple(stop_token_ids),
+        stop=(stop,) if isinstance(stop, str) else _listed("stop", stop),
+        stop_token_ids=_listed("stop_token_ids", stop_token_ids),
         min_tokens=min_tokens,
         ignore_eos=ignore_eos,
         logprobs=logprobs,

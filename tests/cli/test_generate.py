@@ -11,6 +11,7 @@ import pytest
 
 from orthrus.api import Orthrus
 from orthrus.base.loading import load_base
+from orthrus.base.text import printable
 from orthrus.cli import common
 from orthrus.cli.render import DraftMarker
 from orthrus.config import FIXED_STRATEGIES
@@ -24,7 +25,7 @@ FRESH = ("--view", "fresh", "--ignore-eos", "-n", "24")
 
 def expected_text(folder: str, prompt: str = "hello", **decode: object) -> str:
     options = {"max_new_tokens": 24, "ignore_eos": True, "strategy": "ar"} | decode
-    return Orthrus.load(folder, view="fresh").generate(prompt, **options).text
+    return printable(Orthrus.load(folder, view="fresh").generate(prompt, **options).text)
 
 
 def test_text_on_stdout_statistics_on_stderr(cli: Cli, model_folder: str) -> None:

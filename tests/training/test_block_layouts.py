@@ -46,7 +46,8 @@ def oracle(dual, rows, seeds, num_anchors, layout, weights):
         # The draws, in the order that makes anchors the same whatever the layout.
         generator = torch.Generator().manual_seed(seed)
         document, tokens = row.document_T.tolist(), row.token_ids_T.tolist()
-        candidates = [t for t in range(len(tokens) - 1) if row.answer_T[t] and document[t + 1] == document[t]]
+        answer = row.answer_T.tolist()
+        candidates = [t for t in range(len(tokens) - 1) if answer[t] >= 0 and answer[t + 1] == answer[t]]
         order = torch.randperm(len(candidates), generator=generator)[:num_anchors].tolist()
         anchors = sorted(candidates[i] for i in order)
         clean = (torch.rand(num_anchors, generator=generator) < layout.clean_share).tolist()
@@ -107,7 +108,7 @@ def test_anchors_are_the_same_in_every_layout():
     for layout in LAYOUTS.values():
         batch = draw_blocks(rows, SEEDS, 7, layout)
         for row, seed, anchors in zip(rows, SEEDS, batch.anchor_BN, strict=True):
-            follows = row.answer_T[:-1] & (row.document_T[1:] == row.document_T[:-1])
+            follows = (row.answer_T[:-1] >= 0) & (row.answer_T[1:] == row.answer_T[:-1])
             candidates = follows.nonzero()[:, 0]
             order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))[:7]
             assert torch.equal(anchors, candidates[order].sort().values)

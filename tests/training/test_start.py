@@ -15,6 +15,8 @@ from orthrus.model.checkpoint import fresh_view, save_view
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.start import starting_view
 
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @pytest.fixture
 def base_folder(tmp_path):
@@ -83,6 +85,11 @@ def test_all_layers_and_all_twins_may_be_named_or_left_out(base_folder, tmp_path
             "has full-rank twins, the recipe wants rank 4; leave out one of rank and init_view",
         ),
         ({"rank": 2}, {"rank": 4}, "has rank 2, the recipe wants rank 4"),
+        (
+            {"rank": 2, "rank_scale": 8.0},
+            {"rank_scale": 4.0},
+            "rank_scale 8.0, the recipe wants rank_scale 4.0",
+        ),
         ({}, {"mask": "trained"}, "has mask 60, the recipe wants mask trained"),
         ({"mask": "trained"}, {"mask": 5}, "has mask trained, the recipe wants mask 5"),
     ],
@@ -99,10 +106,11 @@ def test_a_recipe_that_wants_another_kind_is_refused(kind, recipe, message, base
     [
         {"twins": ("q_proj", "k_proj", "v_proj"), "mask_token_id": None},
         {"rank": 8, "mask_token_id": None},
+        {"rank": 4, "rank_scale": 8.0, "twins": SEVEN, "mask_token_id": None},
         {"rank": 8, "mask_token_id": 60, "twins": ("q_proj", "v_proj")},
         {"layers": (1,), "mask_token_id": 60},
     ],
-    ids=["no o", "rank 8", "rank 8, q and v, fixed mask", "one layer"],
+    ids=["no o", "rank 8", "all seven, rank 4, scale 8", "rank 8, q and v, fixed mask", "one layer"],
 )
 def test_views_of_every_kind_learn_and_stay_lossless(kind, tmp_path):
     dual = tiny_dual(block_size=5, **kind)

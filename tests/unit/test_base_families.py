@@ -8,6 +8,7 @@ import transformers as tr
 from torch import nn
 
 from orthrus.base import FAMILIES, attention_modules, check_layers, context_length, find_family, layer_windows
+from orthrus.base.families import decoder_layers
 from orthrus.errors import UnsupportedModelError
 
 _SIZES: dict[str, Any] = {
@@ -83,6 +84,16 @@ def test_twin_names_are_all_of_the_attention(named_model: tuple[str, tr.PreTrain
             name for name, child in module.named_children() if next(child.parameters(), None) is not None
         }
         assert with_weights == set(family.twin_names)
+
+
+def test_mlp_names_are_all_of_the_mlp_but_for_experts(named_model: tuple[str, tr.PreTrainedModel]) -> None:
+    name, model = named_model
+    family = find_family(model)
+    for layer in decoder_layers(model):
+        found = {
+            path for path, child in layer.get_submodule("mlp").named_children() if type(child) is nn.Linear
+        }
+        assert family.mlp_names == () if name.startswith("qwen3-moe") else found == set(family.mlp_names)
 
 
 def test_row_dimension_counts_the_tokens(named_model: tuple[str, tr.PreTrainedModel]) -> None:

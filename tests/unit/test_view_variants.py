@@ -22,7 +22,7 @@ from orthrus.model.checkpoint import fresh_view, load_view, save_view, stored_te
 from orthrus.model.dual_view import DualView
 from orthrus.model.loading import load_dual
 from orthrus.model.merged import save_merged
-from orthrus.model.twin import LowRankTwin, RowSplit, stock, twins
+from orthrus.model.twin import LowRank, LowRankTwin, RowSplit, stock, twins
 from orthrus.model.view_config import ViewConfig
 
 EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
@@ -46,6 +46,17 @@ def test_the_low_rank_part_is_added_to_diffusion_rows_alone(num_ar: int | None) 
     split.num_ar_rows = num_ar
     torch.testing.assert_close(twin(x_BTC), expected_BTC)
     assert calls == [5], "one call for all rows"
+
+
+def test_the_low_rank_part_is_multiplied_by_its_scale() -> None:
+    parts = [
+        LowRank(nn.Linear(8, 6), 3, torch.Generator().manual_seed(0), torch.float32, scale)
+        for scale in (1.0, 16.0)
+    ]
+    for part in parts:
+        nn.init.ones_(part.up.weight)
+    x_RC = torch.randn(5, 8)
+    torch.testing.assert_close(parts[1](x_RC), 16.0 * parts[0](x_RC))
 
 
 @EVERY_VARIANT
@@ -122,6 +133,7 @@ def test_masks(mask: Any, expected: int | None, tmp_path: Path) -> None:
         ({"twins": []}, CheckpointError, "at least one twin"),
         ({"rank": 0}, CheckpointError, "positive number, not 0"),
         ({"rank": 33}, CheckpointError, "rank 33 is more than the 32 inputs"),
+        ({"rank": 4, "rank_scale": 0.0}, CheckpointError, "scale of .* must be a positive number, not 0.0"),
         ({"layers": [2]}, CheckpointError, "layer 2, but this base has 2"),
     ],
 )
@@ -210,6 +222,7 @@ def test_every_kind_comes_back_from_every_folder(name: str, variant: str, tmp_pa
         ({"rank": None}, "lacks 8 tensors, model.layers.0.self_attn.k_proj_diff.weight first"),
         ({"rank": 5}, r"has shape \(4, 32\), the base needs \(5, 32\)"),
         ({"rank": "4"}, "rank of a view's twins must be a positive number, not '4'"),
+        ({"rank_scale": "8"}, "scale of a view's low-rank twins must be a positive number, not '8'"),
         ({"twins": ["q_proj"]}, "has unknown 12 tensors"),
         ({"twins": ["w_proj"]}, "Llama has no w_proj"),
         ({"twins": 3}, "does not fit this release"),

@@ -1,7 +1,8 @@
 """Which families can carry a second view: one row per family, and why the others are refused.
 
-A row names the modules of `self_attn` that become twins. Row dimensions are counted from the end:
-projections see (B, T, C), so their row dimension is -2; query and key norms see what the family feeds them.
+A row names the modules of `self_attn` that become twins, and those of `mlp` that may. Row dimensions are
+counted from the end: projections see (B, T, C), so their row dimension is -2; query and key norms see what
+the family feeds them.
 """
 
 from collections.abc import Iterable
@@ -20,12 +21,15 @@ _PLAIN = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
 _NORMED = (*_PLAIN, *_NORMS)
 _FUSED = ("qkv_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """What differs between the attention layers of one model family and the next.
 
+    `twin_names` get twins unless a view says otherwise; `mlp_names` are projections of the MLP that get one
+    only where a view names them (none where experts take its place).
     `norm_row_dim` is the row dimension of the input of `q_norm` and `k_norm` (None without such norms).
     `mask_kind` is what the stock forward takes as a ready-made `attention_mask`: one 4-D mask for all
     layers, or a dictionary with the keys `full_attention` and `sliding_attention`.
@@ -36,6 +40,16 @@ class Family:
     twin_names: tuple[str, ...]
     norm_row_dim: int | None
     mask_kind: MaskKind
+    mlp_names: tuple[str, ...] = _MLP
+
+    @property
+    def known_twins(self) -> tuple[str, ...]:
+        """All modules of a layer that may get a twin, in the order that they run in."""
+        return (*self.twin_names, *self.mlp_names)
+
+    def module_of(self, layer: "nn.Module", twin_name: str) -> "nn.Module":
+        """The part of a decoder layer that holds the module of that name."""
+        return layer.get_submodule("mlp" if twin_name in self.mlp_names else "self_attn")
 
     def row_dim(self, twin_name: str) -> int:
         """The dimension, counted from the end, that holds the rows in the input of that module."""
@@ -54,12 +68,12 @@ FAMILIES = (
     Family("Qwen2", ("qwen2",), _PLAIN, None, "by_layer_type"),
     # (B, T, H, D): the norms run per head, before heads and rows are swapped.
     Family("Qwen3", ("qwen3",), _NORMED, -3, "by_layer_type"),
-    Family("Qwen3-MoE", ("qwen3_moe",), _NORMED, -3, "single"),
+    Family("Qwen3-MoE", ("qwen3_moe",), _NORMED, -3, "single", ()),
     Family("Mistral", ("mistral",), _PLAIN, None, "single"),
     Family("Gemma2", ("gemma2",), _PLAIN, None, "by_layer_type"),
     # (B, H, T, D): Gemma 3 swaps heads and rows first.
     Family("Gemma3", ("gemma3_text",), _NORMED, -2, "by_layer_type"),
-    Family("Phi3", ("phi3",), _FUSED, None, "single"),
+    Family("Phi3", ("phi3",), _FUSED, None, "single", ("gate_up_proj", "down_proj")),
     # (B, T, C): OLMo 2 normalises the flat projection over all heads at once.
     Family("OLMo2", ("olmo2",), _NORMED, -2, "single"),
     Family("SmolLM3", ("smollm3",), _PLAIN, None, "by_layer_type"),

@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from orthrus.base.gguf_header import check_counts, check_numbers, damaged, end_token_ids
 from orthrus.base.quiet import quiet_libraries
 from orthrus.base.storage import MANIFEST, Progress, load_published, publish, sha256_file
 from orthrus.errors import CorruptFileError, MissingExtraError, OrthrusError, UnsupportedModelError
@@ -27,7 +28,7 @@ TOKENIZER_BYTES = 32_000_000
 
 def cache_key(sha256: str) -> str:
     """Name of the cached folder of a GGUF file with that checksum."""
-    return f"gguf-{sha256[:32]}"
+    return f"gguf2-{sha256[:32]}"
 
 
 def ensure_folder(path: Path, progress: Progress | None = None) -> Path:
@@ -110,6 +111,9 @@ def convert(
     tokenizer.model_max_length = model.config.max_position_embeddings
     if facts.splitting in _SINGLE_DIGIT_SPLITS:
         _split_single_digits(tokenizer)
+    ends = [i for i in facts.end_token_ids if i < model.config.vocab_size]
+    if ends:
+        model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
     # The weights are plain tensors now; these two left-overs make save_pretrained refuse.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -135,6 +139,8 @@ class GgufFacts(NamedTuple):
     """llama.cpp's name for how text is cut before byte-pair merging."""
     quantised: tuple[str, ...] = ()
     """The file's quantised types, such as Q4_K."""
+    end_token_ids: tuple[int, ...] = ()
+    """All tokens that end a text."""
 
 
 def inspect(path: Path) -> GgufFacts:
@@ -149,15 +155,20 @@ def inspect(path: Path) -> GgufFacts:
     from gguf import GGUFReader
 
     _check_magic(path)
+    check_counts(path)
     try:
         reader = GGUFReader(path)
+        check_numbers(path, reader)
         kinds = {tensor.tensor_type for tensor in reader.tensors}
         num_weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
         field = reader.fields.get("tokenizer.ggml.pre")
         splitting = "" if field is None else str(field.contents())
+        ends = end_token_ids(reader)
+    except OrthrusError:
+        raise
     except Exception as error:
         # The reader indexes into the mapped file, so a truncated one fails in many ways.
-        raise _damaged(path) from error
+        raise damaged(path) from error
     if not kinds:
         raise CorruptFileError(
             f"{path} holds no weights (a vocabulary-only file?): choose a full model file."
@@ -173,7 +184,7 @@ def inspect(path: Path) -> GgufFacts:
         dtype = torch.bfloat16 if Kind.BF16 in kinds else torch.float16
     quantised = sorted(kind.name for kind in kinds - {Kind.F32, Kind.F16, Kind.BF16})
     num_bytes = num_weights * dtype.itemsize + TOKENIZER_BYTES
-    return GgufFacts(dtype, num_bytes, splitting, tuple(quantised))
+    return GgufFacts(dtype, num_bytes, splitting, tuple(quantised), ends)
 
 
 def _readable_types() -> "set[GGMLQuantizationType]":
@@ -225,7 +236,3 @@ def _reading_failed(path: Path, error: Exception) -> OrthrusError:
     if "not supported" in text or "architecture" in text or "Cannot build a tokenizer" in text:
         return UnsupportedModelError(f"{path.name} cannot be unpacked ({reason}): use a safetensors upload.")
     return CorruptFileError(f"{path.name} cannot be unpacked ({reason}): download it again.")
-
-
-def _damaged(path: Path) -> CorruptFileError:
-    return CorruptFileError(f"{path} is truncated or damaged: download it again.")

@@ -14,6 +14,7 @@ from orthrus.base.quantised import cannot_run, check_installed, check_runs, quan
 from orthrus.base.quiet import quiet_libraries
 from orthrus.base.resolve import Source, resolve
 from orthrus.base.storage import Progress
+from orthrus.base.text import printable
 from orthrus.base.weights import Extra, check_all_used, check_finite, check_sizes, shapes_in
 from orthrus.errors import (
     CorruptFileError,
@@ -164,7 +165,7 @@ def _locate(source: Source, progress: Progress | None) -> tuple[Source, Path, st
     if source.path is None:
         raise ModelNotFoundError(f"{source.origin} has no path: resolve it first.")
     folder = gguf.ensure_folder(source.path, progress) if source.kind == "gguf" else source.path
-    return source, folder, source.path.name or str(source.path)
+    return source, folder, printable(source.path.name or str(source.path))
 
 
 def _read_config(folder: Path, name: str) -> "PreTrainedConfig":

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from orthrus import __version__
-from orthrus.cli import audit, bench, chat, convert, demo, env, generate, synth, train
+from orthrus.cli import adapt, audit, bench, chat, convert, demo, env, generate, synth, train
 from orthrus.cli.common import run_command, session
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ COMMANDS = (
     audit.audit,
     synth.synth,
     train.train,
+    adapt.adapt,
     convert.convert,
     env.env,
 )

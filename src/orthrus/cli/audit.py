@@ -11,7 +11,8 @@ from orthrus.cli.report import check_output, show_report
 
 
 def audit(
-    model: options.Model = "default",
+    model: options.Model = None,
+    named_model: options.NamedModel = None,
     prompts: options.Prompts = None,
     domain: options.Domain = None,
     limit: options.Limit = None,
@@ -60,7 +61,7 @@ def audit(
     check_output(output)
     chosen = load_prompts(prompts, tuple(domain or ()), limit)
     orthrus = load_orthrus(
-        model,
+        options.one_model(model, named_model),
         view=view,
         dtype=dtype,
         draft_dtype=draft_dtype,

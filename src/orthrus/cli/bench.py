@@ -16,7 +16,8 @@ DEFAULTS = DecodeConfig()
 
 
 def bench(
-    model: options.Model = "default",
+    model: options.Model = None,
+    named_model: options.NamedModel = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
@@ -93,7 +94,7 @@ def bench(
     check_output(output)
     chosen = load_prompts(prompts, tuple(domain or ()), limit)
     orthrus = load_orthrus(
-        model,
+        options.one_model(model, named_model),
         view=view,
         dtype=dtype,
         draft_dtype=draft_dtype,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orthrus.base.text import printable
 from orthrus.cli import options
 from orthrus.cli.chat_commands import ChatState, Leave, run_slash_command
 from orthrus.cli.common import (
@@ -27,7 +28,8 @@ QUOTES = '"""'
 
 
 def chat(
-    model: options.Model = "default",
+    model: options.Model = None,
+    named_model: options.NamedModel = None,
     view: options.View = "default",
     max_new_tokens: options.MaxNewTokens = 512,
     strategy: options.DecodeStrategy = "auto",
@@ -76,12 +78,12 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "logit_bias": parse_logit_bias(logit_bias or ()),
         "seed": seed,
-        "stop": tuple(stop or ()),
+        "stop": options.stop_texts(stop),
         "ignore_eos": False,
     }
     check_decode(decode)
     orthrus = load_orthrus(
-        model,
+        options.one_model(model, named_model),
         quiet=quiet,
         view=view,
         dtype=dtype,
@@ -109,8 +111,10 @@ def chat(
 
 def _lines(state: ChatState) -> None:
     """A pipe: a script wants the first error to end it."""
-    for line in sys.stdin:
+    for number, line in enumerate(sys.stdin):
         text = line.rstrip("\n")
+        if number == 0:
+            text = text.removeprefix("\ufeff")
         if not text.strip():
             continue
         try:
@@ -224,5 +228,5 @@ def _header(orthrus: "Orthrus") -> None:
         ("context", f"{about['context_length']} tokens"),
         ("keys", "Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands"),
     )
-    body = Text("\n".join(f"{name:<11}{value}" for name, value in rows))
+    body = Text(printable("\n".join(f"{name:<11}{value}" for name, value in rows)))
     Console(stderr=True).print(Panel(body, title="orthrus chat", expand=False))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
+from orthrus.base.text import printable
 from orthrus.cli.progress import ProgressDisplay
 from orthrus.config import FIXED_STRATEGIES, STRATEGIES, Strategy
 from orthrus.errors import OrthrusError, OrthrusWarning, UserInputError
@@ -87,12 +88,15 @@ def _usage_message(error: Any) -> str:
     path = error.ctx.command_path if getattr(error, "ctx", None) is not None else "orthrus"
     # typer hands on the wording of the library that checks its values.
     message = message.replace("Value error, ", "").rstrip(".")
-    return f"{message}{'' if message.endswith('?') else '.'} See `{path} --help`."
+    hint = ""
+    if type(error).__name__ == "NoSuchOption" and path.endswith("generate"):
+        hint = ' A prompt that begins with a dash goes behind --, as in: orthrus generate -- "-5 + 3 = ?"'
+    return f"{message}{'' if message.endswith('?') else '.'} See `{path} --help`.{hint}"
 
 
 def say_error(message: str) -> None:
     """`error: ...` on stderr, in one line whatever the message holds."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 @contextmanager
@@ -107,7 +111,7 @@ def _warnings_as_lines() -> Iterator[None]:
                 in_full(message, category, *where, **more)
             elif issubclass(category, OrthrusWarning) and str(message) not in shown:
                 shown.add(str(message))
-                print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+                print(f"warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
         warnings.showwarning = show
         warnings.simplefilter("always", OrthrusWarning)
@@ -178,9 +182,16 @@ def check_strategies(names: list[str] | None) -> tuple[Strategy, ...]:
 
 
 def read_stdin() -> str:
-    """All of stdin as text; UserInputError when it is not UTF-8."""
+    """All of stdin as text, without a byte order mark; UserInputError when it is not UTF-8.
+
+    Whatever the locale: in some, Python takes other bytes for half characters.
+    """
+    buffer = getattr(sys.stdin, "buffer", None)
     try:
-        return sys.stdin.read()
+        if buffer is None:
+            return sys.stdin.read().removeprefix("\ufeff")
+        text: str = buffer.read().decode("utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserInputError(
             f"stdin is not valid text ({error.reason}); give the prompt as UTF-8."

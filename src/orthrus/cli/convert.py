@@ -26,7 +26,10 @@ def convert(
         str,
         typer.Argument(help="A base (gets a fresh view), a view folder, or a merged or released checkpoint."),
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")],
+    out_folder: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")
+    ] = None,
+    named_model: options.NamedModel = None,
     to: Annotated[
         Layout,
         typer.Option(
@@ -87,6 +90,7 @@ def convert(
     """
     from orthrus.base.outputs import check_absent, check_writable
 
+    source, target = _source_and_target(source, out_folder, named_model)
     check_absent(target)
     check_writable(target.parent)
     if encoding != "full" and to != "view":
@@ -121,6 +125,17 @@ def convert(
         print_json(report)
     else:
         _print(report)
+
+
+def _source_and_target(first: str, second: Path | None, named_model: str | None) -> tuple[str, Path]:
+    """What the arguments mean: SOURCE OUT, or OUT alone beside --model."""
+    if named_model is not None:
+        if second is not None:
+            options.one_model(first, named_model)
+        return named_model, Path(first)
+    if second is None:
+        raise UserInputError("convert needs the model and the folder to write: orthrus convert SOURCE OUT.")
+    return first, second
 
 
 def _stated(licence: str | None, figures: Path | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`orthrus demo`: the same answers twice, to see that they are the same and what they cost."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -71,7 +71,7 @@ class Pair:
 
 
 def demo(
-    model: Annotated[str, typer.Option(help=options.MODEL_HELP)] = "default",
+    model: options.OnlyNamedModel = "default",
     view: options.View = "default",
     device: options.Device = None,
     max_new_tokens: options.MaxNewTokens = 96,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from orthrus.base.prompt import check_text
 from orthrus.cli import options
 from orthrus.cli.common import (
     INTERRUPTED,
@@ -30,6 +31,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    named_model: options.NamedModel = None,
     view: options.View = "default",
     max_new_tokens: options.MaxNewTokens = 256,
     strategy: options.DecodeStrategy = "auto",
@@ -92,9 +94,10 @@ def generate(
     if prompts is None:
         if output is not None:
             raise UserInputError("--output is for the answers to a file of prompts; give --prompts too.")
-        model, text = _model_and_prompt(words or [])
+        model, text = _model_and_prompt(words or [], named_model)
     else:
-        model, text = _model_for_file(words or [], output, json or color), ""
+        model, text = _model_for_file(words or [], named_model, output, json or color), ""
+    check_text(system or "", "The system prompt")
     if raw and system is not None:
         raise UserInputError(
             "--raw takes the text as it stands, so there is no place for --system; drop one."
@@ -113,7 +116,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "logit_bias": parse_logit_bias(logit_bias or ()),
         "seed": seed,
-        "stop": tuple(stop or ()),
+        "stop": options.stop_texts(stop),
         "ignore_eos": ignore_eos,
     }
     check_decode(decode)
@@ -171,27 +174,29 @@ def generate(
         raise typer.Exit(INTERRUPTED)
 
 
-def _model_and_prompt(words: list[str]) -> tuple[str, str]:
+def _model_and_prompt(words: list[str], named_model: str | None) -> tuple[str, str]:
     """What the positional arguments mean; UserInputError when they mean nothing."""
-    if len(words) > 2:
+    if len(words) > (2 if named_model is None else 1):
         raise UserInputError(
-            f"{len(words)} arguments were given where [MODEL] PROMPT are expected; put the prompt in quotes."
+            f"{len(words)} arguments were given where {'[MODEL] PROMPT are' if named_model is None else 'a PROMPT is'} "
+            "expected; put the prompt in quotes."
         )
     if not words and sys.stdin.isatty():
         raise UserInputError(
             'there is no prompt; give one in quotes, as in: orthrus generate "Why is the sky blue?"'
         )
-    model = words[0] if len(words) == 2 else "default"
+    model = options.one_model(words[0] if len(words) == 2 else None, named_model)
     text = words[-1] if words else "-"
     if text == "-":
         # The line break that every shell pipe ends with is not part of the prompt.
         text = read_stdin().removesuffix("\n")
     if not text.strip():
         raise UserInputError("the prompt is empty; give some text to answer or continue.")
+    check_text(text, "The prompt")
     return model, text
 
 
-def _model_for_file(words: list[str], output: Path | None, one_answer: bool) -> str:
+def _model_for_file(words: list[str], named_model: str | None, output: Path | None, one_answer: bool) -> str:
     """The model that answers a file; UserInputError for what only goes with one prompt."""
     if output is None:
         raise UserInputError("--prompts needs a file for the answers: give --output OUT.jsonl.")
@@ -199,7 +204,7 @@ def _model_for_file(words: list[str], output: Path | None, one_answer: bool) -> 
         raise UserInputError("--prompts brings the prompts: give no other, only MODEL before it.")
     if one_answer:
         raise UserInputError("--json and --color show one answer; drop them, or --prompts.")
-    return words[0] if words else "default"
+    return options.one_model(words[0] if words else None, named_model)
 
 
 def _messages(system: str, text: str) -> list[dict[str, str]]:

@@ -6,12 +6,25 @@ from typing import Annotated, Literal
 import typer
 
 from orthrus.config import STRATEGIES, Baseline, Strategy
+from orthrus.errors import UserInputError
 
 _MODEL, _DECODING, _OUTPUT = "Model", "Decoding", "Output"
 
 MODEL_HELP = "A hub id, a folder, a GGUF file, or 'default' (SmolLM2-135M-Instruct)."
 
-Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Model = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} Left out: default.", show_default=False)]
+NamedModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="The model by name, in place of the argument.",
+        rich_help_panel=_MODEL,
+        show_default=False,
+    ),
+]
+OnlyNamedModel = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, rich_help_panel=_MODEL)]
 View = Annotated[
     str,
     typer.Option(
@@ -145,7 +158,11 @@ Seed = Annotated[
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(metavar="TEXT", help="Stop before this text; may be repeated.", rich_help_panel=_DECODING),
+    typer.Option(
+        metavar="TEXT",
+        help="Stop before this text, in which \\n is a line end; may be repeated.",
+        rich_help_panel=_DECODING,
+    ),
 ]
 IgnoreEos = Annotated[
     bool,
@@ -203,3 +220,16 @@ OutputFile = Annotated[
         "--output", "-o", help="Also write the full result as JSON to this file.", rich_help_panel=_OUTPUT
     ),
 ]
+
+
+def one_model(argument: str | None, named: str | None) -> str:
+    """The model of the argument or of --model, "default" without either; UserInputError for both."""
+    if argument is not None and named is not None:
+        raise UserInputError(f"two models are given, '{argument}' and --model '{named}'; give one of them.")
+    chosen = named if argument is None else argument
+    return "default" if chosen is None else chosen
+
+
+def stop_texts(stop: list[str] | None) -> tuple[str, ...]:
+    r"""The texts of --stop, with `\n` as a line end, which a shell does not make of it."""
+    return tuple(text.replace("\\n", "\n") for text in stop or ())

@@ -4,6 +4,8 @@ import sys
 from types import TracebackType
 from typing import Any
 
+from orthrus.base.text import printable
+
 
 class ProgressDisplay:
     """A context manager that is also the callback: `display(stage, done, total)`.
@@ -40,7 +42,7 @@ class ProgressDisplay:
                 self.spin(stage)
             self._bar.update(self._task, completed=done, total=total)
         elif stage != self._stage and not self._quiet:
-            print(stage, file=sys.stderr, flush=True)
+            print(printable(stage), file=sys.stderr, flush=True)
         self._stage = stage
 
     def spin(self, stage: str) -> None:
@@ -48,7 +50,7 @@ class ProgressDisplay:
         if self._bar is not None:
             if self._task is not None:
                 self._bar.remove_task(self._task)
-            self._task = self._bar.add_task(stage, total=None)
+            self._task = self._bar.add_task(printable(stage), total=None)
 
 
 def _bar(count: bool) -> Any:

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+from orthrus.base.text import printable
 from orthrus.types import Cycle, DecodeStats, GenerationResult
 
+_UPPER_CONTROL = re.compile(r"[\x7f-\x9f]")
 _UNDERLINE, _CYAN_UNDERLINE, _RESET = "\x1b[4m", "\x1b[4;36m", "\x1b[0m"
 
 
@@ -19,11 +22,16 @@ def out(text: str) -> None:
 
 
 def print_json(content: Any) -> None:
-    out(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    # JSON escapes the lower control characters itself, and the upper ones come to the same when escaped.
+    out(
+        _UPPER_CONTROL.sub(lambda c: f"\\u{ord(c[0]):04x}", json.dumps(content, indent=2, ensure_ascii=False))
+    )
+    out("\n")
 
 
 def note(text: str) -> None:
     """About the product: stderr, dimmed on a terminal."""
+    text = printable(text)
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         text = f"\x1b[2m{text}{_RESET}"
     print(text, file=sys.stderr, flush=True)
@@ -47,7 +55,7 @@ def print_stream(cycles: Iterable[Cycle], marker: "DraftMarker | None" = None) -
     last = ""
     for cycle in cycles:
         last = cycle.text or last
-        out(cycle.text if marker is None else marker.mark(cycle))
+        out(printable(cycle.text) if marker is None else marker.mark(cycle))
     out("" if last.endswith("\n") else "\n")
 
 
@@ -86,5 +94,5 @@ class DraftMarker:
             if is_draft != open_mark:
                 marked += self._start if is_draft else _RESET
                 open_mark = is_draft
-            marked += character
+            marked += printable(character)
         return marked + (_RESET if open_mark else "")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from orthrus.base.text import printable
 from orthrus.cli.options import Format
 from orthrus.cli.render import out, print_json
 
@@ -27,7 +28,7 @@ def show_report(report: Any, format_: Format, output: Path | None) -> None:
     elif format_ == "table":
         print_table(report.to_table())
     else:
-        text: str = report.to_markdown() if format_ == "md" else report.to_csv()
+        text = printable(report.to_markdown() if format_ == "md" else report.to_csv())
         out(text if text.endswith("\n") else text + "\n")
 
 

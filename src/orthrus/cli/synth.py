@@ -25,7 +25,7 @@ _LINE_SECONDS = 15.0
 
 def synth(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="The corpus folder, new or to be continued.")],
-    model: Annotated[str, typer.Option(help=options.MODEL_HELP, rich_help_panel="Model")] = "default",
+    model: options.OnlyNamedModel = "default",
     prompts: Annotated[
         list[str] | None,
         typer.Option(
@@ -124,14 +124,14 @@ def _report(folder: Path, num_prompts: int, samples: "list[Sample]") -> dict[str
     for sample in samples:
         entry = domains.setdefault(sample.domain, {"dialogues": 0, "answer_tokens": 0})
         entry["dialogues"] += 1
-        entry["answer_tokens"] += len(sample.answer_ids)
+        entry["answer_tokens"] += sample.num_answered
     return {
         "path": str(folder),
         "prompts": num_prompts,
         "dialogues": len(samples),
         "dropped": num_prompts - len(samples),
         "prompt_tokens": sum(len(s.prompt_ids) for s in samples),
-        "answer_tokens": sum(len(s.answer_ids) for s in samples),
+        "answer_tokens": sum(s.num_answered for s in samples),
         "longest": max(len(s.prompt_ids) + len(s.answer_ids) for s in samples),
         "domains": dict(sorted(domains.items())),
     }

@@ -30,6 +30,7 @@ def train(
             metavar="[KEY=VALUE]...", help="Settings that win over the recipe's.", show_default=False
         ),
     ] = None,
+    named_model: options.NamedModel = None,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
@@ -44,6 +45,8 @@ def train(
     from orthrus.training.run_folder import check_run_folder, run_folder
 
     # What costs nothing is checked before the model is loaded.
+    if named_model is not None:
+        overrides = [*(overrides or []), f"base={named_model}"]
     config = load_recipe(recipe, overrides)
     # Of several processes under torchrun, only the first one writes.
     if os.environ.get("RANK", "0") == "0":
@@ -223,7 +226,7 @@ def _counts(samples: "list[Sample]") -> dict[str, Any]:
 
     return {
         "dialogues": len(samples),
-        "answer_tokens": sum(len(s.answer_ids) for s in samples),
+        "answer_tokens": sum(s.num_answered for s in samples),
         "domains": dict(Counter(s.domain for s in samples)),
     }
 

@@ -22,6 +22,7 @@ _SETTINGS = {
     "first_target": "first target with weight",
     "clean_share": "share of blocks with more than one known token",
     "reveal": "mask rows that show their token",
+    "rejected_share": "share of blocks that start at rejected drafts",
     "num_anchors": "blocks in a row",
     "row_length": "tokens of a row",
     "batch_rows": "rows of a step",
@@ -41,6 +42,7 @@ _ORDINARY = {
     "first_target": 0,
     "clean_share": 1.0,
     "reveal": 0.0,
+    "rejected_share": 0.0,
     "weight_decay": 0.0,
 }
 
@@ -119,7 +121,10 @@ def _twins(dual: DualView) -> str:
     if config.rank is None:
         return f"{', '.join(names)}, in full"
     low, full = ([n for n in names if family.is_norm(n) is norm] for norm in (False, True))
-    return f"{', '.join(low)}, of rank {config.rank}" + (f"; {', '.join(full)}, in full" if full else "")
+    scale = "" if config.rank_scale == 1 else f" and scale {config.rank_scale:g}"
+    return f"{', '.join(low)}, of rank {config.rank}{scale}" + (
+        f"; {', '.join(full)}, in full" if full else ""
+    )
 
 
 def _stored(config: ViewConfig, encoding: Encoding) -> str:

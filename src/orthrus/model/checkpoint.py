@@ -38,16 +38,18 @@ def fresh_view(
     *,
     twins: Sequence[str] | None = None,
     rank: int | None = None,
+    rank_scale: float = 1.0,
     mask: int | str = "auto",
     seed: int = 0,
 ) -> DualView:
     """A view that equals the AR one: lossless at once, fast only after training.
 
     layers: indices of the layers that get twins; twins: the modules that get one (such as q_proj, k_proj and
-    v_proj); all when None. rank: None for full copies, else that of low-rank twins, drawn from `seed`. mask:
-    "auto" for the first embedding row that no token uses, or a mask embedding of its own where the vocabulary
-    has none to spare; "trained" for the latter in any case; a token id for that row. Raises CheckpointError
-    for a layer or twin that the base does not have, UserInputError for such a mask.
+    v_proj); all layers and all of their attention when None. rank: None for full copies, else that of
+    low-rank twins, drawn from `seed`, whose part is multiplied by `rank_scale`. mask: "auto" for the first
+    embedding row that no token uses, or a mask embedding of its own where the vocabulary has none to spare;
+    "trained" for the latter in any case; a token id for that row. Raises CheckpointError for a layer or twin
+    that the base does not have, UserInputError for such a mask.
     """
     config = ViewConfig(
         block_size=block_size,
@@ -55,6 +57,7 @@ def fresh_view(
         layers=None if layers is None else tuple(layers),
         twins=None if twins is None else chosen_names(base.family, twins),
         rank=rank,
+        rank_scale=rank_scale,
         base_name=base.reference,
         base_fingerprint=fingerprint(base.model),
     )
@@ -105,6 +108,15 @@ def save_view(
         # AutoModelForCausalLM sees whose folder it is; a base's config in it would make it a merged one.
         write_json(temporary / "config.json", {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE]})
         (temporary / "README.md").write_text(view_card(dual, encoding), encoding="utf-8")
+
+
+def round_as_stored(dual: DualView, encoding: Encoding) -> None:
+    """Give the view the weights that it would have after it was written in that encoding and loaded again."""
+    if encoding != "full":
+        twins_of = _ar_tensors(dual)
+        assign_view(
+            dual, decode_tensors(stored_tensors(dual, encoding), twins_of, where="memory"), where="memory"
+        )
 
 
 def check_unquantised(dual: DualView) -> None:

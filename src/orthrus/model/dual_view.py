@@ -39,7 +39,15 @@ class DualView(nn.Module):
         self.base = base
         self.family = family
         self.config = config
-        self.split = inject(base, family, config.layers, names=config.twins, rank=config.rank, seed=seed)
+        self.split = inject(
+            base,
+            family,
+            config.layers,
+            names=config.twins,
+            rank=config.rank,
+            scale=config.rank_scale,
+            seed=seed,
+        )
         self.mask_embedding: nn.Parameter | None = None
         if config.mask_token_id is None:
             self.mask_embedding = nn.Parameter(_initial_mask_embedding(base))

@@ -10,7 +10,10 @@ from collections.abc import Mapping
 MODEL_TYPE = "orthrus"
 ARCHITECTURE = "OrthrusForCausalLM"
 
-TWIN_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "q_norm", "k_norm")
+TWIN_MODULES = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "q_norm", "k_norm"),
+    *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+)
 
 TO_FILE: Mapping[str, str] = {f"{module}.diffusion": f"{module}_diff" for module in TWIN_MODULES}
 FROM_FILE: Mapping[str, str] = {file: ours for ours, file in TO_FILE.items()}

@@ -198,10 +198,10 @@ def join(parts: Sequence[tuple[Part, Slots]], device: torch.device | str = "cpu"
         places = slots.places(np.arange(span.length, span.length + part.num_rows))
         columns = np.array([part.token_ids, part.offsets], dtype=np.int64)
         both = (span.ar_rows, slice(0, part.num_ar)), (span.draft_rows, slice(part.num_ar, part.num_rows))
-        for to, own in both:
-            ids_R[to] = columns[0, own]
-            positions_R[to] = columns[1, own] + span.length
-            slots_R[to] = places[own]
+        for to, mine in both:
+            ids_R[to] = columns[0, mine]
+            positions_R[to] = columns[1, mine] + span.length
+            slots_R[to] = places[mine]
     pool = parts[0][1].pool
     pool.positions_S[slots_R] = positions_R
     pool.writers_S[slots_R[:num_ar_rows]] = AR

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from orthrus.base.families import Family, attention_modules
+from orthrus.base.families import Family, decoder_layers
 from orthrus.base.quantised import is_quantised, plain_linear
 from orthrus.errors import CheckpointError, UserInputError
 from orthrus.model.shadow import shadow
@@ -70,10 +70,18 @@ class Twin(nn.Module):
 
 
 class LowRank(nn.Module):
-    """`up(down(x))`: down starts small and random, up at zero, so that together they start as nothing."""
+    """`scale * up(down(x))`: down starts small and random, up at zero: together they start as nothing."""
 
-    def __init__(self, ar: nn.Module, rank: int, generator: torch.Generator, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        ar: nn.Module,
+        rank: int,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
+        self.scale = scale
         # Every linear knows its sizes; a quantised one's weight has another shape.
         num_inputs, num_outputs = int(ar.in_features), int(ar.out_features)  # type: ignore[arg-type]
         if rank > num_inputs:
@@ -90,11 +98,12 @@ class LowRank(nn.Module):
             self.up.weight.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))  # type: ignore[no-any-return]
+        low = self.down(x)
+        return self.up(low if self.scale == 1.0 else low * self.scale)  # type: ignore[no-any-return]
 
 
 class LowRankTwin(Twin):
-    """A twin whose diffusion side is the AR projection plus a low-rank part: `ar(x) + up(down(x))`.
+    """A twin whose diffusion side is the AR projection plus a low-rank part: `ar(x) + scale * up(down(x))`.
 
     The AR projection runs once for all rows; the part is added to the diffusion rows alone. Only the part is
     the view's, so the base's own projection may be quantised. Source: arXiv 2106.09685.
@@ -119,57 +128,59 @@ def inject(
     *,
     names: Iterable[str] | None = None,
     rank: int | None = None,
+    scale: float = 1.0,
     seed: int = 0,
 ) -> RowSplit:
-    """Put twins into the attention of the given layers (all by default); they start equal to the base.
+    """Put twins into the given layers (all by default); they start equal to the base.
 
-    names: which of the family's modules get twins, all by default. rank: None for full copies, else that of
-    low-rank twins, whose random side is drawn from `seed`; norms are copied in either case. Of a quantised
-    projection the copy is an ordinary one in the model's dtype, for only such a one can be trained. The base
-    stays as it is, frozen, its twinned modules as `twin.ar`. Returns the split that the twins share. Raises
-    CheckpointError for a layer or name that is not there, UserInputError when the model carries a view.
+    names: which of the family's modules get twins, by default all of its attention. rank: None for full
+    copies, else that of low-rank twins, whose random side is drawn from `seed` and whose part is multiplied
+    by `scale`; norms are copied in either case. Of a quantised projection the copy is an ordinary one in the
+    model's dtype, for only such a one can be trained. The base stays as it is, frozen, its twinned modules as
+    `twin.ar`. Returns the split that the twins share. Raises CheckpointError for a layer or name that is not
+    there, UserInputError when the model carries a view.
     """
     if twins(model):
         raise UserInputError("this base carries a view already; load it once more for another view.")
     split = RowSplit()
-    attentions = attention_modules(model)  # type: ignore[arg-type]
-    layers = range(len(attentions)) if layers is None else tuple(layers)
+    every = list(decoder_layers(model))  # type: ignore[arg-type]
+    layers = range(len(every)) if layers is None else tuple(layers)
     for index in layers:
-        if not 0 <= index < len(attentions):
+        if not 0 <= index < len(every):
             raise CheckpointError(
-                f"the view has twins in layer {index}, but this base has {len(attentions)} layers."
+                f"the view has twins in layer {index}, but this base has {len(every)} layers."
             )
     wanted = chosen_names(family, names)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     made: list[tuple[nn.Module, str, Twin]] = []
     for index in layers:
-        attention = attentions[index]
         for name in wanted:
-            ar = getattr(attention, name, None)
+            module = family.module_of(every[index], name)
+            ar = getattr(module, name, None)
             if ar is None or isinstance(ar, nn.Identity):
                 continue
             if rank is None or family.is_norm(name):
                 plain = plain_linear(ar, model.dtype) if is_quantised(ar) else copy.deepcopy(ar)  # type: ignore[arg-type]
                 twin = Twin(ar, plain.requires_grad_(True), split, family.row_dim(name))
             else:
-                part = LowRank(ar, rank, generator, model.dtype)  # type: ignore[arg-type]
+                part = LowRank(ar, rank, generator, model.dtype, scale)  # type: ignore[arg-type]
                 twin = LowRankTwin(ar, part, split, family.row_dim(name))
-            made.append((attention, name, twin))
-    for attention, name, twin in made:
-        setattr(attention, name, twin)
+            made.append((module, name, twin))
+    for module, name, twin in made:
+        setattr(module, name, twin)
     return split
 
 
 def chosen_names(family: Family, names: Iterable[str] | None) -> tuple[str, ...]:
     """The modules that get twins, in the family's order; CheckpointError for one that it does not have."""
     names = family.twin_names if names is None else tuple(names)
-    if unknown := [name for name in names if name not in family.twin_names]:
+    if unknown := [name for name in names if name not in family.known_twins]:
         raise CheckpointError(
             f"{family.name} has no {unknown[0]} that could get a twin; choose among "
-            f"{', '.join(family.twin_names)}."
+            f"{', '.join(family.known_twins)}."
         )
-    return tuple(name for name in family.twin_names if name in names)
+    return tuple(name for name in family.known_twins if name in names)
 
 
 def twins(model: nn.Module) -> dict[str, Twin]:

@@ -1,5 +1,6 @@
 """What a view is: the settings that travel with its weights."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -15,11 +16,12 @@ class ViewConfig:
 
     block_size: K that it was trained with (the largest that may be asked for). mask_token_id: id of a frozen
     embedding row used as mask, or None for a trained mask embedding. layers: indices with twins, None for
-    all. twins: the modules of a layer that have one, None for all that the family names. rank: of low-rank
-    twins, None for full ones. repair_rank: of the repair head, None for a view without. base_name,
-    base_fingerprint: the base it belongs to. trained: False for a view that equals the AR one. encoding: how
-    the folder stores the weights, as they are or as 4-bit differences from the AR twins. provenance: how it
-    was made (recipe, data, versions, commit; figures and license for the card), free-form JSON.
+    all. twins: the modules of a layer that have one, None for all of its attention. rank: of low-rank twins,
+    None for full ones. rank_scale: what their part is multiplied by (alpha / r of LoRA). repair_rank: of the
+    repair head, None for a view without. base_name, base_fingerprint: the base it belongs to. trained: False
+    for a view that equals the AR one. encoding: how the folder stores the weights, as they are or as 4-bit
+    differences from the AR twins. provenance: how it was made (recipe, data, versions, commit; figures and
+    license for the card), free-form JSON.
     """
 
     block_size: int
@@ -27,6 +29,7 @@ class ViewConfig:
     layers: tuple[int, ...] | None = None
     twins: tuple[str, ...] | None = None
     rank: int | None = None
+    rank_scale: float = 1.0
     repair_rank: int | None = None
     base_name: str = ""
     base_fingerprint: str = ""
@@ -39,6 +42,10 @@ class ViewConfig:
             raise CheckpointError(f"a view needs a block size of at least 2, not {self.block_size}.")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise CheckpointError(f"the rank of a view's twins must be a positive number, not {self.rank!r}.")
+        if type(self.rank_scale) not in (int, float) or not 0 < self.rank_scale < math.inf:
+            raise CheckpointError(
+                f"the scale of a view's low-rank twins must be a positive number, not {self.rank_scale!r}."
+            )
         if self.repair_rank is not None and (type(self.repair_rank) is not int or self.repair_rank < 1):
             raise CheckpointError(
                 f"the rank of a repair head must be a positive number, not {self.repair_rank!r}."

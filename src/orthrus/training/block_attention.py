@@ -4,19 +4,36 @@ Each query reads the AR rows that its block may see and its own block, both in o
 take part as constants: no gradients are computed for them, which is most of what a dense mask over all
 keys would spend. Registered with transformers under `NAME`, so the stock attention modules call it. This is
 the dense code, for any device; `flex_blocks` has the sparse one for GPUs.
+
+On a CPU the blocks are taken a few at a time, each group over no more AR rows than it may read, so that the
+scores of a group stay in the cache from the product to the softmax and back.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from orthrus.training.blocks import BlockBatch
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 NAME = "orthrus_blocks"
+_CPU_BLOCKS = 8
+"""Blocks taken together on a CPU: their scores over a few hundred keys fill a second-level cache."""
+
+
+class BlockGroup(NamedTuple):
+    """Blocks `first` to `end` of one row of a batch; AR rows `low` to `high` hold all that they read."""
+
+    row: int
+    first: int
+    end: int
+    low: int
+    high: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +42,7 @@ class BlockContext:
 
     full, windowed: what the N * K = Q query rows may read, in layers that see everything and in those with a
     sliding window. Additive masks (B, Q, T) over the AR rows for the dense code, a BlockMask over AR rows and
-    block rows for the sparse one.
+    block rows for the sparse one. groups: how the dense code takes the blocks.
     """
 
     keys: list[Tensor]
@@ -34,9 +51,31 @@ class BlockContext:
     windowed: "Tensor | BlockMask"
     windows: list[int | None]
     block_size: int
+    groups: tuple[BlockGroup, ...]
 
     def mask(self, layer: int) -> "Tensor | BlockMask":
         return self.full if self.windows[layer] is None else self.windowed
+
+
+def block_groups(batch: BlockBatch) -> tuple[BlockGroup, ...]:
+    """All blocks of a batch: on a CPU a few at a time, elsewhere those of a row at once, over all AR rows."""
+    num_sequences, num_blocks = batch.anchor_BN.shape
+    num_rows = batch.token_ids_BT.shape[1]
+    if batch.anchor_BN.device.type != "cpu":
+        return tuple(BlockGroup(row, 0, num_blocks, 0, num_rows) for row in range(num_sequences))
+    # A block reads its document up to its anchor.
+    begin_BN = batch.anchor_BN - batch.position_ids_BT.gather(1, batch.anchor_BN)
+    return tuple(
+        BlockGroup(
+            row,
+            first,
+            min(first + _CPU_BLOCKS, num_blocks),
+            int(begin_BN[row, first : first + _CPU_BLOCKS].min()),
+            int(batch.anchor_BN[row, first : first + _CPU_BLOCKS].max()),
+        )
+        for row in range(num_sequences)
+        for first in range(0, num_blocks, _CPU_BLOCKS)
+    )
 
 
 def block_attention(
@@ -53,29 +92,158 @@ def block_attention(
     """transformers attention interface; returns (B, Q, H, D). `block_context` arrives through the forward."""
     assert block_context is not None, "block attention runs only inside a training pass"
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    batch, heads, rows, dim = query_BHQD.shape
-    kv_heads, size = key_BHQD.shape[1], block_context.block_size
-    scaling = dim**-0.5 if scaling is None else scaling
-    query = (query_BHQD * scaling).reshape(batch, kv_heads, heads // kv_heads, rows, dim)
-
-    context_k, context_v = block_context.keys[layer], block_context.values[layer]
     bias_BQT = block_context.mask(layer)
     assert isinstance(bias_BQT, Tensor), "the dense code takes additive masks"
-    # (B, H_kv, G * Q, T): one matrix product per kv head serves its whole group of query heads.
-    context_scores = (query.flatten(2, 3) @ context_k.mT).view(batch, kv_heads, -1, rows, context_k.shape[2])
-    blocked = query.unflatten(3, (-1, size))
-    block_k = key_BHQD.unflatten(2, (-1, size))[:, :, None]
-    block_v = value_BHQD.unflatten(2, (-1, size))[:, :, None]
-    block_scores = (blocked @ block_k.mT).flatten(3, 4)
-    if softcap is not None:
-        context_scores = softcap * torch.tanh(context_scores / softcap)
-        block_scores = softcap * torch.tanh(block_scores / softcap)
-    scores = torch.cat([context_scores + bias_BQT[:, None, None], block_scores], dim=-1)
-    probs = scores.softmax(-1)
-    context_probs, block_probs = probs.split([context_k.shape[2], size], dim=-1)
-    out = (context_probs.flatten(2, 3) @ context_v).view(batch, kv_heads, -1, rows, dim)
-    out = out + (block_probs.unflatten(3, (-1, size)) @ block_v).flatten(3, 4)
-    return out.reshape(batch, heads, rows, dim).transpose(1, 2), None
+    context_v = block_context.values[layer]
+    # Under autocast, norms give float32 and projections bfloat16; products want one precision.
+    dtype, device = context_v.dtype, query_BHQD.device
+    scaling = query_BHQD.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(device.type, enabled=False):
+        out_BQHD: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
+            (query_BHQD * scaling).to(dtype),
+            key_BHQD.to(dtype),
+            value_BHQD.to(dtype),
+            block_context.keys[layer].to(dtype),
+            context_v,
+            bias_BQT,
+            softcap,
+            block_context,
+        )
+    return out_BQHD, None
+
+
+class _Attend(torch.autograd.Function):
+    """Softmax over a block's AR rows ("far") and its own rows ("near"), with gradients for the queries and
+    for the block's own keys and values. Queries arrive scaled.
+
+    Shape suffixes: H_kv key heads M, the query heads of each G, n blocks of a group N, K rows of a block, and
+    R = N * G * K: the rows that share a key head are rows of one product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BHQD: Tensor,
+        key_BMQD: Tensor,
+        value_BMQD: Tensor,
+        context_key_BMTD: Tensor,
+        context_value_BMTD: Tensor,
+        bias_BQT: Tensor,
+        softcap: float | None,
+        context: BlockContext,
+    ) -> Tensor:
+        batch, heads, rows, dim = query_BHQD.shape
+        out_BQHD = query_BHQD.new_empty(batch, rows, heads, dim)
+        size, num_kv, saved = context.block_size, key_BMQD.shape[1], []
+        for group in context.groups:
+            q_MNGKD = _folded(query_BHQD[group.row], group, num_kv, size)
+            k_MNKD, v_MNKD = (_blocks(whole[group.row], group, size) for whole in (key_BMQD, value_BMQD))
+            q_MRD = q_MNGKD.flatten(1, 3)
+            far_MRT = (q_MRD @ context_key_BMTD[group.row, :, group.low : group.high].mT).float()
+            near_MRK = (q_MNGKD.flatten(2, 3) @ k_MNKD.mT).flatten(1, 2).float()
+            slopes: tuple[Tensor, ...] = ()
+            if softcap is not None:
+                for scores in (far_MRT, near_MRK):
+                    scores.div_(softcap).tanh_()
+                slopes = (1.0 - far_MRT.square(), 1.0 - near_MRK.square())
+                far_MRT, near_MRK = far_MRT.mul_(softcap), near_MRK.mul_(softcap)
+            bias_NKT = bias_BQT[group.row, _rows(group, size), group.low : group.high].unflatten(
+                0, (-1, size)
+            )
+            far_MRT.view(*q_MNGKD.shape[:-1], -1).add_(bias_NKT[:, None])
+            _softmax_(far_MRT, near_MRK)
+            far_MRT, near_MRK = far_MRT.to(q_MRD.dtype), near_MRK.to(q_MRD.dtype)
+            out_MRD = far_MRT @ context_value_BMTD[group.row, :, group.low : group.high]
+            near_MNPK = near_MRK.view(*q_MNGKD.shape[:2], -1, size)
+            out_MRD += (near_MNPK @ v_MNKD).flatten(1, 2)
+            _put(out_BQHD[group.row].transpose(0, 1), group, out_MRD.view_as(q_MNGKD))
+            saved += [far_MRT, near_MRK, *slopes]
+        ctx.save_for_backward(
+            query_BHQD, key_BMQD, value_BMQD, context_key_BMTD, context_value_BMTD, out_BQHD, *saved
+        )
+        ctx.context, ctx.num_saved = context, 2 if softcap is None else 4
+        return out_BQHD
+
+    @staticmethod
+    def backward(ctx: Any, grad_BQHD: Tensor) -> tuple[Tensor | None, ...]:
+        query_BHQD, key_BMQD, value_BMQD, context_key_BMTD, context_value_BMTD, out_BQHD, *saved = (
+            ctx.saved_tensors
+        )
+        context: BlockContext = ctx.context
+        size, num_kv = context.block_size, key_BMQD.shape[1]
+        grad_query, grad_key, grad_value = (
+            torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query_BHQD, key_BMQD, value_BMQD)
+        )
+        # What the softmax takes off the gradients of a row's scores.
+        shift_BQH1 = (grad_BQHD.float() * out_BQHD.float()).sum(-1, keepdim=True)
+        for index, group in enumerate(context.groups):
+            far_MRT, near_MRK, *slopes = saved[index * ctx.num_saved : (index + 1) * ctx.num_saved]
+            q_MNGKD = _folded(query_BHQD[group.row], group, num_kv, size)
+            k_MNKD, v_MNKD = (_blocks(whole[group.row], group, size) for whole in (key_BMQD, value_BMQD))
+            grad_MNPD, shift_MNP1 = (
+                _folded(whole[group.row].transpose(0, 1), group, num_kv, size).flatten(2, 3)
+                for whole in (grad_BQHD, shift_BQH1)
+            )
+            grad_MRD, shift_MR1 = grad_MNPD.flatten(1, 2), shift_MNP1.flatten(1, 2)
+            far_key, far_value = (
+                whole[group.row, :, group.low : group.high]
+                for whole in (context_key_BMTD, context_value_BMTD)
+            )
+            near_MNPK = near_MRK.view(*grad_MNPD.shape[:3], size)
+            _put_blocks(grad_value[group.row], group, near_MNPK.mT @ grad_MNPD)
+            far_grad = (grad_MRD @ far_value.mT).float().sub_(shift_MR1).mul_(far_MRT)
+            near_grad = (grad_MNPD @ v_MNKD.mT).float().sub_(shift_MNP1).mul_(near_MNPK)
+            if slopes:
+                far_grad.mul_(slopes[0])
+                near_grad.mul_(slopes[1].view_as(near_grad))
+            near_grad = near_grad.to(q_MNGKD.dtype)
+            grad_q_MRD = far_grad.to(q_MNGKD.dtype) @ far_key
+            grad_q_MRD += (near_grad @ k_MNKD).flatten(1, 2)
+            _put(grad_query[group.row], group, grad_q_MRD.view_as(q_MNGKD))
+            _put_blocks(grad_key[group.row], group, near_grad.mT @ q_MNGKD.flatten(2, 3))
+        return (grad_query, grad_key, grad_value, *([None] * 5))
+
+
+def _rows(group: BlockGroup, size: int) -> slice:
+    return slice(group.first * size, group.end * size)
+
+
+def _places(whole_HQD: Tensor, group: BlockGroup, num_kv: int, size: int) -> Tensor:
+    """A view (M, N, G, K, D) of a group's rows."""
+    rows: Tensor = whole_HQD[:, _rows(group, size)].unflatten(0, (num_kv, -1)).unflatten(2, (-1, size))
+    return rows.transpose(1, 2)
+
+
+def _folded(whole_HQD: Tensor, group: BlockGroup, num_kv: int, size: int) -> Tensor:
+    """A group's rows (M, N, G, K, D) in a piece of their own."""
+    return _places(whole_HQD, group, num_kv, size).contiguous()
+
+
+def _put(whole_HQD: Tensor, group: BlockGroup, part_MNGKD: Tensor) -> None:
+    num_kv, _, _, size, _ = part_MNGKD.shape
+    _places(whole_HQD, group, num_kv, size).copy_(part_MNGKD)
+
+
+def _blocks(whole_MQD: Tensor, group: BlockGroup, size: int) -> Tensor:
+    """A view (M, N, K, D) of a group's keys, values or their gradients."""
+    blocks: Tensor = whole_MQD[:, _rows(group, size)].unflatten(1, (-1, size))
+    return blocks
+
+
+def _put_blocks(whole_MQD: Tensor, group: BlockGroup, part_MNKD: Tensor) -> None:
+    _blocks(whole_MQD, group, part_MNKD.shape[2]).copy_(part_MNKD)
+
+
+def _softmax_(far_MRT: Tensor, near_MRK: Tensor) -> None:
+    """One softmax over both, in place. A block at the head of its document has nothing far."""
+    top_MR1 = near_MRK.amax(-1, keepdim=True)
+    if far_MRT.shape[-1]:
+        top_MR1 = torch.maximum(top_MR1, far_MRT.amax(-1, keepdim=True))
+    far_MRT.sub_(top_MR1).exp_()
+    near_MRK.sub_(top_MR1).exp_()
+    scale_MR1 = (far_MRT.sum(-1, keepdim=True) + near_MRK.sum(-1, keepdim=True)).reciprocal_()
+    far_MRT.mul_(scale_MR1)
+    near_MRK.mul_(scale_MR1)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, block_attention)

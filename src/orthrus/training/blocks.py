@@ -1,7 +1,9 @@
 """Which diffusion blocks a row trains, and what each of their rows reads and predicts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +19,8 @@ class BlockLayout:
     `first_target` carry no weight: rows whose target is a known token anyway. A share `clean_share` of the
     blocks is of this kind, the others know their anchor alone and weigh every target. Each mask row shows
     its true token instead with probability `reveal`, as a second denoising step would see it; targets count
-    as before.
+    as before. A share `rejected_share` of the blocks moves to where the view's own drafts are rejected: see
+    `rejected_anchors`.
     """
 
     block_size: int
@@ -25,6 +28,7 @@ class BlockLayout:
     first_target: int = 0
     clean_share: float = 1.0
     reveal: float = 0.0
+    rejected_share: float = 0.0
 
     @property
     def num_targets(self) -> int:
@@ -35,29 +39,54 @@ class BlockLayout:
 class BlockBatch:
     """B packed rows with N blocks each; J = K - 1 targets a block. Indices point into the row (0..T-1).
 
-    token_ids_BT, position_ids_BT, document_BT: the AR rows. anchor_BN: index of each block's anchor.
-    target_BNJ: index of the AR row whose prediction target row j imitates (anchor + j).
-    valid_BNJ: whether that target lies in the same document and carries weight.
-    known_BNK: which rows of a block show their true token; the others are masks.
+    token_ids_BT, position_ids_BT, document_BT, answer_BT: the AR rows, as in `PackedRow`. anchor_BN: index of
+    each block's anchor. target_BNJ: index of the AR row whose prediction target row j imitates (anchor + j).
+    valid_BNJ: whether that target lies in the same answer and carries weight. known_BNK: which rows of a
+    block show their true token; the others are masks. draws: what was drawn for each block, wherever it
+    stands.
     """
 
     token_ids_BT: Tensor
     position_ids_BT: Tensor
     document_BT: Tensor
+    answer_BT: Tensor
     anchor_BN: Tensor
     target_BNJ: Tensor
     valid_BNJ: Tensor
     known_BNK: Tensor
+    draws: "BlockDraws"
     layout: BlockLayout
 
     def to(self, device: torch.device | str) -> "BlockBatch":
-        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
+        return replace(self, draws=BlockDraws(*(draw.to(device) for draw in self.draws)), **moved)
+
+
+class BlockDraws(NamedTuple):
+    """used_BN: blocks that stand on an anchor of their own; clean_BN: those with `num_clean` known tokens;
+    shown_BNK: rows that show their token; moving_BN: those that move to where drafts are rejected."""
+
+    used_BN: Tensor
+    clean_BN: Tensor
+    shown_BNK: Tensor
+    moving_BN: Tensor
+
+    def of(self, index_BM: Tensor) -> "BlockDraws":
+        """Those of some blocks of each row, in the order of their indices."""
+        index_BMK = index_BM[..., None].expand(-1, -1, self.shown_BNK.shape[-1])
+        return BlockDraws(
+            self.used_BN.gather(1, index_BM),
+            self.clean_BN.gather(1, index_BM),
+            self.shown_BNK.gather(1, index_BMK),
+            self.moving_BN.gather(1, index_BM),
+        )
 
 
 _TENSORS = (
     "token_ids_BT",
     "position_ids_BT",
     "document_BT",
+    "answer_BT",
     "anchor_BN",
     "target_BNJ",
     "valid_BNJ",
@@ -73,35 +102,90 @@ def draw_blocks(
     A row with fewer candidates than `num_anchors` repeats its last one with weight zero. What the blocks
     know is drawn after the anchors, so that the same seed gives the same anchors in every layout.
     """
-    token_ids_BT = torch.stack([r.token_ids_T for r in rows])
-    document_BT = torch.stack([r.document_T for r in rows])
-    anchors, used, cleans, shown = [], [], [], []
+    anchors, draws = [], []
     for row, seed in zip(rows, seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
         anchor_N, used_N = _anchors(row, generator, num_anchors)
         anchors.append(anchor_N)
-        used.append(used_N)
-        cleans.append(torch.rand(num_anchors, generator=generator) < layout.clean_share)
-        shown.append(torch.rand(num_anchors, layout.block_size, generator=generator) < layout.reveal)
-    anchor_BN, clean_BN1 = torch.stack(anchors), torch.stack(cleans)[..., None]
+        clean_N = torch.rand(num_anchors, generator=generator) < layout.clean_share
+        shown_NK = torch.rand(num_anchors, layout.block_size, generator=generator) < layout.reveal
+        num_moving = math.ceil(layout.rejected_share * num_anchors)
+        moving_N = torch.randperm(num_anchors, generator=generator) < num_moving
+        draws.append((used_N, clean_N, shown_NK, moving_N))
+    return _placed(
+        torch.stack([r.token_ids_T for r in rows]),
+        torch.stack([r.position_ids_T for r in rows]),
+        torch.stack([r.document_T for r in rows]),
+        torch.stack([r.answer_T for r in rows]),
+        torch.stack(anchors),
+        BlockDraws(*(torch.stack(draw) for draw in zip(*draws, strict=True))),
+        layout,
+    )
+
+
+def moving_blocks(batch: BlockBatch) -> BlockBatch:
+    """Those blocks alone that move: the same number of each row, in the order of the batch."""
+    index_BM = batch.draws.moving_BN.nonzero()[:, 1].view(len(batch.anchor_BN), -1)
+    return _moved(batch, batch.anchor_BN.gather(1, index_BM), batch.draws.of(index_BM))
+
+
+def rejected_anchors(batch: BlockBatch, hit_BMJ: Tensor) -> BlockBatch:
+    """The batch with its moving blocks where decoding would go on after their first rejected draft.
+
+    hit_BMJ: whether the view's guesses for the targets of `moving_blocks` were the text's own tokens. The
+    first one that was not becomes the block's anchor. A block without such a target stays, and so does one
+    whose answer would end there. Anchors come out sorted, as ever.
+    """
+    probed = moving_blocks(batch)
+    missed_BMJ = probed.valid_BNJ & ~hit_BMJ
+    first_BM1 = missed_BMJ.byte().argmax(-1, keepdim=True)
+    there_BM = probed.target_BNJ.gather(2, first_BM1)[..., 0] + 1
+    after_BM = (there_BM + 1).clamp_max(batch.document_BT.shape[1] - 1)
+    goes_on_BM = (after_BM > there_BM) & (
+        batch.answer_BT.gather(1, after_BM) == batch.answer_BT.gather(1, probed.anchor_BN)
+    )
+    there_BM = torch.where(missed_BMJ.any(-1) & goes_on_BM, there_BM, probed.anchor_BN)
+    anchor_BN = batch.anchor_BN.masked_scatter(batch.draws.moving_BN, there_BM)
+    order_BN = anchor_BN.argsort(dim=1, stable=True)
+    return _moved(batch, anchor_BN.gather(1, order_BN), batch.draws.of(order_BN))
+
+
+def _moved(batch: BlockBatch, anchor_BN: Tensor, draws: BlockDraws) -> BlockBatch:
+    rows = (batch.token_ids_BT, batch.position_ids_BT, batch.document_BT, batch.answer_BT)
+    return _placed(*rows, anchor_BN, draws, batch.layout)
+
+
+def _placed(
+    token_ids_BT: Tensor,
+    position_ids_BT: Tensor,
+    document_BT: Tensor,
+    answer_BT: Tensor,
+    anchor_BN: Tensor,
+    draws: BlockDraws,
+    layout: BlockLayout,
+) -> BlockBatch:
+    """Blocks at these anchors: what they show and predict."""
+    clean_BN1 = draws.clean_BN[..., None]
     row_length = token_ids_BT.shape[1]
-    offset_K = torch.arange(layout.block_size)
+    offset_K = torch.arange(layout.block_size, device=anchor_BN.device)
     index_BNK = anchor_BN[..., None] + offset_K
-    # Tokens that are shown or predicted must exist in the anchor's own document.
-    documents = _of_row(document_BT, index_BNK.clamp_max(row_length - 1))
-    inside_BNK = (documents == document_BT.gather(1, anchor_BN)[..., None]) & (index_BNK < row_length)
-    known_BNK = (offset_K < torch.where(clean_BN1, layout.num_clean, 1)) | torch.stack(shown)
+    # Tokens that are shown or predicted must exist in the anchor's own answer.
+    answers_BNK = _of_row(answer_BT, index_BNK.clamp_max(row_length - 1))
+    inside_BNK = (answers_BNK == answer_BT.gather(1, anchor_BN)[..., None]) & (index_BNK < row_length)
+    known_BNK = (offset_K < torch.where(clean_BN1, layout.num_clean, 1)) | draws.shown_BNK
     target_BNJ = index_BNK[..., :-1]
-    valid_BNJ = inside_BNK[..., 1:] & torch.stack(used)[..., None]
+    valid_BNJ = inside_BNK[..., 1:] & draws.used_BN[..., None]
     valid_BNJ &= offset_K[:-1] >= torch.where(clean_BN1, layout.first_target, 0)
     return BlockBatch(
         token_ids_BT=token_ids_BT,
-        position_ids_BT=torch.stack([r.position_ids_T for r in rows]),
+        position_ids_BT=position_ids_BT,
         document_BT=document_BT,
+        answer_BT=answer_BT,
         anchor_BN=anchor_BN,
         target_BNJ=target_BNJ.clamp_max(row_length - 1),
         valid_BNJ=valid_BNJ,
         known_BNK=known_BNK & inside_BNK,
+        draws=draws,
         layout=layout,
     )
 
@@ -112,9 +196,9 @@ def _of_row(values_BT: Tensor, index_BNK: Tensor) -> Tensor:
 
 
 def _anchors(row: PackedRow, generator: torch.Generator, num_anchors: int) -> tuple[Tensor, Tensor]:
-    """(anchor_N, used_N): candidates are assistant tokens that another token of their document follows."""
-    follows_T = row.answer_T.clone()
-    follows_T[:-1] &= row.document_T[1:] == row.document_T[:-1]
+    """(anchor_N, used_N): candidates are tokens of answers that another token of their answer follows."""
+    follows_T = row.answer_T >= 0
+    follows_T[:-1] &= row.answer_T[1:] == row.answer_T[:-1]
     follows_T[-1] = False
     candidates = follows_T.nonzero()[:, 0]
     if not len(candidates):

@@ -2,7 +2,8 @@
 
 Layout of a corpus folder: `manifest.json` (provenance), `source-00.jsonl`, ... (one {"prompt", "domain"} a
 line, a file for each source of prompts), `prompts.jsonl` (one {"prompt_ids", "domain"} a line: what is left
-of all sources), `answers-00000.jsonl`, ... (one {"prompt", "answer_ids", "finished"} a line).
+of all sources), `answers-00000.jsonl`, ... (one {"prompt", "answer_ids", "finished"} a line; of dialogues of
+several turns with "spans" besides).
 """
 
 import hashlib
@@ -26,11 +27,25 @@ MOST_IDS = 2**31
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One dialogue: the prompt's ids, through the chat template, and the base's own answer."""
+    """One dialogue: the prompt's ids, through the chat template, and the base's own answer.
+
+    Of several turns, answer_ids holds all that comes after the first prompt, and spans which parts of it
+    (start, end) the base answered; the others are the user's. No spans: all of it is one answer.
+    """
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     domain: str
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def answer_spans(self) -> tuple[tuple[int, int], ...]:
+        return self.spans or ((0, len(self.answer_ids)),)
+
+    @property
+    def num_answered(self) -> int:
+        """Tokens that the base wrote."""
+        return sum(end - start for start, end in self.answer_spans)
 
 
 def normalised(text: str) -> str:
@@ -149,9 +164,30 @@ def _samples(file: Path, prompts: list[dict[str, Any]]) -> list[Sample]:
             raise _damaged(file, number, f"answers no prompt of {PROMPTS} beside it")
         if not _are_ids(answer_ids):
             raise _damaged(file, number, "has no list of token ids 'answer_ids'")
+        spans = record.get("spans", [])
+        if not _are_spans(spans, len(answer_ids)):
+            raise _damaged(file, number, "has 'spans' that are not parts of its 'answer_ids', in order")
         prompt = prompts[which]
-        samples.append(Sample(tuple(prompt["prompt_ids"]), tuple(answer_ids), prompt["domain"]))
+        samples.append(
+            Sample(
+                tuple(prompt["prompt_ids"]),
+                tuple(answer_ids),
+                prompt["domain"],
+                tuple((start, end) for start, end in spans),
+            )
+        )
     return samples
+
+
+def _are_spans(value: object, length: int) -> bool:
+    """Whether these are pairs (start, end) of parts that are not empty and do not overlap, in order."""
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        return False
+    edges = [edge for pair in value for edge in pair]
+    if not all(type(edge) is int for edge in edges):
+        return False
+    in_order = all(start < end for start, end in value) and edges == sorted(edges)
+    return in_order and (not edges or (edges[0] >= 0 and edges[-1] <= length))
 
 
 def load_corpora(folders: Sequence[str]) -> dict[str, list[Sample]]:
@@ -181,5 +217,6 @@ def corpus_digest(samples: Sequence[Sample]) -> str:
     """A short name for exactly these samples, so that a resumed run can tell that its data changed."""
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
-        digest.update(repr((sample.prompt_ids, sample.answer_ids)).encode())
+        content = (sample.prompt_ids, sample.answer_ids)
+        digest.update(repr((*content, sample.spans) if sample.spans else content).encode())
     return f"blake2b:{digest.hexdigest()}"

@@ -12,11 +12,21 @@ from orthrus.base.families import layer_windows, sliding_window
 from orthrus.model.drafting import repaired
 from orthrus.model.dual_view import DualView, additive_mask, in_window
 from orthrus.training import block_attention, flex_blocks
-from orthrus.training.block_attention import BlockContext
-from orthrus.training.blocks import BlockBatch, block_inputs, causal_mask, context_mask
+from orthrus.training.block_attention import BlockContext, block_groups
+from orthrus.training.blocks import (
+    BlockBatch,
+    block_inputs,
+    causal_mask,
+    context_mask,
+    moving_blocks,
+    rejected_anchors,
+)
 from orthrus.training.flex_blocks import flex_masks, pick_attention
 from orthrus.training.losses import LossKind, WeightKind, position_weights, row_losses
 from orthrus.training.recipe import AttentionKind
+
+# Rows whose logits are looked at together.
+_PROBED_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +64,8 @@ class TrainingPass(nn.Module):
     def forward(self, batch: BlockBatch) -> StepOutput:
         """One micro-batch; the loss is a sum over weighted targets, not yet divided by the weight."""
         context, teacher_BTC = self.teacher(batch)
+        if batch.layout.rejected_share:
+            batch, context = self.moved(batch, context)
         hidden_BNKC = self.blocks(batch, context)
         hidden_BNJC = hidden_BNKC[:, :, : batch.layout.num_targets]
         row_length = batch.token_ids_BT.shape[1]
@@ -104,14 +116,40 @@ class TrainingPass(nn.Module):
             self.dual.mask_argument(full_BTT[:, None], windowed_BTT[:, None]),
             num_ar_rows=batch.token_ids_BT.shape[1],
         )
+        return self._context(batch, store.keys, store.values), hidden_BTC
+
+    def _context(self, batch: BlockBatch, keys: list[Tensor], values: list[Tensor]) -> BlockContext:
+        """What the blocks of this batch read of the AR pass."""
         windows, size = layer_windows(self.dual.base.config), batch.layout.block_size
-        kind = pick_attention(self.attention, hidden_BTC.device, store.keys[0].shape[-1])
-        full, windowed = (
-            flex_masks(batch, sliding_window(self.dual.base.config))
-            if kind == "flex"
-            else self._context_biases(batch)
+        if pick_attention(self.attention, keys[0].device, keys[0].shape[-1]) == "flex":
+            masks = flex_masks(batch, sliding_window(self.dual.base.config))
+            return BlockContext(keys, values, *masks, windows, size, ())
+        return BlockContext(keys, values, *self._context_biases(batch), windows, size, block_groups(batch))
+
+    @torch.no_grad()
+    def moved(self, batch: BlockBatch, context: BlockContext) -> tuple[BlockBatch, BlockContext]:
+        """The batch after its moving blocks went to where the view, as it is now, is wrong first."""
+        probed = moving_blocks(batch)
+        hidden_BMJC = self.blocks(probed, self._context(probed, context.keys, context.values))[:, :, :-1]
+        hit_BMJ = torch.zeros_like(probed.valid_BNJ)
+        target_BMJ = probed.target_BNJ.flatten(1)
+        token_ids, next_ids = (
+            probed.token_ids_BT.gather(1, (target_BMJ + ahead).clamp_max(probed.token_ids_BT.shape[1] - 1))
+            for ahead in (0, 1)
         )
-        return BlockContext(store.keys, store.values, full, windowed, windows, size), hidden_BTC
+        keep = probed.valid_BNJ
+        for part_R in keep.flatten().nonzero()[:, 0].split(_PROBED_ROWS):
+            hidden_RC = hidden_BMJC.flatten(0, 2)[part_R]
+            if self.dual.repair is not None:
+                hidden_RC = repaired(self.dual, hidden_RC, token_ids.flatten()[part_R])
+            logits_RV = self.dual.head(hidden_RC)
+            own_R = logits_RV.gather(1, next_ids.flatten()[part_R][:, None])[:, 0]
+            # Ties count as hits; argmax is many times slower on a CPU.
+            hit_BMJ.view(-1)[part_R] = own_R >= logits_RV.amax(-1)
+        # Autocast keeps the weights that it rounded, here without a way back to those that learn.
+        torch.clear_autocast_cache()
+        batch = rejected_anchors(batch, hit_BMJ)
+        return batch, self._context(batch, context.keys, context.values)
 
     def blocks(self, batch: BlockBatch, context: BlockContext) -> Tensor:
         """The diffusion pass: final hidden states of all block rows, (B, N, K, C)."""

@@ -12,7 +12,8 @@ from orthrus.training.corpus import Sample
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedRow:
-    """One row; all int64 of length T. document_T is -1 on padding; answer_T marks the assistant's tokens."""
+    """One row; all int64 of length T. document_T: number of the dialogue, -1 on padding. answer_T: number of
+    the answer in the row that a token belongs to, -1 on tokens that the base did not write."""
 
     token_ids_T: Tensor
     position_ids_T: Tensor
@@ -58,14 +59,17 @@ def _row(samples: Sequence[Sample], row_length: int) -> PackedRow:
     token_ids = torch.zeros(row_length, dtype=torch.long)
     position_ids = torch.zeros(row_length, dtype=torch.long)
     document = torch.full((row_length,), -1)
-    answer = torch.zeros(row_length, dtype=torch.bool)
-    at = 0
+    answer = torch.full((row_length,), -1)
+    at = num_answers = 0
     for index, sample in enumerate(samples):
         ids = [*sample.prompt_ids, *sample.answer_ids]
         span = slice(at, at + len(ids))
         token_ids[span] = torch.tensor(ids)
         position_ids[span] = torch.arange(len(ids))
         document[span] = index
-        answer[at + len(sample.prompt_ids) : at + len(ids)] = True
+        for start, end in sample.answer_spans:
+            first = at + len(sample.prompt_ids)
+            answer[first + start : first + end] = num_answers
+            num_answers += 1
         at += len(ids)
     return PackedRow(token_ids, position_ids, document, answer)

@@ -1,6 +1,7 @@
 """A training run as one typed record: each field is a YAML key and a `key=value` of the command line."""
 
 import json
+import math
 import reprlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -33,17 +34,17 @@ class TrainConfig:
 
     base, corpus, output: the model, the corpus folders, and where the run keeps its state and its view.
     Blocks: block_size (K), num_anchors (blocks a row), row_length (tokens), drop_long; num_clean,
-    first_target, clean_share and reveal as in `BlockLayout`.
+    first_target, clean_share, reveal and rejected_share as in `BlockLayout`.
     Loss: loss, weights, gamma (decay), smoothing (dpace). Batch: batch_rows rows a step over all processes,
     in micro-batches of micro_rows. Optimiser: AdamW with cosine schedule; learning_rate, warmup, floor
     (shares of all steps and of the peak), weight_decay, clip_norm. steps: 0 means `epochs` passes over the
-    corpus. View: layers and twins (None for all), rank (None for full twins), mask ("auto", "trained" or a
-    token id), repair_rank (of a repair head; None for none, or what init_view has), init_view (a view folder
-    to start from), license (that the view is given under, for its card). train: the whole view, or only the
-    repair head of a frozen one.
-    Every evaluate_every steps evaluate_prompts held-out prompts are really decoded (0: never). sharding: how
-    several processes hold the model. trackers: where figures go (None: TensorBoard where it is installed).
-    attention: how blocks attend; auto is flex on CUDA, dense elsewhere.
+    corpus. View: layers and twins (None for all), rank (None for full twins), rank_scale (what low-rank parts
+    are multiplied by; None for 1, or what init_view has), mask ("auto", "trained" or a token id), repair_rank
+    (of a repair head; None for none, or what init_view has), init_view (a view folder to start from), license
+    (that the view is given under, for its card). train: the whole view, or only the repair head of a frozen
+    one. Every evaluate_every steps evaluate_prompts held-out prompts are really decoded (0: never). sharding:
+    how several processes hold the model. trackers: where figures go (None: TensorBoard where it is
+    installed). attention: how blocks attend; auto is flex on CUDA, dense elsewhere.
     """
 
     base: str = "default"
@@ -58,9 +59,11 @@ class TrainConfig:
     first_target: int = 0
     clean_share: float = 1.0
     reveal: float = 0.0
+    rejected_share: float = 0.0
     layers: tuple[int, ...] | None = None
     twins: tuple[str, ...] | None = None
     rank: int | None = None
+    rank_scale: float | None = None
     repair_rank: int | None = None
     train: Literal["view", "repair"] = "view"
     mask: int | str = "auto"
@@ -176,8 +179,9 @@ def _check_blocks(config: TrainConfig) -> None:
             f"first_target must lie between 0 and {size - 2}, the last target of blocks of {size}, "
             f"not {config.first_target}."
         )
-    if not 0 <= config.clean_share <= 1:
-        raise UserInputError(f"clean_share must lie between 0 and 1, not {config.clean_share}.")
+    for name in ("clean_share", "rejected_share"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserInputError(f"{name} must lie between 0 and 1, not {getattr(config, name)}.")
     if not 0 <= config.reveal < 1:
         raise UserInputError(
             f"reveal must lie between 0 and below 1, where a block would have no mask, not {config.reveal}."
@@ -200,6 +204,11 @@ def _check_view(config: TrainConfig) -> None:
             raise UserInputError(
                 f"{name} must be a positive number, not {shown(rank)}; leave it out {without}."
             )
+    scale = config.rank_scale
+    if scale is not None and not (type(scale) in (int, float) and 0 < scale < math.inf):
+        raise UserInputError(f"rank_scale must be a positive number, not {shown(scale)}; leave it out for 1.")
+    if scale is not None and config.rank is None and config.init_view is None:
+        raise UserInputError("rank_scale is the scale of low-rank twins; give their rank, or leave it out.")
     if config.train == "repair" and config.init_view is None:
         raise UserInputError(
             "train: repair needs init_view, the folder of the view whose drafts are to be repaired."

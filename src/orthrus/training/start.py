@@ -39,6 +39,7 @@ def starting_view(base: Base, config: TrainConfig) -> DualView:
             config.layers,
             twins=config.twins,
             rank=config.rank,
+            rank_scale=config.rank_scale or 1.0,
             mask=config.mask,
             seed=config.seed,
         )
@@ -67,6 +68,7 @@ def _check_same_kind(dual: DualView, config: TrainConfig) -> None:
         "layers": sorted(layers),
         "twins": chosen_names(dual.family, view.twins),
         "rank": view.rank,
+        "rank_scale": view.rank_scale,
         "repair_rank": view.repair_rank,
         "mask": "trained" if view.mask_token_id is None else view.mask_token_id,
     }
@@ -74,6 +76,7 @@ def _check_same_kind(dual: DualView, config: TrainConfig) -> None:
         "layers": None if config.layers is None else sorted(config.layers),
         "twins": None if config.twins is None else chosen_names(dual.family, config.twins),
         "rank": config.rank,
+        "rank_scale": config.rank_scale,
         # A view without a head is given one.
         "repair_rank": None if view.repair_rank is None else config.repair_rank,
         "mask": None if config.mask == "auto" else config.mask,

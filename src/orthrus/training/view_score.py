@@ -1,7 +1,7 @@
 """Real decodes of held-out prompts during training, and the view folders that a run leaves behind."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,16 +79,23 @@ def held_out_prompts(base: Base, number: int, block_size: int) -> list[list[int]
 
 def decoded(dual: DualView, base: Base, prompts: list[list[int]]) -> tuple[int, int]:
     """(Tokens after the first, cycles) over all prompts; the view in the base's precision, as served."""
-    config = DecodeConfig(max_new_tokens=NUM_TOKENS, strategy="chain")
-    num_tokens = num_cycles = 0
+    counts = decoded_each(dual, base, prompts)
+    return sum(tokens for tokens, _ in counts), sum(cycles for _, cycles in counts)
+
+
+def decoded_each(
+    dual: DualView, base: Base, prompts: Iterable[Sequence[int]], max_new_tokens: int = NUM_TOKENS
+) -> list[tuple[int, int]]:
+    """(Tokens after the first, cycles) of each prompt: greedy, chain."""
+    config = DecodeConfig(max_new_tokens=max_new_tokens, strategy="chain")
+    counts = []
     with served(dual):
         engine = Engine(EagerRunner(dual))
-        requests = [engine.submit(ids, config, eos_token_ids=base.eos_token_ids) for ids in prompts]
+        requests = [engine.submit(list(ids), config, eos_token_ids=base.eos_token_ids) for ids in prompts]
         for request in requests:
             stats = TokenStream(engine, request).drain().stats
-            num_tokens += max(stats.num_tokens - 1, 0)
-            num_cycles += stats.num_cycles
-    return num_tokens, num_cycles
+            counts.append((max(stats.num_tokens - 1, 0), stats.num_cycles))
+    return counts
 
 
 @contextmanager

@@ -1,0 +1,266 @@
+"""Re-tuning a view on logged requests: what is learnt from, what it is judged by, and where views are kept."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from orthrus.base.fingerprint import fingerprint
+from orthrus.base.loading import Base
+from orthrus.base.prompt import Message
+from orthrus.base.prompt_files import read_prompt_file
+from orthrus.base.provenance import provenance
+from orthrus.config import SamplingParams
+from orthrus.engine.engine import Engine
+from orthrus.errors import UserInputError
+from orthrus.training import manifest
+from orthrus.training.answers import Question, answer_all
+from orthrus.training.corpus import PROMPTS, normalised, shard_path, write_jsonl
+from orthrus.training.self_prompts import is_repetitive
+
+LEAST_REQUESTS = 20
+LEAST_GAIN = 0.01
+"""On the held-back requests; besides, chance must not explain it."""
+MOST_LOSS = 0.02
+"""On the general set."""
+_DOMAIN = "log"
+_SHARD = 32
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """A request of a log: what was asked, through the chat template, and the answer where the log has one."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Real decodes of some prompts: tokens after the first and cycles of each."""
+
+    tokens: tuple[int, ...]
+    cycles: tuple[int, ...]
+
+    @property
+    def tokens_per_cycle(self) -> float:
+        return sum(self.tokens) / max(1, sum(self.cycles))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """kept: whether the new view drafts better. Shares: gain and general are new / old - 1 in tokens per cycle,
+    gain_low the lower end of 95 % of resamplings of the held-back requests."""
+
+    kept: bool
+    reason: str
+    gain: float
+    gain_low: float
+    general: float
+
+
+def read_log(file: Path, base: Base, *, most_tokens: int) -> list[Logged]:
+    """The requests of a JSONL file with `messages`, `prompt` or `turns` on each line, each once.
+
+    Messages that end with the assistant's bring their answer along. Longer requests than `most_tokens` are
+    left out. Raises UserInputError for a file that cannot be read, a bad line, and for fewer than
+    `LEAST_REQUESTS` requests.
+    """
+    seen: set[str] = set()
+    found: list[Logged] = []
+    for line in read_prompt_file(file):
+        messages: list[Message] = (
+            [{"role": "user", "content": line.prompt}] if isinstance(line.prompt, str) else [*line.prompt]
+        )
+        answer = str(messages.pop()["content"]) if messages[-1]["role"] == "assistant" else None
+        key = normalised(" ".join(str(message["content"]) for message in messages))
+        if not key or key in seen:
+            continue
+        seen.add(key)
+        try:
+            asked = line.prompt if isinstance(line.prompt, str) else messages
+            prompt_ids = tuple(base.encode_prompt(asked))
+        except UserInputError as e:
+            raise UserInputError(f"{file}, line {line.line}: {e}") from e
+        answer_ids = _answer_ids(answer, base) if answer is not None and answer.strip() else None
+        if len(prompt_ids) + len(answer_ids or ()) <= most_tokens:
+            found.append(Logged(prompt_ids, answer_ids))
+    if len(found) < LEAST_REQUESTS:
+        raise UserInputError(
+            f"{file} has {len(found)} different requests of at most {most_tokens} tokens, too few to learn from "
+            f"and be judged by: give at least {LEAST_REQUESTS}."
+        )
+    return found
+
+
+def _answer_ids(text: str, base: Base) -> tuple[int, ...]:
+    """A logged answer as the base would have written it, its end included."""
+    ids = list(base.tokenizer(text, add_special_tokens=False)["input_ids"])
+    end = base.tokenizer.eos_token_id
+    return (*ids, end) if end in base.eos_token_ids else tuple(ids)
+
+
+def split(requests: Sequence[Logged], share: float, seed: int) -> tuple[list[Logged], list[Logged]]:
+    """(to train on, held back): at least one of either."""
+    shuffled = list(requests)
+    Random(seed).shuffle(shuffled)
+    number = min(max(1, round(share * len(shuffled))), len(shuffled) - 1)
+    return shuffled[number:], shuffled[:number]
+
+
+def write_corpus(
+    base: Base,
+    engine: Engine,
+    requests: Sequence[Logged],
+    folder: Path,
+    *,
+    max_new_tokens: int,
+    source: str,
+    on_answer: Callable[[int, int], None] = lambda *_: None,
+) -> None:
+    """Make or go on with the corpus of these requests: answers of the log, and the base's own where it has none.
+
+    on_answer: (requests done, of how many). The caller holds the folder.
+    """
+    made = provenance(device=str(base.model.device), dtype=str(base.model.dtype), seed=0)
+    settings = {
+        "base": base.reference,
+        "base_fingerprint": fingerprint(engine.runner.dual.stock()),
+        "sources": [{"file": source, "domain": _DOMAIN}],
+        "max_new_tokens": max_new_tokens,
+        "requests": hashlib.blake2b(repr(list(requests)).encode(), digest_size=16).hexdigest(),
+    }
+    manifest.begin(folder, settings, made)
+    prompts = ({"prompt_ids": list(r.prompt_ids), "domain": _DOMAIN} for r in requests)
+    write_jsonl(folder / PROMPTS, prompts)
+    for index, first in enumerate(range(0, len(requests), _SHARD)):
+        last = min(first + _SHARD, len(requests))
+        if not shard_path(folder, index).is_file():
+            write_jsonl(
+                shard_path(folder, index), _answers(base, engine, requests, first, last, max_new_tokens)
+            )
+        on_answer(last, len(requests))
+
+
+def _answers(
+    base: Base, engine: Engine, requests: Sequence[Logged], first: int, last: int, max_new_tokens: int
+) -> list[dict[str, Any]]:
+    known = {i: list(ids) for i in range(first, last) if (ids := requests[i].answer_ids) is not None}
+    questions = (
+        Question(i, list(requests[i].prompt_ids), SamplingParams())
+        for i in range(first, last)
+        if i not in known
+    )
+    options = {"batch_size": _SHARD, "max_new_tokens": max_new_tokens, "eos_token_ids": base.eos_token_ids}
+    for answer in answer_all(engine, questions, **options):  # type: ignore[arg-type]
+        known[answer.key] = answer.token_ids
+    return [
+        {"prompt": i, "answer_ids": known[i], "finished": True}
+        for i in sorted(known)
+        if not is_repetitive(known[i])
+    ]
+
+
+def judge(old: Counts, new: Counts, old_general: Counts, new_general: Counts, *, seed: int = 0) -> Verdict:
+    """Whether the new view is to be kept: `old` and `new` are of the same held-back requests, in order.
+
+    Its gain must be `LEAST_GAIN` and lie above 0 in 95 % of resamplings of the requests, and the general set
+    must not fall by more than `MOST_LOSS`.
+    """
+    gain, general = _gain(old, new), _gain(old_general, new_general)
+    low = _resampled_low(old, new, seed)
+    if general < -MOST_LOSS:
+        reason = f"the general set falls by {-general:.1%}, more than {MOST_LOSS:.0%}"
+    elif gain < LEAST_GAIN:
+        reason = f"the held-back requests gain {gain:+.1%}, less than {LEAST_GAIN:.0%}"
+    elif low <= 0:
+        reason = f"the held-back requests gain {gain:+.1%}, which chance may explain (from {low:+.1%})"
+    else:
+        reason = f"the held-back requests gain {gain:+.1%}, the general set {general:+.1%}"
+        return Verdict(True, reason, gain, low, general)
+    return Verdict(False, reason, gain, low, general)
+
+
+def _gain(old: Counts, new: Counts) -> float:
+    """new / old - 1; nothing where there was nothing to decode."""
+    return new.tokens_per_cycle / old.tokens_per_cycle - 1 if old.tokens_per_cycle else 0.0
+
+
+def _resampled_low(old: Counts, new: Counts, seed: int) -> float:
+    """The gain that 95 % of resamplings of the requests exceed."""
+    random, number = Random(seed), len(old.tokens)
+    gains = []
+    for _ in range(_RESAMPLES):
+        picks = random.choices(range(number), k=number)
+        before, after = (
+            Counts(tuple(c.tokens[i] for i in picks), tuple(c.cycles[i] for i in picks)) for c in (old, new)
+        )
+        gains.append(_gain(before, after))
+    return sorted(gains)[round(0.05 * (_RESAMPLES - 1))]
+
+
+def put_in_place(candidate: Path, view: Path) -> Path | None:
+    """Let `candidate` take the place of `view`, which stays beside it; returns where, None where there was none."""
+    old = None
+    if os.path.lexists(view):
+        old = _numbered(view, "before")
+        view.rename(old)
+    try:
+        candidate.rename(view)
+    except OSError:
+        if old is not None:
+            old.rename(view)
+        raise
+    return old
+
+
+def roll_back(view: Path) -> tuple[Path, Path | None]:
+    """Put the view back that the last `put_in_place` set aside.
+
+    Returns (where it lay, where the present one went; None where there was none). Raises UserInputError when
+    none was set aside.
+    """
+    kept = _kept(view, "before")
+    if not kept:
+        raise UserInputError(
+            f"no earlier view lies beside {view}, so there is nothing to go back to: adapt keeps one when it "
+            "puts a new one in its place."
+        )
+    aside = None
+    if os.path.lexists(view):
+        aside = _numbered(view, "adapted")
+        view.rename(aside)
+    kept[-1].rename(view)
+    return kept[-1], aside
+
+
+def _kept(view: Path, word: str) -> list[Path]:
+    """Views beside this one that were set aside under that word, the oldest first."""
+    pattern = re.compile(rf"{re.escape(view.name)}\.{word}-(\d+)")
+    if not view.parent.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in view.parent.iterdir() if (m := pattern.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def _numbered(view: Path, word: str) -> Path:
+    kept = _kept(view, word)
+    number = int(kept[-1].name.rpartition("-")[2]) + 1 if kept else 1
+    return view.with_name(f"{view.name}.{word}-{number}")
+
+
+def work_key(log: Path, view_digest: str, settings: dict[str, Any]) -> str:
+    """A short name for this log, view and settings: what is begun for them goes on, anything else begins anew."""
+    digest = hashlib.blake2b(log.read_bytes(), digest_size=16)
+    digest.update(json.dumps([view_digest, settings], sort_keys=True).encode())
+    return digest.hexdigest()[:10]
+
+
+def to_plain(verdict: Verdict) -> dict[str, Any]:
+    return asdict(verdict)

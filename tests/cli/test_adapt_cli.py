@@ -1,0 +1,103 @@
+"""`orthrus adapt` from a log to a verdict: what is kept, what is refused, and the way back."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from orthrus.base.loading import load_base
+from orthrus.base.resolve import resolve
+from orthrus.model.checkpoint import fresh_view, save_view
+from orthrus.training import adapt
+
+from .conftest import Cli, assert_refused
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> str:
+    records = [{"prompt": f"question {i} of {i * 7}"} for i in range(20)]
+    answered = [{"role": "user", "content": "how much"}, {"role": "assistant", "content": "not much at all"}]
+    file = tmp_path / "log.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in [*records, {"messages": answered}]))
+    return str(file)
+
+
+@pytest.fixture
+def options(tmp_path: Path, model_folder: str) -> list[str]:
+    base = load_base(resolve(model_folder), device="cpu")
+    save_view(fresh_view(base, 4, mask="trained"), tmp_path / "init")
+    made = ["--model", model_folder, "--init", str(tmp_path / "init"), "--view", str(tmp_path / "view")]
+    return [*made, "--epochs", "1", "-n", "16"]
+
+
+def always(patch: pytest.MonkeyPatch, gain: float) -> None:
+    """Let whatever comes of so short a run count as a gain, or not."""
+    patch.setattr(adapt, "LEAST_GAIN", gain)
+    patch.setattr(adapt, "MOST_LOSS", 9.0)
+    patch.setattr(adapt, "_resampled_low", lambda *_: 1.0)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_better_view_takes_the_place_and_the_way_back_is_open(
+    cli: Cli, log: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always(monkeypatch, -9.0)
+    made = cli("adapt", log, *options, "--json")
+    assert made.code == 0
+    report = json.loads(made.out)
+    assert report["kept"]
+    assert report["requests"] == {"trained": 17, "held_back": 4}
+    assert "17 of 17 requests have answers" in made.err
+    view = tmp_path / "view"
+    first = bytes_of(view)
+    assert json.loads(first["view_config.json"])["trained"]
+
+    again = cli("adapt", log, *options, "--seed", "1")
+    assert again.code == 0
+    assert "the new view is kept" in again.out
+    assert bytes_of(tmp_path / "view.before-1") == first
+    assert bytes_of(view) != first
+    back = cli("adapt", "--rollback", "--view", str(view))
+    assert back.code == 0
+    assert bytes_of(view) == first
+    assert_refused(cli("adapt", "--rollback", "--view", str(view)), "nothing to go back to")
+
+
+def test_a_view_that_is_no_better_changes_nothing(
+    cli: Cli, log: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always(monkeypatch, 9.0)
+    init = bytes_of(tmp_path / "init")
+    made = cli("adapt", log, *options)
+    assert made.code == 0
+    assert "not kept, and nothing was changed" in made.out
+    assert not (tmp_path / "view").exists()
+    assert bytes_of(tmp_path / "init") == init
+    # The same question has been answered.
+    again = cli("adapt", log, *options)
+    assert again.code == 0
+    assert "judged already" in again.err
+    assert again.out == made.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["give the log"]),
+        (["--rollback", "LOG"], ["--rollback takes no log"]),
+        (["LOG", "--held-back", "1"], ["held-back must lie between 0 and 1"]),
+        (["LOG", "--init", "nowhere"], ["nowhere holds no view"]),
+        (["LOG", "--epochs", "0"], ["epochs"]),
+        (["LOG", "--dtype", "int8"], ["dtype must be one of float32, bfloat16"]),
+        (["missing.jsonl"], ["there is no log missing.jsonl"]),
+    ],
+)
+def test_wrong_use_is_refused_before_anything_is_loaded(
+    arguments: list[str], words: list[str], cli: Cli, log: str, tmp_path: Path
+) -> None:
+    given = [log if argument == "LOG" else argument for argument in arguments]
+    assert_refused(cli("adapt", *given, "--view", str(tmp_path / "view")), *words)
+    assert not (tmp_path / "view").exists()
