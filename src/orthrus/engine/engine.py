@@ -98,11 +98,11 @@ class Engine:
         """Hand in a request; steps answer it. From any thread.
 
         on_cycle: called with each record by the thread that steps. on_end: called once, after the last record,
-        when the request is closed: finished, failed or dropped. Neither may raise. should_stop: sees all new token ids after
-        every single token and may end the answer there. deadline: seconds of `time.monotonic` at which the
-        request ends as it stands, with finish "deadline". grammar: the start of the config's own. Raises
-        UserInputError for an empty prompt, a prompt as long as the context, unknown ids, a block larger than the
-        view's, and a grammar that has not been handed in.
+        when the request is closed: finished, failed or dropped. Neither may raise. should_stop: sees all new
+        token ids after every single token and may end the answer there. deadline: seconds of `time.monotonic`
+        at which the request ends as it stands, with finish "deadline". grammar: the start of the config's own.
+        Raises UserInputError for an empty prompt, a prompt as long as the context, unknown ids, a block larger
+        than the view's, and a grammar that has not been handed in.
         """
         dual = self.runner.dual
         if (config.grammar is None) != (grammar is None):
