@@ -1,6 +1,6 @@
 """The Python interface: load a model with its view, then generate, stream or chat."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
@@ -11,6 +11,7 @@ from orthrus.decoding.cost_table import CostTable
 from orthrus.decoding.grammar import GrammarCompiler
 from orthrus.engine.costs import OnMeasure
 from orthrus.engine.engine import Engine, EngineConfig
+from orthrus.engine.request import Request
 from orthrus.engine.runners import chosen_runner, make_runner
 from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
@@ -144,15 +145,29 @@ class Orthrus:
 
     def stream_ids(self, prompt_ids: list[int], config: DecodeConfig) -> TokenStream:
         """Decode token ids as they are."""
+        return TokenStream(self.engine, self.submit(prompt_ids, config))
+
+    def submit(
+        self,
+        prompt_ids: list[int],
+        config: DecodeConfig,
+        *,
+        on_cycle: Callable[[Cycle], None] | None = None,
+        on_end: Callable[[Request], None] | None = None,
+        deadline: float | None = None,
+    ) -> Request:
+        """Hand token ids in to the engine, which somebody else steps; keywords as in `Engine.submit`."""
         grammar = None if config.grammar is None else self._grammars.state(config.grammar)
-        request = self.engine.submit(
+        return self.engine.submit(
             prompt_ids,
             config,
             grammar=grammar,
             eos_token_ids=self.base.eos_token_ids,
             tokenizer=self.base.tokenizer,  # type: ignore[arg-type]
+            on_cycle=on_cycle,
+            on_end=on_end,
+            deadline=deadline,
         )
-        return TokenStream(self.engine, request)
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:

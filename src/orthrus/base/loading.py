@@ -1,7 +1,7 @@
 """Load the frozen base model, its tokenizer and everything the engine has to know about them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,13 +54,19 @@ class Base:
             return str(Path(self.source.origin).expanduser().resolve())
         return "default" if self.source.kind == "default" else self.source.origin
 
-    def encode_prompt(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        raw: bool = False,
+        template_values: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Token ids of text or messages; see `orthrus.base.prompt.encode_prompt`.
 
         Raises:
             UserInputError: nothing to continue, malformed messages, or messages without a template.
         """
-        return encode_prompt(self.tokenizer, prompt, raw=raw)
+        return encode_prompt(self.tokenizer, prompt, raw=raw, template_values=template_values)
 
 
 def load_base(

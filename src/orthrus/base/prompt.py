@@ -21,6 +21,7 @@ def encode_prompt(
     prompt: str | Sequence[Message],
     *,
     raw: bool = False,
+    template_values: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a prompt, ready for the model to continue.
 
@@ -30,6 +31,8 @@ def encode_prompt(
             tokenizer has a chat template. A content may be a list of text parts, and None beside the
             `tool_calls` of an assistant. A last message of the assistant is continued.
         raw: take text as it stands, with only what the tokenizer itself adds (a BOS token, say).
+        template_values: more that the chat template may ask for, such as {"enable_thinking": False}; our own
+            values go first.
 
     Raises:
         UserInputError: nothing to continue, malformed messages, messages without a template for them, or a
@@ -50,7 +53,7 @@ def encode_prompt(
             "This model has no chat template, so it cannot take messages: give one string, or choose an "
             "instruction-tuned model."
         )
-    return _apply_template(tokenizer, messages)
+    return _apply_template(tokenizer, messages, template_values)
 
 
 def check_text(text: str, what: str) -> None:
@@ -119,7 +122,11 @@ def _kind(value: Any) -> str:
     return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
-def _apply_template(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]]) -> list[int]:
+def _apply_template(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict[str, Any]],
+    more: Mapping[str, Any] | None = None,
+) -> list[int]:
     from orthrus.base.template import render
 
     template = _template(tokenizer)
@@ -130,6 +137,7 @@ def _apply_template(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[st
     text = render(
         template,
         {
+            **(more or {}),
             **tokenizer.special_tokens_map,
             "messages": messages,
             "tools": None,

@@ -91,16 +91,18 @@ class Engine:
         tokenizer: Decoder | None = None,
         should_stop: Callable[[list[int]], bool] | None = None,
         on_cycle: Callable[[Cycle], None] | None = None,
+        on_end: Callable[[Request], None] | None = None,
         deadline: float | None = None,
         grammar: GrammarState | None = None,
     ) -> Request:
         """Hand in a request; steps answer it. From any thread.
 
-        on_cycle: called with each record by the thread that steps. should_stop: sees all new token ids after
-        every single token and may end the answer there. deadline: seconds of `time.monotonic` at which the
-        request ends as it stands, with finish "deadline". grammar: the start of the config's own. Raises
-        UserInputError for an empty prompt, a prompt as long as the context, unknown ids, a block larger than the
-        view's, and a grammar that has not been handed in.
+        on_cycle: called with each record by the thread that steps. on_end: called once, after the last record,
+        when the request is closed: finished, failed or dropped. Neither may raise. should_stop: sees all new
+        token ids after every single token and may end the answer there. deadline: seconds of `time.monotonic`
+        at which the request ends as it stands, with finish "deadline". grammar: the start of the config's own.
+        Raises UserInputError for an empty prompt, a prompt as long as the context, unknown ids, a block larger
+        than the view's, and a grammar that has not been handed in.
         """
         dual = self.runner.dual
         if (config.grammar is None) != (grammar is None):
@@ -126,6 +128,7 @@ class Engine:
             grammar=grammar,
             should_stop=should_stop,
             on_cycle=on_cycle,
+            on_end=on_end,
             deadline=deadline,
         )
         request.rules.see_prompt(prompt_ids)
@@ -161,8 +164,7 @@ class Engine:
             except BaseException as error:
                 for request, _ in chosen:
                     request.failure = error if isinstance(error, Exception) else RuntimeError("interrupted")
-                    scheduler.finish(request)
-                    request.closed = True
+                    self._close(request)
                 raise
             elapsed_ms = (perf_counter() - start) * 1e3
             for request in alive:
@@ -185,8 +187,16 @@ class Engine:
         with self._stepping:
             if not request.closed:
                 self._take_in()
-                self.scheduler.finish(request)
-                request.closed = True
+                self._close(request)
+
+    def _close(self, request: Request) -> None:
+        """Nothing more will come: all of its pages are free, and whoever waits for its end hears of it, once."""
+        if request.closed:
+            return
+        self.scheduler.finish(request)
+        request.closed = True
+        if request.on_end is not None:
+            request.on_end(request)
 
     def _take_in(self) -> None:
         """New requests line up; those that were cancelled or are overdue end."""
@@ -245,18 +255,18 @@ class Engine:
         )
         request.step, request.elapsed_ms = None, 0.0
         request.cycles.append(cycle)
-        if request.finish is not None:
-            self.scheduler.finish(request)
-            request.closed = True
-        if request.on_cycle is not None:
-            request.on_cycle(cycle)
+        try:
+            if request.on_cycle is not None:
+                request.on_cycle(cycle)
+        finally:
+            if request.finish is not None:
+                self._close(request)
 
     def _close_failed(self) -> None:
         """Requests that failed by themselves end; the others go on."""
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             if request.failure is not None:
-                self.scheduler.finish(request)
-                request.closed = True
+                self._close(request)
 
     def _wanted(self, request: Request) -> Work | None:
         """What a request wants of the next pass; None where it has failed instead."""
@@ -277,10 +287,12 @@ class Engine:
 
     def prices(self, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> Prices:
         """`costs`, as they have turned out since."""
-        with self._stepping:
-            if greedy not in self._prices:
-                self._prices[greedy] = Prices(pass_costs(self.runner, on_measure, greedy=greedy))
-            return self._prices[greedy]
+        # What is known needs no lock: a busy engine lets go of it for moments only.
+        if greedy not in self._prices:
+            with self._stepping:
+                if greedy not in self._prices:
+                    self._prices[greedy] = Prices(pass_costs(self.runner, on_measure, greedy=greedy))
+        return self._prices[greedy]
 
     def _num_pages(self) -> int:
         dual, most = self.runner.dual, self.config.max_slots

@@ -76,7 +76,7 @@ class Request:
     proposes after the anchor, None where it has not been asked; late: their block stood further back, so it
     has not seen all of the text before them. next_work: the second half of a cycle, decided with the first.
     should_stop sees all new token ids after every single token. deadline: in seconds of `time.monotonic`.
-    closed: nothing more will come, and `cycles` is complete.
+    began: when it first ran, by the same clock. closed: nothing more will come, and `cycles` is complete.
     """
 
     prompt_ids: list[int]
@@ -94,6 +94,7 @@ class Request:
     grammar: GrammarState | None = None
     should_stop: Callable[[list[int]], bool] | None = None
     on_cycle: Callable[[Cycle], None] | None = None
+    on_end: "Callable[[Request], None] | None" = None
     deadline: float | None = None
     token_ids: list[int] = field(default_factory=list)
     drafts: Candidates | None = None
@@ -107,6 +108,7 @@ class Request:
     closed: bool = False
     num_cached: int = 0
     num_preempted: int = 0
+    began: float | None = None
     elapsed_ms: float = 0.0
     noise: dict[int, Tensor] = field(default_factory=dict)
     prefix: Any = None

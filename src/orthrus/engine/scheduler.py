@@ -7,6 +7,7 @@ out, kept pages go first, then the request that came last starts again later, fr
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import monotonic
 
 from orthrus.engine.parts import prompt_work
 from orthrus.engine.prefix import PrefixPage, PrefixStore
@@ -59,6 +60,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self.running.append(request)
+            request.began = request.began or monotonic()
             if request.num_to_feed:
                 size = self._feed(request, left, chosen)
                 left = left - size if size else 0
