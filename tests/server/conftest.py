@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.tiny import FAMILY_CONFIGS, disturb_view
+from tests.tiny import FAMILY_CONFIGS, tiny_dual
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
