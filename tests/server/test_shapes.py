@@ -85,7 +85,7 @@ def test_a_completion_whole_and_in_chunks(orthrus):
         assert choice["text"] == result.text
         lists = choice["logprobs"]
         mine = [lp for c in result.cycles for lp in c.logprobs]
-        assert lists["token_logprobs"] == [lp.logprob for lp in mine]
+        assert lists["token_logprobs"] == pytest.approx([lp.logprob for lp in mine], abs=1e-4)
         assert len(lists["tokens"]) == len(lists["top_logprobs"]) == len(lists["text_offset"]) == 12
         assert "".join(e["choices"][0]["text"] for e in pieces) == choice["text"]
         joined = [
@@ -116,7 +116,9 @@ def test_log_probs_of_a_chat_hold_the_bytes_of_its_text(orthrus):
         result = own(orthrus, ids, logprobs=3)
         assert choice["token_ids"] == list(result.token_ids)
         assert answer["prompt_token_ids"] == ids
-        assert [e["logprob"] for e in content] == [lp.logprob for c in result.cycles for lp in c.logprobs]
+        mine = [lp.logprob for c in result.cycles for lp in c.logprobs]
+        # Rows of another number of rows round otherwise with the eager runner.
+        assert [e["logprob"] for e in content] == pytest.approx(mine, abs=1e-4)
         streamed = [
             entry
             for e in pieces

@@ -51,8 +51,8 @@ def text_ids(orthrus: Orthrus, prompt: str | list[int]) -> list[int]:
 def prompts_of(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
     """The prompts that a completion request holds."""
     if isinstance(prompt, str) or isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]
-    return list(prompt)  # type: ignore[arg-type]
+        return [prompt]
+    return list(prompt)
 
 
 def room_behind(prompt_ids: list[int], context_length: int, param: str) -> int:

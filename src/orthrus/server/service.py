@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from time import time
 
 from orthrus.api import Orthrus
@@ -65,13 +66,11 @@ class Service:
 
         def load() -> None:
             try:
-                orthrus = self._load()
+                tell = partial(self._loaded, self._load())
             except BaseException as error:
-                told: tuple[Callable[..., None], object] = (self._failed, error)
-            else:
-                told = (self._loaded, orthrus)
+                tell = partial(self._failed, error)
             try:
-                loop.call_soon_threadsafe(*told)
+                loop.call_soon_threadsafe(tell)
             except RuntimeError:
                 log.debug("the event loop has gone")
 

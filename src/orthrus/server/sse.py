@@ -43,7 +43,7 @@ class EventStream(Response):
         waiting: asyncio.Task[bytes] | None = None
         try:
             while True:
-                waiting = waiting or asyncio.ensure_future(anext(self._events))  # type: ignore[arg-type]
+                waiting = waiting or asyncio.ensure_future(anext(self._events))
                 done, _ = await asyncio.wait({waiting}, timeout=self._keepalive)
                 if not done:
                     await _body(send, PING)
