@@ -117,7 +117,8 @@ def test_a_client_that_leaves_frees_its_place_and_its_pages(slow, stream):
             await one.task
             num_tokens = len(request.token_ids)
             await until(lambda: loop.num_open == 0)
-            assert request.closed and request.finish == "cancelled"
+            assert request.closed
+            assert request.finish == "cancelled"
             # Within the pass in flight and the next one: a cycle of each.
             assert len(request.token_ids) <= num_tokens + 16
             assert not loop.calls
@@ -384,23 +385,23 @@ def test_while_the_model_is_loading_only_health_is_well():
 
     async def check():
         app = create_app(load, ServeConfig())
-        async with app.router.lifespan_context(app):
-            async with httpx.AsyncClient(
-                transport=httpx.ASGITransport(app=app), base_url="http://t"
-            ) as client:
-                assert (await client.get("/health")).status_code == 200
-                for response in (
-                    await client.get("/ready"),
-                    await client.get("/v1/models"),
-                    await client.post(CHAT, json=chat()),
-                    await client.post("/tokenize", json={"prompt": "x"}),
-                ):
-                    assert response.status_code == 503
-                    assert response.json()["error"]["code"] == "server_loading"
-                assert (await client.get("/metrics")).status_code == 200
-                may_load.set()
-                await app.state.service.loaded.wait()
-                assert (await client.get("/ready")).status_code == 200
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://t") as client,
+        ):
+            assert (await client.get("/health")).status_code == 200
+            for response in (
+                await client.get("/ready"),
+                await client.get("/v1/models"),
+                await client.post(CHAT, json=chat()),
+                await client.post("/tokenize", json={"prompt": "x"}),
+            ):
+                assert response.status_code == 503
+                assert response.json()["error"]["code"] == "server_loading"
+            assert (await client.get("/metrics")).status_code == 200
+            may_load.set()
+            await app.state.service.loaded.wait()
+            assert (await client.get("/ready")).status_code == 200
 
     run(check)
 

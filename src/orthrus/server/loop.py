@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from time import monotonic
+from time import monotonic, sleep
 
 from orthrus.api import Orthrus
 from orthrus.engine.request import Request
@@ -141,10 +141,13 @@ class EngineLoop:
 
     def _give_up(self, error: Exception) -> None:
         """No request was to blame, so the next step would fail alike: end them all."""
-        scheduler = self.orthrus.engine.scheduler
-        for request in [*scheduler.running, *scheduler.waiting]:
-            request.failure = error
-            self.orthrus.engine.drop(request)
+        for call in list(self.calls):
+            for request in call.requests:
+                if request is not None and not request.closed:
+                    request.failure = error
+                    self.orthrus.engine.drop(request)
+        # What has not been attached yet comes next time; until then nothing is to be gained by haste.
+        sleep(0.05)
 
     async def drain(self, seconds: float) -> None:
         """Take no more requests, wait for the open ones, and end what is left after so many seconds."""
