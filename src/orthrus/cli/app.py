@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from orthrus import __version__
-from orthrus.cli import adapt, audit, bench, chat, convert, demo, env, generate, synth, train
+from orthrus.cli import adapt, audit, bench, chat, convert, demo, env, generate, serve, synth, train
 from orthrus.cli.common import run_command, session
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 COMMANDS = (
     generate.generate,
     chat.chat,
+    serve.serve,
     demo.demo,
     bench.bench,
     audit.audit,

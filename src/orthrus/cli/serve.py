@@ -1,0 +1,165 @@
+"""`orthrus serve`: the model behind OpenAI's HTTP interface."""
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orthrus.cli import options
+from orthrus.cli.common import load_orthrus, time_passes
+from orthrus.errors import MissingExtraError, UserInputError
+
+if TYPE_CHECKING:
+    from orthrus.api import Orthrus
+
+_SERVER, _LIMITS = "Server", "Limits"
+KEY_VARIABLE = "ORTHRUS_API_KEY"
+
+
+def serve(
+    model: options.Model = None,
+    named_model: options.NamedModel = None,
+    view: options.View = "default",
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on; 0.0.0.0 lets other machines in.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port to listen on.", min=1, max=65535, rich_help_panel=_SERVER)
+    ] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help=f"A key that clients must send; may be repeated. Others see a command's arguments: {KEY_VARIABLE} "
+            "in the environment does the same.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What requests call the model; may be repeated, the first is listed. Left out: its own name.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    any_model: Annotated[
+        bool,
+        typer.Option(
+            "--any-model",
+            help="Answer requests for other models too, with this one.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Let web pages of this origin in; may be repeated. Left out: none.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    max_running: Annotated[
+        int, typer.Option(min=1, help="Answers that are written at once.", rich_help_panel=_LIMITS)
+    ] = 32,
+    max_queue: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Answers that may wait; further ones are refused with 429.", rich_help_panel=_LIMITS
+        ),
+    ] = 128,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The most tokens that an answer may have. Left out: as many as fit.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
+    max_slots: Annotated[
+        int | None,
+        typer.Option(
+            min=256,
+            help="Memory for prompts and answers, in tokens. Left out: a fifth of what is free.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
+    max_body: Annotated[
+        int, typer.Option(min=1024, help="The largest request, in bytes.", rich_help_panel=_LIMITS)
+    ] = 8 * 2**20,
+    timeout: Annotated[
+        float,
+        typer.Option(min=0.1, help="Seconds that a request may take, in all.", rich_help_panel=_LIMITS),
+    ] = 600.0,
+    drain: Annotated[
+        float,
+        typer.Option(min=0.0, help="Seconds that answers get after SIGTERM.", rich_help_panel=_LIMITS),
+    ] = 30.0,
+    dtype: options.Dtype = None,
+    draft_dtype: options.DraftDtype = None,
+    draft_vocab: options.DraftVocab = None,
+    runner: options.Runner = None,
+    device: options.Device = None,
+    revision: options.Revision = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Serve a model behind OpenAI's HTTP interface.
+
+    Needs `pip install "orthrus-lm[serve]"`. See docs/serving.md.
+    """
+    chosen = options.one_model(model, named_model)
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f'the server needs the package {error.name}; run `pip install "orthrus-lm[serve]"`.'
+        ) from error
+    from orthrus.engine.engine import EngineConfig
+    from orthrus.server.run import serve as run
+    from orthrus.server.settings import ServeConfig
+
+    keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
+    config = ServeConfig(
+        names=tuple(name or ()),
+        any_model=any_model,
+        api_keys=keys,
+        cors_origins=tuple(cors_origin or ()),
+        max_running=max_running,
+        max_queue=max_queue,
+        max_tokens=max_tokens,
+        max_body=max_body,
+        timeout=timeout,
+        drain=drain,
+    )
+    if not host.strip():
+        raise UserInputError("--host is empty; give an address, such as 127.0.0.1.")
+    if not keys and host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"warning: anybody who reaches {host} can use this server; set --api-key.", file=sys.stderr)
+
+    def load() -> "Orthrus":
+        orthrus = load_orthrus(
+            chosen,
+            quiet=quiet,
+            view=view,
+            dtype=dtype,
+            draft_dtype=draft_dtype,
+            draft_vocab=draft_vocab,
+            runner=runner,
+            device=device,
+            revision=revision,
+            engine=EngineConfig(max_slots=max_slots, max_running=max_running),
+        )
+        time_passes(orthrus, ["auto"], [0.0, 1.0], quiet=quiet)
+        orthrus.warm_up()
+        if not quiet:
+            print(f"Orthrus answers at http://{host}:{port}/v1", file=sys.stderr)
+        return orthrus
+
+    run(load, config, host, port)

@@ -1,0 +1,99 @@
+"""Errors as clients of OpenAI's interface know them: a status, and one object that says what to do."""
+
+import json
+from collections.abc import Mapping
+from random import uniform
+from typing import Any
+
+from orthrus.errors import OrthrusError, UserInputError
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    499: "invalid_request_error",
+    500: "server_error",
+    503: "server_error",
+    504: "timeout_error",
+}
+
+
+class ApiError(Exception):
+    """What a client is told. param: the field at fault; code: for programs; retry_after: seconds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after = retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {
+            "error": {
+                "message": self.message,
+                "type": TYPES.get(self.status, "invalid_request_error"),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {"content-type": "application/json"}
+        if self.retry_after is not None:
+            # Clients that were refused together must not come back together.
+            headers["retry-after"] = str(max(1, round(self.retry_after * uniform(0.75, 1.5))))
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return headers
+
+    @property
+    def payload(self) -> bytes:
+        """The body as JSON in ASCII: a message may quote text that has no UTF-8 form."""
+        return json.dumps(self.body).encode("ascii")
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A 400 that names the field."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def overloaded() -> ApiError:
+    return ApiError(
+        429, "All places are taken: try again later.", code="server_is_overloaded", retry_after=2.0
+    )
+
+
+def not_ready(why: str) -> ApiError:
+    return ApiError(503, f"The server is {why}: try again later.", code=f"server_{why}", retry_after=5.0)
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What to tell of an error inside the server; nothing of its message where it was not foreseen."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UserInputError):
+        return bad_request(str(error))
+    if isinstance(error, OrthrusError):
+        return ApiError(500, str(error), code="model_error")
+    return ApiError(
+        500, f"An unexpected {type(error).__name__} ended this request; please report it.", code="unexpected"
+    )
+
+
+def param_of(message: str, names: Mapping[str, str]) -> str | None:
+    """The field that a sentence begins with; names: our own words for a field -> the client's."""
+    word = message.split(" ", 1)[0].strip("'`:,")
+    return names.get(word)

@@ -1,0 +1,114 @@
+"""What stands before all routes: request ids, keys, the size of bodies, the log, and the last net for errors."""
+
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from orthrus.server.errors import ApiError, as_api_error
+from orthrus.server.settings import ServeConfig
+
+log = logging.getLogger("orthrus.server")
+OPEN_PATHS = ("/health",)
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
+
+
+class Guard:
+    """ASGI middleware. on_response: called with the status of each response."""
+
+    def __init__(self, app: ASGIApp, config: ServeConfig, on_response: Callable[[int], None]) -> None:
+        self._app, self._config, self._on_response = app, config, on_response
+        self._keys = [key.encode() for key in config.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return
+        headers, start = Headers(scope=scope), time.perf_counter()
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            self._check_key(scope["path"], headers)
+            await self._app(scope, self._bounded(headers, receive), send_with_id)
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.error("a request failed", exc_info=error, extra={"data": {"id": request_id}})
+            if status == 0:
+                await respond(as_api_error(error), send_with_id)
+        finally:
+            self._on_response(status)
+            log.info(
+                "request",
+                extra={
+                    "data": {
+                        "id": request_id,
+                        "method": scope["method"],
+                        "path": scope["path"][:200],
+                        "status": status,
+                        "ms": round((time.perf_counter() - start) * 1e3, 1),
+                    }
+                },
+            )
+
+    def _check_key(self, path: str, headers: Headers) -> None:
+        if not self._keys or path in OPEN_PATHS:
+            return
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        given = (key.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")).encode()
+        # All are compared, so that time tells nothing of which one was close.
+        if sum(hmac.compare_digest(given, known) for known in self._keys) == 0:
+            raise ApiError(
+                401,
+                "A valid API key is needed: send it as 'Authorization: Bearer KEY'.",
+                code="invalid_api_key",
+            )
+
+    def _bounded(self, headers: Headers, receive: Receive) -> Receive:
+        """Raises ApiError as soon as a body is known to be too large."""
+        limit = self._config.max_body
+        declared = headers.get("content-length", "0")
+        if declared.isdigit() and int(declared[:20]) > limit:
+            raise _too_large(limit)
+        num_bytes = 0
+
+        async def bounded() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            if message["type"] == "http.request":
+                num_bytes += len(message.get("body", b""))
+                if num_bytes > limit:
+                    # The one kind that whoever reads the body lets through.
+                    raise HTTPException(413, _too_large(limit).message)
+            return message
+
+        return bounded
+
+
+async def respond(error: ApiError, send: Send) -> None:
+    """Send an error as a whole response."""
+    headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
+    payload = error.payload
+    headers.append((b"content-length", str(len(payload)).encode()))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": payload})
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The body is larger than {limit} bytes: send less.", code="request_too_large")

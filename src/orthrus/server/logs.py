@@ -1,0 +1,36 @@
+"""The log: one JSON object a line, with ids, figures and places in the code, never a prompt or an answer."""
+
+import json
+import logging
+import sys
+import traceback
+from datetime import UTC, datetime
+from typing import Any
+
+
+class JsonLines(logging.Formatter):
+    """A record as one line. Of an exception its type and where it came from; its message may quote a prompt."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "data", {}),
+        }
+        if record.exc_info and record.exc_info[1] is not None:
+            error = record.exc_info[1]
+            frames = traceback.extract_tb(error.__traceback__)
+            line["error"] = type(error).__name__
+            line["where"] = [f"{frame.filename}:{frame.lineno}" for frame in frames[-8:]]
+        return json.dumps(line)
+
+
+def log_to_stderr() -> None:
+    """Send the server's log to stderr."""
+    logger = logging.getLogger("orthrus.server")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,186 @@
+"""The thread that steps the engine, and the way into it and out of it for the event loop."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import monotonic, sleep
+
+from orthrus.api import Orthrus
+from orthrus.engine.request import Request
+from orthrus.server.calls import Call, Job
+from orthrus.server.errors import ApiError, bad_request, not_ready, overloaded
+from orthrus.server.settings import ServeConfig
+from orthrus.types import Cycle
+
+log = logging.getLogger("orthrus.server")
+Ended = Callable[[Call, int, Request], None]
+
+
+class EngineLoop:
+    """Steps an engine in one thread while there is work, and counts the places that answers take.
+
+    Made and used in the event loop. on_ended: called in it for each answer that the engine was given. A place is
+    taken in `admit` and comes back in `_ended`, nowhere else.
+    """
+
+    def __init__(self, orthrus: Orthrus, config: ServeConfig, on_ended: Ended | None = None) -> None:
+        self.orthrus, self.config = orthrus, config
+        self.draining = False
+        self.calls: set[Call] = set()
+        self.num_open = 0
+        self._on_ended = on_ended
+        self._loop = asyncio.get_running_loop()
+        self._has_work = threading.Condition()
+        self._stopping = False
+        self._num_closed = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        # Rendering, tokenising and compiling grammars take time that the event loop does not have.
+        self._preparing = ThreadPoolExecutor(4, thread_name_prefix="orthrus-prepare")
+        self._thread = threading.Thread(target=self._run, name="orthrus-engine", daemon=True)
+        self._thread.start()
+
+    def admit(self, num_answers: int) -> Call:
+        """Take places for so many answers. Raises ApiError where there are none, or the server is leaving."""
+        if self.draining:
+            raise not_ready("draining")
+        if num_answers > self.config.num_places:
+            raise bad_request(
+                f"The request asks for {num_answers} texts, but the server has {self.config.num_places} places: "
+                "ask for fewer.",
+                param="n",
+            )
+        if self.num_open + num_answers > self.config.num_places:
+            raise overloaded()
+        call = Call(num_answers, self.config.max_unread, self.orthrus.engine.cancel)
+        self.num_open += num_answers
+        self.calls.add(call)
+        self._idle.clear()
+        return call
+
+    async def submit(self, call: Call, prepare: Callable[[], list[Job]]) -> list[Job]:
+        """Prepare the call's jobs and hand them in, in a thread of its own; returns them.
+
+        Raises what `prepare` and the engine raise. Whatever happens, and even if nobody waits any more, all of the
+        call's places come back in the end.
+        """
+        work = self._loop.run_in_executor(self._preparing, self._submit, call, prepare)
+        return await asyncio.shield(work)
+
+    def _submit(self, call: Call, prepare: Callable[[], list[Job]]) -> list[Job]:
+        num_given = 0
+        try:
+            jobs = [] if call.cancelled else prepare()
+            for index, job in enumerate(jobs):
+                if call.cancelled:
+                    break
+                request = self.orthrus.submit(
+                    job.prompt_ids,
+                    job.config,
+                    on_cycle=partial(self._cycle_came, call, index),
+                    on_end=partial(self._request_closed, call, index),
+                    deadline=call.arrived + self.config.timeout,
+                )
+                num_given += 1
+                call.attach(index, request)
+                with self._has_work:
+                    self._has_work.notify()
+            return jobs
+        except BaseException:
+            self._tell(call.cancel)
+            raise
+        finally:
+            for _ in range(call.num_answers - num_given):
+                self._tell(self._ended, call, None, None)
+
+    def _cycle_came(self, call: Call, index: int, cycle: Cycle) -> None:
+        """In the engine's thread."""
+        self._tell(call.take, index, cycle, monotonic())
+
+    def _request_closed(self, call: Call, index: int, request: Request) -> None:
+        """In the engine's thread."""
+        self._num_closed += 1
+        self._tell(self._ended, call, index, request)
+
+    def _tell(self, function: Callable[..., object], *args: object) -> None:
+        """Call a function in the event loop, unless that has gone."""
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            log.debug("the event loop has gone")
+
+    def _ended(self, call: Call, index: int | None, request: Request | None) -> None:
+        self.num_open -= 1
+        if request is not None and index is not None and self._on_ended is not None:
+            self._on_ended(call, index, request)
+        call.end(None if request is None else _failure(request))
+        if call.ended:
+            self.calls.discard(call)
+        if self.num_open == 0:
+            self._idle.set()
+
+    def _run(self) -> None:
+        """The engine's thread."""
+        engine = self.orthrus.engine
+        while True:
+            with self._has_work:
+                while not self._stopping and not engine.has_work:
+                    self._has_work.wait()
+                if self._stopping:
+                    return
+            num_closed = self._num_closed
+            try:
+                engine.step()
+            except Exception as error:
+                log.exception("a pass failed")
+                if self._num_closed == num_closed:
+                    self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """No request was to blame, so the next step would fail alike: end them all."""
+        for call in list(self.calls):
+            for request in call.requests:
+                if request is not None and not request.closed:
+                    request.failure = error
+                    self.orthrus.engine.drop(request)
+        # What has not been attached yet comes next time; until then nothing is to be gained by haste.
+        sleep(0.05)
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more requests, wait for the open ones, and end what is left after so many seconds."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            self.end_all()
+            await self._idle.wait()
+
+    def end_all(self) -> None:
+        """End every open answer before the next pass; its reader is told why."""
+        self.draining = True
+        for call in list(self.calls):
+            call.cancel(
+                ApiError(503, "The server is shutting down.", code="server_shutting_down", retry_after=5.0)
+            )
+
+    def close(self) -> None:
+        """Stop the thread after the pass in flight."""
+        with self._has_work:
+            self._stopping = True
+            self._has_work.notify()
+        self._thread.join(30.0)
+        self._preparing.shutdown(wait=False, cancel_futures=True)
+
+
+def _failure(request: Request) -> BaseException | None:
+    """Why a request has no answer, or only part of one that nobody asked to end there."""
+    if request.failure is not None:
+        return request.failure
+    if request.finish == "deadline" and not request.token_ids:
+        return ApiError(504, "The request took too long.", code="deadline_exceeded")
+    if request.finish is None or request.finish == "cancelled":
+        return ApiError(503, "The request was cancelled.", code="cancelled", retry_after=1.0)
+    return None

@@ -1,0 +1,88 @@
+"""The application on a socket: signals, drain, and the way out."""
+
+import asyncio
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from orthrus.api import Orthrus
+from orthrus.errors import UserInputError
+from orthrus.server.app import create_app
+from orthrus.server.logs import log_to_stderr
+from orthrus.server.settings import ServeConfig
+
+LAST_WORDS = 5
+"""Seconds that connections get to send what is ready, after the last answer has ended."""
+
+
+def serve(load: Callable[[], Orthrus], config: ServeConfig, host: str, port: int) -> None:
+    """Serve until a signal: SIGTERM or Ctrl-C drains, a second one ends at once.
+
+    Raises what `load` raises, and UserInputError for an address that cannot be had.
+    """
+    log_to_stderr()
+    app = create_app(load, config)
+    server = _Server(app, config, host, port)
+    service = app.state.service
+    service.on_failure = server.stop
+    try:
+        asyncio.run(server.serve())
+    except SystemExit as leaving:
+        # uvicorn's way to say that it cannot listen; its reason went to its own log.
+        if leaving.code:
+            raise UserInputError(
+                f"cannot listen on {host}:{port}: choose another --port or --host."
+            ) from leaving
+    if service.failure is not None:
+        raise service.failure
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but a signal first lets the answers end, while new requests are told to go elsewhere."""
+
+    def __init__(self, app: FastAPI, config: ServeConfig, host: str, port: int) -> None:
+        options: dict[str, Any] = {
+            "host": host,
+            "port": port,
+            "log_config": None,
+            "access_log": False,
+            "server_header": False,
+            "lifespan": "on",
+            "timeout_graceful_shutdown": LAST_WORDS,
+        }
+        super().__init__(uvicorn.Config(app, **options))
+        self._service = app.state.service
+        self._drain_seconds = config.drain
+        self._num_signals = 0
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[Any] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def stop(self) -> None:
+        """Leave as soon as connections have closed."""
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by the signal's handler."""
+        self._num_signals += 1
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._signalled, self._num_signals)
+
+    def _signalled(self, number: int) -> None:
+        if number == 1:
+            self._draining = asyncio.ensure_future(self._drain())
+        else:
+            self._service.end_all()
+            self.stop()
+
+    async def _drain(self) -> None:
+        try:
+            await self._service.drain(self._drain_seconds)
+        finally:
+            self.stop()

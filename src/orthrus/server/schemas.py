@@ -1,0 +1,178 @@
+"""What requests may hold: every field typed and within a range; unknown ones are taken and named in the log."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+
+from orthrus.config import (
+    LARGEST_COUNT_PENALTY,
+    LARGEST_PENALTY,
+    MOST_LOGPROBS,
+    Strategy,
+)
+
+MOST_ANSWERS = 128
+MOST_STOPS = 16
+LONGEST_STOP = 1024
+MOST_MESSAGES = 10_000
+LARGEST_INT = 2**31 - 1
+
+
+class Open(BaseModel):
+    """Unknown fields are kept, so that they can be named."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class Closed(BaseModel):
+    """Our own objects: an unknown field is a mistake."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _not_blank(value: str) -> str:
+    if not value:
+        raise ValueError("must not be empty")
+    return value
+
+
+def _is_id(value: str) -> str:
+    if not value.isascii() or not value.isdigit():
+        raise ValueError("must be a token id in digits")
+    return value
+
+
+TokenId = Annotated[int, Field(ge=0, le=LARGEST_INT)]
+StopText = Annotated[str, Field(max_length=LONGEST_STOP), AfterValidator(_not_blank)]
+NumTokens = Annotated[int, Field(ge=1, le=LARGEST_INT)]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
+
+
+class ContentPart(Open):
+    """A piece of a message. Only text can be read; others are refused with their name."""
+
+    type: str = "text"
+    text: str | None = None
+
+
+class Message(Open):
+    """A turn of a chat. content may be null beside the tool calls of an assistant."""
+
+    role: str = Field(min_length=1, max_length=64)
+    content: str | list[ContentPart | str] | None = None
+    tool_calls: list[dict[str, JsonValue]] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+class StreamOptions(Open):
+    include_usage: bool = False
+
+
+class JsonSchema(Open):
+    """`schema` as in JSON Schema. strict: texts always conform, whatever it says."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, JsonValue] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Open):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class OrthrusOptions(Closed):
+    """How the answer is decoded; none of this changes the text. See docs/strategies.md."""
+
+    strategy: Strategy = "auto"
+    block_size: int | None = Field(default=None, ge=2, le=4096)
+    node_budget: int = Field(default=24, ge=1, le=4096)
+    block_budget: int = Field(default=3, ge=1, le=4096)
+    copies: bool = True
+
+
+class Sampling(Open):
+    """What chat and completions share."""
+
+    model: str | None = None
+    max_tokens: NumTokens | None = None
+    min_tokens: int = Field(default=0, ge=0, le=LARGEST_INT)
+    n: int = Field(default=1, ge=1, le=MOST_ANSWERS)
+    temperature: float | None = Field(default=None, ge=0.0, le=100.0)
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    top_k: int | None = Field(default=None, ge=-1, le=LARGEST_INT)
+    min_p: float | None = Field(default=None, ge=0.0, le=1.0)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    frequency_penalty: float | None = Field(default=None, ge=-LARGEST_COUNT_PENALTY, le=LARGEST_COUNT_PENALTY)
+    presence_penalty: float | None = Field(default=None, ge=-LARGEST_COUNT_PENALTY, le=LARGEST_COUNT_PENALTY)
+    repetition_penalty: float | None = Field(default=None, ge=1.0 / LARGEST_PENALTY, le=LARGEST_PENALTY)
+    logit_bias: dict[Annotated[str, AfterValidator(_is_id)], Bias] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    ignore_eos: bool = False
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    priority: int = Field(default=0, ge=-LARGEST_INT, le=LARGEST_INT)
+    return_token_ids: bool | None = None
+    user: str | None = None
+    orthrus: OrthrusOptions | None = None
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_completion_tokens: NumTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    chat_template_kwargs: dict[str, JsonValue] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions. prompt: one text or several, as text or as token ids."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_ANSWERS)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1)]],
+            Field(min_length=1, max_length=MOST_ANSWERS),
+        ]
+    )
+    logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    echo: bool | None = None
+
+
+class TokenizeRequest(Open):
+    """POST /tokenize. prompt (as vLLM has it), content (as llama.cpp has it), or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MOST_MESSAGES)
+    add_special_tokens: bool | None = None
+    add_special: bool | None = None
+    chat_template_kwargs: dict[str, JsonValue] | None = None
+
+
+class DetokenizeRequest(Open):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+def unknown_fields(body: BaseModel) -> set[str]:
+    """Names of fields that no one reads, those of nested objects with a dot."""
+    names = set(body.model_extra or {})
+    for name in type(body).model_fields:
+        value: Any = getattr(body, name)
+        if isinstance(value, Open) and not isinstance(value, JsonSchema):
+            names |= {f"{name}.{inner}" for inner in value.model_extra or {}}
+    return names

@@ -1,0 +1,118 @@
+"""What the routes of one server share: its model once it is loaded, its engine's loop, and its counters."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from functools import partial
+from time import time
+
+from orthrus.api import Orthrus
+from orthrus.server.errors import ApiError, not_ready
+from orthrus.server.loop import EngineLoop
+from orthrus.server.metrics import Metrics
+from orthrus.server.params import UnknownFields
+from orthrus.server.settings import ServeConfig
+from orthrus.server.tokens import TokenBytes
+
+log = logging.getLogger("orthrus.server")
+
+
+class Live:
+    """A loaded model that answers."""
+
+    def __init__(self, orthrus: Orthrus, config: ServeConfig, metrics: Metrics) -> None:
+        self.orthrus, self.config = orthrus, config
+        self.loop = EngineLoop(orthrus, config, metrics.ended)
+        self.token_bytes = TokenBytes(orthrus.base.tokenizer)
+        self.created = int(time())
+        self.fingerprint = str(orthrus.describe().get("base_fingerprint") or "")[:16] or None
+        own = orthrus.base.name
+        # The default model is called "default (NAME)".
+        bare = own.removeprefix("default (").removesuffix(")") if own.startswith("default (") else own
+        self.name = config.names[0] if config.names else bare
+        self._names = {*config.names, self.name, "default"} | (set() if config.names else {own})
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError for a model that is not served; no name asks for the one there is."""
+        if name is not None and name not in self._names and not self.config.any_model:
+            raise ApiError(
+                404,
+                f"The model {ascii(name)[:120]} is not served here: use {self.name!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+
+class Service:
+    """State of one server. `load` runs in a thread; until it is done `live` raises a 503.
+
+    on_failure: called in the event loop where loading failed, with `failure` set.
+    """
+
+    def __init__(self, load: Callable[[], Orthrus], config: ServeConfig) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.unknown = UnknownFields()
+        self.failure: BaseException | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        self.loaded = asyncio.Event()
+        self._load = load
+        self._live: Live | None = None
+
+    def start(self) -> None:
+        """Begin to load; called in the event loop."""
+        loop = asyncio.get_running_loop()
+
+        def load() -> None:
+            try:
+                tell = partial(self._loaded, self._load())
+            except BaseException as error:
+                tell = partial(self._failed, error)
+            try:
+                loop.call_soon_threadsafe(tell)
+            except RuntimeError:
+                log.debug("the event loop has gone")
+
+        threading.Thread(target=load, name="orthrus-load", daemon=True).start()
+
+    def _loaded(self, orthrus: Orthrus) -> None:
+        self._live = Live(orthrus, self.config, self.metrics)
+        self.metrics.watch(orthrus.engine)
+        self.loaded.set()
+        log.info("ready", extra={"data": {"model": self._live.name}})
+
+    def _failed(self, error: BaseException) -> None:
+        self.failure = error
+        self.loaded.set()
+        self.on_failure()
+
+    @property
+    def live(self) -> Live:
+        """The model. Raises ApiError while it is loading."""
+        if self._live is None:
+            raise not_ready("loading")
+        return self._live
+
+    @property
+    def ready(self) -> Live:
+        """As `live`; raises ApiError while the server is draining, too."""
+        if self.live.loop.draining:
+            raise not_ready("draining")
+        return self.live
+
+    async def drain(self, seconds: float) -> None:
+        """Let running answers end, at most so long; then end them."""
+        if self._live is not None:
+            await self._live.loop.drain(seconds)
+
+    def end_all(self) -> None:
+        """End all answers now."""
+        if self._live is not None:
+            self._live.loop.end_all()
+
+    def close(self) -> None:
+        """Stop the engine's thread."""
+        if self._live is not None:
+            self._live.loop.end_all()
+            self._live.loop.close()

@@ -1,0 +1,60 @@
+"""What a server allows; checked where it is made."""
+
+from dataclasses import dataclass, field
+
+from orthrus.errors import UserInputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Limits and names of a server.
+
+    names: what requests may call the model, the first as it is listed; without any the model's own.
+    any_model: take requests for other models too. api_keys: any of them opens all but /health; none leaves the
+    server open. cors_origins: pages that browsers let in; none by default. max_running, max_queue: answers that
+    run, and that wait, at once; a request for n texts takes n places. max_tokens: the most that a request may
+    write, None for as many as the context holds. max_body: bytes. timeout: seconds from a request to its end.
+    drain: seconds that running answers get after SIGTERM. keepalive: seconds of silence after which a stream
+    says that it lives. max_unread: records that a slow reader may leave unread before it is dropped.
+    """
+
+    names: tuple[str, ...] = ()
+    any_model: bool = False
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    cors_origins: tuple[str, ...] = ()
+    max_running: int = 32
+    max_queue: int = 128
+    max_tokens: int | None = None
+    max_body: int = 8 * 2**20
+    timeout: float = 600.0
+    drain: float = 30.0
+    keepalive: float = 10.0
+    max_unread: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_body", "max_unread"):
+            if getattr(self, name) < 1:
+                raise UserInputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.max_queue < 0:
+            raise UserInputError(f"max_queue must be at least 0, not {self.max_queue}.")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserInputError(f"max_tokens must be at least 1, not {self.max_tokens}.")
+        for name in ("timeout", "keepalive"):
+            if not getattr(self, name) > 0:
+                raise UserInputError(f"{name} must be more than 0 seconds, not {getattr(self, name)}.")
+        if not self.drain >= 0:
+            raise UserInputError(f"drain must be at least 0 seconds, not {self.drain}.")
+        for key in self.api_keys:
+            if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+                raise UserInputError(
+                    "an API key must be printable ASCII without blanks around it; choose another one."
+                )
+        if "*" in self.cors_origins and self.api_keys == ():
+            raise UserInputError(
+                "--cors-origin '*' lets any web page use this server; name the origins, or set an API key."
+            )
+
+    @property
+    def num_places(self) -> int:
+        """Answers that may be open at once."""
+        return self.max_running + self.max_queue
