@@ -15,6 +15,7 @@ from orthrus.server.errors import ApiError, as_api_error
 from orthrus.server.settings import ServeConfig
 
 log = logging.getLogger("orthrus.server")
+CLIENT_GONE = 499
 OPEN_PATHS = ("/health",)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 
@@ -53,6 +54,7 @@ class Guard:
             if status == 0:
                 await respond(as_api_error(error), send_with_id)
         finally:
+            status = status or CLIENT_GONE
             self._on_response(status)
             log.info(
                 "request",
