@@ -168,7 +168,7 @@ def test_the_message_says_what_is_wrong(orthrus):
 def test_bodies_that_are_no_requests(orthrus, body, code):
     async def check():
         async with serving(orthrus) as client:
-            for path in (CHAT, TEXT, "/tokenize", "/detokenize"):
+            for path in (CHAT, TEXT, "/detokenize"):
                 check_error(await client.post(path, content=body, headers=JSON), 400, code=code)
 
     run(check)

@@ -7,8 +7,8 @@ import time
 import uuid
 from collections.abc import Callable
 
+from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orthrus.server.errors import ApiError, as_api_error
