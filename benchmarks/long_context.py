@@ -26,7 +26,7 @@ from orthrus.bench.cycles import ready_request, step_cycle
 from orthrus.bench.metrics import Spread
 from orthrus.cli.common import check_strategies
 from orthrus.config import Strategy
-from orthrus.engine import engine as engine_module
+from orthrus.engine import round as round_module
 from orthrus.engine.beside import EngineBeside
 from orthrus.engine.engine import Engine
 from orthrus.model.pool import slot_bytes
@@ -153,7 +153,7 @@ def filled_cases(orthrus: Orthrus, context: int, strategies: list[Strategy], see
 
 @contextmanager
 def clocks(engine: Engine, spent: dict[str, float]) -> Iterator[None]:
-    """Adds the milliseconds that calls of these names take: of the runner, and `join` of the engine."""
+    """Adds the milliseconds that calls of these names take: of the runner, and `join` of the round."""
     device = engine.runner.dual.device
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,7 +169,7 @@ def clocks(engine: Engine, spent: dict[str, float]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for name in spent:
-            owner = engine_module if name == "join" else engine.runner
+            owner = round_module if name == "join" else engine.runner
             stack.enter_context(patch.object(owner, name, timed(name, getattr(owner, name))))
         yield
 

@@ -14,7 +14,9 @@ class TinyTokenizer:
     """Character c is token 3 + ord(c) modulo the free ids; decoding gives one letter per id."""
 
     chat_template = None
+    bos_token_id = bos_token = None
     eos_token_id = 2
+    bos_token_id = bos_token = None
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [3 + ord(c) % (VOCAB - 4) for c in text]}

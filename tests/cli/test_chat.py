@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from orthrus.api import Orthrus
+from orthrus.base.text import printable
 from orthrus.cli import chat as chat_module
 
 from .conftest import Cli, assert_refused
@@ -16,7 +17,7 @@ OPTIONS = ("--view", "fresh", "-n", "12")
 
 def answers(folder: str, *turns: str) -> str:
     conversation = Orthrus.load(folder, view="fresh").chat(max_new_tokens=12)
-    return "".join(conversation.send(turn).text + "\n" for turn in turns)
+    return "".join(printable(conversation.send(turn).text) + "\n" for turn in turns)
 
 
 def test_each_line_is_a_turn_that_remembers(cli: Cli, model_folder: str) -> None:

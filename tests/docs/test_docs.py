@@ -27,6 +27,9 @@ class ChatTokenizer(TinyTokenizer):
 
     chat_template = "one after the other"
 
+    def get_chat_template(self):
+        return "{% for m in messages %}{{ m.content }}{% endfor %}"
+
     def apply_chat_template(self, messages, **_):
         return self("".join(m["content"] for m in messages))
 

@@ -24,6 +24,7 @@ from orthrus.config import BASELINES, FIXED_STRATEGIES, SamplingParams, Strategy
 from orthrus.decoding.noise import exponential_noise
 from orthrus.decoding.tree import DraftTree
 from orthrus.engine import choices, engine
+from orthrus.engine import round as engine_round
 from orthrus.engine.engine import EngineConfig
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
@@ -117,7 +118,7 @@ def test_noise_that_is_not_the_seeds_fails_a_sampled_audit(
         moved = [j._replace(positions=[p + 1000 * (len(j.paths) > 1) for p in j.positions]) for j in judged]
         return choose(logits_RV, moved)
 
-    monkeypatch.setattr(engine, "choose", shifted)
+    monkeypatch.setattr(engine_round, "choose", shifted)
     assert audit(tiny_orthrus(), strategies=(strategy,)).passed
     report = audit(tiny_orthrus(), strategies=(strategy,), temperature=1.0)
     assert report.strategies[0].num_broken > 0
@@ -294,7 +295,7 @@ def test_a_replay_projects_the_rows_that_the_engine_projects(
 ) -> None:
     """With a head whose logits hang on how many rows it is given, as in low precision they do a little."""
     orthrus = tiny_orthrus()
-    real_head, real_choose, seen = orthrus.dual.head, engine.choose, []
+    real_head, real_choose, seen = orthrus.dual.head, choices.choose, []
 
     def head(hidden: Tensor, *, drafts: bool = False) -> Tensor:
         return real_head(hidden, drafts=drafts) * (1 + 0.01 * len(hidden))
@@ -304,7 +305,7 @@ def test_a_replay_projects_the_rows_that_the_engine_projects(
         return real_choose(logits_RV, judged)
 
     monkeypatch.setattr(orthrus.dual, "head", head)
-    monkeypatch.setattr(engine, "choose", choose)
+    monkeypatch.setattr(engine_round, "choose", choose)
     config = decode_config(strategy=strategy, max_new_tokens=30)
     prompt_ids = orthrus.base.encode_prompt("replay this prompt")
     ids = orthrus.stream_ids(prompt_ids, config).drain().token_ids

@@ -67,11 +67,12 @@ def test_a_template_has_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     "source",
     [
         "{% for m in messages %}{{ m.role ~ ':' ~ m['content'] + '\n' }}{% endfor %}",
-        "{%- for m in messages -%}\n  {{ loop.index0 % 2 }}{{ m.content|trim|upper }}{{ '%s!' % m.role }}\n{% endfor %}",
-        "{% macro f(m) %}<{{ m.role }}>{{ m | tojson }}{% endmacro %}{% for m in messages %}{{ f(m) }}{% break %}{% endfor %}",
+        "{%- for m in messages -%}\n {{ loop.index0 % 2 }}{{ m.content|trim|upper }}{{ '%s!' % m.role }}\n{% endfor %}",
+        "{% macro f(m) %}{{ m|tojson }}{% endmacro %}{% for m in messages %}{{ f(m) }}{% break %}{% endfor %}",
         "{{ bos_token }}{{ [1, none, 'x'] ~ 5 ~ none ~ 'é' }}{{ 'a,b'.split(',')[-1] }}{{ 'ab' * 3 }}{{ [1] + [2] }}",
         "{% generation %}{{ messages[0].content.replace('h', 'H') }}{% endgeneration %}{{ '{}-{:>4}'.format(1, 2) }}",
-        "{% set x %}a{{ messages|length }}{% endset %}{{ x }}{% if tools %}no{% endif %}{{ messages|map(attribute='role')|join(', ') }}",
+        "{% set x %}a{{ messages|length }}{% endset %}{{ x }}{% if tools %}no{% endif %}",
+        "{{ messages|map(attribute='role')|join(', ') }}",
     ],
 )
 def test_the_text_is_transformers_own(source: str) -> None:

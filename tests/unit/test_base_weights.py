@@ -59,6 +59,8 @@ def test_a_view_with_a_weight_that_is_no_number_is_refused(tmp_path: Path, value
         load_dual(str(tmp_path / "out"), device="cpu")
 
 
+# The fingerprint is of another precision.
+@pytest.mark.filterwarnings("ignore:the view was trained on")
 def test_a_weight_that_overflows_in_float16_is_refused(tmp_path: Path) -> None:
     folder = save_base(tmp_path / "base")
     save_view(load_disturbed(folder)[1], tmp_path / "view")
@@ -82,6 +84,16 @@ def test_finite(dtype: torch.dtype) -> None:
 def test_a_config_with_fewer_layers_than_the_weights_is_refused(folder: Path) -> None:
     change_config(folder, num_hidden_layers=1)
     with pytest.raises(CorruptFileError, match=r"hold more layers: 2, and config\.json says 1"):
+        load_base(str(folder), device="cpu")
+
+
+def test_a_tensor_that_is_missing_is_not_replaced_by_noise(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CorruptFileError, match=r"lack 1 tensors, model\.layers\.1\.mlp\.up_proj\.weight first"
+    ):
         load_base(str(folder), device="cpu")
 
 
@@ -113,15 +125,17 @@ HUGE = 10**12
 )  # fmt: skip
 def test_a_config_of_wrong_values_is_one_sentence(folder: Path, fields: dict[str, Any]) -> None:
     change_config(folder, **fields)
+    message = ""
     try:
         base = load_base(str(folder), device="cpu")
     except OrthrusError as error:
-        assert str(error).count(". ") < 2
-        assert "\n" not in str(error)
+        message = str(error)
     else:
         # Some values are ignored by transformers: then it is the model as it was.
         assert base.context_length > 0
         assert not {"num_hidden_layers", "hidden_size", "vocab_size"} & fields.keys()
+    assert "\n" not in message
+    assert message.count(". ") == 0
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])

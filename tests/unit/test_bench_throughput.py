@@ -113,7 +113,7 @@ def test_quick_is_little(throughput: Any, prompts: Path, tmp_path: Path) -> None
         ("float32", n) for n in (1, 2, 4)
     }
     assert len(report["prompts"]["lengths"]) == 4
-    with pytest.raises(typer.BadParameter, match="5 prompts have at most 400 tokens, and 9 are needed"):
+    with pytest.raises(typer.BadParameter, match="5 prompts have at most 192 tokens, and 9 are needed"):
         run(throughput, str(prompts), "--requests", "9", "--no-llama", "--output", str(output))
 
 

@@ -84,10 +84,10 @@ def test_a_pass_copies_to_the_host_what_was_chosen_and_what_was_proposed(
             engine.step()
             num_passes += 1
         made = copies.copy()
-    # What was chosen and whether it is a number; ids and log probs of drafts, and of their pairs.
+    # What was chosen, and whether its logits are finite; ids and log probs of drafts, and of their pairs.
     per_draft = 2 if repair_rank is None else 3
     num_tolist = asked.count("choose") + per_draft * asked.count("rank")
-    assert sorted(made) == ["__bool__"] * asked.count("choose") + ["tolist"] * num_tolist
+    assert made == ["tolist"] * num_tolist
     assert copies == made, "an operation reads a value of a tensor behind our back"
     assert asked.count("choose") <= num_passes
     assert asked.count("rank") <= num_passes

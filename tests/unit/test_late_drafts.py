@@ -40,7 +40,13 @@ def verified(dual: DualView, drafts: DraftTree, block_rows: list[int]) -> Reques
     ids = [request.anchor_id, *drafts.token_ids]
     part = tree(ids, drafts.parents, block_rows, SIZE, dual.mask_token_id)
     request.next_work = Work(
-        "fused_tree", part, drafts, tuple(block_rows), SIZE, dual.config.num_guesses(SIZE)
+        "fused_tree",
+        part,
+        drafts,
+        tuple(block_rows),
+        SIZE,
+        dual.config.num_guesses(SIZE),
+        is_view=(True,) * drafts.num_nodes,
     )
     engine.step()
     return request

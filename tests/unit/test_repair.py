@@ -101,13 +101,13 @@ def slow_proposal(
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("params", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("tables", [False, True], ids=["computed", "tables"])
+@pytest.mark.parametrize("with_tables", [False, True], ids=["computed", "tables"])
 def test_a_proposal_is_that_of_a_loop_over_parents_and_children(
-    name: str, params: SamplingParams, tables: bool
+    name: str, params: SamplingParams, with_tables: bool
 ) -> None:
     dual = tiny_dual(name, disturb=0.3, repair_rank=6)
-    runner = runner_of(dual, tables=tables)
-    if tables:
+    runner = runner_of(dual, tables=with_tables)
+    if with_tables:
         # Capped logits are no sums.
         assert (runner.repair_tables is None) == (name == "gemma2")
     hidden_DC = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
@@ -117,15 +117,19 @@ def test_a_proposal_is_that_of_a_loop_over_parents_and_children(
     assert blind.pairs_DPC is None
     assert fast.pairs_DPC is not None
     assert slow.pairs_DPC is not None
-    assert fast.token_ids_DC == slow.token_ids_DC
-    # Without a head fewer candidates are asked for; those are the same.
-    assert [ids[:8] for ids in fast.token_ids_DC] == [ids[:8] for ids in blind.token_ids_DC]
-    assert fast.log_probs_DC[0][:8] != pytest.approx(blind.log_probs_DC[0][:8], abs=1e-2)
-    for table, expected in (
-        (fast.log_probs_DC, slow.log_probs_DC),
-        *zip(fast.pairs_DPC, slow.pairs_DPC, strict=True),
-    ):
-        torch.testing.assert_close(torch.tensor(table), torch.tensor(expected), atol=2e-4, rtol=2e-4)
+    # Beyond what the filters leave any order will do; without a head fewer candidates are asked for.
+    left = [sum(p > -inf for p in log_probs_C) for log_probs_C in slow.log_probs_DC]
+    assert min(left) >= 5
+    for d, num in enumerate(left):
+        assert fast.token_ids_DC[d][:num] == slow.token_ids_DC[d][:num]
+        assert fast.token_ids_DC[d][: min(num, 8)] == blind.token_ids_DC[d][: min(num, 8)]
+        tables = [(fast.log_probs_DC[d], slow.log_probs_DC[d])]
+        if d:
+            tables += zip(fast.pairs_DPC[d][: left[d - 1]], slow.pairs_DPC[d], strict=False)
+        for ours_C, expected_C in tables:
+            ours, expected = (torch.tensor(log_probs_C[:num]) for log_probs_C in (ours_C, expected_C))
+            torch.testing.assert_close(ours, expected, atol=2e-4, rtol=2e-4)
+    assert fast.log_probs_DC[0][:5] != pytest.approx(blind.log_probs_DC[0][:5], abs=1e-2)
     assert any(row != table[0] for table in fast.pairs_DPC[1:] for row in table), "parents make no difference"
 
 

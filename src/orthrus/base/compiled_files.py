@@ -277,7 +277,8 @@ def _evict(folder: Path, keep: Path) -> None:
     """Delete code of ours that nobody has used for long, and the least used where there is too much."""
     with suppress(OSError):
         ours = {path: path.stat() for path in folder.iterdir() if _OURS.fullmatch(path.name)}
-        total, oldest = ours.pop(keep).st_size, time.time() - MOST_DAYS * _DAY_S
+        ours.pop(keep, None)
+        total, oldest = keep.stat().st_size, time.time() - MOST_DAYS * _DAY_S
         for path, found in sorted(ours.items(), key=lambda each: each[1].st_mtime, reverse=True):
             total += found.st_size
             if found.st_mtime < oldest or (path.suffix == ".so" and total > MOST_BYTES):

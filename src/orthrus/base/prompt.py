@@ -176,7 +176,7 @@ def _token_ids(tokenizer: "PreTrainedTokenizerBase", text: str, **options: Any) 
 
 def _without_second_start(tokenizer: "PreTrainedTokenizerBase", text: str, ids: list[int]) -> list[int]:
     """One BOS token where the text begins with one already, and the tokenizer adds another."""
-    start: Any = tokenizer.bos_token_id
-    name: Any = tokenizer.bos_token
+    start: Any = getattr(tokenizer, "bos_token_id", None)
+    name: Any = getattr(tokenizer, "bos_token", None)
     twice = start is not None and ids[:2] == [start, start]
     return ids[1:] if twice and text.startswith(name) and not text.startswith(name + name) else ids

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 INDEX_FILE = "model.safetensors.index.json"
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # Tables that older releases of transformers wrote, and newer ones compute.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$")

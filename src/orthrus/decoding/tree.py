@@ -7,9 +7,8 @@ tree is three flat lists. A chain is a tree without branches.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from itertools import accumulate
-from math import exp, expm1, inf, log
-from typing import NamedTuple
+from itertools import accumulate, islice
+from math import exp, inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,133 +139,39 @@ def best_first_tree(candidates: Candidates, budget: int) -> DraftTree:
     larger one. Equal scores go to the shallower node, then to the earlier parent, then to the better
     candidate; candidates of probability 0 are left out. Source: best-first search as in arXiv 2604.12989.
     """
-    return merged_tree([Source(candidates)], budget).tree
+    ranked: dict[tuple[int, int], list[tuple[float, int]]] = {}
 
-
-class Source(NamedTuple):
-    """Drafts of one origin, from the root on; those of a copy or a grammar are a `chain`.
-
-    is_certain: what it proposes will stand, so that nothing else is worth a row beside it.
-    """
-
-    candidates: Candidates
-    is_certain: bool = False
-
-    @classmethod
-    def chain(cls, token_ids: Sequence[int], log_probs: Sequence[float] | None = None) -> "Source":
-        """Tokens in a row; log_probs: of each, given those before it; None: they are certain."""
-        known = [0.0] * len(token_ids) if log_probs is None else log_probs
-        rows = Candidates([[token_id] for token_id in token_ids], [[log_prob] for log_prob in known])
-        return cls(rows, is_certain=log_probs is None)
-
-
-class MergedTree(NamedTuple):
-    """A draft tree, and per node its origins: bit i is set where source i proposed its whole path."""
-
-    tree: DraftTree
-    origins: list[int]
-
-    def kept(self, allowed: Sequence[bool]) -> tuple["MergedTree", list[int]]:
-        """Without the nodes that are not allowed and what hangs on them; and the old rows of the new ones.
-
-        The rows include the root's, 0: what was made per row of the old tree can be picked by them.
-        """
-        rows, places = [0], {0: 0}
-        for row, (parent, may_stay) in enumerate(zip(self.tree.parents, allowed, strict=True), start=1):
-            if may_stay and parent in places:
-                places[row] = len(rows)
-                rows.append(row)
-        old = [row - 1 for row in rows[1:]]
-        tree = DraftTree(
-            [self.tree.token_ids[i] for i in old],
-            [places[self.tree.parents[i]] for i in old],
-            [self.tree.log_probs[i] for i in old],
-        )
-        return MergedTree(tree, [self.origins[i] for i in old]), rows
-
-
-State = tuple[tuple[int, int], ...]
-"""What a node is to its sources: (source, rank of the node's token there) for each that proposed its path."""
-
-
-def merged_tree(sources: Sequence[Source], budget: int) -> MergedTree:
-    """The best-first tree over the drafts of several sources; with one source, its `best_first_tree`.
-
-    Sources that propose the same token after the same path share a node. Its chance, given its path, is that
-    of at least one of them being right, as if they erred independently: 1 - (1 - p)(1 - q). Where the chances
-    of different tokens after one path add up to more than 1, each gets its share of 1. A source goes on
-    below the nodes whose whole path it proposed; below others it has nothing to say. Below a node of a
-    certain source nothing else is followed for as long as that source goes on.
-    """
-    ranked: dict[tuple[int, int, int], list[tuple[float, int]]] = {}
-    joint: dict[tuple[int, State], list[tuple[float, int, int, State]]] = {}
-
-    def single(index: int, depth: int, parent_rank: int) -> list[tuple[float, int]]:
-        """(cost, rank) of one source's candidates after a given one, cheapest first; cost = -log prob."""
-        candidates = sources[index].candidates
-        key = (index, depth, -1 if candidates.pairs_DPC is None else parent_rank)
+    def options(depth: int, parent_rank: int) -> list[tuple[float, int]]:
+        """(cost, rank) of the candidates after a given one, cheapest first; cost = -log prob."""
+        key = (depth, -1 if candidates.pairs_DPC is None else parent_rank)
         if key not in ranked:
-            row = candidates.log_probs(depth, parent_rank) if depth < len(candidates) else []
+            row = candidates.log_probs(depth, parent_rank)
             ranked[key] = sorted((-log_prob, rank) for rank, log_prob in enumerate(row) if log_prob > -inf)
         return ranked[key]
 
-    def several(depth: int, state: State) -> list[tuple[float, int, int, State]]:
-        """(cost, place in the order of sources and ranks, token, state) of what several sources propose."""
-        if (depth, state) not in joint:
-            misses: dict[int, float] = {}
-            states: dict[int, State] = {}
-            certain: set[int] = set()
-            for index, parent_rank in state:
-                for cost, rank in single(index, depth, parent_rank):
-                    token_id = sources[index].candidates.token_ids_DC[depth][rank]
-                    misses[token_id] = misses.get(token_id, 1.0) * -expm1(-cost)
-                    states[token_id] = (*states.get(token_id, ()), (index, rank))
-                    if sources[index].is_certain:
-                        certain.add(token_id)
-            chances = {
-                token_id: 1.0 - misses[token_id] for token_id in misses if token_id in (certain or misses)
-            }
-            total = max(1.0, sum(chances.values()))
-            joint[depth, state] = sorted(
-                (-log(chance / total), place, token_id, states[token_id])
-                for place, (token_id, chance) in enumerate(chances.items())
-                if chance > 0.0
-            )
-        return joint[depth, state]
-
     token_ids: list[int] = []
     parents: list[int] = []
-    origins: list[int] = []
-    costs, states = [0.0], [tuple((index, 0) for index in range(len(sources)))]
+    costs, ranks = [0.0], [-1]
     # (cost of the path, depth, parent's row, place among the parent's options): every node is reached once,
     # from its better sibling or, as a first child, from its parent; both cost no more than it does.
     heap: list[tuple[float, int, int, int]] = []
 
     def push(depth: int, parent: int, place: int) -> None:
-        state = states[parent]
-        options = single(state[0][0], depth, state[0][1]) if len(state) == 1 else several(depth, state)
-        if place < len(options):
-            heappush(heap, (costs[parent] + options[place][0], depth, parent, place))
+        if depth < len(candidates):
+            for cost, _ in islice(options(depth, ranks[parent]), place, place + 1):
+                heappush(heap, (costs[parent] + cost, depth, parent, place))
 
     push(0, 0, 0)
     while heap and len(token_ids) < budget:
         cost, depth, parent, place = heappop(heap)
-        state = states[parent]
-        if len(state) == 1:
-            index, parent_rank = state[0]
-            rank = single(index, depth, parent_rank)[place][1]
-            token_ids.append(sources[index].candidates.token_ids_DC[depth][rank])
-            states.append(((index, rank),))
-        else:
-            _, _, token_id, state = several(depth, state)[place]
-            token_ids.append(token_id)
-            states.append(state)
+        rank = options(depth, ranks[parent])[place][1]
+        token_ids.append(candidates.token_ids_DC[depth][rank])
         parents.append(parent)
-        origins.append(sum(1 << index for index, _ in states[-1]))
         costs.append(cost)
+        ranks.append(rank)
         push(depth, parent, place + 1)
         push(depth + 1, len(token_ids), 0)
-    return MergedTree(DraftTree(token_ids, parents, [-cost for cost in costs[1:]]), origins)
+    return DraftTree(token_ids, parents, [-cost for cost in costs[1:]])
 
 
 def accepted_rows(tree: DraftTree, ar_ids: Sequence[int]) -> list[int]:

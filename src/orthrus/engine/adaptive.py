@@ -45,7 +45,7 @@ def adaptive_verify(request: Request, dual: DualView, copy: Copy, *, trying: boo
     assert policy is not None
     drafts = draft_tree(request, policy.max_nodes, request.room - 1, branching=True)
     num_guesses = 0 if request.drafts is None else len(request.drafts)
-    if drafts.num_nodes:
+    if request.drafts is not None:
         num_nodes = policy.num_nodes(
             drafts.log_probs, drafts.depths(), num_guesses, late=request.late, trying=trying
         )

@@ -4,14 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 from orthrus.decoding.cost_table import CostTable
+from orthrus.decoding.prices import Prices
 from orthrus.engine.costs import OnMeasure
 from orthrus.engine.engine import Engine
 from orthrus.model.runner import Runner
 
 
 class EngineBeside(Engine):
-    """An engine with slots and kept pages of its own, and with the prices of `engine`, so that `auto` decides
-    alike in both.
+    """An engine with slots and kept pages of its own. What passes cost it takes from `engine`.
 
     runner: the other engine's unless given; limits: fields of EngineConfig that differ. The other engine must
     not step meanwhile: a runner serves one thread at a time.
@@ -22,5 +22,8 @@ class EngineBeside(Engine):
         self._other = engine
 
     def costs(self, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
-        """The other engine's."""
-        return self._other.costs(on_measure, greedy=greedy)
+        """The other engine's, from which this one's prices start."""
+        with self._stepping:
+            table = self._other.costs(on_measure, greedy=greedy)
+            self._prices.setdefault(greedy, Prices(table))
+            return table

@@ -59,14 +59,15 @@ def choose(logits_RV: Tensor, judged: Sequence[Judged]) -> list[list[int]]:
             continue
         probs_QV = filtered_probs(ruled_QV, j.request.config.sampling)
         ids_R[j.rows] = draw_with_noise(probs_QV, _noise(j.request, j.positions, probs_QV))
-    known_R = logits_RV.gather(-1, ids_R[:, None])[:, 0].isfinite().tolist()
+    # One look at the device for both.
+    known_R = logits_RV.gather(-1, ids_R[:, None])[:, 0].isfinite()
+    ids, are_known = torch.stack([ids_R, known_R.long()]).tolist()
     for j in judged:
-        if not all(known_R[j.rows]):
+        if not all(are_known[j.rows]):
             j.request.failure = UnsupportedModelError(
                 "the model's own logits became NaN or infinite: load it in another dtype (float32, bfloat16), or "
                 "check its weights."
             )
-    ids = ids_R.tolist()
     return [ids[j.rows] for j in judged]
 
 
@@ -106,7 +107,8 @@ def rank(
         pairs = None if pairs_DPC is None else pairs_DPC.tolist()
         for i, first, size in zip(mine, firsts, sizes, strict=True):
             rows = slice(first, first + size)
-            found[i] = Candidates(ids[rows], log_probs[rows], None if pairs is None else pairs[rows])
+            mine_pairs = None if pairs is None else [[], *pairs[first + 1 : first + size]]
+            found[i] = Candidates(ids[rows], log_probs[rows], mine_pairs)
     return [candidates for candidates in found if candidates is not None]
 
 

@@ -283,12 +283,16 @@ class Engine:
 
         Sampled decoding has a table of its own.
         """
+        return self.prices(on_measure, greedy=greedy).costs
+
+    def prices(self, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> Prices:
+        """`costs`, as they have turned out since."""
         # What is known needs no lock: a busy engine lets go of it for moments only.
         if greedy not in self._prices:
             with self._stepping:
                 if greedy not in self._prices:
                     self._prices[greedy] = Prices(pass_costs(self.runner, on_measure, greedy=greedy))
-        return self._prices[greedy].costs
+        return self._prices[greedy]
 
     def _num_pages(self) -> int:
         dual, most = self.runner.dual, self.config.max_slots
@@ -302,10 +306,9 @@ class Engine:
         """What decides for `auto`; None for the fixed strategies. Times the machine where nobody has."""
         if config.strategy != "auto":
             return None
-        dual, greedy = self.runner.dual, config.sampling.greedy
-        self.costs(greedy=greedy)
+        dual = self.runner.dual
         return Policy(
-            self._prices[greedy],
+            self.prices(greedy=config.sampling.greedy),
             dual.config.num_guesses(block_size),
             config.node_budget,
             config.block_budget,

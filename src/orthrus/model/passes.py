@@ -161,7 +161,7 @@ def tree(
         reads += [block_reads] * block_size
         offsets += range(depths[row], depths[row] + block_size)
         ids += [token_ids[row]] + [mask_token_id] * (block_size - 1)
-    tail_II = np.frombuffer(b"".join(reads), dtype=np.bool_).reshape(num_rows, num_rows)
+    tail_II = np.frombuffer(bytearray().join(reads), dtype=np.bool_).reshape(num_rows, num_rows)
     return Part(ids, offsets, num_ar, tail_II, block_size if block_rows else 0, range(num_ar))
 
 

@@ -210,9 +210,8 @@ def _rows(group: BlockGroup, size: int) -> slice:
 
 def _places(whole_HQD: Tensor, group: BlockGroup, num_kv: int, size: int) -> Tensor:
     """A view (M, N, G, K, D) of a group's rows."""
-    return (
-        whole_HQD[:, _rows(group, size)].unflatten(0, (num_kv, -1)).unflatten(2, (-1, size)).transpose(1, 2)
-    )
+    rows: Tensor = whole_HQD[:, _rows(group, size)].unflatten(0, (num_kv, -1)).unflatten(2, (-1, size))
+    return rows.transpose(1, 2)
 
 
 def _folded(whole_HQD: Tensor, group: BlockGroup, num_kv: int, size: int) -> Tensor:
@@ -227,7 +226,8 @@ def _put(whole_HQD: Tensor, group: BlockGroup, part_MNGKD: Tensor) -> None:
 
 def _blocks(whole_MQD: Tensor, group: BlockGroup, size: int) -> Tensor:
     """A view (M, N, K, D) of a group's keys, values or their gradients."""
-    return whole_MQD[:, _rows(group, size)].unflatten(1, (-1, size))
+    blocks: Tensor = whole_MQD[:, _rows(group, size)].unflatten(1, (-1, size))
+    return blocks
 
 
 def _put_blocks(whole_MQD: Tensor, group: BlockGroup, part_MNKD: Tensor) -> None:
