@@ -301,7 +301,7 @@ def test_the_drain_has_a_deadline_and_every_answer_a_last_event(slow):
 
 def test_a_failing_pass_ends_its_requests_and_the_next_ones_are_answered(caplog):
     orthrus = byte_orthrus()
-    run_pass, num_calls = orthrus.engine.runner.run, 0
+    run_pass, num_calls = orthrus.engine.runner.hidden, 0
 
     async def check():
         nonlocal num_calls
@@ -313,7 +313,7 @@ def test_a_failing_pass_ends_its_requests_and_the_next_ones_are_answered(caplog)
                 raise RuntimeError("secret prompt text")
             return run_pass(*args, **kwargs)
 
-        orthrus.engine.runner.run = failing
+        orthrus.engine.runner.hidden = failing
         async with serving(orthrus) as client:
             (*_, told) = events(await client.post(TEXT, json=text("Hi", stream=True)))
             assert told["error"]["code"] == "unexpected"

@@ -28,6 +28,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (400, "A field is wrong; the error names it."),
         (401, "An API key is needed."),
         (404, "Not served here."),
+        (405, "The method is not allowed."),
         (408, "The answer was not read."),
         (413, "The body is too large."),
         (429, "All places are taken; see Retry-After."),

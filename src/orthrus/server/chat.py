@@ -12,6 +12,7 @@ from orthrus.errors import UserInputError
 from orthrus.server.calls import Call, Job
 from orthrus.server.errors import as_api_error
 from orthrus.server.figures import Told, metrics, usage
+from orthrus.server.guard import CLIENT_GONE
 from orthrus.server.params import base_seed, check_together, decode_configs, named
 from orthrus.server.prompts import chat_ids, prompts_of, room_behind, text_ids
 from orthrus.server.schemas import ChatRequest, CompletionRequest
@@ -19,7 +20,6 @@ from orthrus.server.service import Live, Service
 from orthrus.server.shapes import ChatShape, Head, TextShape
 from orthrus.server.sse import DONE, EventStream, event, whole
 
-CLIENT_GONE = 499
 Body = ChatRequest | CompletionRequest
 
 

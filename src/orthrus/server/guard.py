@@ -7,14 +7,15 @@ import time
 import uuid
 from collections.abc import Callable
 
+from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orthrus.server.errors import ApiError, as_api_error
 from orthrus.server.settings import ServeConfig
 
 log = logging.getLogger("orthrus.server")
+CLIENT_GONE = 499
 OPEN_PATHS = ("/health",)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 
@@ -53,6 +54,7 @@ class Guard:
             if status == 0:
                 await respond(as_api_error(error), send_with_id)
         finally:
+            status = status or CLIENT_GONE
             self._on_response(status)
             log.info(
                 "request",

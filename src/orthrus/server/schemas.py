@@ -42,6 +42,16 @@ def _is_id(value: str) -> str:
     return value
 
 
+def _is_text(value: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        # Half a character, which JSON can spell and no answer could repeat.
+        raise ValueError("must be valid text") from None
+    return value
+
+
+Name = Annotated[str, Field(max_length=256), AfterValidator(_is_text)]
 TokenId = Annotated[int, Field(ge=0, le=LARGEST_INT)]
 StopText = Annotated[str, Field(max_length=LONGEST_STOP), AfterValidator(_not_blank)]
 NumTokens = Annotated[int, Field(ge=1, le=LARGEST_INT)]
@@ -96,7 +106,7 @@ class OrthrusOptions(Closed):
 class Sampling(Open):
     """What chat and completions share."""
 
-    model: str | None = None
+    model: Name | None = None
     max_tokens: NumTokens | None = None
     min_tokens: int = Field(default=0, ge=0, le=LARGEST_INT)
     n: int = Field(default=1, ge=1, le=MOST_ANSWERS)
@@ -152,7 +162,7 @@ class CompletionRequest(Sampling):
 class TokenizeRequest(Open):
     """POST /tokenize. prompt (as vLLM has it), content (as llama.cpp has it), or messages."""
 
-    model: str | None = None
+    model: Name | None = None
     prompt: str | None = None
     content: str | None = None
     messages: list[Message] | None = Field(default=None, min_length=1, max_length=MOST_MESSAGES)
@@ -164,7 +174,7 @@ class TokenizeRequest(Open):
 class DetokenizeRequest(Open):
     """POST /detokenize."""
 
-    model: str | None = None
+    model: Name | None = None
     tokens: list[TokenId]
 
 
