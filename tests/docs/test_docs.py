@@ -4,6 +4,7 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import typer
@@ -26,7 +27,7 @@ class ChatTokenizer(TinyTokenizer):
     """With a template, for the pages that chat."""
 
     chat_template = "one after the other"
-    special_tokens_map: dict[str, str] = {}
+    special_tokens_map: ClassVar[dict[str, str]] = {}
 
     def get_chat_template(self):
         return "{% for m in messages %}{{ m.content }}{% endfor %}"

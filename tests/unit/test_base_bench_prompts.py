@@ -62,7 +62,7 @@ def test_line_separators_inside_a_prompt_are_kept(tmp_path: Path) -> None:
         ('{"turns": []}', "line 2: 'turns' must hold some text"),
         ('{"messages": [{"role": "user"}]}', "line 2: 'messages' must be a list"),
         ('{"messages": []}', "line 2: 'messages' must be a list"),
-        ('{"prompt": "x", "domain": 3}', "line 2: 'domain' must be a text"),
+        ('{"prompt": "x", "domain": 3}', "line 2: 'domain' must be a printable text"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:

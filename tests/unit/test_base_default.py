@@ -156,7 +156,7 @@ def test_download_reports_bytes_and_stops_with_its_caller(
 def test_the_real_default_model() -> None:
     base = load_base("default", device="cpu")
     assert base.name == "default (SmolLM2-135M-Instruct)"
-    assert base.eos_token_ids == {2}
+    assert base.eos_token_ids == {0, 2}
     assert base.context_length == 8192
     assert "package index" in base.source.origin
     text = base.tokenizer.decode(base.encode_prompt("hi"))

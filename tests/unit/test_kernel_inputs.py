@@ -1,6 +1,6 @@
 """Kernels refuse what they cannot read, whoever calls them: no dtype, size, stride or id crashes them.
 
-Each call either raises or answers; what it reads beyond its tensors shows under `make test-asan`.
+Each call either raises or answers; what it reads beyond its tensors shows under an address sanitizer.
 """
 
 import random
