@@ -87,7 +87,7 @@ def test_ar_rows_never_read_diffusion_rows_nor_other_requests(
         places = span.places.tolist()
         history, own = set(places[: span.length]), places[span.length :]
         assert history.isdisjoint(written)
-        others = {place for other in p.spans if other is not span for place in other.places_N.tolist()}
+        others = {place for other in p.spans if other is not span for place in other.places.tolist()}
         assert others.isdisjoint(places)
         for row in range(part.num_rows):
             tail = range(row + 1) if part.tail_II is None else part.tail_II[row].nonzero()[0]
