@@ -19,7 +19,8 @@ SIZE = 4
 def batch_of(num_anchors: int) -> BlockBatch:
     # The second row has few candidates, so that its last anchor is repeated; one prompt is empty.
     samples = [Sample((1,) * n, (2,) * m, "test") for n, m in ((5, 14), (0, 9), (7, 20), (22, 3))]
-    return draw_blocks(pack(samples, 32), [0, 1], num_anchors, BlockLayout(block_size=SIZE))
+    rows = pack(samples, 32)
+    return draw_blocks(rows, range(len(rows)), num_anchors, BlockLayout(block_size=SIZE))
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, context: BlockContext, softcap: float | None) -> Tensor:

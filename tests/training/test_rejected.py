@@ -8,6 +8,7 @@ from tests.tiny import tiny_dual, tiny_prompt
 from tests.training.test_trainer import CONFIG, run
 
 from orthrus.errors import UserInputError
+from orthrus.model.drafting import repaired
 from orthrus.training.blocks import BlockLayout, draw_blocks, moving_blocks, rejected_anchors
 from orthrus.training.corpus import Sample
 from orthrus.training.forward import Objective, TrainingPass
@@ -88,8 +89,6 @@ def test_the_drafts_that_are_looked_at_are_the_views_own(repair_rank):
         hidden_BNJC = training.blocks(batch, context)[:, :, :-1]
         previous_BNJ = batch.token_ids_BT.gather(1, batch.target_BNJ.flatten(1))
         if dual.repair is not None:
-            from orthrus.model.repair import repaired
-
             hidden_BNJC = repaired(dual, hidden_BNJC.flatten(0, 2), previous_BNJ.flatten()).view_as(
                 hidden_BNJC
             )
