@@ -110,7 +110,8 @@ def test_drafting_gives_the_stock_models_text_and_drafts_hit_and_miss(name: str,
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3-sliding", "phi3", "gemma2", "olmo2"])
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "all"])
 def test_views_of_every_kind_are_lossless_and_draft(name: str, variant: str) -> None:
-    dual = tiny_dual(name, disturb=0.15, **variant_of(name, variant))
+    # Disturbed twins of the MLP stray further from the base.
+    dual = tiny_dual(name, disturb=0.05 if "MLP" in variant else 0.15, **variant_of(name, variant))
     for config in (CHAINS["floor"], CHAINS["no floor"], OTHERS["fused_tree"]):
         results = [decode(dual, prompt, config) for prompt in PROMPTS]
         assert [r.token_ids for r in results] == stock_texts(name)
@@ -220,7 +221,7 @@ def test_a_view_of_k_2_with_floor_has_no_draft_left_and_says_so(
     """The anchor's AR row decides what the only draft would: every cycle is a plain one."""
     monkeypatch.setattr("orthrus.engine.engine.pass_costs", lambda *_, **__: FLAT)
     dual = tiny_dual("llama", disturb=0.15, block_size=2)
-    result = decode(dual, PROMPTS[0], DecodeConfig(max_new_tokens=NUM_NEW, strategy=strategy))
+    result = decode(dual, PROMPTS[0], DecodeConfig(max_new_tokens=NUM_NEW, strategy=strategy, copies=False))
     assert result.token_ids == stock_texts("llama")[0]
     assert {c.kind for c in result.cycles[1:]} == {"ar"}
     assert result.stats.num_drafted == 0

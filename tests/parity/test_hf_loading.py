@@ -215,7 +215,7 @@ def test_options_at_their_off_value_are_not_given(folders: dict[str, Path]) -> N
         "subfolder": "",
         "load_in_4bit": False,
     }
-    OrthrusForCausalLM.from_pretrained(folders["merged"], max_memory={}, load_in_4bit=False, **off)
+    OrthrusForCausalLM.from_pretrained(folders["merged"], max_memory={}, **off)
     with pytest.raises(UserInputError, match="does not take variant"):
         OrthrusForCausalLM.from_pretrained(folders["merged"], variant="fp16")
     with pytest.raises(UserInputError, match="by name"):

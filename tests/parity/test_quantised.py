@@ -232,7 +232,7 @@ def test_damaged_quantised_weights_are_no_matter_of_the_machine(
         if file.suffix == ".safetensors":
             content = content[: len(content) // 2]
         (tmp_path / file.name).write_bytes(content)
-    with pytest.raises(CorruptFileError, match="fetch the model again"):
+    with pytest.raises(CorruptFileError, match=r"cannot be read.*fetch it again"):
         load(tmp_path)
 
 

@@ -113,7 +113,7 @@ def test_a_diverged_loss_keeps_the_saved_state(tmp_path):
     [
         ("lerning_rate: 1e-3", "did you mean learning_rate"),
         ("loss: kld", "loss must be one of"),
-        ("block_size: many", "block_size must be int"),
+        ("block_size: many", "block_size must be a whole number"),
         ("- a list", "must hold"),
         ("a: [", "not valid YAML"),
     ],

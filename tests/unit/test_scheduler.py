@@ -1,5 +1,6 @@
 """Who takes part in which pass: plain Python over pages, with a decoder that writes its own position."""
 
+import random
 from collections.abc import Callable
 from time import monotonic
 
@@ -208,6 +209,37 @@ def test_by_priority_it_is_the_least_urgent_that_is_sent_back() -> None:
     assert relaxed.num_preempted > 0
     assert urgent.num_preempted == 0
     assert relaxed.token_ids == urgent.token_ids
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_who_is_sent_back_while_a_pass_is_made_up_takes_no_part_in_it(seed: int) -> None:
+    """A relaxed request may have been chosen already when an urgent one needs its pages."""
+    generator = random.Random(seed)
+    it = scheduler(num_pages=5, chunk=generator.choice([7, 64]), reuse=seed % 2 == 0)
+    asked = []
+    for i in range(12):
+        num_prompt = generator.choice([5, 58, 120, 180])
+        asked.append(
+            ask(it, num_prompt, generator.randint(1, 40), priority=generator.randint(-1, 2), first=i)
+        )
+        for _ in range(generator.randrange(4)):
+            chosen = run(it)
+            assert len({id(request) for request, _ in chosen}) == len(chosen)
+    run_out(it)
+    assert all(len(request.token_ids) == request.config.max_new_tokens for request in asked)
+
+
+def test_a_request_sent_back_waits_behind_more_urgent_ones() -> None:
+    it = scheduler(num_pages=4, chunk=128)
+    first = ask(it, 60, 120, priority=-1)
+    relaxed = ask(it, 60, 120, priority=1)
+    run(it)
+    urgent = ask(it, 130, 5, priority=0)
+    while not relaxed.num_preempted:
+        run(it)
+    assert first in it.running
+    assert list(it.waiting) in ([urgent, relaxed], [relaxed])
+    run_out(it)
 
 
 def test_what_a_preempted_request_feeds_again_decides_no_token_twice() -> None:

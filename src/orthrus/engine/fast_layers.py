@@ -42,8 +42,13 @@ class _Part(nn.Module):
 
 
 def fast_layer(layer: nn.Module) -> nn.Module:
-    """A copy of a layer that computes the same, up to rounding; what is not laid out anew is shared."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}
+    """A copy of a layer that computes the same, up to rounding.
+
+    Linears are packed, norms and biases copied; only a matrix that no packed linear takes is shared.
+    """
+    shared: dict[int, Any] = {
+        id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers()) if tensor.ndim > 1
+    }
     twin: nn.Module = copy.deepcopy(layer, shared)
     for parent in list(twin.modules()):
         for names in _JOINED:

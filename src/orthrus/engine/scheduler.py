@@ -46,10 +46,8 @@ class Scheduler:
         for request in list(self.running):
             if request in self.running and not request.num_to_feed:
                 work = wanted(request)
-                if work is not None and self._make_room(request, work.part.num_rows):
+                if work is not None and self._make_room(request, work.part.num_rows, chosen):
                     chosen.append((request, work))
-        # Whoever was sent back for somebody's sake takes no part.
-        chosen = [(request, work) for request, work in chosen if request in self.running]
         left = self.chunk
         for request in list(self.running):
             if request in self.running and request.num_to_feed and left:
@@ -90,7 +88,7 @@ class Scheduler:
         """Choose a chunk of a request's prompt; returns its rows. Chunks end at fixed places of the text."""
         length = request.slots.length
         size = min(self.chunk - length % self.chunk, request.num_to_feed)
-        if size > left or not self._make_room(request, size):
+        if size > left or not self._make_room(request, size, chosen):
             return 0
         work = prompt_work(request, size)
         chosen.append((request, work))
@@ -116,8 +114,11 @@ class Scheduler:
             missing -= self.prefixes.evict(missing)
         return missing <= 0
 
-    def _make_room(self, request: Request, num_rows: int) -> bool:
-        """Slots for the rows of a pass; may send other requests back. False: this one must wait, or has ended."""
+    def _make_room(self, request: Request, num_rows: int, chosen: list[tuple[Request, Work]]) -> bool:
+        """Slots for the rows of a pass; may send other requests back, and then takes them out of `chosen`.
+
+        False: this request must wait, or has ended.
+        """
         num_slots = request.slots.length + num_rows
         while True:
             missing = pages_for(num_slots) - len(request.slots.pages)
@@ -128,14 +129,16 @@ class Scheduler:
                 request.finish = "length"
                 return False
             self._send_back(last)
+            chosen[:] = [(other, work) for other, work in chosen if other is not last]
             if last is request:
                 return False
 
     def _send_back(self, request: Request) -> None:
-        """Free a running request's pages; it keeps its tokens and comes back before all who wait."""
+        """Free a running request's pages; it keeps its tokens and comes back before its equals who wait."""
         self.running.remove(request)
         request.slots.free()
         request.drafts, request.late, request.next_work, request.prefix = None, False, None, None
         request.noise.clear()
         request.num_preempted += 1
-        self.waiting.appendleft(request)
+        before = [i for i, r in enumerate(self.waiting) if r.config.priority >= request.config.priority]
+        self.waiting.insert(before[0] if before else len(self.waiting), request)

@@ -20,7 +20,7 @@ from orthrus.model.checkpoint import CONFIG_FILE, fresh_view, load_view, read_js
 from orthrus.model.draft_vocab import limit_drafts, single_characters
 from orthrus.model.dual_view import DualView
 from orthrus.model.int8_linear import check_quantised
-from orthrus.model.merged import folder_kind, load_released
+from orthrus.model.merged import FolderKind, folder_kind, load_released
 from orthrus.model.names import is_view_tensor
 from orthrus.model.quantise import quantise, quantise_drafts
 from orthrus.model.view_config import ViewConfig
@@ -86,16 +86,16 @@ def _load(
     model: str, view: str, *, revision: str | None, on_progress: Progress | None, **options: Any
 ) -> tuple[Base, DualView]:
     source = _fetched(model, revision, on_progress)
-    folder = source.path if source.kind in ("hub", "folder") else None
-    kind = "base" if folder is None else folder_kind(folder)
+    folder, kind = _folder_of(source)
     if folder is not None and kind == "view":
         if view != DEFAULT_VIEW:
             raise UserInputError(
                 f"{model} is a view already; name its base as the model, or leave out the view."
             )
         view = str(folder)
-        source = resolve(ViewConfig.from_dict(read_json(folder / CONFIG_FILE)).base_name)
-        folder, kind = None, "base"
+        source = _fetched(ViewConfig.from_dict(read_json(folder / CONFIG_FILE)).base_name, None, on_progress)
+        # The base may be one half of a merged or released folder.
+        folder, kind = _folder_of(source)
     base = load_base(
         source,
         config=_nested_config(folder) if folder is not None and kind == "merged" else None,
@@ -112,6 +112,12 @@ def _load(
     if folder is not None and kind == "merged":
         return base, load_view(base, folder)
     return base, _shipped_view(base)
+
+
+def _folder_of(source: Source) -> tuple[Path | None, FolderKind]:
+    """The folder that holds a source, if it is one, and what is in it."""
+    folder = source.path if source.kind in ("hub", "folder") else None
+    return folder, "base" if folder is None else folder_kind(folder)
 
 
 def _fetched(model: str, revision: str | None, on_progress: Progress | None) -> Source:

@@ -63,7 +63,7 @@ def save_state(
         "step": state.step,
         "scores": state.scores,
         "view": {name: kept(p) for name, p in dual.view_parameters().items()},
-        "optimizer": tree_map_only(torch.Tensor, kept, optimizer.state_dict()),
+        "optimizer": tree_map_only(torch.Tensor, kept, {"state": optimizer.state_dict()["state"]}),
         "config": to_plain(config),
         "corpus": corpus_digest,
         "base": dual.config.base_fingerprint,
