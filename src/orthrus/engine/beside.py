@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-from orthrus.decoding.cost_table import CostTable
 from orthrus.decoding.prices import Prices
 from orthrus.engine.costs import OnMeasure
 from orthrus.engine.engine import Engine
@@ -21,9 +20,9 @@ class EngineBeside(Engine):
         super().__init__(runner or engine.runner, replace(engine.config, **limits))
         self._other = engine
 
-    def costs(self, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
-        """The other engine's, from which this one's prices start."""
+    def prices(self, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> Prices:
+        """Prices of this engine's own, which start from the other engine's cost table."""
         with self._stepping:
-            table = self._other.costs(on_measure, greedy=greedy)
-            self._prices.setdefault(greedy, Prices(table))
-            return table
+            if greedy not in self._prices:
+                self._prices[greedy] = Prices(self._other.costs(on_measure, greedy=greedy))
+            return self._prices[greedy]

@@ -6,7 +6,8 @@
 // alike to the last bit whatever rows are beside it.
 //
 // Layouts of a weight (out, in), all zero-filled to whole blocks:
-//   floats  (blocks, in, width)           float32, and bfloat16 without instructions for it
+//   floats  (blocks, in, width)           float32
+//   pairs   (blocks, in / 2, width, 2)    bfloat16 without instructions for it: one read serves two inputs
 //   dots    (blocks, in / v, width, v)    int8, and bfloat16 where it has instructions (`dots.h`)
 //   groups  (blocks, in / 32, bytes)      four bits (`groups.h`)
 //   tiles   (blocks, in / v, width, v)    bfloat16 (v = 2) and int8 (v = 4) for AMX (`tiles.h`)
@@ -34,7 +35,7 @@ using namespace orthrus;
 constexpr int kVectors = 3;
 constexpr int64_t kPlainWidth = kLanes * kVectors;
 constexpr int64_t kTileNumberBytes = 4;
-constexpr int64_t kBfloat16Beside = ORTHRUS_BFLOAT16_DOTS ? 2 : 1;
+constexpr int64_t kBfloat16Beside = 2, kBfloat16Width = ORTHRUS_BFLOAT16_DOTS ? kDotWidth : kPlainWidth;
 
 // How a packed weight is laid out, by its dtype and sizes.
 struct Layout {
@@ -56,11 +57,15 @@ struct Layout {
     dots = beside && !tiled;
     inputs = weight.size(1) * (dtype == at::kByte ? kGroup : side_by_side);
     step = tiled ? kTileBytes / weight.element_size() : dtype == at::kByte ? kGroup : side_by_side;
-    width = tiled ? kTileColumns : dots ? kDotWidth : dtype == at::kByte ? kGroupWidth : kPlainWidth;
+    width = tiled                    ? kTileColumns
+            : dtype == at::kBFloat16 ? kBfloat16Width
+            : dtype == at::kChar     ? kDotWidth
+            : dtype == at::kByte     ? kGroupWidth
+                                     : kPlainWidth;
     const bool whole = dtype == at::kByte ? weight.size(2) == kGroupBytes : weight.size(2) == width;
     const bool known = tiled  ? has_tiles() && side_by_side * weight.element_size() == kTileNumberBytes
-                       : dots ? side_by_side > 1 && side_by_side == (dtype == at::kChar ? WholeDot::kBeside : kBfloat16Beside)
-                              : dtype != at::kChar;
+                       : dots ? side_by_side == (dtype == at::kChar ? WholeDot::kBeside : kBfloat16Beside)
+                              : dtype == at::kFloat || dtype == at::kByte;
     TORCH_CHECK(whole && known && weight.is_contiguous(), "linear: a weight packed for another processor");
   }
 };
@@ -106,13 +111,13 @@ void finish(
   }
 }
 
-// Calls multiply(known rows, first row, block of weights, what comes next, share of it, sums) for all products, no
-// more than kMost rows at a time, and writes the sums (rows, kWidth) to the outputs.
+// Calls multiply(first row, rows, block of weights, what comes next, share of it, sums) for all products, no more than
+// kMost rows at a time, and writes the sums (rows, kWidth) to the outputs.
 template <int kMost, int64_t kWidth, typename Sum, typename Out, typename Multiply>
 void products_of(const std::vector<Side>& sides, const Target<Out>& to, const Multiply& multiply) {
   const int64_t bytes = sides[0].weight.nbytes() / sides[0].weight.size(0);
   parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
-    Sum sums[kMost * kWidth];
+    alignas(kCacheLine) Sum sums[kMost * kWidth];
     for (const Side& side : sides) {
       if (side.rows == 0) continue;
       const int64_t parts = (side.rows + kMost - 1) / kMost;
@@ -123,7 +128,7 @@ void products_of(const std::vector<Side>& sides, const Target<Out>& to, const Mu
         const char* next = here + bytes;
         evenly(side.rows, kMost, [&](int64_t first, int64_t rows) {
           first += side.first;
-          with_known<kMost>(rows, [&](auto known) { multiply(known, first, here, next, share, sums); });
+          multiply(first, rows, here, next, share, sums);
           next += share;
           finish(sums, first, rows, b * kWidth, kWidth, side, to);
         });
@@ -132,13 +137,34 @@ void products_of(const std::vector<Side>& sides, const Target<Out>& to, const Mu
   });
 }
 
-template <typename T, typename Out>
+// Rows that one walk through a block of weights serves, and bytes of weights that stay in the first cache meanwhile.
+constexpr int64_t kPanelRows = 64, kPanelBytes = 24576;
+
+// Rows x times a block of weights, by panels of its inputs where the block does not stay in the caches. Every sum goes
+// on from panel to panel in the order of the inputs. next: what is wanted afterwards, `share` bytes of it.
+template <int kBeside, typename T>
+void multiply_block(
+    const float* x, int64_t rows, int64_t inputs, const T* weight, float* sums, const char* next, int64_t share) {
+  constexpr int64_t kWhole = kPanelBytes / (kPlainWidth * sizeof(T)) / kBeside * kBeside;
+  const int64_t parts = (rows + kRows - 1) / kRows;
+  const int64_t panel = parts == 1 || inputs <= 3 * kWhole ? inputs : kWhole;
+  for (int64_t k = 0; k < inputs; k += panel) {
+    const int64_t size = std::min(panel, inputs - k), wanted = share * size / inputs / parts;
+    evenly(rows, kRows, [&](int64_t first, int64_t num) {
+      multiply_rows<kRows, kVectors, kBeside>(
+          num, x + first * inputs + k, inputs, weight + k * kPlainWidth, kPlainWidth, size, sums + first * kPlainWidth,
+          kPlainWidth, next, wanted / size, k > 0);
+      next += wanted;
+    });
+  }
+}
+
+// x: rows filled up to what lies side by side.
+template <typename T, int kBeside, typename Out>
 void float_rows(const float* x, int64_t inputs, const std::vector<Side>& sides, const Target<Out>& to) {
-  products_of<kRows, kPlainWidth, float>(
-      sides, to, [&](auto rows, int64_t first, const char* here, const char* next, int64_t share, float* sums) {
-        multiply<decltype(rows)::value, kVectors>(
-            x + first * inputs, inputs, reinterpret_cast<const T*>(here), kPlainWidth, inputs, sums, kPlainWidth, next,
-            share / inputs);
+  products_of<kPanelRows, kPlainWidth, float>(
+      sides, to, [&](int64_t first, int64_t rows, const char* here, const char* next, int64_t share, float* sums) {
+        multiply_block<kBeside>(x + first * inputs, rows, inputs, reinterpret_cast<const T*>(here), sums, next, share);
       });
 }
 
@@ -177,9 +203,11 @@ void dots(
     const typename Dot::X* x, int64_t filled, const Sum* starts, const std::vector<Side>& sides,
     const Target<Out>& to) {
   products_of<kDotRows, kDotWidth, Sum>(
-      sides, to, [&](auto num, int64_t first, const char* here, const char*, int64_t, Sum* sums) {
-        multiply_dots<Dot, decltype(num)::value>(
-            x + first * filled, filled, here, filled, starts ? starts + first : nullptr, sums);
+      sides, to, [&](int64_t first, int64_t rows, const char* here, const char*, int64_t, Sum* sums) {
+        with_known<kDotRows>(rows, [&](auto num) {
+          multiply_dots<Dot, decltype(num)::value>(
+              x + first * filled, filled, here, filled, starts ? starts + first : nullptr, sums);
+        });
       });
 }
 
@@ -204,20 +232,28 @@ void int4_rows(
     const float* x, int64_t rows, int64_t inputs, const std::vector<Side>& sides, const Target<float>& to) {
   const GroupedRows grouped(x, rows, inputs);
   products_of<kGroupRows, kGroupWidth, float>(
-      sides, to, [&](auto num, int64_t first, const char* here, const char*, int64_t, float* sums) {
-        multiply_groups<decltype(num)::value>(grouped, first, here, inputs, sums);
+      sides, to, [&](int64_t first, int64_t num, const char* here, const char*, int64_t, float* sums) {
+        with_known<kGroupRows>(num, [&](auto known) {
+          multiply_groups<decltype(known)::value>(grouped, first, here, inputs, sums);
+        });
       });
 }
 
 void bfloat16_rows(
     const at::BFloat16* x, int64_t rows, int64_t inputs, const Layout& layout, const std::vector<Side>& sides,
     const Target<at::BFloat16>& to) {
-  if (!layout.tiled && !layout.dots) {
-    const std::vector<float> wide(x, x + rows * inputs);
-    float_rows<at::BFloat16>(wide.data(), inputs, sides, to);
+  const int64_t filled = layout.inputs;
+#if !ORTHRUS_BFLOAT16_DOTS
+  if (!layout.tiled) {
+    const auto wide = room<float>(rows * filled);
+    for (int64_t row = 0; row < rows; ++row) {
+      std::copy_n(x + row * inputs, inputs, wide.get() + row * filled);
+      std::fill(wide.get() + row * filled + inputs, wide.get() + (row + 1) * filled, 0.0f);
+    }
+    float_rows<at::BFloat16, kBfloat16Beside>(wide.get(), filled, sides, to);
     return;
   }
-  const int64_t filled = layout.inputs;
+#endif
   std::vector<at::BFloat16> whole;
   if (filled != inputs) {
     whole.resize(rows * filled);
@@ -276,7 +312,7 @@ void multiply_sides(
   const Target<float> to{static_cast<float*>(out), columns, nullptr};
   const auto* from = static_cast<const float*>(x);
   if (dtype == at::kFloat)
-    float_rows<float>(from, inputs, sides, to);
+    float_rows<float, 1>(from, inputs, sides, to);
   else if (dtype == at::kChar)
     int8_rows(from, rows, inputs, layout.inputs, layout.tiled, sides, to);
   else
@@ -349,8 +385,10 @@ TORCH_LIBRARY_FRAGMENT(orthrus, library) {
   library.def(
       "few_rows_twin_linear(Tensor x, SymInt num, Tensor weight, Tensor? scales, Tensor? bias, Tensor other, "
       "Tensor? other_scales, Tensor? other_bias, int columns) -> Tensor");
-  // Columns of a block of floats, dots and groups; numbers side by side of dots of bfloat16 (1: they have none) and int8.
-  library.def("block_widths() -> int[]", [] { return std::vector<int64_t>{kPlainWidth, kDotWidth, kGroupWidth}; });
+  // Columns of a block of float32, bfloat16, int8 and four bits; numbers side by side of bfloat16 and int8.
+  library.def("block_widths() -> int[]", [] {
+    return std::vector<int64_t>{kPlainWidth, kBfloat16Width, kDotWidth, kGroupWidth};
+  });
   library.def("beside() -> int[]", [] { return std::vector<int64_t>{kBfloat16Beside, WholeDot::kBeside}; });
   library.def("has_tiles() -> bool", [] { return has_tiles(); });
 }

@@ -23,10 +23,12 @@ def pack(weight_NC: Tensor, *, tiles: bool | None = None) -> Tensor:
     """A weight of float32, bfloat16 or int8, laid out for the kernel; tiles: left out, where they run."""
     if tiles is None:
         tiles = weight_NC.dtype != torch.float32 and has_tiles()
-    floats, dots, _ = torch.ops.orthrus.block_widths()
+    floats, bfloats, dots, _ = torch.ops.orthrus.block_widths()
     of_bfloat16, of_int8 = torch.ops.orthrus.beside()
-    beside = {torch.bfloat16: of_bfloat16, torch.int8: of_int8}.get(weight_NC.dtype, 1)
-    width, step = dots if beside > 1 else floats, beside
+    width, beside = {torch.bfloat16: (bfloats, of_bfloat16), torch.int8: (dots, of_int8)}.get(
+        weight_NC.dtype, (floats, 1)
+    )
+    step = beside
     if tiles:
         width, step = _TILE_WIDTH, _TILE_BYTES // weight_NC.itemsize
         beside = _NUMBER_BYTES // weight_NC.itemsize
@@ -41,7 +43,7 @@ def pack(weight_NC: Tensor, *, tiles: bool | None = None) -> Tensor:
 
 def pack_groups(four_bits_NC: Tensor, steps_NG: Tensor, least_NG: Tensor) -> Tensor:
     """Weights 0 to 15 (uint8) and their groups' float16 steps and least values, laid out for the kernel."""
-    width = torch.ops.orthrus.block_widths()[2]
+    width = torch.ops.orthrus.block_widths()[3]
 
     def blocks(each: Tensor) -> Tensor:
         parts: Tensor = _filled(each, width, 1).unflatten(0, (-1, width))
@@ -109,7 +111,7 @@ class FewRowsLinear(nn.Module):
 
 def _block_width(packed: Tensor) -> int:
     if packed.dtype == torch.uint8:
-        return int(torch.ops.orthrus.block_widths()[2])
+        return int(torch.ops.orthrus.block_widths()[3])
     return packed.shape[2]
 
 

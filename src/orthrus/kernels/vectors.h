@@ -156,12 +156,17 @@ void with_known(int64_t rows, const Part& part) {
     with_known<kMost - 1>(rows, part);
 }
 
+// Pairs of bfloat16 numbers, one pair a lane: the first and the second of each, widened.
+inline Floats first_of(Ints pairs) { return bits<Floats>(pairs << 16); }
+inline Floats second_of(Ints pairs) { return bits<Floats>(pairs & -65536); }
+
 // Rows x (kM, inputs) times weight (inputs, kV vectors of numbers), each sum in the order of the inputs: it is
 // the same to the last bit whatever rows and columns are beside it, and a zero in x changes nothing.
+// kBeside 2: weights are bfloat16 (inputs / 2, kV vectors of numbers, 2), which one read widens for two inputs.
 // Rows of x, weight and sums lie `x_step`, `weight_step` and `sums_step` numbers apart. onward: the sums go on
 // from what `sums` holds, as if these inputs followed the earlier ones. next: what is wanted afterwards,
 // `next_step` bytes an input.
-template <int kM, int kV, typename T>
+template <int kM, int kV, int kBeside = 1, typename T>
 void multiply(
     const float* x, int64_t x_step, const T* weight, int64_t weight_step, int64_t inputs, float* sums,
     int64_t sums_step, const char* next = nullptr, int64_t next_step = 0, bool onward = false) {
@@ -170,39 +175,52 @@ void multiply(
   if (onward)
     for (int m = 0; m < kM; ++m)
       for (int v = 0; v < kV; ++v) acc[m][v] = floats(sums + m * sums_step + v * kLanes);
-  const auto add = [&](int64_t k) {
-    Floats w[kV];
-    for (int v = 0; v < kV; ++v) w[v] = floats(weight + k * weight_step + v * kLanes);
+  const auto add_one = [&](int64_t k, const Floats(&w)[kV]) {
 #pragma GCC unroll 8
     for (int m = 0; m < kM; ++m) {
       const Floats a = all(x[m * x_step + k]);
       for (int v = 0; v < kV; ++v) acc[m][v] = multiply_add(a, w[v], acc[m][v]);
     }
   };
+  const auto add = [&](int64_t k) {
+    Floats w[kV];
+    if constexpr (kBeside == 2) {
+      const T* from = weight + k * weight_step;
+      for (int v = 0; v < kV; ++v) w[v] = first_of(read<Ints>(from + 2 * v * kLanes));
+      add_one(k, w);
+      // A pointer that compilers know nothing of: they would keep what was read, for which there are no registers.
+      asm("" : "+r"(from));
+      for (int v = 0; v < kV; ++v) w[v] = second_of(read<Ints>(from + 2 * v * kLanes));
+      add_one(k + 1, w);
+    } else {
+      for (int v = 0; v < kV; ++v) w[v] = floats(weight + k * weight_step + v * kLanes);
+      add_one(k, w);
+    }
+  };
 #ifdef __AVX2__
   constexpr int64_t kSteps = 4;
 #else
-  constexpr int64_t kSteps = 1;
+  constexpr int64_t kSteps = kBeside;
 #endif
   int64_t k = 0;
   for (; k + kSteps <= inputs; k += kSteps) {
     for (int64_t byte = k * next_step; byte < (k + kSteps) * next_step; byte += kCacheLine)
       __builtin_prefetch(next + byte, 0, 2);
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < kSteps; ++i) add(k + i);
+    for (int64_t i = 0; i < kSteps; i += kBeside) add(k + i);
   }
-  for (; k < inputs; ++k) add(k);
+  for (; k < inputs; k += kBeside) add(k);
   for (int m = 0; m < kM; ++m)
     for (int v = 0; v < kV; ++v) write(acc[m][v], sums + m * sums_step + v * kLanes);
 }
 
 // The same for any number of rows up to kMost.
-template <int kMost, int kV, typename T>
+template <int kMost, int kV, int kBeside = 1, typename T>
 void multiply_rows(
     int64_t rows, const float* x, int64_t x_step, const T* weight, int64_t weight_step, int64_t inputs, float* sums,
     int64_t sums_step, const char* next = nullptr, int64_t next_step = 0, bool onward = false) {
   with_known<kMost>(rows, [&](auto known) {
-    multiply<decltype(known)::value, kV>(
+    multiply<decltype(known)::value, kV, kBeside>(
         x, x_step, weight, weight_step, inputs, sums, sums_step, next, next_step, onward);
   });
 }
