@@ -271,7 +271,7 @@ class Engine:
     def _wanted(self, request: Request) -> Work | None:
         """What a request wants of the next pass; None where it has failed instead."""
         if request.policy is not None:
-            request.policy.among(len(self.scheduler.running))
+            request.policy.among(self.scheduler.num_sharing)
         try:
             return wanted(request, self.runner.dual)
         except OrthrusError as error:

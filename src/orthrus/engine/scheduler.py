@@ -64,6 +64,11 @@ class Scheduler:
                 left = left - size if size else 0
         return chosen
 
+    @property
+    def num_sharing(self) -> int:
+        """Requests that share the next passes: those that run, and those that will as soon as they are fed."""
+        return min(len(self.running) + len(self.waiting), self.max_running)
+
     def finish(self, request: Request) -> None:
         """Take a request out, wherever it is; all of its pages are free, or kept for others, at once."""
         if request in self.running:
