@@ -64,6 +64,10 @@ def serve(
             rich_help_panel=_SERVER,
         ),
     ] = None,
+    page: Annotated[
+        bool,
+        typer.Option("--page/--no-page", help="Serve a page for browsers at /.", rich_help_panel=_SERVER),
+    ] = True,
     max_running: Annotated[
         int, typer.Option(min=1, help="Answers that are written at once.", rich_help_panel=_LIMITS)
     ] = 32,
@@ -137,6 +141,7 @@ def serve(
         max_body=max_body,
         timeout=timeout,
         drain=drain,
+        page=page,
     )
     if not host.strip():
         raise UserInputError("--host is empty; give an address, such as 127.0.0.1.")

@@ -28,6 +28,9 @@ that counts for; and the part of what a draft promises that a late one does: so 
 unless rows are dear."""
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 """Tokens that blocks may guess, where they can guess more."""
+SHARED = 1.25
+"""How much dearer rows that are added to a pass of several requests count than the table says: each request's
+draft costs time beside the pass too, and what one request adds, all wait for."""
 STRAYS = 0.1
 """How far what longer blocks than a draft's are supposed to have promised returns to that expectation."""
 TRUSTED = 2.0
@@ -162,9 +165,9 @@ class Policy:
             if not num_nodes and not self.own_head:
                 # A block that is drafted alone serves whatever the AR view chooses.
                 num_guesses = n * num_blocks * length.num_guesses
-            self._pass_ms[key] = (
-                self.costs(n * (1 + num_nodes), n * num_blocks * length.rows, num_guesses) / n
-            )
+            alone = self.costs(n) / n
+            added = self.costs(n * (1 + num_nodes), n * num_blocks * length.rows, num_guesses) / n - alone
+            self._pass_ms[key] = alone + (SHARED if n > 1 else 1.0) * added
         return self._pass_ms[key]
 
     def rate(self) -> float:

@@ -16,6 +16,7 @@ from orthrus.errors import OrthrusError
 from orthrus.server.chat import respond
 from orthrus.server.errors import ApiError, as_api_error, bad_request
 from orthrus.server.guard import Guard
+from orthrus.server.page import page
 from orthrus.server.params import DEFAULT_COMPLETION_TOKENS, DEFAULT_TEMPERATURE
 from orthrus.server.prompts import chat_ids, text_ids
 from orthrus.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -68,6 +69,8 @@ def create_app(load: Callable[[], Orthrus], config: ServeConfig | None = None) -
     app.add_exception_handler(HTTPException, _http_error)
     _add_answers(app, service)
     _add_state(app, service)
+    if config.page:
+        app.add_api_route("/", page, methods=["GET"], response_model=None, include_in_schema=False)
     app.add_middleware(
         Guard,
         config=config,

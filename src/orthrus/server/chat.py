@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from orthrus.errors import UserInputError
 from orthrus.server.calls import Call, Job
 from orthrus.server.errors import as_api_error
-from orthrus.server.figures import Told, metrics, usage
+from orthrus.server.figures import Told, metrics, provenance, usage
 from orthrus.server.guard import CLIENT_GONE
 from orthrus.server.params import base_seed, check_together, decode_configs, named
 from orthrus.server.prompts import chat_ids, prompts_of, room_behind, text_ids
@@ -19,6 +19,7 @@ from orthrus.server.schemas import ChatRequest, CompletionRequest
 from orthrus.server.service import Live, Service
 from orthrus.server.shapes import ChatShape, Head, TextShape
 from orthrus.server.sse import DONE, EventStream, event, whole
+from orthrus.server.tokens import TokenBytes
 
 Body = ChatRequest | CompletionRequest
 
@@ -35,6 +36,7 @@ class Answer:
     seed: int
     include_usage: bool
     prompt_ids: list[int] | None
+    token_bytes: TokenBytes | None
 
     def take_cached(self) -> None:
         """What of the prompts had been in the cache is known once they have been read."""
@@ -92,7 +94,9 @@ def _answer(live: Live, request: Request, body: Body, call: Call, jobs: list[Job
     head = Head(
         f"{prefix}-{request.state.request_id}", int(time()), body.model or live.name, live.fingerprint
     )
-    with_ids = bool(body.return_token_ids)
+    with_provenance = body.orthrus is not None and body.orthrus.provenance
+    # Records of tokens without text are sent only where their ids are.
+    with_ids = bool(body.return_token_ids) or with_provenance
     shape: ChatShape | TextShape
     if isinstance(body, ChatRequest):
         shape = ChatShape(live.token_bytes, token_ids=with_ids)
@@ -109,6 +113,7 @@ def _answer(live: Live, request: Request, body: Body, call: Call, jobs: list[Job
         seed=seed,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         prompt_ids=jobs[0].prompt_ids if with_ids and is_chat else None,
+        token_bytes=live.token_bytes if with_provenance else None,
     )
 
 
@@ -154,6 +159,8 @@ async def _events(answer: Answer) -> AsyncIterator[bytes]:
             texts[index].cycles.append(cycle)
             piece = shape.chunk(index, cycle)
             if piece is not None:
+                if answer.token_bytes is not None:
+                    piece["orthrus"] = provenance(cycle, answer.token_bytes)
                 yield event(chunk(piece))
             if _is_end(texts[index]):
                 num_left -= 1

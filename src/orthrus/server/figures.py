@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orthrus.decoding.stats import summarise
+from orthrus.server.tokens import TokenBytes
 from orthrus.types import Cycle
 
 
@@ -65,6 +66,24 @@ def metrics(texts: Sequence[Told], seed: int) -> dict[str, Any]:
     if strategy == "ar":
         return {"orthrus": ours}
     return {"speculative_decoding": speculative([c for t in texts for c in t.cycles]), "orthrus": ours}
+
+
+def provenance(cycle: Cycle, token_bytes: TokenBytes) -> dict[str, Any]:
+    """Where the tokens of a record come from. special: the token has no text in the answer."""
+    return {
+        "cycle": cycle.kind,
+        "tokens": [
+            {
+                "id": token_id,
+                "text": token_bytes.text(token_id),
+                "special": token_bytes.is_special(token_id),
+                "draft": is_draft,
+            }
+            for token_id, is_draft in zip(cycle.token_ids, cycle.is_draft, strict=True)
+        ],
+        "num_drafted": cycle.num_drafted,
+        "passes": cycle.num_passes,
+    }
 
 
 def speculative(cycles: Sequence[Cycle]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from orthrus.server.settings import ServeConfig
 
 log = logging.getLogger("orthrus.server")
 CLIENT_GONE = 499
-OPEN_PATHS = ("/health",)
+OPEN_PATHS = ("/", "/health")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 
 

@@ -94,13 +94,17 @@ class ResponseFormat(Open):
 
 
 class OrthrusOptions(Closed):
-    """How the answer is decoded; none of this changes the text. See docs/strategies.md."""
+    """How the answer is decoded; none of this changes the text. See docs/strategies.md.
+
+    provenance: chunks of a stream say of each token whether it had been drafted.
+    """
 
     strategy: Strategy = "auto"
     block_size: int | None = Field(default=None, ge=2, le=4096)
     node_budget: int = Field(default=24, ge=1, le=4096)
     block_budget: int = Field(default=3, ge=1, le=4096)
     copies: bool = True
+    provenance: bool = False
 
 
 class Sampling(Open):

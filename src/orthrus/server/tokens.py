@@ -31,6 +31,9 @@ class TokenBytes:
                 return str(piece).replace("▁", " ").encode()
         return str(self._tokenizer.decode([token_id])).encode("utf-8", "replace")
 
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special
+
     def text(self, token_id: int) -> str:
         """As text, with U+FFFD for bytes that are none."""
         return self(token_id).decode("utf-8", "replace")

@@ -1,0 +1,112 @@
+"""The page at /, and the records that it draws: where each token comes from."""
+
+import functools
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from orthrus.api import Orthrus
+from orthrus.server import page as page_module
+
+from .conftest import chat, events, serving
+
+PAGE = Path(page_module.__file__).with_suffix(".html")
+
+
+def in_loop(test: Callable[..., Any]) -> Callable[..., None]:
+    """Runs an async test."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        anyio.run(functools.partial(test, **fixtures))
+
+    return run
+
+
+@in_loop
+async def test_the_page_loads_nothing_from_elsewhere(orthrus: Orthrus) -> None:
+    async with serving(orthrus, api_keys=("secret",)) as client:
+        found = await client.get("/")
+        # The page's shell is open: the key is typed into it.
+        assert found.status_code == 200
+        assert found.headers["content-type"] == "text/html; charset=utf-8"
+        policy = found.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; connect-src 'self'")
+        assert "unsafe" not in policy
+        assert (await client.get("/v1/models")).status_code == 401
+    elsewhere = set(re.findall(r"https?://[^\s\"']+", found.text))
+    assert elsewhere == {"http://www.w3.org/2000/svg"}, "a name, not an address"
+    assert not re.search(r"innerHTML|insertAdjacent|document\.write|style=", found.text)
+
+
+@in_loop
+async def test_the_page_can_be_left_out(orthrus: Orthrus) -> None:
+    async with serving(orthrus, page=False) as client:
+        assert (await client.get("/")).status_code == 404
+
+
+@in_loop
+async def test_every_element_that_the_script_uses_is_there_and_has_a_name(orthrus: Orthrus) -> None:
+    async with serving(orthrus) as client:
+        html = (await client.get("/")).text
+    ids = set(re.findall(r'id="([^"]+)"', html))
+    assert set(re.findall(r'at\("([a-z]+)"\)', html)) <= ids
+    assert {f"{lane}-{part}" for lane in ("plain", "auto") for part in ("name", "text", "figures")} <= ids
+    assert set(re.findall(r'<label for="([^"]+)"', html)) == {
+        "prompt",
+        "tokens",
+        "temperature",
+        "seed",
+        "key",
+    }
+    assert html.count('aria-live="polite"') == 1, "one line speaks, and no token does"
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_script_can_be_read(tmp_path: Path) -> None:
+    (script,) = re.findall("<script>(.*?)</script>", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    file = tmp_path / "page.js"
+    file.write_text(script)
+    subprocess.run(["node", "--check", str(file)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("strategy", ["ar", "chain", "auto"])
+@in_loop
+async def test_provenance_tells_of_every_token_whether_it_was_drafted(
+    orthrus: Orthrus, strategy: str
+) -> None:
+    body = chat("abc abc abc", max_tokens=40, stream=True)
+    options = {"strategy": strategy, "provenance": True}
+    async with serving(orthrus) as client:
+        found = events(await client.post("/v1/chat/completions", json=body | {"orthrus": options}))
+        plain = (await client.post("/v1/chat/completions", json=chat("abc abc abc", max_tokens=40))).json()
+    choices = [choice for event in found for choice in event["choices"]]
+    records = [choice["orthrus"] for choice in choices if "orthrus" in choice]
+    tokens = [token for record in records for token in record["tokens"]]
+    assert len(tokens) == plain["usage"]["completion_tokens"] == 40
+    ids = [token_id for choice in choices for token_id in choice.get("token_ids", ())]
+    assert [token["id"] for token in tokens] == ids
+    num_drafts = sum(token["draft"] for token in tokens)
+    told = found[-1]["metrics"]
+    assert sum(record["passes"] for record in records) == told["orthrus"]["passes"]
+    if strategy == "ar":
+        assert num_drafts == 0
+        assert {record["num_drafted"] for record in records} == {0}
+    else:
+        assert num_drafts == told["speculative_decoding"]["num_accepted_draft_tokens"]
+        assert num_drafts <= sum(record["num_drafted"] for record in records)
+    if strategy == "chain":
+        assert num_drafts > 0
+
+
+@in_loop
+async def test_without_being_asked_no_chunk_tells(orthrus: Orthrus) -> None:
+    async with serving(orthrus) as client:
+        found = events(await client.post("/v1/chat/completions", json=chat(stream=True)))
+    assert all("orthrus" not in choice for event in found for choice in event["choices"])
