@@ -89,7 +89,8 @@ def main(
     fitting = [(prompt, i) for prompt, i in zip(asked, ids, strict=True) if len(i) <= room]
     if not fitting:
         raise typer.BadParameter(f"no prompt has at most {room} tokens")
-    path = output or Path(__file__).parent / "results" / f"spec-bench-{about['device'].split(':')[0]}.json"
+    name = f"spec-bench-{about['dtype']}-{about['device'].split(':')[0]}.json"
+    path = output or Path(__file__).parent / "results" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     runs: dict[str, Task] = {}
     for keywords in ARMS.values():
