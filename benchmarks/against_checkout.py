@@ -10,13 +10,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from statistics import geometric_mean, median
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from other_process import served
 
 OWN_SOURCE = Path(__file__).resolve().parents[1] / "src"
 STRATEGIES = ("ar", "auto")
@@ -100,7 +101,8 @@ def measure(
     with ExitStack() as stack:
         # One after another: they compile and time the machine where nothing is kept yet.
         arms = [
-            stack.enter_context(served(source, dtype, max_new_tokens)) for source in (OWN_SOURCE, reference)
+            stack.enter_context(other_process(source, dtype, max_new_tokens))
+            for source in (OWN_SOURCE, reference)
         ]
         found: dict[tuple[str, str, int], list[list[list[Any]]]] = {}
         for repeat in range(repeats):
@@ -110,7 +112,7 @@ def measure(
                         answers: list[Any] = [None, None]
                         for arm in (0, 1) if (repeat + i) % 2 else (1, 0):
                             time.sleep(SETTLE_S)
-                            answers[arm] = arms[arm](prompt, strategy)
+                            answers[arm] = arms[arm](json.dumps([prompt, strategy]))
                         found.setdefault((strategy, name, i), []).append(answers)
                 typer.echo(f"{dtype}, repeat {repeat + 1} of {repeats}, {name}", err=True)
     for strategy in STRATEGIES:
@@ -147,38 +149,14 @@ def commit_of(source: Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-@contextmanager
-def served(source: Path, dtype: str, max_new_tokens: int) -> Iterator[Any]:
-    """A process of that checkout; called with a prompt and a strategy it answers."""
+def other_process(
+    source: Path, dtype: str, max_new_tokens: int
+) -> AbstractContextManager[Callable[[str], Any]]:
+    """A process of that checkout; called with a line of JSON, [prompt, strategy], it answers."""
     # One hash for the same tokens.
     environment = os.environ | {"PYTHONPATH": str(source), "PYTHONHASHSEED": "0"}
-    command = [sys.executable, __file__, str(source), "none", "--serve", dtype]
-    command += ["--max-new-tokens", str(max_new_tokens)]
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        answers, questions = process.stdout, process.stdin
-        read_line(answers, "ready")
-
-        def ask(prompt: Any, strategy: str) -> Any:
-            questions.write(json.dumps([prompt, strategy]) + "\n")
-            questions.flush()
-            return json.loads(read_line(answers, "["))
-
-        try:
-            yield ask
-        finally:
-            process.kill()
-
-
-def read_line(stream: IO[str], start: str) -> str:
-    """The next line that begins so; libraries print lines of their own."""
-    for line in stream:
-        if line.startswith(start):
-            return line
-    raise RuntimeError("a measured process has ended")
+    arguments = [__file__, str(source), "none", "--serve", dtype, "--max-new-tokens", str(max_new_tokens)]
+    return served(arguments, environment)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
+from other_process import served
 
 ORDERS = ("orthrus first", "torch first")
 WORK = ("ar", "auto", "prompt")
@@ -48,6 +49,7 @@ class Arm(NamedTuple):
         return self.order if self.source == OWN_SOURCE else f"{self.order}, reference"
 
 
+Ask = Callable[[str], Any]
 OWN_SOURCE = Path(__file__).resolve().parents[1] / "src"
 
 
@@ -118,7 +120,7 @@ def measure(arms: Sequence[Arm], model: str, dtype: str, max_new_tokens: int, re
     digests: dict[tuple[Arm, str], set[int]] = {}
     with ExitStack() as stack:
         # One after another: they compile where nothing is kept yet.
-        ask = {arm: stack.enter_context(served(arm, model, dtype, max_new_tokens)) for arm in arms}
+        ask = {arm: stack.enter_context(other_process(arm, model, dtype, max_new_tokens)) for arm in arms}
         for repeat in range(repeats):
             typer.echo(f"repeat {repeat + 1} of {repeats}", err=True)
             for num in NEIGHBOURS:
@@ -169,40 +171,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return asdict(Spread.of(values))
 
 
-@contextmanager
-def served(arm: Arm, model: str, dtype: str, max_new_tokens: int) -> Iterator[Any]:
+def other_process(arm: Arm, model: str, dtype: str, max_new_tokens: int) -> AbstractContextManager[Ask]:
     """A process that has loaded the model; called with a kind of work it gives milliseconds and a digest."""
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     # One hash for the same tokens.
     environment |= {"PYTHONPATH": str(arm.source), "PYTHONHASHSEED": "0"}
-    command = [sys.executable, __file__, "--model", model, "--dtype", dtype, "--serve", arm.order]
-    command += ["--max-new-tokens", str(max_new_tokens)]
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        answers, questions = process.stdout, process.stdin
-        read_line(answers, "ready")
-
-        def ask(name: str) -> tuple[float, int]:
-            questions.write(name + "\n")
-            questions.flush()
-            elapsed, digest = json.loads(read_line(answers, "["))
-            return elapsed, digest
-
-        try:
-            yield ask
-        finally:
-            process.kill()
-
-
-def read_line(stream: IO[str], start: str) -> str:
-    """The next line that begins so; libraries print lines of their own."""
-    for line in stream:
-        if line.startswith(start):
-            return line
-    raise RuntimeError("a measured process has ended")
+    arguments = [__file__, "--model", model, "--dtype", dtype, "--serve", arm.order]
+    return served([*arguments, "--max-new-tokens", str(max_new_tokens)], environment)
 
 
 @contextmanager

@@ -22,7 +22,6 @@ class Prices:
         self.version = 0
         self._correction = PriceCorrection()
         self._steps = dict.fromkeys(CLASSES, 0)
-        self._known: dict[tuple[int, int, int], float] = {}
 
     @property
     def draft_ms(self) -> float:
@@ -31,11 +30,7 @@ class Prices:
 
     def __call__(self, num_ar: int, num_block: int = 0, num_projected: int = 0) -> float:
         """Milliseconds of a pass of AR rows, all projected, and block rows, of which `num_projected` are."""
-        key = num_ar, num_block, num_projected
-        if key not in self._known:
-            # All requests of an engine ask the same.
-            self._known[key] = self.costs(*key) * self._factor(num_ar + num_block)
-        return self._known[key]
+        return self.costs(num_ar, num_block, num_projected) * self._factor(num_ar + num_block)
 
     def observe(self, num_ar: int, num_block: int, num_projected: int, measured_ms: float) -> None:
         """Take note of what a pass took."""
@@ -46,7 +41,6 @@ class Prices:
             if abs(exact - step) > 0.5 + HOLD:
                 self._steps[rows] = round(exact)
                 self.version += 1
-                self._known.clear()
 
     def _factor(self, num_rows: int) -> float:
         rows = next((rows for rows in CLASSES if num_rows <= rows), CLASSES[-1])
