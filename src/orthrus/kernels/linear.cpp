@@ -239,26 +239,32 @@ void int4_rows(
       });
 }
 
+// Rows as numbers of type To, filled up with zeros.
+template <typename To>
+std::unique_ptr<To[]> filled_rows(const at::BFloat16* x, int64_t rows, int64_t inputs, int64_t filled) {
+  auto out = room<To>(rows * filled);
+  for (int64_t row = 0; row < rows; ++row) {
+    To* end = std::copy_n(x + row * inputs, inputs, out.get() + row * filled);
+    std::fill(end, out.get() + (row + 1) * filled, To{});
+  }
+  return out;
+}
+
 void bfloat16_rows(
     const at::BFloat16* x, int64_t rows, int64_t inputs, const Layout& layout, const std::vector<Side>& sides,
     const Target<at::BFloat16>& to) {
   const int64_t filled = layout.inputs;
 #if !ORTHRUS_BFLOAT16_DOTS
   if (!layout.tiled) {
-    const auto wide = room<float>(rows * filled);
-    for (int64_t row = 0; row < rows; ++row) {
-      std::copy_n(x + row * inputs, inputs, wide.get() + row * filled);
-      std::fill(wide.get() + row * filled + inputs, wide.get() + (row + 1) * filled, 0.0f);
-    }
+    const auto wide = filled_rows<float>(x, rows, inputs, filled);
     float_rows<at::BFloat16, kBfloat16Beside>(wide.get(), filled, sides, to);
     return;
   }
 #endif
-  std::vector<at::BFloat16> whole;
+  std::unique_ptr<at::BFloat16[]> whole;
   if (filled != inputs) {
-    whole.resize(rows * filled);
-    for (int64_t row = 0; row < rows; ++row) std::copy_n(x + row * inputs, inputs, whole.data() + row * filled);
-    x = whole.data();
+    whole = filled_rows<at::BFloat16>(x, rows, inputs, filled);
+    x = whole.get();
   }
   if (layout.tiled) {
     tiles(x, filled, sides, to);
