@@ -2,10 +2,11 @@
 
 import copy
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import anyio
 import httpx
 import pytest
 from tests.tiny import FAMILY_CONFIGS, tiny_dual
@@ -20,6 +21,7 @@ from orthrus.engine.engine import EngineConfig
 from orthrus.server.app import create_app
 from orthrus.server.settings import ServeConfig
 
+T = TypeVar("T")
 TEMPLATE = (
     "{% for m in messages %}"
     "{% if m.role not in ('system', 'user', 'assistant', 'tool') %}"
@@ -68,6 +70,16 @@ def byte_orthrus(config: EngineConfig | None = None) -> Orthrus:
 def orthrus() -> Orthrus:
     """Shared by tests that do not look at its pages."""
     return byte_orthrus()
+
+
+def run(function: Callable[..., Awaitable[T]], *args: Any) -> T:
+    """What an async function returns; it must not take more than two minutes."""
+
+    async def bounded() -> T:
+        with anyio.fail_after(120):
+            return await function(*args)
+
+    return anyio.run(bounded)
 
 
 @asynccontextmanager

@@ -4,7 +4,6 @@ import asyncio
 import json
 from typing import Any
 
-import anyio
 import httpx
 import pytest
 
@@ -12,17 +11,9 @@ from orthrus.engine.engine import EngineConfig
 from orthrus.server.app import create_app
 from orthrus.server.settings import ServeConfig
 
-from .conftest import byte_orthrus, chat, events, serving, text
+from .conftest import byte_orthrus, chat, events, run, serving, text
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
-def run(function):
-    async def bounded():
-        with anyio.fail_after(120):
-            await function()
-
-    anyio.run(bounded)
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
 
 from orthrus.api import Orthrus
 from orthrus.server import page as page_module
 
-from .conftest import chat, events, serving
+from .conftest import chat, events, run, serving
 
 PAGE = Path(page_module.__file__).with_suffix(".html")
 
@@ -23,10 +22,10 @@ def in_loop(test: Callable[..., Any]) -> Callable[..., None]:
     """Runs an async test."""
 
     @functools.wraps(test)
-    def run(**fixtures: Any) -> None:
-        anyio.run(functools.partial(test, **fixtures))
+    def wrapped(**fixtures: Any) -> None:
+        run(functools.partial(test, **fixtures))
 
-    return run
+    return wrapped
 
 
 @in_loop

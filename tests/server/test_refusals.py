@@ -2,21 +2,16 @@
 
 import json
 
-import anyio
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orthrus.server.logs import JsonLines
 
-from .conftest import chat, events, serving, text
+from .conftest import chat, events, run, serving, text
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 JSON = {"content-type": "application/json"}
-
-
-def run(function):
-    anyio.run(function)
 
 
 def check_error(response, status, param=None, code=None):

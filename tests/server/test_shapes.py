@@ -1,18 +1,13 @@
 """Answers have the shapes that OpenAI's clients read, whole and in chunks, and say what Orthrus itself says."""
 
-import anyio
 import pytest
 
 from orthrus.api import Orthrus
 from orthrus.config import DecodeConfig, SamplingParams
 
-from .conftest import chat, events, serving, text
+from .conftest import chat, events, run, serving, text
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
-def run(function, *args):
-    return anyio.run(function, *args)
 
 
 def own(orthrus: Orthrus, prompt_ids, **fields):
