@@ -44,6 +44,12 @@ def test_three_forms_of_a_line(tmp_path: Path) -> None:
     ]
 
 
+def test_turns_are_asked_where_a_task_keeps_a_prompt_of_its_own_beside_them(tmp_path: Path) -> None:
+    path = write(tmp_path, {"prompt": "def f():", "turns": ["Complete f."], "domain": "code"})
+
+    assert load_prompts(path) == [BenchPrompt("Complete f.", "code")]
+
+
 def test_line_separators_inside_a_prompt_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "one\u2028two"}\r\n\r\n{"prompt": "three"}', encoding="utf-8")

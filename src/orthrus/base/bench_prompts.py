@@ -28,7 +28,8 @@ def load_prompts(
 
     Args:
         path: one JSON object per line with `prompt` (text), `messages` (role and content each) or `turns` (a
-            list of texts, of which only the first is asked), and optionally `domain`.
+            list of texts, of which only the first is asked; a `prompt` beside them is passed over), and
+            optionally `domain`.
         domains: keep only these; all when empty.
         limit: keep at most so many of each domain.
 

@@ -65,7 +65,7 @@ def _prompt(record: Any, line: int) -> FilePrompt:
     if domain is not None and not is_domain(domain):
         raise UserInputError("'domain' must be a printable text of at most 200 characters.")
     given = [key for key in _KEYS if key in record]
-    if given and {"prompt", "turns"} == set(given):
+    if set(given) == {"prompt", "turns"}:
         # HumanEval's lines keep the code to be completed beside the turn that asks for it.
         given = ["turns"]
     if len(given) != 1:

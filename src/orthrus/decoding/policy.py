@@ -165,9 +165,11 @@ class Policy:
             if not num_nodes and not self.own_head:
                 # A block that is drafted alone serves whatever the AR view chooses.
                 num_guesses = n * num_blocks * length.num_guesses
-            alone = self.costs(n) / n
-            added = self.costs(n * (1 + num_nodes), n * num_blocks * length.rows, num_guesses) / n - alone
-            self._pass_ms[key] = alone + (SHARED if n > 1 else 1.0) * added
+            ms = self.costs(n * (1 + num_nodes), n * num_blocks * length.rows, num_guesses) / n
+            if n > 1:
+                plain_ms = self.costs(n) / n
+                ms = plain_ms + SHARED * (ms - plain_ms)
+            self._pass_ms[key] = ms
         return self._pass_ms[key]
 
     def rate(self) -> float:

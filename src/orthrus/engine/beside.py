@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from orthrus.decoding.prices import Prices
+from orthrus.decoding.cost_table import CostTable
 from orthrus.engine.costs import OnMeasure
 from orthrus.engine.engine import Engine
 from orthrus.model.runner import Runner
@@ -20,9 +20,6 @@ class EngineBeside(Engine):
         super().__init__(runner or engine.runner, replace(engine.config, **limits))
         self._other = engine
 
-    def prices(self, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> Prices:
-        """Prices of this engine's own, which start from the other engine's cost table."""
-        with self._stepping:
-            if greedy not in self._prices:
-                self._prices[greedy] = Prices(self._other.costs(on_measure, greedy=greedy))
-            return self._prices[greedy]
+    def _cost_table(self, on_measure: OnMeasure | None, greedy: bool) -> CostTable:
+        """The other engine's: this machine has been timed."""
+        return self._other.costs(on_measure, greedy=greedy)

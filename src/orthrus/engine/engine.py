@@ -291,8 +291,12 @@ class Engine:
         if greedy not in self._prices:
             with self._stepping:
                 if greedy not in self._prices:
-                    self._prices[greedy] = Prices(pass_costs(self.runner, on_measure, greedy=greedy))
+                    self._prices[greedy] = Prices(self._cost_table(on_measure, greedy))
         return self._prices[greedy]
+
+    def _cost_table(self, on_measure: OnMeasure | None, greedy: bool) -> CostTable:
+        """What prices start from: measured here, unless that has been done."""
+        return pass_costs(self.runner, on_measure, greedy=greedy)
 
     def _num_pages(self) -> int:
         dual, most = self.runner.dual, self.config.max_slots

@@ -69,7 +69,7 @@ def metrics(texts: Sequence[Told], seed: int) -> dict[str, Any]:
 
 
 def provenance(cycle: Cycle, token_bytes: TokenBytes) -> dict[str, Any]:
-    """Where the tokens of a record come from. special: the token has no text in the answer."""
+    """Where the tokens of a record come from: `draft` where one had been drafted."""
     return {
         "cycle": cycle.kind,
         "tokens": [

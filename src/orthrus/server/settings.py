@@ -10,14 +10,13 @@ class ServeConfig:
     """Limits and names of a server.
 
     names: what requests may call the model, the first as it is listed; without any the model's own.
-    any_model: take requests for other models too. api_keys: any of them opens all but /health and the
-    page, which holds nothing; none leaves the
-    server open. cors_origins: pages that browsers let in; none by default. max_running, max_queue: answers that
-    run, and that wait, at once; a request for n texts takes n places. max_tokens: the most that a request may
-    write, None for as many as the context holds. max_body: bytes. timeout: seconds from a request to its end.
-    drain: seconds that running answers get after SIGTERM. keepalive: seconds of silence after which a stream
-    says that it lives. max_unread: records that a slow reader may leave unread before it is dropped.
-    page: serve the page at /.
+    any_model: take requests for other models too. api_keys: any of them opens everything; /health and the
+    page at / are open without one. Without api_keys the server is open. cors_origins: pages that browsers let
+    in; none by default. max_running, max_queue: answers that run, and that wait, at once; a request for n texts
+    takes n places. max_tokens: the most that a request may write, None for as many as the context holds.
+    max_body: bytes. timeout: seconds from a request to its end. drain: seconds that running answers get after
+    SIGTERM. keepalive: seconds of silence after which a stream says that it lives. max_unread: records that a
+    slow reader may leave unread before it is dropped. page: serve the page at /.
     """
 
     names: tuple[str, ...] = ()

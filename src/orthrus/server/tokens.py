@@ -32,6 +32,7 @@ class TokenBytes:
         return str(self._tokenizer.decode([token_id])).encode("utf-8", "replace")
 
     def is_special(self, token_id: int) -> bool:
+        """Whether the tokenizer adds the token to its model's own, such as an end of text."""
         return token_id in self._special
 
     def text(self, token_id: int) -> str:
