@@ -60,13 +60,14 @@ class Base:
         *,
         raw: bool = False,
         template_values: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of text or messages; see `orthrus.base.prompt.encode_prompt`.
 
         Raises:
             UserInputError: nothing to continue, malformed messages, or messages without a template.
         """
-        return encode_prompt(self.tokenizer, prompt, raw=raw, template_values=template_values)
+        return encode_prompt(self.tokenizer, prompt, raw=raw, template_values=template_values, tools=tools)
 
 
 def load_base(

@@ -52,7 +52,7 @@ class Guard:
             if not isinstance(error, ApiError):
                 log.error("a request failed", exc_info=error, extra={"data": {"id": request_id}})
             if status == 0:
-                await respond(as_api_error(error), send_with_id)
+                await respond(as_api_error(error), scope["path"], send_with_id)
         finally:
             status = status or CLIENT_GONE
             self._on_response(status)
@@ -103,10 +103,10 @@ class Guard:
         return bounded
 
 
-async def respond(error: ApiError, send: Send) -> None:
-    """Send an error as a whole response."""
+async def respond(error: ApiError, path: str, send: Send) -> None:
+    """Send an error as a whole response to a request for that path."""
     headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
-    payload = error.payload
+    payload = error.payload(path)
     headers.append((b"content-length", str(len(payload)).encode()))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": payload})

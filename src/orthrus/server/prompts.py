@@ -1,15 +1,21 @@
 """Prompts of requests as token ids."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orthrus.api import Orthrus
 from orthrus.errors import UserInputError
 from orthrus.server.errors import ApiError, bad_request
-from orthrus.server.schemas import Message
+from orthrus.server.schemas import Message, Tool
+from orthrus.server.tools import with_tools
 
 
-def chat_ids(orthrus: Orthrus, messages: list[Message], more: Mapping[str, Any] | None) -> list[int]:
+def chat_ids(
+    orthrus: Orthrus,
+    messages: list[Message],
+    tools: Sequence[Tool] | None,
+    more: Mapping[str, Any] | None,
+) -> list[int]:
     """Token ids of a chat. Raises ApiError for messages that the template, or the model, cannot take."""
     turns = [message.model_dump(exclude_unset=True) for message in messages]
     for turn in turns:
@@ -17,11 +23,12 @@ def chat_ids(orthrus: Orthrus, messages: list[Message], more: Mapping[str, Any] 
             turn.pop("tool_calls", None)
         elif "content" not in turn:
             turn["content"] = None
-    template = getattr(orthrus.base.tokenizer, "chat_template", None)
-    if any(turn["role"] == "developer" for turn in turns) and "developer" not in str(template):
+    template = str(getattr(orthrus.base.tokenizer, "chat_template", None))
+    if any(turn["role"] == "developer" for turn in turns) and "developer" not in template:
         turns = _system_first(turns)
+    turns, told = with_tools(turns, tools, template)
     try:
-        return orthrus.base.encode_prompt(turns, template_values=more)
+        return orthrus.base.encode_prompt(turns, template_values=more, tools=told)
     except UserInputError as error:
         raise bad_request(str(error), param="messages") from error
 
