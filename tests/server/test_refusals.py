@@ -290,6 +290,38 @@ def test_keys_ids_and_sizes(orthrus, caplog):
     run(check)
 
 
+def test_pages_of_other_names_are_kept_out(orthrus):
+    async def check():
+        async with serving(orthrus, cors_origins=("http://good",)) as client:
+            for origin in (
+                "http://evil",
+                "http://evil:8000",
+                "null",
+                "http://127.0.0.1.evil",
+                "http://[",
+                "",
+            ):
+                refused = await client.post(CHAT, json=chat(), headers={"origin": origin})
+                assert "--cors-origin" in check_error(refused, 403, code="origin_not_allowed")
+            for origin in ("http://good", "http://127.0.0.1:8000", "http://localhost", "http://[::1]:8000"):
+                assert (await client.post(CHAT, json=chat(), headers={"origin": origin})).status_code == 200
+        async with serving(orthrus, api_keys=("k",)) as client:
+            headers = {"origin": "http://evil", "x-api-key": "k"}
+            assert (await client.post(CHAT, json=chat(), headers=headers)).status_code == 200
+
+    run(check)
+
+
+def test_the_document_tells_no_422(orthrus):
+    async def check():
+        async with serving(orthrus) as client:
+            told = (await client.get("/openapi.json")).json()
+        operations = [each for methods in told["paths"].values() for each in methods.values()]
+        assert all("400" in each["responses"] and "422" not in each["responses"] for each in operations)
+
+    run(check)
+
+
 def test_the_log_and_the_figures_show_no_text(orthrus, caplog):
     caplog.set_level("INFO", "orthrus.server")
 
