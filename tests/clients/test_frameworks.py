@@ -40,7 +40,7 @@ def test_litellm(url):
 def test_lm_eval(url, tmp_path, monkeypatch):
     lm_eval = pytest.importorskip("lm_eval")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    questions = [{"question": f"{a}, {a + 1}, {a + 2},", "answer": str(a + 3)} for a in range(1, 5)]
+    questions = [{"question": f"{a}, {a + 1}, {a + 2},", "answer": f" {a + 3}"} for a in range(1, 5)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     task = {
         "task": "counting",

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from orthrus import __version__
 from orthrus.api import Orthrus
@@ -41,6 +41,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (504, "The request took too long."),
     )
 }
+
+
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 class _App(FastAPI):
@@ -101,22 +104,22 @@ def create_app(load: Callable[[], Orthrus], config: ServeConfig | None = None) -
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=_STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
         return await respond_chat(service, request, body)
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=_STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
         return await respond_text(service, request, body)
 
-    @app.post("/v1/responses", response_model=None)
+    @app.post("/v1/responses", response_model=None, responses=_STREAMED)
     async def responses(body: ResponseRequest, request: Request) -> Response:
         """Answer in OpenAI's newer interface."""
         return await respond_response(service, request, body)
 
-    @app.post("/v1/messages", response_model=None)
+    @app.post("/v1/messages", response_model=None, responses=_STREAMED)
     async def messages(body: MessageRequest, request: Request) -> Response:
         """Answer in Anthropic's interface."""
         return await respond_message(service, request, body)
@@ -194,7 +197,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         """Whether requests are answered: not while the model is loading or the server is draining."""
         return JSONResponse({"status": "ready", "model": service.ready.name})
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_model=None, response_class=PlainTextResponse)
     def metrics() -> Response:
         """Figures in Prometheus' form."""
         return Response(service.metrics.page(), media_type="text/plain; version=1.0.0; charset=utf-8")
