@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from orthrus import __version__
 from orthrus.api import Orthrus
 from orthrus.errors import OrthrusError
+from orthrus.server.audit_routes import add_audit
 from orthrus.server.chat import respond
 from orthrus.server.errors import ApiError, as_api_error, bad_request
 from orthrus.server.guard import Guard
@@ -69,6 +70,7 @@ def create_app(load: Callable[[], Orthrus], config: ServeConfig | None = None) -
     app.add_exception_handler(HTTPException, _http_error)
     _add_answers(app, service)
     _add_state(app, service)
+    add_audit(app, service)
     if config.page:
         app.add_api_route("/", page, methods=["GET"], response_model=None, include_in_schema=False)
     app.add_middleware(

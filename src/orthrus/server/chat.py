@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from time import time
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -13,8 +14,10 @@ from orthrus.server.calls import Call, Job
 from orthrus.server.errors import as_api_error
 from orthrus.server.figures import Told, metrics, provenance, usage
 from orthrus.server.guard import CLIENT_GONE
+from orthrus.server.origin import Origin
 from orthrus.server.params import base_seed, check_together, decode_configs, named
 from orthrus.server.prompts import chat_ids, prompts_of, room_behind, text_ids
+from orthrus.server.receipts import Receipts
 from orthrus.server.schemas import ChatRequest, CompletionRequest
 from orthrus.server.service import Live, Service
 from orthrus.server.shapes import ChatShape, Head, TextShape
@@ -37,6 +40,14 @@ class Answer:
     include_usage: bool
     prompt_ids: list[int] | None
     token_bytes: TokenBytes | None
+    receipts: Receipts | None
+
+    def metrics(self) -> dict[str, Any]:
+        """Of all texts, once they have ended."""
+        found = metrics(self.texts, self.seed)
+        if self.receipts is not None:
+            found["orthrus"]["receipt"] = self.receipts(self.call)
+        return found
 
     def take_cached(self) -> None:
         """What of the prompts had been in the cache is known once they have been read."""
@@ -52,6 +63,7 @@ async def respond(service: Service, request: Request, body: Body) -> Response:
     check_together(body)
     num_prompts = 1 if isinstance(body, ChatRequest) else len(prompts_of(body.prompt))
     call = live.loop.admit(num_prompts * body.n)
+    call.origin = Origin.of(request, body)
     seed = base_seed(body)
     handing_in = live.loop.submit(call, partial(_jobs, live, body, seed))
     streams = False
@@ -114,6 +126,7 @@ def _answer(live: Live, request: Request, body: Body, call: Call, jobs: list[Job
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         prompt_ids=jobs[0].prompt_ids if with_ids and is_chat else None,
         token_bytes=live.token_bytes if with_provenance else None,
+        receipts=live.receipts if body.orthrus is not None and body.orthrus.receipt else None,
     )
 
 
@@ -132,7 +145,7 @@ async def _collect(answer: Answer) -> Response:
     shape, texts = answer.shape, answer.texts
     choices = [shape.whole(index, told) for index, told in enumerate(texts)]
     body = answer.head.body(shape.whole_kind, choices)
-    body |= {"usage": usage(texts, answer.num_prompts), "metrics": metrics(texts, answer.seed)}
+    body |= {"usage": usage(texts, answer.num_prompts), "metrics": answer.metrics()}
     if answer.prompt_ids is not None:
         body["prompt_token_ids"] = answer.prompt_ids
     return JSONResponse(body)
@@ -167,13 +180,11 @@ async def _events(answer: Answer) -> AsyncIterator[bytes]:
                 answer.take_cached()
                 body = chunk(shape.last(index, cycle.finish_reason))
                 if num_left == 0 and not answer.include_usage:
-                    body["metrics"] = metrics(texts, answer.seed)
+                    body["metrics"] = answer.metrics()
                 yield event(body)
         if answer.include_usage:
             body = answer.head.body(shape.chunk_kind, [])
-            yield event(
-                body | {"usage": usage(texts, answer.num_prompts), "metrics": metrics(texts, answer.seed)}
-            )
+            yield event(body | {"usage": usage(texts, answer.num_prompts), "metrics": answer.metrics()})
     except Exception as error:
         yield event(as_api_error(error).body)
     yield DONE

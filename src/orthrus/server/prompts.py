@@ -1,6 +1,6 @@
 """Prompts of requests as token ids."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orthrus.api import Orthrus
@@ -11,6 +11,14 @@ from orthrus.server.schemas import Message
 
 def chat_ids(orthrus: Orthrus, messages: list[Message], more: Mapping[str, Any] | None) -> list[int]:
     """Token ids of a chat. Raises ApiError for messages that the template, or the model, cannot take."""
+    try:
+        return orthrus.base.encode_prompt(chat_turns(orthrus, messages), template_values=more)
+    except UserInputError as error:
+        raise bad_request(str(error), param="messages") from error
+
+
+def chat_turns(orthrus: Orthrus, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages of a chat as the model's template takes them."""
     turns = [message.model_dump(exclude_unset=True) for message in messages]
     for turn in turns:
         if turn["role"] == "assistant" and turn.get("tool_calls") is None:
@@ -20,10 +28,7 @@ def chat_ids(orthrus: Orthrus, messages: list[Message], more: Mapping[str, Any] 
     template = getattr(orthrus.base.tokenizer, "chat_template", None)
     if any(turn["role"] == "developer" for turn in turns) and "developer" not in str(template):
         turns = _system_first(turns)
-    try:
-        return orthrus.base.encode_prompt(turns, template_values=more)
-    except UserInputError as error:
-        raise bad_request(str(error), param="messages") from error
+    return turns
 
 
 def _system_first(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
