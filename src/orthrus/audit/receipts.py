@@ -178,7 +178,9 @@ def check_model(orthrus: Orthrus, receipt: Receipt) -> None:
             )
     for token_id in (token_id for text in receipt.texts for token_id in text.token_ids):
         if not 0 <= token_id < orthrus.dual.vocab_size:
-            raise UserInputError(f"the model has no token {token_id}, so the receipt is damaged; get it again.")
+            raise UserInputError(
+                f"the model has no token {token_id}, so the receipt is damaged; get it again."
+            )
 
 
 def verify(

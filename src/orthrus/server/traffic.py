@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from orthrus.api import Orthrus
-from orthrus.base.outputs import storage_errors
 from orthrus.base.prompt import checked_messages
 from orthrus.decoding.stats import summarise
 from orthrus.engine.request import Request
-from orthrus.errors import UserInputError
+from orthrus.errors import StorageError, UserInputError
 from orthrus.server.calls import Call
 from orthrus.server.prompts import chat_turns
 from orthrus.server.schemas import Message
@@ -51,8 +50,13 @@ class TrafficLog:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        with storage_errors(file):
+        try:
             os.close(self._opened())
+        except OSError as error:
+            raise StorageError(
+                f"traffic cannot be logged to {file} ({_reason(error)}); name a file in a folder where you may "
+                "write."
+            ) from error
         self._lines: queue.Queue[_Line | None] = queue.Queue(MOST_WAITING)
         self._failing = False
         self._thread = threading.Thread(target=self._run, name="orthrus-traffic", daemon=True)
@@ -92,10 +96,10 @@ class TrafficLog:
             try:
                 content = _content(line)
                 if content is not None:
-                    self._append((json.dumps(content, ensure_ascii=False) + "\n").encode())
+                    self._append((json.dumps(content) + "\n").encode())
                     self._failing = False
             except OSError as error:
-                self._failed(os.strerror(error.errno) if error.errno else type(error).__name__)
+                self._failed(_reason(error))
             except Exception:
                 log.exception("a line of traffic cannot be written")
 
@@ -127,6 +131,10 @@ class TrafficLog:
             os.close(handle)
             raise UserInputError(f"{self.file} is no ordinary file; name another one for the traffic.")
         return handle
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else type(error).__name__
 
 
 def _content(line: _Line) -> dict[str, Any] | None:
