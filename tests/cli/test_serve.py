@@ -56,7 +56,9 @@ def test_a_log_of_traffic_is_announced(cli: Cli, served, tmp_path):
 def test_a_log_that_cannot_be_written_is_refused_before_a_model_is_loaded(cli: Cli, tmp_path, monkeypatch):
     monkeypatch.setattr("orthrus.server.run.log_to_stderr", lambda: None)
     monkeypatch.setattr("orthrus.cli.serve.load_orthrus", lambda *a, **k: pytest.fail("loaded"))
-    assert_refused(cli("serve", "--log-traffic", str(tmp_path / "no" / "file")), "No such file", "name a file")
+    assert_refused(
+        cli("serve", "--log-traffic", str(tmp_path / "no" / "file")), "No such file", "name a file"
+    )
 
 
 @pytest.mark.parametrize(

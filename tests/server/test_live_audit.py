@@ -218,6 +218,20 @@ def test_an_explanation_gives_way_and_begins_again(monkeypatch):
     assert not audit.has_work
 
 
+def test_a_server_that_leaves_waits_for_no_explanation(monkeypatch):
+    orthrus = byte_orthrus()
+    audit = LiveAudit(orthrus, 1.0)
+    accept_everything(monkeypatch)
+    offered(audit, orthrus)
+    while not (audit._replay is not None and audit._replay.done):
+        audit.step()
+    audit.stop()
+    orthrus.engine.runner.hidden = lambda *args: pytest.fail("a pass was run")
+    audit.step()
+    assert not audit.has_work
+    assert audit.counts.checked == audit.counts.dropped == 0
+
+
 def test_what_does_not_fit_into_the_queue_is_dropped_and_counted():
     orthrus = byte_orthrus()
     audit = LiveAudit(orthrus, 1.0, most=2)

@@ -115,7 +115,7 @@ def _text_differs(content: dict[str, Any], index: int, text: str) -> bool | None
 
 def _line(orthrus: "Orthrus", checked: "Checked", differs: bool | None) -> str:
     if checked.position is None:
-        shown = {None: "", False: ", and so is its text", True: ", but the text shown is ANOTHER one"}[
+        shown = {None: "", False: ", and its text is the same", True: ", but the text shown is ANOTHER one"}[
             differs
         ]
         return f"the {checked.num_tokens} tokens are IDENTICAL to those of plain decoding{shown}"

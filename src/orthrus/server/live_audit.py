@@ -76,7 +76,7 @@ class LiveAudit(Collector):
         self._giving_way = copy(orthrus)
         self._giving_way.engine = EngineBeside(
             orthrus.engine,
-            _GivingWay(orthrus.engine.runner, lambda: orthrus.engine.has_work),
+            _GivingWay(orthrus.engine.runner, lambda: self._stopped or orthrus.engine.has_work),
             max_slots=orthrus.engine.context_length + SCRATCH,
         )
         self._numbers, self._ids = count(), count(1)
@@ -85,10 +85,15 @@ class LiveAudit(Collector):
         self._replay: PlainReplay | None = None
         self._kept: deque[dict[str, Any]] = deque(maxlen=MOST_KEPT)
         self._lock = Lock()
+        self._stopped = False
 
     @property
     def has_work(self) -> bool:
-        return self._current is not None or bool(self._waiting)
+        return not self._stopped and (self._current is not None or bool(self._waiting))
+
+    def stop(self) -> None:
+        """Give up what is begun, within a pass, and what waits; the server leaves."""
+        self._stopped = True
 
     def offer(self, call: Call, index: int, request: Request) -> None:
         """An answer has ended; some are chosen, by a hash of the request's id and a running number."""

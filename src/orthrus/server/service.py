@@ -133,6 +133,7 @@ class Service:
     def close(self) -> None:
         """Stop the threads."""
         if self._live is not None:
+            self._live.audit.stop()
             self._live.loop.end_all()
             self._live.loop.close()
         if self.traffic is not None:
