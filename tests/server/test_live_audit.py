@@ -56,7 +56,9 @@ def test_sound_answers_are_identical_whatever_their_settings():
 
     async def check():
         async with serving(orthrus, audit_share=1.0, max_queue=100) as client:
-            bodies = [body | {"orthrus": {"strategy": s}} for body in BODIES for s in STRATEGIES]
+            bodies = [
+                {"seed": 6} | body | {"orthrus": {"strategy": s}} for body in BODIES for s in STRATEGIES
+            ]
             got = await asyncio.gather(*(client.post(CHAT, json=body) for body in bodies))
             assert [r.status_code for r in got] == [200] * len(bodies)
             summary = await settled(client)
@@ -77,7 +79,7 @@ def test_sound_answers_are_identical_whatever_their_settings():
         assert found[f"orthrus_{name}_count"] == number
 
 
-@pytest.mark.parametrize("fields", [{}, {"temperature": 1.0, "seed": 4}, {"temperature": 1.0, "top_p": 0.9}])
+@pytest.mark.parametrize("fields", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
 def test_planted_differences_are_violations_with_evidence(monkeypatch, caplog, fields):
     accept_everything(monkeypatch)
     monkeypatch.setattr(logging.getLogger("orthrus.server"), "propagate", True)
@@ -86,7 +88,7 @@ def test_planted_differences_are_violations_with_evidence(monkeypatch, caplog, f
     async def check():
         async with serving(orthrus, audit_share=1.0, api_keys=("secret",)) as client:
             keyed = {"headers": {"x-api-key": "secret"}}
-            body = text("a very private prompt", max_tokens=40, return_token_ids=True, **fields)
+            body = text("a very private prompt", max_tokens=40, seed=4, return_token_ids=True, **fields)
             answer = await client.post(
                 TEXT, json=body, headers={"x-api-key": "secret", "x-request-id": "mine"}
             )
@@ -142,14 +144,16 @@ def test_a_near_tie_is_none_of_the_violations(monkeypatch):
         async with serving(orthrus, audit_share=1.0) as client:
             for body in (
                 text(prompt, max_tokens=30),
-                text(prompt, max_tokens=30, temperature=1.0, top_k=1),
+                # Which of the two is drawn hangs on the seed, too.
+                text(prompt, max_tokens=30, temperature=1.0, top_k=1, seed=1, n=8),
             ):
                 assert (await client.post(TEXT, json=body)).status_code == 200
             return await settled(client)
 
     summary = run(check)
     assert summary["violation"] == 0
-    assert summary["near_tie"] == 2
+    assert summary["near_tie"] >= 3
+    assert summary["near_tie"] + summary["identical"] == summary["checked"] == 9
     assert {each["verdict"] for each in summary["differences"]} == {"near-tie"}
 
 

@@ -86,7 +86,7 @@ def test_a_receipt_says_what_the_answer_was_made_of(orthrus):
     ids=["several", "filters", "penalties", "bias", "stop tokens", "grammar"],
 )
 def test_answers_are_made_again_from_their_receipts(orthrus, elsewhere, fields):
-    bodies = [chat(**fields, **asking(strategy)) for strategy in STRATEGIES]
+    bodies = [chat(**{"seed": 9} | fields, **asking(strategy)) for strategy in STRATEGIES]
     for answer in run(answers, orthrus, CHAT, *bodies):
         receipt = received(answer)
         check_versions(receipt)
@@ -132,7 +132,9 @@ def test_a_stream_has_its_receipt_in_its_last_chunk(orthrus, elsewhere, options)
     async def check():
         async with serving(orthrus) as client:
             return events(
-                await client.post(CHAT, json=chat(stream=True, temperature=1.0, **options, **asking()))
+                await client.post(
+                    CHAT, json=chat(stream=True, temperature=1.0, seed=2, **options, **asking())
+                )
             )
 
     *others, last = run(check)
@@ -140,6 +142,30 @@ def test_a_stream_has_its_receipt_in_its_last_chunk(orthrus, elsewhere, options)
     (checked,) = verify(elsewhere, received(last))
     said = "".join(e["choices"][0]["delta"].get("content", "") for e in others if e["choices"])
     assert (checked.position, checked.text) == (None, said)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 12}),
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 12}),
+    ],
+)
+def test_other_interfaces_give_receipts_too(orthrus, elsewhere, path, body):
+    async def check():
+        async with serving(orthrus) as client:
+            whole = (await client.post(path, json=body | asking())).json()
+            stream = (await client.post(path, json=body | asking() | {"stream": True})).text
+        return whole, [json.loads(line[6:]) for line in stream.split("\n") if line.startswith("data: {")]
+
+    whole, pieces = run(check)
+    last = next(piece for piece in reversed(pieces) if "receipt" in json.dumps(piece))
+    for told in (whole, last):
+        receipt = received(told)
+        assert receipt.texts[0].prompt_ids == elsewhere.base.encode_prompt(
+            [{"role": "user", "content": "Hi"}]
+        )
+        assert [each.position for each in verify(elsewhere, receipt)] == [None]
 
 
 def test_a_change_of_a_token_is_found_and_placed(orthrus, elsewhere):

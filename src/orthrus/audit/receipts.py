@@ -102,6 +102,9 @@ def find_receipt(content: Any) -> Any:
     if isinstance(content, dict) and content.get("kind") == KIND:
         return content
     found = content
+    if isinstance(content, dict) and "metrics" not in content:
+        # The last event of /v1/responses holds the answer.
+        found = content.get("response", content)
     for name in ("metrics", "orthrus", "receipt"):
         found = found.get(name) if isinstance(found, dict) else None
     if found is None:

@@ -60,13 +60,14 @@ class Base:
         *,
         raw: bool = False,
         template_values: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of text or messages; see `orthrus.base.prompt.encode_prompt`.
 
         Raises:
             UserInputError: nothing to continue, malformed messages, or messages without a template.
         """
-        return encode_prompt(self.tokenizer, prompt, raw=raw, template_values=template_values)
+        return encode_prompt(self.tokenizer, prompt, raw=raw, template_values=template_values, tools=tools)
 
 
 def load_base(
@@ -199,6 +200,27 @@ def _read_config(folder: Path, name: str) -> "PreTrainedConfig":
         raise UnsupportedModelError(
             f"{name} is of type '{model_type}', which this transformers version does not know: choose one of "
             f"{supported_families()}."
+        ) from error
+    return config
+
+
+def config_from(fields: Any, name: str) -> "PreTrainedConfig":
+    """The base's config that lies inside a merged folder's.
+
+    Raises CorruptFileError when it is none, UnsupportedModelError when it asks for code from a hub.
+    """
+    from transformers import AutoConfig
+
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise CorruptFileError(f"config.json of {name} holds no base_config: fetch the folder again.")
+    refuse_foreign_code(fields, name)
+    try:
+        with quiet_libraries():
+            config: PreTrainedConfig = AutoConfig.for_model(**fields)
+    except Exception as error:
+        raise CorruptFileError(
+            f"the base_config in config.json of {name} is no valid config ({_reason(error)}): fetch the folder "
+            "again."
         ) from error
     return config
 

@@ -22,6 +22,7 @@ def encode_prompt(
     *,
     raw: bool = False,
     template_values: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
     """Token ids of a prompt, ready for the model to continue.
 
@@ -33,6 +34,7 @@ def encode_prompt(
         raw: take text as it stands, with only what the tokenizer itself adds (a BOS token, say).
         template_values: more that the chat template may ask for, such as {"enable_thinking": False}; our own
             values go first.
+        tools: functions that the chat template tells the model of, as in OpenAI's interface.
 
     Raises:
         UserInputError: nothing to continue, malformed messages, messages without a template for them, or a
@@ -53,7 +55,7 @@ def encode_prompt(
             "This model has no chat template, so it cannot take messages: give one string, or choose an "
             "instruction-tuned model."
         )
-    return _apply_template(tokenizer, messages, template_values)
+    return _apply_template(tokenizer, messages, template_values, tools)
 
 
 def check_text(text: str, what: str) -> None:
@@ -126,6 +128,7 @@ def _apply_template(
     tokenizer: "PreTrainedTokenizerBase",
     messages: list[dict[str, Any]],
     more: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
     from orthrus.base.template import render
 
@@ -140,7 +143,7 @@ def _apply_template(
             **(more or {}),
             **tokenizer.special_tokens_map,
             "messages": messages,
-            "tools": None,
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": not continues,
         },

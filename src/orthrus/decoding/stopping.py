@@ -39,9 +39,11 @@ class StopStrings:
 
     A stop string may begin in one token and end some blocks later; nothing that could be its beginning
     is released before it is known not to be. It may hold special tokens, which are matched and never shown.
+    `matched` is the stop string that was complete first.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
+        self.matched: str | None = None
         self._stop = stop
         self._held = ""
         self._hidden: list[bool] = []
@@ -54,9 +56,10 @@ class StopStrings:
         """
         self._held += piece
         self._hidden += [hidden] * len(piece)
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            shown = self._release(min(found))
+            first, self.matched = min(found)
+            shown = self._release(first)
             self._release(len(self._held))
             return shown, True
         keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)

@@ -64,6 +64,11 @@ class AnswerText:
         self._special = special_tokens(tokenizer) if stop else {}
         self._stop = StopStrings(stop)
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._stop.matched
+
     def push(self, token_id: int) -> tuple[str, bool]:
         """The text that may be shown now, and whether a stop string is complete."""
         if self._detokenizer is None:

@@ -13,13 +13,15 @@ from starlette.responses import JSONResponse, Response
 from orthrus import __version__
 from orthrus.api import Orthrus
 from orthrus.errors import OrthrusError
+from orthrus.server.answers import respond_chat, respond_message, respond_response, respond_text
 from orthrus.server.audit_routes import add_audit
-from orthrus.server.chat import respond
 from orthrus.server.errors import ApiError, as_api_error, bad_request
 from orthrus.server.guard import Guard
+from orthrus.server.messages import Counted, MessageRequest, as_chat
 from orthrus.server.page import page
 from orthrus.server.params import DEFAULT_COMPLETION_TOKENS, DEFAULT_TEMPERATURE
 from orthrus.server.prompts import chat_ids, text_ids
+from orthrus.server.responses import ResponseRequest
 from orthrus.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from orthrus.server.service import Live, Service
 from orthrus.server.settings import ServeConfig
@@ -29,6 +31,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in (
         (400, "A field is wrong; the error names it."),
         (401, "An API key is needed."),
+        (403, "Pages of that origin may not use the server."),
         (404, "Not served here."),
         (405, "The method is not allowed."),
         (408, "The answer was not read."),
@@ -39,6 +42,16 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (504, "The request took too long."),
     )
 }
+
+
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The document without the 422s that FastAPI announces: what is wrong is answered with a 400."""
+        told = super().openapi()
+        for methods in told["paths"].values():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+        return told
 
 
 def create_app(load: Callable[[], Orthrus], config: ServeConfig | None = None) -> FastAPI:
@@ -53,7 +66,7 @@ def create_app(load: Callable[[], Orthrus], config: ServeConfig | None = None) -
         finally:
             service.close()
 
-    app = FastAPI(
+    app = _App(
         title="Orthrus",
         version=__version__,
         lifespan=lifespan,
@@ -93,12 +106,31 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
-        return await respond(service, request, body)
+        return await respond_chat(service, request, body)
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        return await respond(service, request, body)
+        return await respond_text(service, request, body)
+
+    @app.post("/v1/responses", response_model=None)
+    async def responses(body: ResponseRequest, request: Request) -> Response:
+        """Answer in OpenAI's newer interface."""
+        return await respond_response(service, request, body)
+
+    @app.post("/v1/messages", response_model=None)
+    async def messages(body: MessageRequest, request: Request) -> Response:
+        """Answer in Anthropic's interface."""
+        return await respond_message(service, request, body)
+
+    @app.post("/v1/messages/count_tokens", response_model=None)
+    def count_tokens(body: Counted) -> Response:
+        """Tokens of a prompt in Anthropic's interface."""
+        live = service.live
+        live.check_model(body.model)
+        asked = as_chat(body)
+        ids = chat_ids(live.orthrus, asked.messages, asked.tools, None)
+        return JSONResponse({"input_tokens": len(ids)})
 
     @app.post("/tokenize", response_model=None)
     def tokenize(body: TokenizeRequest) -> Response:
@@ -126,7 +158,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
 def _tokens(live: Live, body: TokenizeRequest) -> list[int]:
     if body.messages is not None:
-        return chat_ids(live.orthrus, body.messages, body.chat_template_kwargs)
+        return chat_ids(live.orthrus, body.messages, body.tools, body.chat_template_kwargs)
     text = body.content if body.prompt is None else body.prompt
     if not text:
         return []
@@ -188,12 +220,12 @@ def _card(live: Live) -> dict[str, Any]:
     }
 
 
-def _response(error: ApiError) -> Response:
-    return Response(error.payload, status_code=error.status, headers=error.headers)
+def _response(request: Request, error: ApiError) -> Response:
+    return Response(error.payload(request.url.path), status_code=error.status, headers=error.headers)
 
 
 async def _foreseen(request: Request, error: Exception) -> Response:
-    return _response(as_api_error(error))
+    return _response(request, as_api_error(error))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -206,7 +238,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         told = bad_request("The body cannot be read: send one JSON object in UTF-8.", code="invalid_json")
     else:
         told = ApiError(error.status_code, str(error.detail))
-    return _response(told)
+    return _response(request, told)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -215,10 +247,12 @@ async def _invalid(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
-        return _response(bad_request("The body is no valid JSON.", code="invalid_json"))
+        return _response(request, bad_request("The body is no valid JSON.", code="invalid_json"))
     if not place:
         if "application/json" not in request.headers.get("content-type", ""):
-            return _response(bad_request("Send JSON, with the header 'Content-Type: application/json'."))
-        return _response(bad_request("The body must be a JSON object."))
+            return _response(
+                request, bad_request("Send JSON, with the header 'Content-Type: application/json'.")
+            )
+        return _response(request, bad_request("The body must be a JSON object."))
     name = place[0][:80]
-    return _response(bad_request(f"{'.'.join(place)[:200]}: {first['msg']}.", param=name))
+    return _response(request, bad_request(f"{'.'.join(place)[:200]}: {first['msg']}.", param=name))

@@ -10,6 +10,7 @@ from orthrus.errors import OrthrusError, UserInputError
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     408: "timeout_error",
@@ -18,6 +19,19 @@ TYPES = {
     499: "invalid_request_error",
     500: "server_error",
     503: "server_error",
+    504: "timeout_error",
+}
+
+
+ANTHROPIC_PATHS = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
     504: "timeout_error",
 }
 
@@ -59,10 +73,17 @@ class ApiError(Exception):
             headers["www-authenticate"] = "Bearer"
         return headers
 
-    @property
-    def payload(self) -> bytes:
-        """The body as JSON in ASCII: a message may quote text that has no UTF-8 form."""
-        return json.dumps(self.body).encode("ascii")
+    def payload(self, path: str) -> bytes:
+        """The body for clients of that path, as JSON in ASCII: a message may quote text that has no UTF-8 form."""
+        body = anthropic_body(self) if path.startswith(ANTHROPIC_PATHS) else self.body
+        return json.dumps(body).encode("ascii")
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    """An error as Anthropic's clients read it."""
+    otherwise = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = _ANTHROPIC_TYPES.get(error.status, otherwise)
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

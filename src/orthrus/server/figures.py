@@ -18,6 +18,7 @@ class Told:
     strategy: str
     cycles: list[Cycle] = field(default_factory=list)
     num_cached: int = 0
+    stop_string: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -26,6 +27,10 @@ class Told:
     @property
     def finish(self) -> str | None:
         return self.cycles[-1].finish_reason if self.cycles else None
+
+    @property
+    def text(self) -> str:
+        return "".join(cycle.text for cycle in self.cycles)
 
 
 def finish_reason(finish: str | None) -> str | None:

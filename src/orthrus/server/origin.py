@@ -17,6 +17,6 @@ class Origin:
     @classmethod
     def of(cls, request: Request, body: ChatRequest | CompletionRequest) -> "Origin":
         messages = None
-        if isinstance(body, ChatRequest) and not getattr(body, "tools", None):
+        if isinstance(body, ChatRequest) and not body.tools:
             messages = tuple(body.messages)
         return cls(request.state.request_id, messages)

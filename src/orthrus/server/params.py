@@ -14,10 +14,10 @@ from orthrus.server.schemas import (
     ChatRequest,
     CompletionRequest,
     Open,
-    ResponseFormat,
     Sampling,
     unknown_fields,
 )
+from orthrus.server.tools import call_grammar, calling
 
 log = logging.getLogger("orthrus.server")
 DEFAULT_TEMPERATURE = 1.0
@@ -28,12 +28,9 @@ MOST_NAMED = 200
 _Harmless = Callable[[Any], bool]
 _UNSET: _Harmless = lambda value: value is None  # noqa: E731
 _OFF: _Harmless = lambda value: value is None or value is False  # noqa: E731
-_TOOLS = "function calling is not offered by this server yet"
 REFUSED: dict[str, tuple[_Harmless, str]] = {
-    "tools": (_UNSET, _TOOLS),
-    "tool_choice": (lambda value: value is None or value == "none", _TOOLS),
-    "functions": (_UNSET, _TOOLS),
-    "function_call": (lambda value: value is None or value == "none", _TOOLS),
+    "functions": (_UNSET, "use tools"),
+    "function_call": (lambda value: value is None or value == "none", "use tool_choice"),
     "suffix": (lambda value: value in (None, ""), "text cannot be filled in before a suffix"),
     "best_of": (lambda value: value in (None, 1), "use n, and choose yourself"),
     "prompt_logprobs": (_UNSET, "log probs are given for the answer only"),
@@ -147,6 +144,7 @@ def decode_configs(body: ChatRequest | CompletionRequest, seed: int, room: int) 
         raise bad_request(
             f"min_tokens ({body.min_tokens}) is more than max_tokens ({asked}).", param="min_tokens"
         )
+    grammar = _grammar(body)
     try:
         return [
             DecodeConfig(
@@ -156,7 +154,7 @@ def decode_configs(body: ChatRequest | CompletionRequest, seed: int, room: int) 
                 min_tokens=min(body.min_tokens, most),
                 ignore_eos=body.ignore_eos,
                 logprobs=logprobs,
-                grammar=_grammar(body.response_format),
+                grammar=grammar,
                 priority=body.priority,
                 sampling=SamplingParams(
                     temperature=DEFAULT_TEMPERATURE if body.temperature is None else body.temperature,
@@ -186,7 +184,10 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _grammar(wanted: ResponseFormat | None) -> Grammar | None:
+def _grammar(body: Sampling) -> Grammar | None:
+    wanted = body.response_format
+    if isinstance(body, ChatRequest) and (allowed := calling(body)) is not None:
+        return call_grammar(allowed, wanted)
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":

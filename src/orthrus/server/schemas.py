@@ -15,6 +15,7 @@ MOST_ANSWERS = 128
 MOST_STOPS = 16
 LONGEST_STOP = 1024
 MOST_MESSAGES = 10_000
+MOST_TOOLS = 128
 LARGEST_INT = 2**31 - 1
 
 
@@ -93,6 +94,29 @@ class ResponseFormat(Open):
     json_schema: JsonSchema | None = None
 
 
+class Function(Open):
+    """A function that the model may call. strict: arguments always conform, whatever it says."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, JsonValue] | None = None
+    strict: bool | None = None
+
+
+class Tool(Open):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Open):
+    name: str = Field(min_length=1, max_length=64)
+
+
+class NamedTool(Open):
+    type: Literal["function"]
+    function: FunctionName
+
+
 class OrthrusOptions(Closed):
     """How the answer is decoded; none of this changes the text. See docs/strategies.md.
 
@@ -137,6 +161,9 @@ class Sampling(Open):
     orthrus: OrthrusOptions | None = None
 
 
+Tools = Annotated[list[Tool], Field(min_length=1, max_length=MOST_TOOLS)]
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
@@ -144,6 +171,9 @@ class ChatRequest(Sampling):
     max_completion_tokens: NumTokens | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    tools: Tools | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
@@ -174,6 +204,7 @@ class TokenizeRequest(Open):
     messages: list[Message] | None = Field(default=None, min_length=1, max_length=MOST_MESSAGES)
     add_special_tokens: bool | None = None
     add_special: bool | None = None
+    tools: Tools | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = None
 
 

@@ -1,76 +1,224 @@
-"""Bodies of answers, whole and in chunks, as OpenAI's interface has them."""
+"""Answers in the shapes of OpenAI's chat and completion interfaces, whole and as events."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from orthrus.server.figures import Told, finish_reason
+from orthrus.server.call_reader import CallPiece, CallReader, Piece
+from orthrus.server.errors import ApiError
+from orthrus.server.figures import Told, finish_reason, metrics, provenance, usage
+from orthrus.server.sse import DONE, event
 from orthrus.server.tokens import TokenBytes
 from orthrus.types import Cycle, TokenLogprob
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What all parts of an answer repeat."""
+class Shape(Protocol):
+    """How one answer is written. A whole answer is `whole`; a stream is all others, in this order."""
 
-    id: str
+    def begin(self) -> Iterator[bytes]:
+        """Before the first token."""
+
+    def add(self, index: int, cycle: Cycle) -> Iterator[bytes]:
+        """A record of the index-th text has come."""
+
+    def end(self, index: int) -> Iterator[bytes]:
+        """The index-th text has ended."""
+
+    def failed(self, error: ApiError) -> Iterator[bytes]:
+        """Nothing more will come of any text; the status has been sent."""
+
+    def close(self) -> Iterator[bytes]:
+        """The end, however it came."""
+
+    def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+
+
+@dataclass(slots=True)
+class About:
+    """What an answer is made of, and what all parts of it repeat. num_prompts: of completions; key: of the request.
+
+    token_ids: tell the ids; provenance: tell of each token where it comes from, too. receipt: makes one, in the end.
+    """
+
+    prefix: str
+    key: str
     created: int
     model: str
     fingerprint: str | None
+    texts: list[Told]
+    num_prompts: int
+    seed: int
+    bytes: TokenBytes
+    token_ids: bool
+    provenance: bool
+    prompts: list[list[int]]
+    receipt: Callable[[], dict[str, Any]] | None = None
 
-    def body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    @property
+    def id(self) -> str:
+        return self.prefix + self.key
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        return usage(self.texts, self.num_prompts)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        found = metrics(self.texts, self.seed)
+        if self.receipt is not None:
+            found["orthrus"]["receipt"] = self.receipt()
+        return found
+
+
+class OpenAIShape(ABC):
+    """What both of OpenAI's interfaces share. include_usage: a last chunk tells it."""
+
+    whole_kind: str
+    chunk_kind: str
+
+    def __init__(self, about: About, *, include_usage: bool) -> None:
+        self._about, self._include_usage = about, include_usage
+        self._num_left = len(about.texts)
+
+    def begin(self) -> Iterator[bytes]:
+        for index in range(len(self._about.texts)):
+            choice = self._first(index)
+            if choice is not None:
+                yield self._event([choice], **(self._prompt_ids() if index == 0 else {}))
+
+    def add(self, index: int, cycle: Cycle) -> Iterator[bytes]:
+        about = self._about
+        choice = self._next(index, cycle, has_ids=about.token_ids and bool(cycle.token_ids))
+        if choice is None:
+            return
+        if about.token_ids:
+            choice["token_ids"] = list(cycle.token_ids)
+        if about.provenance:
+            choice["orthrus"] = provenance(cycle, about.bytes)
+        yield self._event([choice])
+
+    def end(self, index: int) -> Iterator[bytes]:
+        self._num_left -= 1
+        told = {} if self._num_left or self._include_usage else {"metrics": self._about.metrics}
+        yield self._event([self._last(index)], **told)
+        if self._num_left == 0 and self._include_usage:
+            yield event(self._body(self.chunk_kind, [], usage=self._about.usage, metrics=self._about.metrics))
+
+    def failed(self, error: ApiError) -> Iterator[bytes]:
+        yield event(error.body)
+
+    def close(self) -> Iterator[bytes]:
+        yield DONE
+
+    def whole(self) -> dict[str, Any]:
+        choices = []
+        for index, told in enumerate(self._about.texts):
+            choice = self._choice(index, told)
+            if self._about.token_ids:
+                choice["token_ids"] = [i for c in told.cycles for i in c.token_ids]
+            choices.append(choice)
+        figures = {"usage": self._about.usage, "metrics": self._about.metrics}
+        return self._body(self.whole_kind, choices, **figures, **self._prompt_ids())
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        if self._include_usage:
+            more["usage"] = None
+        return event(self._body(self.chunk_kind, choices, **more))
+
+    def _body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        about = self._about
         return {
-            "id": self.id,
+            "id": about.id,
             "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
+            "created": about.created,
+            "model": about.model,
+            "system_fingerprint": about.fingerprint,
             "choices": choices,
-        }
+        } | more
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        return {}
+
+    @abstractmethod
+    def _first(self, index: int) -> dict[str, Any] | None:
+        """What a choice begins with, if with anything."""
+
+    @abstractmethod
+    def _next(self, index: int, cycle: Cycle, *, has_ids: bool) -> dict[str, Any] | None:
+        """What a record adds to a choice; None where it adds nothing."""
+
+    @abstractmethod
+    def _last(self, index: int) -> dict[str, Any]:
+        """The end of a choice."""
+
+    @abstractmethod
+    def _choice(self, index: int, told: Told) -> dict[str, Any]:
+        """A choice in one piece."""
 
 
-class ChatShape:
-    """Choices of /v1/chat/completions."""
+class ChatShape(OpenAIShape):
+    """/v1/chat/completions. calls: texts may hold calls of functions."""
 
     whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, token_bytes: TokenBytes, *, token_ids: bool) -> None:
-        self._bytes, self._token_ids = token_bytes, token_ids
+    def __init__(self, about: About, *, include_usage: bool, calls: bool) -> None:
+        super().__init__(about, include_usage=include_usage)
+        self._readers = [CallReader() for _ in about.texts] if calls else []
 
-    def first(self, index: int) -> dict[str, Any] | None:
-        """What a choice begins with."""
+    def _prompt_ids(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self._about.prompts[0]} if self._about.token_ids else {}
+
+    def _first(self, index: int) -> dict[str, Any]:
         return self._chunk(index, {"role": "assistant", "content": ""}, None, None)
 
-    def chunk(self, index: int, cycle: Cycle) -> dict[str, Any] | None:
-        """What a record adds to a choice; None where it adds nothing."""
-        if not cycle.text and not cycle.logprobs and not (self._token_ids and cycle.token_ids):
+    def _next(self, index: int, cycle: Cycle, *, has_ids: bool) -> dict[str, Any] | None:
+        piece = self._readers[index].feed(cycle.text) if self._readers else Piece(cycle.text)
+        if not piece and not cycle.logprobs and not has_ids:
             return None
         logprobs = None if cycle.logprobs is None else {"content": self._content(cycle.logprobs)}
-        chunk = self._chunk(index, {"content": cycle.text}, logprobs, None)
-        if self._token_ids:
-            chunk["token_ids"] = list(cycle.token_ids)
-        return chunk
+        return self._chunk(index, self._delta(index, piece), logprobs, None)
 
-    def last(self, index: int, finish: str | None) -> dict[str, Any]:
-        """The end of a choice."""
-        return self._chunk(index, {}, None, finish_reason(finish))
+    def _last(self, index: int) -> dict[str, Any]:
+        piece = self._readers[index].flush() if self._readers else Piece()
+        delta = self._delta(index, piece) if piece else {}
+        return self._chunk(index, delta, None, self._finish(index))
 
-    def whole(self, index: int, told: Told) -> dict[str, Any]:
-        """A choice in one piece."""
+    def _choice(self, index: int, told: Told) -> dict[str, Any]:
         found = [c.logprobs for c in told.cycles if c.logprobs is not None]
-        choice: dict[str, Any] = {
+        message: dict[str, Any] = {"role": "assistant", "content": told.text, "refusal": None}
+        if self._readers:
+            content, calls = read_calls(self._readers[index], told.text)
+            message["content"] = content or (None if calls else "")
+            if calls:
+                message["tool_calls"] = [self._call(index, each) for each in calls]
+        return {
             "index": index,
-            "message": {
-                "role": "assistant",
-                "content": "".join(c.text for c in told.cycles),
-                "refusal": None,
-            },
+            "message": message,
             "logprobs": {"content": self._content([lp for some in found for lp in some])} if found else None,
-            "finish_reason": finish_reason(told.finish),
+            "finish_reason": self._finish(index),
         }
-        if self._token_ids:
-            choice["token_ids"] = [i for c in told.cycles for i in c.token_ids]
-        return choice
+
+    def _finish(self, index: int) -> str | None:
+        finish = finish_reason(self._about.texts[index].finish)
+        has_calls = bool(self._readers) and self._readers[index].num_calls > 0
+        return "tool_calls" if finish == "stop" and has_calls else finish
+
+    def _delta(self, index: int, piece: Piece) -> dict[str, Any]:
+        delta: dict[str, Any] = {"content": piece.content} if piece.content or not piece.calls else {}
+        if piece.calls:
+            delta["tool_calls"] = [{"index": each.index} | self._call(index, each) for each in piece.calls]
+        return delta
+
+    def _call(self, index: int, piece: CallPiece) -> dict[str, Any]:
+        if piece.name is None:
+            return {"function": {"arguments": piece.arguments}}
+        return {
+            "id": call_id(self._about, index, piece),
+            "type": "function",
+            "function": {"name": piece.name, "arguments": piece.arguments},
+        }
 
     @staticmethod
     def _chunk(index: int, delta: dict[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
@@ -84,60 +232,47 @@ class ChatShape:
         ]
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": self._bytes.text(token_id),
-            "logprob": logprob,
-            "bytes": list(self._bytes(token_id)),
-        }
+        token = self._about.bytes
+        return {"token": token.text(token_id), "logprob": logprob, "bytes": list(token(token_id))}
 
 
-class TextShape:
-    """Choices of /v1/completions. echoes: by choice, what is shown before its text, and the prompt's ids."""
+class TextShape(OpenAIShape):
+    """/v1/completions. echoes: by choice, what is shown before its text."""
 
     whole_kind = chunk_kind = "text_completion"
 
-    def __init__(
-        self, token_bytes: TokenBytes, echoes: Sequence[str], prompts: Sequence[list[int]], *, token_ids: bool
-    ) -> None:
-        self._bytes, self._token_ids = token_bytes, token_ids
-        self._echoes, self._prompts = echoes, prompts
+    def __init__(self, about: About, *, include_usage: bool, echoes: Sequence[str]) -> None:
+        super().__init__(about, include_usage=include_usage)
+        self._echoes = echoes
         self._offsets = [0] * len(echoes)
 
-    def first(self, index: int) -> dict[str, Any] | None:
-        """The prompt where it is echoed."""
-        return self._choice(index, self._echoes[index], None, None) if self._echoes[index] else None
+    def _first(self, index: int) -> dict[str, Any] | None:
+        return self._part(index, self._echoes[index], None, None) if self._echoes[index] else None
 
-    def chunk(self, index: int, cycle: Cycle) -> dict[str, Any] | None:
-        """What a record adds to a choice; None where it adds nothing."""
-        if not cycle.text and not cycle.logprobs and not (self._token_ids and cycle.token_ids):
+    def _next(self, index: int, cycle: Cycle, *, has_ids: bool) -> dict[str, Any] | None:
+        if not cycle.text and not cycle.logprobs and not has_ids:
             return None
         logprobs = None if cycle.logprobs is None else self._lists(index, cycle.logprobs)
-        chunk = self._choice(index, cycle.text, logprobs, None)
-        if self._token_ids:
-            chunk["token_ids"] = list(cycle.token_ids)
-        return chunk
+        return self._part(index, cycle.text, logprobs, None)
 
-    def last(self, index: int, finish: str | None) -> dict[str, Any]:
-        """The end of a choice."""
-        return self._choice(index, "", None, finish_reason(finish))
+    def _last(self, index: int) -> dict[str, Any]:
+        return self._part(index, "", None, finish_reason(self._about.texts[index].finish))
 
-    def whole(self, index: int, told: Told) -> dict[str, Any]:
-        """A choice in one piece."""
+    def _choice(self, index: int, told: Told) -> dict[str, Any]:
         found = [c.logprobs for c in told.cycles if c.logprobs is not None]
-        text = self._echoes[index] + "".join(c.text for c in told.cycles)
         logprobs = self._lists(index, [lp for some in found for lp in some]) if found else None
-        choice = self._choice(index, text, logprobs, finish_reason(told.finish))
-        if self._token_ids:
-            choice["token_ids"] = [i for c in told.cycles for i in c.token_ids]
-            choice["prompt_token_ids"] = self._prompts[index]
+        choice = self._part(index, self._echoes[index] + told.text, logprobs, finish_reason(told.finish))
+        if self._about.token_ids:
+            choice["prompt_token_ids"] = self._about.prompts[index]
         return choice
 
     @staticmethod
-    def _choice(index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
+    def _part(index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
     def _lists(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        tokens = [self._bytes.text(lp.token_id) for lp in logprobs]
+        token_bytes = self._about.bytes
+        tokens = [token_bytes.text(lp.token_id) for lp in logprobs]
         offsets = []
         for token in tokens:
             offsets.append(self._offsets[index])
@@ -147,7 +282,7 @@ class TextShape:
             # Tokens of half a character look alike: the most probable one stands for them.
             top: dict[str, float] = {}
             for token_id, value in (*lp.top, (lp.token_id, lp.logprob)):
-                top.setdefault(self._bytes.text(token_id), value)
+                top.setdefault(token_bytes.text(token_id), value)
             tops.append(top)
         return {
             "tokens": tokens,
@@ -155,3 +290,16 @@ class TextShape:
             "top_logprobs": tops,
             "text_offset": offsets,
         }
+
+
+def call_id(about: About, index: int, piece: CallPiece) -> str:
+    """A name for a call, for its result to refer to."""
+    return f"call_{about.key}_{index}_{piece.index}"
+
+
+def read_calls(reader: CallReader, text: str) -> tuple[str, list[CallPiece]]:
+    """What of a whole text is outside of calls, and the calls."""
+    first, rest = reader.feed(text), reader.flush()
+    for piece in rest.calls:
+        first.calls[-1].arguments += piece.arguments
+    return first.content + rest.content, first.calls

@@ -14,9 +14,15 @@ DONE = b"data: [DONE]\n\n"
 PING = b": keepalive\n\n"
 
 
-def event(body: dict[str, Any]) -> bytes:
+def event(body: dict[str, Any], name: str | None = None) -> bytes:
     """One event of a stream."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
+    named = b"" if name is None else f"event: {name}\n".encode("ascii")
+    return (
+        named
+        + b"data: "
+        + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        + b"\n\n"
+    )
 
 
 class EventStream(Response):

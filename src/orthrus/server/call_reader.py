@@ -1,0 +1,119 @@
+"""Reads calls out of an answer while it is being written."""
+
+import json
+import re
+from dataclasses import dataclass, field
+
+from orthrus.server.tools import AFTER_ARGUMENTS, BEFORE_ARGUMENTS, BEFORE_NAME, TAG
+
+_OPENING = re.compile(re.escape(BEFORE_NAME) + r'("(?:[^"\\]|\\.)*")' + re.escape(BEFORE_ARGUMENTS))
+
+
+@dataclass(slots=True)
+class CallPiece:
+    """What came of a call. name: where the call begins."""
+
+    index: int
+    name: str | None
+    arguments: str
+
+
+@dataclass(slots=True)
+class Piece:
+    """What came of an answer: text outside of calls, and pieces of calls."""
+
+    content: str = ""
+    calls: list[CallPiece] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.content or self.calls)
+
+
+class CallReader:
+    """Takes the text of one answer in pieces of any size; what it gives depends on the whole text alone.
+
+    The text follows the grammar of `call_grammar`, and may end anywhere.
+    """
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+        self._held = ""
+        self._arguments = ""
+        # Where the reader stands: in text, between a tag and the arguments, in arguments, or between calls.
+        self._read = self._in_text
+
+    def feed(self, text: str) -> Piece:
+        """What can be told now."""
+        self._held += text
+        piece = Piece()
+        while self._read(piece):
+            pass
+        return piece
+
+    def flush(self) -> Piece:
+        """What was held back, once nothing more will come."""
+        piece = Piece()
+        if self._read == self._in_text:
+            piece.content = self._held
+        elif self._read == self._in_arguments and not _is_json(self._arguments):
+            self._tell_arguments(piece, self._held)
+        self._held = ""
+        return piece
+
+    def _in_text(self, piece: Piece) -> bool:
+        before, found, after = self._held.partition(TAG)
+        if found:
+            piece.content += before
+            self._held, self._read = after, self._in_opening
+            return True
+        told = len(self._held) - _overlap(self._held, TAG)
+        piece.content += self._held[:told]
+        self._held = self._held[told:]
+        return False
+
+    def _in_opening(self, piece: Piece) -> bool:
+        match = _OPENING.match(self._held)
+        if match is None:
+            return False
+        piece.calls.append(CallPiece(self.num_calls, json.loads(match[1]), ""))
+        self.num_calls += 1
+        self._held, self._arguments, self._read = self._held[match.end() :], "", self._in_arguments
+        return True
+
+    def _in_arguments(self, piece: Piece) -> bool:
+        before, found, after = self._held.partition(AFTER_ARGUMENTS)
+        if found:
+            self._tell_arguments(piece, before)
+            self._held, self._read = after, self._between_calls
+            return True
+        told = len(self._held) - _overlap(self._held, AFTER_ARGUMENTS)
+        self._tell_arguments(piece, self._held[:told])
+        self._held = self._held[told:]
+        return False
+
+    def _between_calls(self, piece: Piece) -> bool:
+        _, found, after = self._held.partition(TAG)
+        if found:
+            self._held, self._read = after, self._in_opening
+        return bool(found)
+
+    def _tell_arguments(self, piece: Piece, text: str) -> None:
+        if not text:
+            return
+        self._arguments += text
+        if not piece.calls:
+            piece.calls.append(CallPiece(self.num_calls - 1, None, ""))
+        piece.calls[-1].arguments += text
+
+
+def _overlap(text: str, tag: str) -> int:
+    """Length of the longest end of `text` that `tag` begins with."""
+    return next((n for n in range(min(len(text), len(tag) - 1), 0, -1) if text.endswith(tag[:n])), 0)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,153 @@
+"""/v1/messages: requests of Anthropic's interface as chats."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, JsonValue
+
+from orthrus.server.errors import bad_request
+from orthrus.server.responses import checked_chat
+from orthrus.server.schemas import (
+    MOST_MESSAGES,
+    MOST_STOPS,
+    ChatRequest,
+    Name,
+    NumTokens,
+    Open,
+    OrthrusOptions,
+    StopText,
+)
+
+_SKIPPED_BLOCKS = ("thinking", "redacted_thinking")
+
+
+class Turn(Open):
+    role: Literal["user", "assistant", "system"]
+    content: str | list[dict[str, JsonValue]]
+
+
+class Choice(Open):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = Field(default=None, max_length=64)
+    disable_parallel_tool_use: bool = False
+
+
+class Counted(Open):
+    """What the prompt of a message is made of; POST /v1/messages/count_tokens takes no more."""
+
+    model: Name | None = None
+    messages: list[Turn] = Field(min_length=1, max_length=MOST_MESSAGES)
+    system: str | list[dict[str, JsonValue]] | None = None
+    tools: list[dict[str, JsonValue]] | None = Field(default=None, max_length=1024)
+    tool_choice: Choice | None = None
+    thinking: JsonValue = None
+
+
+class MessageRequest(Counted):
+    """POST /v1/messages. Tools without an input_schema are left out: they run on Anthropic's servers."""
+
+    max_tokens: NumTokens
+    temperature: float | None = Field(default=None, ge=0.0, le=100.0)
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
+    stop_sequences: Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    stream: bool | None = None
+    metadata: dict[str, JsonValue] | None = None
+    service_tier: str | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    orthrus: OrthrusOptions | None = None
+
+
+def as_chat(body: Counted) -> ChatRequest:
+    """The chat that a request asks for. Raises ApiError for what cannot be one."""
+    messages: list[dict[str, Any]] = []
+    if body.system:
+        messages.append({"role": "system", "content": _text(body.system, "system")})
+    for index, turn in enumerate(body.messages):
+        messages += _turns(turn, f"messages.{index}")
+    tools = [_tool(tool, index) for index, tool in enumerate(body.tools or ()) if "input_schema" in tool]
+    choice = body.tool_choice
+    fields: dict[str, Any] = {
+        "model": body.model,
+        "messages": messages,
+        "tools": tools or None,
+        "tool_choice": _choice(choice) if tools or (choice and choice.type in ("any", "tool")) else None,
+        "parallel_tool_calls": not (choice is not None and choice.disable_parallel_tool_use),
+    }
+    if isinstance(body, MessageRequest):
+        fields |= {
+            "max_completion_tokens": body.max_tokens,
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+            "top_k": body.top_k,
+            "stop": body.stop_sequences,
+            "stream": body.stream,
+            "seed": body.seed,
+            "orthrus": None if body.orthrus is None else body.orthrus.model_dump(),
+        }
+    return checked_chat(fields, {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"})
+
+
+def _turns(turn: Turn, place: str) -> list[dict[str, Any]]:
+    """A turn of the user may hold results, which are turns of their own in a chat."""
+    if isinstance(turn.content, str):
+        return [{"role": turn.role, "content": turn.content}]
+    texts, calls, results = [], [], []
+    for block in turn.content:
+        kind = block.get("type")
+        if kind == "text" and isinstance(block.get("text"), str):
+            texts.append(str(block["text"]))
+        elif kind == "tool_use" and turn.role == "assistant":
+            try:
+                arguments = json.dumps(block.get("input", {}), ensure_ascii=False)
+            except (ValueError, RecursionError):
+                raise bad_request(f"{place}: the input of a tool cannot be read.", param="messages") from None
+            function = {"name": block.get("name"), "arguments": arguments}
+            calls.append({"id": block.get("id"), "type": "function", "function": function})
+        elif kind == "tool_result" and turn.role == "user":
+            text = _text(block.get("content") or "", place)
+            said = f"Error: {text}" if block.get("is_error") else text
+            results.append({"role": "tool", "content": said, "tool_call_id": block.get("tool_use_id")})
+        elif kind not in _SKIPPED_BLOCKS:
+            raise bad_request(
+                f"{place}: a block of type {ascii(kind)[:60]} cannot be read.", param="messages"
+            )
+    text = "".join(texts)
+    if calls:
+        return [{"role": "assistant", "content": text or None, "tool_calls": calls}]
+    return results + ([{"role": turn.role, "content": text}] if text or not results else [])
+
+
+def _text(content: Any, place: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise bad_request(f"{place}: a text, or a list of blocks, is needed.", param=place.partition(".")[0])
+    texts = []
+    for block in content:
+        kind, text = (block.get("type"), block.get("text")) if isinstance(block, dict) else (None, None)
+        if kind != "text" or not isinstance(text, str):
+            raise bad_request(
+                f"{place}: a block of type {ascii(kind)[:60]} cannot be read.", param=place.partition(".")[0]
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tool(tool: dict[str, Any], index: int) -> dict[str, Any]:
+    if not isinstance(tool.get("name"), str) or not isinstance(tool["input_schema"], dict):
+        raise bad_request(f"tools.{index}: a tool needs a name and an input_schema.", param="tools")
+    function = {"name": tool["name"], "parameters": tool["input_schema"]}
+    if isinstance(tool.get("description"), str):
+        function["description"] = tool["description"]
+    return {"type": "function", "function": function}
+
+
+def _choice(choice: Choice | None) -> Any:
+    if choice is None:
+        return None
+    if choice.type != "tool":
+        return {"auto": "auto", "any": "required", "none": "none"}[choice.type]
+    if choice.name is None:
+        raise bad_request("tool_choice of type tool needs a name.", param="tool_choice")
+    return {"type": "function", "function": {"name": choice.name}}

@@ -1,0 +1,184 @@
+"""Answers in the shape of OpenAI's /v1/responses, whole and as events."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from orthrus.server.call_reader import CallPiece, CallReader
+from orthrus.server.errors import ApiError
+from orthrus.server.figures import finish_reason
+from orthrus.server.responses import ResponseRequest
+from orthrus.server.shapes import About, call_id
+from orthrus.server.sse import event
+from orthrus.types import Cycle
+
+
+class ResponsesShape:
+    """One answer: an item for the text outside of calls, and one for each call. See `Shape`.
+
+    A stream tells of each item when it begins, grows and ends.
+    """
+
+    def __init__(self, about: About, body: ResponseRequest, *, calls: bool) -> None:
+        self._about, self._body = about, body
+        self._reader = CallReader() if calls else None
+        self._items: list[dict[str, Any]] = []
+        # The item that grows.
+        self._open: dict[str, Any] | None = None
+        self._num_events = 0
+
+    def begin(self) -> Iterator[bytes]:
+        for kind in ("created", "in_progress"):
+            yield self._event(f"response.{kind}", response=self._response("in_progress"))
+
+    def add(self, index: int, cycle: Cycle) -> Iterator[bytes]:
+        if self._reader is None:
+            yield from self._grow_text(cycle.text)
+        else:
+            piece = self._reader.feed(cycle.text)
+            yield from self._grow_text(piece.content)
+            for call in piece.calls:
+                yield from self._grow_call(call)
+
+    def end(self, index: int) -> Iterator[bytes]:
+        if self._reader is not None:
+            piece = self._reader.flush()
+            yield from self._grow_text(piece.content)
+            for call in piece.calls:
+                yield from self._grow_call(call)
+        if not self._items:
+            yield from self._open_text()
+        is_whole = self._is_whole
+        yield from self._close_item("completed" if is_whole else "incomplete")
+        status = "completed" if is_whole else "incomplete"
+        yield self._event(f"response.{status}", response=self._response(status))
+
+    def failed(self, error: ApiError) -> Iterator[bytes]:
+        told = {"code": error.code or "server_error", "message": error.message}
+        yield self._event("error", **told, param=error.param)
+        yield self._event("response.failed", response=self._response("failed") | {"error": told})
+
+    def close(self) -> Iterator[bytes]:
+        return iter(())
+
+    def whole(self) -> dict[str, Any]:
+        for _ in self._written_at_once():
+            pass
+        return self._response("completed" if self._is_whole else "incomplete")
+
+    def _written_at_once(self) -> Iterator[bytes]:
+        for cycle in self._about.texts[0].cycles:
+            yield from self.add(0, cycle)
+        yield from self.end(0)
+
+    @property
+    def _is_whole(self) -> bool:
+        return finish_reason(self._about.texts[0].finish) == "stop"
+
+    def _grow_text(self, text: str) -> Iterator[bytes]:
+        if not text:
+            return
+        if self._open is None or self._open["type"] != "message":
+            yield from self._close_item("completed")
+            yield from self._open_text()
+        assert self._open is not None
+        self._open["content"][0]["text"] += text
+        yield self._event(
+            "response.output_text.delta", **self._place, content_index=0, delta=text, logprobs=[]
+        )
+
+    def _open_text(self) -> Iterator[bytes]:
+        item = {"type": "message", "id": f"msg_{self._about.key}_{len(self._items)}", "role": "assistant"}
+        yield from self._open_item(item | {"content": []})
+        assert self._open is not None
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        self._open["content"].append(part)
+        yield self._event("response.content_part.added", **self._place, content_index=0, part=part)
+
+    def _grow_call(self, piece: CallPiece) -> Iterator[bytes]:
+        if piece.name is not None:
+            yield from self._close_item("completed")
+            item = {
+                "type": "function_call",
+                "id": f"fc_{self._about.key}_{len(self._items)}",
+                "arguments": "",
+            }
+            yield from self._open_item(item | {"call_id": call_id(self._about, 0, piece), "name": piece.name})
+        assert self._open is not None
+        if piece.arguments:
+            self._open["arguments"] += piece.arguments
+            yield self._event("response.function_call_arguments.delta", **self._place, delta=piece.arguments)
+
+    def _open_item(self, item: dict[str, Any]) -> Iterator[bytes]:
+        self._open = item | {"status": "in_progress"}
+        self._items.append(self._open)
+        yield self._event("response.output_item.added", output_index=len(self._items) - 1, item=self._open)
+
+    def _close_item(self, status: str) -> Iterator[bytes]:
+        item = self._open
+        if item is None:
+            return
+        item["status"] = status
+        if item["type"] == "message":
+            part = item["content"][0]
+            yield self._event(
+                "response.output_text.done", **self._place, content_index=0, text=part["text"], logprobs=[]
+            )
+            yield self._event("response.content_part.done", **self._place, content_index=0, part=part)
+        else:
+            yield self._event(
+                "response.function_call_arguments.done",
+                **self._place,
+                name=item["name"],
+                arguments=item["arguments"],
+            )
+        yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)
+        self._open = None
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        assert self._open is not None
+        return {"item_id": self._open["id"], "output_index": len(self._items) - 1}
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self._num_events += 1
+        return event({"type": kind, "sequence_number": self._num_events - 1} | fields, kind)
+
+    def _response(self, status: str) -> dict[str, Any]:
+        about, body = self._about, self._body
+        wanted = body.text.format if body.text is not None and body.text.format is not None else None
+        choice = body.tool_choice or "auto"
+        told: dict[str, Any] = {
+            "id": about.id,
+            "object": "response",
+            "created_at": about.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": about.model,
+            "output": self._items,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "store": False,
+            "temperature": body.temperature,
+            "text": {"format": {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True)},
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": body.tools or [],
+            "top_p": body.top_p,
+            "truncation": "disabled",
+            "usage": None,
+        }
+        if status in ("completed", "incomplete"):
+            usage = about.usage
+            told["usage"] = {
+                "input_tokens": usage["prompt_tokens"],
+                "input_tokens_details": usage["prompt_tokens_details"],
+                "output_tokens": usage["completion_tokens"],
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": usage["total_tokens"],
+            }
+            told["metrics"] = about.metrics
+        return told

@@ -1,0 +1,186 @@
+"""Function calling: how a model is told of its tools, and the grammar that its calls keep to.
+
+Calls are written as Hermes and Qwen models learn it: `<tool_call>`, a JSON object, `</tool_call>`. A grammar
+holds every model to this form and the arguments to their schema, so a call can always be read.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orthrus.config import Grammar
+from orthrus.decoding.grammar import WHITESPACE
+from orthrus.errors import UserInputError
+from orthrus.server.errors import bad_request
+from orthrus.server.schemas import ChatRequest, NamedTool, ResponseFormat, Tool
+
+TAG, END_TAG = "<tool_call>", "</tool_call>"
+BEFORE_NAME, BEFORE_ARGUMENTS, AFTER_ARGUMENTS = '\n{"name": ', ', "arguments": ', f"}}\n{END_TAG}"
+"""Around a call's name and arguments. A line break cannot stand inside a JSON string, so the end is unambiguous."""
+
+_INTRODUCTION = (
+    "You can call functions. Each line between the tags describes one of them.\n<tools>\n{tools}\n</tools>\n"
+    'To call a function, write its name and its arguments as JSON:\n<tool_call>\n{{"name": NAME, "arguments": '
+    "{{...}}}}\n</tool_call>\nYou then read the result between <tool_response> and </tool_response>."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Calling:
+    """What a request allows: these tools; `required`: an answer is calls and nothing else."""
+
+    tools: tuple[Tool, ...]
+    required: bool
+    parallel: bool
+
+
+def calling(body: ChatRequest) -> Calling | None:
+    """The calls that a request allows; None where it allows none. Raises ApiError for fields that disagree."""
+    choice = body.tool_choice
+    if body.tools is None:
+        if choice not in (None, "none"):
+            raise bad_request("tool_choice needs tools to choose from.", param="tool_choice")
+        return None
+    names = [tool.function.name for tool in body.tools]
+    if len({*names}) < len(names):
+        raise bad_request("tools: two functions have the same name.", param="tools")
+    if choice == "none":
+        return None
+    tools = body.tools
+    if isinstance(choice, NamedTool):
+        tools = [tool for tool in tools if tool.function.name == choice.function.name]
+        if not tools:
+            raise bad_request(
+                "tool_choice names a function that is not among the tools.", param="tool_choice"
+            )
+    return Calling(tuple(tools), choice not in (None, "auto"), body.parallel_tool_calls is not False)
+
+
+def call_grammar(allowed: Calling, otherwise: ResponseFormat | None) -> Grammar:
+    """What an answer may be: calls, or else a text, or JSON of the response format, or a text before calls.
+
+    Raises ApiError for what no grammar can hold.
+    """
+    rules = []
+    for number, tool in enumerate(allowed.tools):
+        opening = BEFORE_NAME + json.dumps(tool.function.name) + BEFORE_ARGUMENTS
+        schema = {"type": "object", **(tool.function.parameters or {})}
+        rules.append(f"call{number}: {_quoted(opening)} %json {_schema(schema)} {_quoted(AFTER_ARGUMENTS)}")
+    some = " | ".join(f"call{number}" for number in range(len(rules)))
+    again = f' ("\\n{TAG}" call)*' if allowed.parallel else ""
+    starts = [f'"{TAG}" calls']
+    if not allowed.required:
+        if otherwise is None or otherwise.type == "text":
+            # A text ends with the tag and is followed by a call, or never holds the tag.
+            starts = ["before calls", "TEXT"]
+            rules.append(f'before[suffix="{TAG}"]: /(?s:.*)/')
+            rules.append(f"TEXT: /(?s:.*)/ & ~/(?s:.*){TAG}(?s:.*)/")
+        else:
+            rules.append(f"json: %json {_schema(_wanted(otherwise))}")
+            starts.append("json")
+    lines = [f"start: {' | '.join(starts)}", f"calls: call{again}", f"call: {some}", *rules]
+    try:
+        return Grammar("lark", "\n".join(lines))
+    except UserInputError as error:
+        raise bad_request(f"tools: {error}", param="tools") from error
+
+
+def _wanted(form: ResponseFormat) -> dict[str, Any]:
+    if form.type == "json_schema" and form.json_schema is not None and form.json_schema.schema_ is not None:
+        return dict(form.json_schema.schema_)
+    return {"type": "object"}
+
+
+def _schema(schema: dict[str, Any]) -> str:
+    try:
+        return json.dumps(schema | {"x-guidance": {"whitespace_pattern": WHITESPACE}})
+    except (ValueError, RecursionError) as error:
+        raise bad_request(f"tools: a schema cannot be used ({error}).", param="tools") from error
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)
+
+
+def with_tools(
+    turns: list[dict[str, Any]], tools: Sequence[Tool] | None, template: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Turns, and tools for the chat template, that tell of tools, calls and results.
+
+    A template that knows tools and writes calls as we read them gets them as they are; for others they become
+    text in the turns. Raises ApiError for calls that are malformed.
+    """
+    turns = [_with_parsed_calls(turn, index) for index, turn in enumerate(turns)]
+    described = [tool.model_dump(exclude_none=True) for tool in tools or ()]
+    if TAG in template and "tools" in template:
+        return turns, described or None
+    told: list[dict[str, Any]] = []
+    for turn in turns:
+        if turn["role"] == "tool":
+            result = f"<tool_response>\n{_text(turn.get('content'))}\n</tool_response>"
+            if told and told[-1].get("results"):
+                told[-1]["content"] += f"\n{result}"
+            else:
+                told.append({"role": "user", "content": result, "results": True})
+        elif turn.get("tool_calls"):
+            calls = "\n".join(_written(call) for call in turn["tool_calls"])
+            content = _text(turn.get("content"))
+            told.append(turn | {"content": f"{content}\n{calls}" if content else calls})
+        else:
+            told.append(turn)
+    told = [{name: value for name, value in turn.items() if name != "results"} for turn in told]
+    if described:
+        lines = "\n".join(json.dumps(each, ensure_ascii=False) for each in described)
+        introduction = _INTRODUCTION.format(tools=lines)
+        if told[0]["role"] == "system":
+            said = _text(told[0].get("content"))
+            told[0] = told[0] | {"content": f"{said}\n\n{introduction}" if said else introduction}
+        else:
+            told.insert(0, {"role": "system", "content": introduction})
+    return told, None
+
+
+def _with_parsed_calls(turn: dict[str, Any], index: int) -> dict[str, Any]:
+    """Arguments are text in a request, and an object in templates."""
+    calls = turn.get("tool_calls")
+    if calls is None:
+        return turn
+    field = f"messages.{index}.tool_calls"
+    parsed = []
+    for call in calls:
+        function = call.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise bad_request(f"{field}: a call needs a function with a name.", param="messages")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except (ValueError, RecursionError):
+                arguments = None
+        if not isinstance(arguments, dict):
+            raise bad_request(f"{field}: arguments must be a JSON object, as text.", param="messages")
+        parsed.append(call | {"function": function | {"arguments": arguments}})
+    return turn | {"tool_calls": parsed}
+
+
+def _written(call: dict[str, Any]) -> str:
+    function = call["function"]
+    name, arguments = (json.dumps(function[key], ensure_ascii=False) for key in ("name", "arguments"))
+    return f"{TAG}{BEFORE_NAME}{name}{BEFORE_ARGUMENTS}{arguments}{AFTER_ARGUMENTS}"
+
+
+def _text(content: Any) -> str:
+    """A content as text. Raises ApiError for parts that are none."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for part in content:
+        text = part if isinstance(part, str) else part.get("text")
+        if not isinstance(text, str):
+            kind = "" if isinstance(part, str) else str(part.get("type", ""))
+            raise bad_request(
+                f"messages: a part of type {ascii(kind)[:60]} cannot be read.", param="messages"
+            )
+        texts.append(text)
+    return "".join(texts)
