@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from orthrus import __version__
-from orthrus.cli import adapt, audit, bench, chat, convert, demo, env, generate, serve, synth, train
+from orthrus.cli import adapt, audit, bench, chat, convert, demo, env, generate, serve, synth, train, verify
 from orthrus.cli.common import run_command, session
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ COMMANDS = (
     demo.demo,
     bench.bench,
     audit.audit,
+    verify.verify,
     synth.synth,
     train.train,
     adapt.adapt,

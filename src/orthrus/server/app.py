@@ -14,6 +14,7 @@ from orthrus import __version__
 from orthrus.api import Orthrus
 from orthrus.errors import OrthrusError
 from orthrus.server.answers import respond_chat, respond_message, respond_response, respond_text
+from orthrus.server.audit_routes import add_audit
 from orthrus.server.errors import ApiError, as_api_error, bad_request
 from orthrus.server.guard import Guard
 from orthrus.server.messages import Counted, MessageRequest, as_chat
@@ -85,6 +86,7 @@ def create_app(load: Callable[[], Orthrus], config: ServeConfig | None = None) -
     app.add_exception_handler(HTTPException, _http_error)
     _add_answers(app, service)
     _add_state(app, service)
+    add_audit(app, service)
     if config.page:
         app.add_api_route("/", page, methods=["GET"], response_model=None, include_in_schema=False)
     app.add_middleware(
