@@ -30,7 +30,7 @@ TEMPLATE = (
     "{% if shout is defined and shout %}!{% endif %}"
     "{% if add_generation_prompt %}<a>{% endif %}"
 )
-END, NUM_IDS = 2, 300
+END, NUM_IDS, CONTEXT = 2, 300, 1024
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -51,6 +51,7 @@ def byte_orthrus(config: EngineConfig | None = None) -> Orthrus:
     """A random model over bytes, whose drafts are partly wrong."""
     settings = copy.deepcopy(FAMILY_CONFIGS["llama"])
     settings.vocab_size = NUM_IDS
+    settings.max_position_embeddings = CONTEXT
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILY_CONFIGS, "bytes", settings)
         dual = tiny_dual("bytes", block_size=8, disturb=0.3)

@@ -11,7 +11,7 @@ from orthrus.engine.engine import EngineConfig
 from orthrus.server.app import create_app
 from orthrus.server.settings import ServeConfig
 
-from .conftest import byte_orthrus, chat, events, run, serving, text
+from .conftest import CONTEXT, byte_orthrus, chat, events, run, serving, text
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -186,7 +186,7 @@ def test_a_refused_request_gives_its_place_back(slow):
     async def check():
         async with serving(slow, max_running=1, max_queue=0) as client:
             for _ in range(12):
-                wrong = await client.post(TEXT, json=text("x" * 300))
+                wrong = await client.post(TEXT, json=text("x" * CONTEXT))
                 assert wrong.json()["error"]["code"] == "context_length_exceeded"
             assert (await client.post(TEXT, json=text("Hi"))).status_code == 200
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orthrus.server.logs import JsonLines
 
-from .conftest import chat, events, run, serving, text
+from .conftest import CONTEXT, chat, events, run, serving, text
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 JSON = {"content-type": "application/json"}
@@ -29,9 +29,6 @@ def check_error(response, status, param=None, code=None):
 
 
 WRONG = [
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-    ({"tools": []}, "tools"),
-    ({"tool_choice": "auto"}, "tool_choice"),
     ({"functions": []}, "functions"),
     ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ({"best_of": 2}, "best_of"),
@@ -93,7 +90,7 @@ WRONG_CHATS = [
         "messages",
     ),
     ({"messages": "Hi"}, "messages"),
-    ({"messages": [{"role": "user", "content": "x" * 300}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "x" * CONTEXT}]}, "messages"),
     ({"chat_template_kwargs": []}, "chat_template_kwargs"),
 ]
 WRONG_TEXTS = [
@@ -133,9 +130,9 @@ def test_the_message_says_what_is_wrong(orthrus):
             )
             assert "no role pirate" in told
             told = check_error(
-                await client.post(CHAT, json=chat("x" * 300)), 400, code="context_length_exceeded"
+                await client.post(CHAT, json=chat("x" * CONTEXT)), 400, code="context_length_exceeded"
             )
-            assert "256" in told
+            assert str(CONTEXT) in told
             check_error(await client.post(CHAT, json=chat(model="gpt-4")), 404, "model", "model_not_found")
 
     run(check)
@@ -212,9 +209,14 @@ def test_messages_come_in_many_forms(orthrus):
                 "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}],
             }
             assert await ids([user]) == await ids([parts]) == "<u>Hi<a>"
-            call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]}
+            function = {"name": "f", "arguments": "{}"}
+            calls = [{"id": "1", "type": "function", "function": function}]
+            call = {"role": "assistant", "content": None, "tool_calls": calls}
             tool = {"role": "tool", "content": "42", "tool_call_id": "1"}
-            assert await ids([user, call, tool]) == "<u>Hi<a><t>42<a>"
+            assert await ids([user, call, tool]) == (
+                '<u>Hi<a><tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+                "<u><tool_response>\n42\n</tool_response><a>"
+            )
             developer = {"role": "developer", "content": "Be brief"}
             assert await ids([developer, user]) == "<s>Be brief<u>Hi<a>"
             system = {"role": "system", "content": ""}
@@ -233,7 +235,7 @@ def test_tokens_in_both_dialects(orthrus):
             for body in ({"prompt": "Hé"}, {"content": "Hé"}):
                 got = (await client.post("/tokenize", json=body)).json()
                 assert got["count"] == len(got["tokens"]) == 3
-                assert got["max_model_len"] == 256
+                assert got["max_model_len"] == CONTEXT
                 back = (await client.post("/detokenize", json={"tokens": got["tokens"]})).json()
                 assert back == {"prompt": "Hé", "content": "Hé"}
             assert (await client.post("/tokenize", json={"content": ""})).json()["tokens"] == []
@@ -288,6 +290,38 @@ def test_keys_ids_and_sizes(orthrus, caplog):
     run(check)
 
 
+def test_pages_of_other_names_are_kept_out(orthrus):
+    async def check():
+        async with serving(orthrus, cors_origins=("http://good",)) as client:
+            for origin in (
+                "http://evil",
+                "http://evil:8000",
+                "null",
+                "http://127.0.0.1.evil",
+                "http://[",
+                "",
+            ):
+                refused = await client.post(CHAT, json=chat(), headers={"origin": origin})
+                assert "--cors-origin" in check_error(refused, 403, code="origin_not_allowed")
+            for origin in ("http://good", "http://127.0.0.1:8000", "http://localhost", "http://[::1]:8000"):
+                assert (await client.post(CHAT, json=chat(), headers={"origin": origin})).status_code == 200
+        async with serving(orthrus, api_keys=("k",)) as client:
+            headers = {"origin": "http://evil", "x-api-key": "k"}
+            assert (await client.post(CHAT, json=chat(), headers=headers)).status_code == 200
+
+    run(check)
+
+
+def test_the_document_tells_no_422(orthrus):
+    async def check():
+        async with serving(orthrus) as client:
+            told = (await client.get("/openapi.json")).json()
+        operations = [each for methods in told["paths"].values() for each in methods.values()]
+        assert all("400" in each["responses"] and "422" not in each["responses"] for each in operations)
+
+    run(check)
+
+
 def test_the_log_and_the_figures_show_no_text(orthrus, caplog):
     caplog.set_level("INFO", "orthrus.server")
 
@@ -295,7 +329,7 @@ def test_the_log_and_the_figures_show_no_text(orthrus, caplog):
         async with serving(orthrus) as client:
             for _ in range(2):
                 await client.post(CHAT, json=chat("Geheimnis", Geheim=1))
-            await client.post(CHAT, json=chat("Geheimnis" * 99))
+            await client.post(CHAT, json=chat("Geheimnis" * CONTEXT))
             page = (await client.get("/metrics")).text
             models = (await client.get("/v1/models")).json()
             card = (await client.get("/v1/models/tiny")).json()
@@ -306,7 +340,7 @@ def test_the_log_and_the_figures_show_no_text(orthrus, caplog):
         assert all(line["status"] in (200, 400, 404) and line["ms"] >= 0 for line in lines if "path" in line)
         assert "Geheimnis" not in json.dumps(lines) + page
         assert models["data"] == [card]
-        assert card["max_model_len"] == 256
+        assert card["max_model_len"] == CONTEXT
         for name in (
             "num_requests_running",
             "num_requests_waiting",

@@ -31,7 +31,7 @@ def pick_device(device: str | None) -> str:
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         parsed = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise UserInputError(f"'{device}' is no device: use 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
     if parsed.type == "cpu":
         return device

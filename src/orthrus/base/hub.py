@@ -78,7 +78,7 @@ def fetch(
 
 
 def _checked(folder: Path, repo_id: str) -> Path:
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UnsupportedModelError(f"{repo_id} has no config.json, so it is no transformers model.")
     if not any(folder.glob("*.safetensors")):
         raise UnsupportedModelError(

@@ -204,6 +204,27 @@ def _read_config(folder: Path, name: str) -> "PreTrainedConfig":
     return config
 
 
+def config_from(fields: Any, name: str) -> "PreTrainedConfig":
+    """The base's config that lies inside a merged folder's.
+
+    Raises CorruptFileError when it is none, UnsupportedModelError when it asks for code from a hub.
+    """
+    from transformers import AutoConfig
+
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise CorruptFileError(f"config.json of {name} holds no base_config: fetch the folder again.")
+    refuse_foreign_code(fields, name)
+    try:
+        with quiet_libraries():
+            config: PreTrainedConfig = AutoConfig.for_model(**fields)
+    except Exception as error:
+        raise CorruptFileError(
+            f"the base_config in config.json of {name} is no valid config ({_reason(error)}): fetch the folder "
+            "again."
+        ) from error
+    return config
+
+
 def _known_model_types() -> set[str]:
     from transformers import CONFIG_MAPPING
 

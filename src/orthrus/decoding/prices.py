@@ -22,6 +22,8 @@ class Prices:
         self.version = 0
         self._correction = PriceCorrection()
         self._steps = dict.fromkeys(CLASSES, 0)
+        # All requests ask for the same few again and again.
+        self._known: dict[tuple[int, int, int], float] = {}
 
     @property
     def draft_ms(self) -> float:
@@ -30,7 +32,10 @@ class Prices:
 
     def __call__(self, num_ar: int, num_block: int = 0, num_projected: int = 0) -> float:
         """Milliseconds of a pass of AR rows, all projected, and block rows, of which `num_projected` are."""
-        return self.costs(num_ar, num_block, num_projected) * self._factor(num_ar + num_block)
+        key = num_ar, num_block, num_projected
+        if key not in self._known:
+            self._known[key] = self.costs(*key) * self._factor(num_ar + num_block)
+        return self._known[key]
 
     def observe(self, num_ar: int, num_block: int, num_projected: int, measured_ms: float) -> None:
         """Take note of what a pass took."""
@@ -41,6 +46,7 @@ class Prices:
             if abs(exact - step) > 0.5 + HOLD:
                 self._steps[rows] = round(exact)
                 self.version += 1
+                self._known.clear()
 
     def _factor(self, num_rows: int) -> float:
         rows = next((rows for rows in CLASSES if num_rows <= rows), CLASSES[-1])

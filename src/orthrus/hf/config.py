@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from orthrus.errors import CorruptFileError
+from orthrus.base.loading import config_from
 from orthrus.model.names import ARCHITECTURE, MODEL_TYPE
 
 
@@ -18,7 +18,11 @@ class OrthrusConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
 
     def __init__(self, base_config: dict[str, Any] | PreTrainedConfig | None = None, **kwargs: Any) -> None:
-        base = read_base_config(base_config) if isinstance(base_config, dict) and base_config else base_config
+        base = (
+            config_from(base_config, "OrthrusConfig")
+            if isinstance(base_config, dict) and base_config
+            else base_config
+        )
         kwargs.setdefault("architectures", [ARCHITECTURE])
         if isinstance(base, PreTrainedConfig):
             own = {*PreTrainedConfig().__dict__, "name_or_path"}
@@ -57,15 +61,3 @@ class OrthrusConfig(PreTrainedConfig):
             super().__setattr__(name, value)  # type: ignore[no-untyped-call]
         else:
             setattr(base, name, value)
-
-
-def read_base_config(fields: dict[str, Any]) -> PreTrainedConfig:
-    """The base's config of a merged folder; CorruptFileError when transformers cannot read it."""
-    try:
-        config: PreTrainedConfig = AutoConfig.for_model(**fields)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160].rstrip(".")
-        raise CorruptFileError(
-            f"the base_config in config.json cannot be read ({reason}); fetch the folder again."
-        ) from error
-    return config

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from orthrus.base import hub
+from orthrus.base.adapter import adapter_base, is_adapter, with_adapter
 from orthrus.base.devices import QUANTISED, pick_device
 from orthrus.base.fingerprint import fingerprint
-from orthrus.base.loading import Base, load_base
+from orthrus.base.loading import Base, config_from, load_base
 from orthrus.base.quantised import quantisation
 from orthrus.base.resolve import Source, resolve
 from orthrus.base.storage import Progress
@@ -31,8 +32,8 @@ DEFAULT_MODEL_VIEW = "smollm2-135m"
 
 
 def load_dual(
-    model: str = "default",
-    view: str = DEFAULT_VIEW,
+    model: str | Path = "default",
+    view: str | Path = DEFAULT_VIEW,
     *,
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
@@ -51,8 +52,17 @@ def load_dual(
     model: "default", a hub id, a GGUF file, or a folder that holds a stock base, a view (its base is loaded
     too), a merged checkpoint, or one of the released Orthrus-Qwen3 layout. view: "default" is the
     checkpoint's own, else the one shipped for the base, else a fresh one with a warning; "fresh" an
-    AR-initialised one.
+    AR-initialised one. Either may be a Path. A folder with a PEFT adapter loads as its base with the adapter
+    merged in. Raises UserInputError for arguments of a wrong type, and what `load_base` and `load_view` raise.
     """
+    model, view = _name("model", model), _name("view", view)
+    for option, value in (("revision", revision), ("attn_implementation", attn_implementation)):
+        if value is not None and not isinstance(value, str):
+            raise UserInputError(f"{option} must be text or None, not {value!r}.")
+    if on_progress is not None and not callable(on_progress):
+        raise UserInputError("on_progress must be a function of (stage, done, total), or None.")
+    if draft_vocab is not None and (type(draft_vocab) is not int or draft_vocab < 1):
+        raise UserInputError(f"draft_vocab must be a whole number from 1, or None, not {draft_vocab!r}.")
     if draft_dtype not in (None, *QUANTISED):
         raise UserInputError(f"draft_dtype must be 'int8', 'int4' or left out, not {draft_dtype!r}.")
     quantised = [name for name in QUANTISED if name in (dtype, draft_dtype)]
@@ -82,6 +92,13 @@ def load_dual(
     return base, dual
 
 
+def _name(option: str, value: str | Path) -> str:
+    """What names a model or a view, as text; UserInputError when it is neither text nor a path."""
+    if not isinstance(value, str | Path):
+        raise UserInputError(f"{option} must be text or a path, not {value!r}.")
+    return str(value)
+
+
 def _load(
     model: str, view: str, *, revision: str | None, on_progress: Progress | None, **options: Any
 ) -> tuple[Base, DualView]:
@@ -96,6 +113,10 @@ def _load(
         source = _fetched(ViewConfig.from_dict(read_json(folder / CONFIG_FILE)).base_name, None, on_progress)
         # The base may be one half of a merged or released folder.
         folder, kind = _folder_of(source)
+    adapter = folder if folder is not None and is_adapter(folder) else None
+    if adapter is not None:
+        source = _fetched(adapter_base(adapter), None, on_progress)
+        folder, kind = _folder_of(source)
     base = load_base(
         source,
         config=_nested_config(folder) if folder is not None and kind == "merged" else None,
@@ -103,6 +124,9 @@ def _load(
         on_progress=on_progress,
         **options,
     )
+    on_default = adapter is not None and base.source.kind == "default"
+    if adapter is not None:
+        base = with_adapter(base, adapter)
     if view == FRESH_VIEW:
         return base, fresh_view(base)
     if view != DEFAULT_VIEW:
@@ -111,7 +135,7 @@ def _load(
         return base, load_released(base, folder)
     if folder is not None and kind == "merged":
         return base, load_view(base, folder)
-    return base, _shipped_view(base)
+    return base, _shipped_view(base, on_default=on_default)
 
 
 def _folder_of(source: Source) -> tuple[Path | None, FolderKind]:
@@ -123,8 +147,8 @@ def _folder_of(source: Source) -> tuple[Path | None, FolderKind]:
 def _fetched(model: str, revision: str | None, on_progress: Progress | None) -> Source:
     """What `model` names, a hub id with its folder: downloaded once, for whoever asks next."""
     folder = _folder_here(model)
-    if folder is not None and (folder / CONFIG_FILE).is_file() and revision is None:
-        # A view folder need not look like a model's.
+    if folder is not None and ((folder / CONFIG_FILE).is_file() or is_adapter(folder)) and revision is None:
+        # The folder of a view or an adapter need not look like a model's.
         return Source("folder", model, folder)
     source = resolve(model, revision)
     if source.kind != "hub":
@@ -143,9 +167,7 @@ def _folder_here(name: str) -> Path | None:
 
 def _nested_config(folder: Path) -> PreTrainedConfig:
     """The base's own config inside a merged folder's."""
-    fields = read_json(folder / "config.json")["base_config"]
-    config: PreTrainedConfig = AutoConfig.for_model(**fields)
-    return config
+    return config_from(read_json(folder / "config.json")["base_config"], folder.name)
 
 
 def _view_folder(view: str, on_progress: Progress | None) -> Path:
@@ -159,11 +181,14 @@ def _view_folder(view: str, on_progress: Progress | None) -> Path:
     return hub.fetch(source.origin, source.revision, progress=on_progress)
 
 
-def _shipped_view(base: Base) -> DualView:
-    """The view that comes with Orthrus for this base; a fresh one, and a word about it, where none does."""
-    if base.source.kind == "default":
+def _shipped_view(base: Base, *, on_default: bool = False) -> DualView:
+    """The view that comes with Orthrus for this base; a fresh one, and a word about it, where none does.
+
+    on_default: the base is an adapter merged into the default model, whose view still drafts for it.
+    """
+    if on_default or base.source.kind == "default":
         folder = shipped_view_folder(DEFAULT_MODEL_VIEW)
-        if folder is not None and _fits(folder, base):
+        if folder is not None and (base.source.kind != "default" or _fits(folder, base)):
             return load_view(base, folder)
     else:
         warnings.warn(

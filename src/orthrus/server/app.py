@@ -30,6 +30,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in (
         (400, "A field is wrong; the error names it."),
         (401, "An API key is needed."),
+        (403, "Pages of that origin may not use the server."),
         (404, "Not served here."),
         (405, "The method is not allowed."),
         (408, "The answer was not read."),
@@ -40,6 +41,16 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (504, "The request took too long."),
     )
 }
+
+
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The document without the 422s that FastAPI announces: what is wrong is answered with a 400."""
+        told = super().openapi()
+        for methods in told["paths"].values():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+        return told
 
 
 def create_app(load: Callable[[], Orthrus], config: ServeConfig | None = None) -> FastAPI:
@@ -54,7 +65,7 @@ def create_app(load: Callable[[], Orthrus], config: ServeConfig | None = None) -
         finally:
             service.close()
 
-    app = FastAPI(
+    app = _App(
         title="Orthrus",
         version=__version__,
         lifespan=lifespan,

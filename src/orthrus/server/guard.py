@@ -1,11 +1,13 @@
 """What stands before all routes: request ids, keys, the size of bodies, the log, and the last net for errors."""
 
 import hmac
+import ipaddress
 import logging
 import re
 import time
 import uuid
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
@@ -47,6 +49,7 @@ class Guard:
 
         try:
             self._check_key(scope["path"], headers)
+            self._check_origin(headers)
             await self._app(scope, self._bounded(headers, receive), send_with_id)
         except Exception as error:
             if not isinstance(error, ApiError):
@@ -82,6 +85,23 @@ class Guard:
                 code="invalid_api_key",
             )
 
+    def _check_origin(self, headers: Headers) -> None:
+        """Without keys, pages of other names are kept out, even where their name leads to this address."""
+        origin = headers.get("origin")
+        if self._keys or origin is None or origin in self._config.cors_origins:
+            return
+        try:
+            host = urlsplit(origin).hostname or ""
+        except ValueError:
+            host = ""
+        if not _is_local(host):
+            raise ApiError(
+                403,
+                f"Pages of {ascii(origin)[:120]} may not use this server: allow them with --cors-origin, or set "
+                "--api-key.",
+                code="origin_not_allowed",
+            )
+
     def _bounded(self, headers: Headers, receive: Receive) -> Receive:
         """Raises ApiError as soon as a body is known to be too large."""
         limit = self._config.max_body
@@ -110,6 +130,17 @@ async def respond(error: ApiError, path: str, send: Send) -> None:
     headers.append((b"content-length", str(len(payload)).encode()))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": payload})
+
+
+def _is_local(host: str) -> bool:
+    """Whether a name can only mean an address: nobody can let it lead elsewhere."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _too_large(limit: int) -> ApiError:

@@ -8,10 +8,8 @@ from orthrus.server.errors import bad_request
 from orthrus.server.schemas import (
     MOST_MESSAGES,
     ChatRequest,
-    FunctionName,
     JsonSchema,
     Name,
-    NamedTool,
     NumTokens,
     Open,
     OrthrusOptions,
@@ -90,14 +88,9 @@ def as_chat(body: ResponseRequest) -> ChatRequest:
         messages += _messages(body.input)
     if not messages:
         messages.append({"role": "user", "content": ""})
-    choice = body.tool_choice
-    if isinstance(choice, FunctionChoice):
-        choice = NamedTool(type="function", function=FunctionName(name=choice.name))
     tools = [
         _tool(tool, index) for index, tool in enumerate(body.tools or ()) if tool.get("type") == "function"
     ]
-    if not tools and choice in (None, "auto", "none"):
-        choice = None
     return checked_chat(
         {
             "model": body.model,
@@ -108,12 +101,11 @@ def as_chat(body: ResponseRequest) -> ChatRequest:
             "seed": body.seed,
             "stream": body.stream,
             "tools": tools or None,
-            "tool_choice": None if choice is None or isinstance(choice, str) else choice.model_dump(),
+            "tool_choice": _choice(body.tool_choice, bool(tools)),
             "parallel_tool_calls": body.parallel_tool_calls,
             "response_format": _format(body.text),
             "orthrus": None if body.orthrus is None else body.orthrus.model_dump(),
-        }
-        | ({"tool_choice": choice} if isinstance(choice, str) else {}),
+        },
         {"messages": "input"},
     )
 
@@ -173,6 +165,13 @@ def _tool(tool: dict[str, Any], index: int) -> dict[str, Any]:
         raise bad_request(f"tools.{index}: a function needs a name.", param="tools")
     wanted = ("name", "description", "parameters", "strict")
     return {"type": "function", "function": {name: tool[name] for name in wanted if name in tool}}
+
+
+def _choice(choice: str | FunctionChoice | None, has_tools: bool) -> Any:
+    if isinstance(choice, FunctionChoice):
+        return {"type": "function", "function": {"name": choice.name}}
+    # Where all tools were left out there is nothing to choose from.
+    return choice if has_tools or choice == "required" else None
 
 
 def _format(text: TextOptions | None) -> dict[str, Any] | None:

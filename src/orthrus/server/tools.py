@@ -66,9 +66,7 @@ def call_grammar(allowed: Calling, otherwise: ResponseFormat | None) -> Grammar:
     for number, tool in enumerate(allowed.tools):
         opening = BEFORE_NAME + json.dumps(tool.function.name) + BEFORE_ARGUMENTS
         schema = {"type": "object", **(tool.function.parameters or {})}
-        rules.append(
-            f"call{number}: {_quoted(opening)} %json {_schema(schema)} {_quoted(AFTER_ARGUMENTS)}"
-        )
+        rules.append(f"call{number}: {_quoted(opening)} %json {_schema(schema)} {_quoted(AFTER_ARGUMENTS)}")
     some = " | ".join(f"call{number}" for number in range(len(rules)))
     again = f' ("\\n{TAG}" call)*' if allowed.parallel else ""
     starts = [f'"{TAG}" calls']
