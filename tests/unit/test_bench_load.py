@@ -44,7 +44,7 @@ def test_salt_parts_the_prompts_of_runs_but_keeps_the_system_prompt() -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     measure(served, asks=[Ask(messages, 4)], strategies=["ar", "auto"], check=False, seed=3)
     found = [[m["content"] for m in body["messages"]] for body in served.bodies[2:]]
-    assert found == [["Be brief.", "[3.1] Why?"], ["Be brief.", "[3.2] Why?"]]
+    assert found == [["Be brief.", "E3.1: Why?"], ["Be brief.", "F3.2: Why?"]]
     assert messages[1]["content"] == "Why?"
 
 

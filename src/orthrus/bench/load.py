@@ -26,7 +26,7 @@ class LoadOptions:
 
     asks: the requests of each run, in this order; request i has seed + i. strategies: the arms, values of our
     field `orthrus.strategy`; None sends no such field, for servers that do not know it. Arms get the same requests
-    at the same times and take turns at going first. salt: begin the prompts of each run with its number, so that no
+    at the same times and take turns at going first. salt: begin the prompts of each run with its name, so that no
     run finds in the server's cache what another one left there. check: compare the token ids of every answer with
     those of the same request alone, decoded plainly. ttft_limit_ms, tpot_limit_ms: what a good answer keeps to.
     timeout: seconds for an answer.
@@ -212,7 +212,7 @@ async def _all_runs(client: LoadClient, options: LoadOptions, on_progress: OnPro
             for arm in arms[shift:] + arms[:shift]:
                 asks = list(options.asks)
                 if options.salt:
-                    asks = [salted(ask, f"{options.seed}.{len(runs) + 1}") for ask in asks]
+                    asks = [salted(ask, options.seed, len(runs) + 1) for ask in asks]
                 stage = f"{level}, {arm or 'all'}, repeat {repeat + 1} of {options.repeats}"
 
                 def on_done(done: int, stage: str = stage) -> None:

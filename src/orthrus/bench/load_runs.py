@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
+from string import ascii_uppercase
 from time import perf_counter
 
 from orthrus.bench.load_client import Answer, Ask, LoadClient
@@ -96,11 +97,13 @@ def arrivals(rate: float, number: int, seed: str) -> list[float]:
     return times
 
 
-def salted(ask: Ask, salt: str) -> Ask:
-    """The same question with a number before it: no page of it is in a cache, save what all chats begin with."""
+def salted(ask: Ask, seed: int, number: int) -> Ask:
+    """The same question behind a name of its run: nothing of it is in a cache, save what all chats begin with."""
+    # Runs near each other differ in the first letter, so that not even a page that ends within the name is shared.
+    name = f"{ascii_uppercase[(seed + number) % len(ascii_uppercase)]}{seed}.{number}"
     messages = [dict(message) for message in ask.messages]
     place = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
-    messages[place]["content"] = f"[{salt}] {messages[place]['content']}"
+    messages[place]["content"] = f"{name}: {messages[place]['content']}"
     return replace(ask, messages=messages)
 
 

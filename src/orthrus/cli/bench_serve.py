@@ -126,7 +126,7 @@ def bench_serve(
         bool,
         typer.Option(
             "--salt/--no-salt",
-            help="Begin the prompts of each run with its number, so that the server's cache holds none of them.",
+            help="Begin the prompts of each run with a name of its own, so that the server's cache holds none of them.",
             rich_help_panel=_REQUESTS,
         ),
     ] = True,
