@@ -3,15 +3,17 @@ PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
 VENV := .venv
+CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help demo test test-gpu check clean
+.PHONY: help demo test test-clients test-gpu check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   show it working on a real model (the first time: installs, fetches about 100 MB)"
 	@echo "make test   run the tests (ARGS='-k name' picks some, JOBS=1 runs them one by one)"
+	@echo "make test-clients  run OpenAI's, Anthropic's and other clients against the server"
 	@echo "make test-gpu  run the tests that need a CUDA device"
 	@echo "make check  formatting, lint, types, import layers, spelling"
 	@echo "make clean  remove the virtual environment and everything that was built"
@@ -32,6 +34,15 @@ test: $(VENV)/.dev
 test-gpu: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q --color=no -m gpu -rs $(ARGS)
 
+# The clients live in an environment of their own, without Orthrus.
+test-clients: $(VENV)/.dev $(CLIENTS)/.installed
+	@$(CLIENTS)/bin/python -m pytest -q --color=no -p no:cacheprovider -c tests/clients/pytest.ini tests/clients $(ARGS)
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	@$(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip --quiet --quiet --disable-pip-version-check install -r $<
+	@touch $@
+
 check: export NO_COLOR = 1
 check: $(VENV)/.dev
 	@$(BIN)/ruff format --check --quiet .
@@ -42,7 +53,7 @@ check: $(VENV)/.dev
 	@echo "all checks passed"
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: where the index offers a CPU build of the pinned version pip takes it,

@@ -12,6 +12,7 @@ import yaml
 from tests.tiny_orthrus import tiny_orthrus
 
 from orthrus.cli.app import app
+from orthrus.server.live_audit import LiveAudit
 from orthrus.server.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -171,7 +172,8 @@ def exposed() -> dict[str, set[str]]:
     metrics = Metrics()
     for counter in (metrics.finished, metrics.responses, metrics.accepted_at):
         counter.labels("1")
-    metrics.watch(tiny_orthrus().engine)
+    orthrus = tiny_orthrus()
+    metrics.watch(orthrus.engine, LiveAudit(orthrus, 1.0))
     found: dict[str, set[str]] = {}
     for line in metrics.page().decode().splitlines():
         if not line.startswith("#"):

@@ -21,6 +21,7 @@ from orthrus.cli import (
     serve,
     synth,
     train,
+    verify,
 )
 from orthrus.cli.common import run_command, session
 
@@ -51,6 +52,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     bench.bench,
     bench_serve.bench_serve,
     audit.audit,
+    verify.verify,
     synth.synth,
     train.train,
     adapt.adapt,

@@ -26,8 +26,8 @@ STACK_BYTES = 2**28
 """Stack of the thread that compiles: rules that name each other in a long row are followed by recursion."""
 NUM_KEPT = 32
 """Compiled grammars that are kept, the most recently used ones."""
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,24}"
-"""Between the parts of JSON; bounded, since weak models otherwise write blanks for ever."""
+WHITESPACE = r"(\x20|\x0A[\x20\x09]{0,16})"
+"""Between the parts of JSON: a space, or a new line and its indent. Weak models otherwise write blanks for ever."""
 LARGEST_REPEAT = 10_000
 
 

@@ -5,6 +5,7 @@ functions of its own settings, seed and tokens, and our CPU kernels compute a ro
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from secrets import randbits
 from threading import Lock, RLock
@@ -181,6 +182,10 @@ class Engine:
         with self._stepping:
             if len(request.cycles) == num_cycles and not request.closed:
                 self.step()
+
+    def held(self) -> AbstractContextManager[object]:
+        """No other thread runs a pass of this engine, or of one beside it, until this is left."""
+        return self._stepping
 
     def drop(self, request: Request) -> None:
         """End a request now, without a record; its pages are free when this returns."""

@@ -15,6 +15,7 @@ from orthrus.server.figures import Told
 from orthrus.server.guard import CLIENT_GONE
 from orthrus.server.messages import MessageRequest
 from orthrus.server.messages_shape import MessagesShape
+from orthrus.server.origin import Origin
 from orthrus.server.params import base_seed, check_together, decode_configs, named
 from orthrus.server.prompts import chat_ids, prompts_of, room_behind, text_ids
 from orthrus.server.responses import ResponseRequest
@@ -85,6 +86,7 @@ async def respond(service: Service, request: Request, body: Body, prefix: str, s
     check_together(body)
     num_prompts = 1 if isinstance(body, ChatRequest) else len(prompts_of(body.prompt))
     call = live.loop.admit(num_prompts * body.n)
+    call.origin = Origin.of(request, body)
     seed = base_seed(body)
     handing_in = live.loop.submit(call, partial(_jobs, live, body, seed))
     streams = False
@@ -93,6 +95,8 @@ async def respond(service: Service, request: Request, body: Body, prefix: str, s
         if jobs is None:
             return Response(status_code=CLIENT_GONE)
         about = _about(live, body, prefix, request.state.request_id, jobs, seed)
+        if body.orthrus is not None and body.orthrus.receipt:
+            about.receipt = partial(live.receipts, call)
         shape = shaping(about)
         if body.stream:
             streams = True

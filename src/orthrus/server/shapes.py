@@ -1,7 +1,7 @@
 """Answers in the shapes of OpenAI's chat and completion interfaces, whole and as events."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,7 +39,7 @@ class Shape(Protocol):
 class About:
     """What an answer is made of, and what all parts of it repeat. num_prompts: of completions; key: of the request.
 
-    token_ids: tell the ids; provenance: tell of each token where it comes from, too.
+    token_ids: tell the ids; provenance: tell of each token where it comes from, too. receipt: makes one, in the end.
     """
 
     prefix: str
@@ -54,6 +54,7 @@ class About:
     token_ids: bool
     provenance: bool
     prompts: list[list[int]]
+    receipt: Callable[[], dict[str, Any]] | None = None
 
     @property
     def id(self) -> str:
@@ -65,7 +66,10 @@ class About:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        return metrics(self.texts, self.seed)
+        found = metrics(self.texts, self.seed)
+        if self.receipt is not None:
+            found["orthrus"]["receipt"] = self.receipt()
+        return found
 
 
 class OpenAIShape(ABC):
