@@ -117,7 +117,8 @@ class Policy:
     _block_trust: _Average = field(default_factory=lambda: _Average(1.0))
     _plain_tokens: int = 0
     _patience: int = PATIENCE
-    _pass_ms: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    _pass_ms: dict[tuple[int, int, int, int], float] = field(default_factory=dict)
+    _choices: dict[int, tuple[_Length, float]] = field(default_factory=dict)
     _draft_rate: float = field(init=False)
     _num_requests: int = 1
     _version: int = 0
@@ -135,10 +136,13 @@ class Policy:
     def among(self, num_requests: int) -> None:
         """Decide as one of so many running requests: a pass costs this one its share of what it costs when all
         carry as much. Rows then cost more beside the weights that are read once, and drafts shrink."""
-        if (num_requests, self.costs.version) != (self._num_requests, self._version):
-            self._num_requests, self._version = num_requests, self.costs.version
+        if self.costs.version != self._version:
             self._pass_ms.clear()
-            self._choose_length()
+            self._choices.clear()
+        elif num_requests == self._num_requests:
+            return
+        self._num_requests, self._version = num_requests, self.costs.version
+        self._choose_length()
 
     @property
     def block_size(self) -> int:
@@ -158,9 +162,9 @@ class Policy:
     def pass_ms(self, num_nodes: int, num_blocks: int, length: _Length | None = None) -> float:
         """A verification with blocks beside it; without nodes a draft pass, without either a plain one."""
         length = length or self._length
-        key = num_nodes, num_blocks, length.num_guesses
+        n = self._num_requests
+        key = n, num_nodes, num_blocks, length.num_guesses
         if key not in self._pass_ms:
-            n = self._num_requests
             num_guesses = joint_guesses(n * num_blocks * length.num_guesses, own_head=self.own_head)
             if not num_nodes and not self.own_head:
                 # A block that is drafted alone serves whatever the AR view chooses.
@@ -285,6 +289,7 @@ class Policy:
                 self._late_trust.add(0.0, 0.0)
                 late_promise = LATE_SHARE * self._length.promised.value
                 self._late.value += (1 - MEMORY) * (late_promise - self._late.value)
+        self._choices.clear()
         self._choose_length()
         if self._plain_tokens >= self._patience:
             worth = self.draft_rate > MARGIN * self.plain_rate
@@ -322,12 +327,18 @@ class Policy:
             length.num_nodes.add(offer.num_nodes)
 
     def _choose_length(self) -> None:
-        """The length of blocks that makes most of its time, and what it makes of it."""
-        rates = [
-            max(self._steady_rate(length, m) for m in range(self.max_blocks + 1)) for length in self._lengths
-        ]
-        best = _best(rates)
-        self._length, self._draft_rate = self._lengths[best], rates[best]
+        """The length of blocks that makes most of its time, and what it makes of it.
+
+        Nothing is learnt while nothing is drafted, so the choice is kept by the number of requests.
+        """
+        if self._num_requests not in self._choices:
+            rates = [
+                max(self._steady_rate(length, m) for m in range(self.max_blocks + 1))
+                for length in self._lengths
+            ]
+            best = _best(rates)
+            self._choices[self._num_requests] = self._lengths[best], rates[best]
+        self._length, self._draft_rate = self._choices[self._num_requests]
 
     def _worth(self, *, late: bool) -> float:
         """Tokens that a draft at hand is worth: it saves the draft pass, but also the one token which that
