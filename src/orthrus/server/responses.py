@@ -112,6 +112,11 @@ def as_chat(body: ResponseRequest) -> ChatRequest:
 
 def checked_chat(fields: dict[str, Any], names: dict[str, str]) -> ChatRequest:
     """A chat of these fields. Raises ApiError for the first that is wrong; names: ours -> the client's."""
+    if (fields.get("orthrus") or {}).get("provenance"):
+        raise bad_request(
+            "orthrus.provenance is told by /v1/chat/completions and /v1/completions alone.",
+            param="orthrus.provenance",
+        )
     try:
         return ChatRequest.model_validate({k: v for k, v in fields.items() if v is not None})
     except ValidationError as error:
