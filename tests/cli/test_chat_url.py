@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from orthrus.api import Orthrus
-from orthrus.cli.chat_server import ServerPartner, event_data
+from orthrus.base.event_stream import event_data
+from orthrus.cli.chat_server import ServerPartner
 from orthrus.engine.engine import EngineConfig
 from orthrus.errors import UserInputError
 from orthrus.server.app import create_app

@@ -171,6 +171,22 @@ def test_a_stream_that_breaks_is_a_failure(stream: bytes, reason: str) -> None:
     assert reason in told
 
 
+def test_separators_inside_a_text_end_no_line() -> None:
+    good = Served()
+    text = 'data: {"choices": [{"delta": {"content": "a\u2028b\x85c"}, "finish_reason": "stop"}], '
+    stream = (text + '"usage": {"prompt_tokens": 1, "completion_tokens": 3}}\n\ndata: [DONE]\n\n').encode()
+
+    class Odd(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            if len(good.bodies) == 3:
+                good.bodies.append({})
+                return httpx.Response(200, content=stream)
+            return await good.handle_async_request(request)
+
+    (row,) = measure(Odd(), check=False).rows
+    assert (row["num_ok"], row["num_failed"]) == (6, 0)
+
+
 def test_an_answer_that_does_not_come_is_given_up() -> None:
     report = measure(Served(delay=0.01), check=False, timeout=0.5)
     assert report.rows[0]["num_ok"] == 6

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import httpx
 
 from orthrus.base.bench_prompts import BenchPrompt
+from orthrus.base.event_stream import EventData
 from orthrus.base.text import printable
 from orthrus.errors import UserInputError
 
@@ -171,11 +172,16 @@ class LoadClient:
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The objects of a stream. Read to its end, so that the connection can be used again."""
-    async for line in response.aiter_lines():
-        payload = line.removeprefix("data:").strip()
-        # Comments keep a connection alive; names of events come on lines of their own.
-        if line.startswith("data:") and payload != "[DONE]":
-            yield _object(json.loads(payload))
+    reader = EventData()
+    async for piece in response.aiter_text():
+        for event in _objects(reader.feed(piece)):
+            yield event
+    for event in _objects(reader.flush()):
+        yield event
+
+
+def _objects(contents: Iterable[str]) -> Iterator[dict[str, Any]]:
+    return (_object(json.loads(content)) for content in contents if content != "[DONE]")
 
 
 def _take(answer: Answer, event: Mapping[str, Any]) -> None:

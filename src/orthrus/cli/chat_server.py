@@ -2,13 +2,14 @@
 
 import json
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
+from orthrus.base.event_stream import event_data
 from orthrus.cli.chat_partner import Answering, Messages
 from orthrus.cli.render import DraftMarker
 from orthrus.config import DecodeConfig
@@ -230,16 +231,6 @@ class _Stream(Iterator[Cycle]):
             num_copied=_number(ours, "copied_tokens"),
             num_cached_tokens=_number(ours, "cached_tokens"),
         )
-
-
-def event_data(pieces: Iterable[str]) -> Iterator[str]:
-    """What the events of a stream hold. Lines end with a line feed: JSON may hold other separators as they are."""
-    rest = ""
-    for piece in pieces:
-        *lines, rest = (rest + piece).split("\n")
-        yield from (line[5:].strip() for line in lines if line.startswith("data:"))
-    if rest.startswith("data:"):
-        yield rest[5:].strip()
 
 
 def _event(data: str, url: str) -> dict[str, Any]:
