@@ -9,11 +9,11 @@ from orthrus.types import Cycle
 
 
 class ItemShape(ABC):
-    """One answer as items. calls: its text may hold calls of functions. See `Shape`."""
+    """One answer as items. See `Shape`."""
 
-    def __init__(self, about: About, *, calls: bool) -> None:
+    def __init__(self, about: About) -> None:
         self._about = about
-        self._reader = CallReader() if calls else None
+        self._reader = CallReader() if about.has_calls else None
 
     def add(self, index: int, cycle: Cycle) -> Iterator[bytes]:
         yield from self._grow(Piece(cycle.text) if self._reader is None else self._reader.feed(cycle.text))

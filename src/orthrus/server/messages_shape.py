@@ -15,8 +15,8 @@ from orthrus.server.sse import event
 class MessagesShape(ItemShape):
     """One answer: a block for the text outside of calls, and one for each call. See `Shape`."""
 
-    def __init__(self, about: About, *, calls: bool) -> None:
-        super().__init__(about, calls=calls)
+    def __init__(self, about: About) -> None:
+        super().__init__(about)
         self._num_blocks = 0
         # The kind of the block that grows.
         self._open: str | None = None

@@ -17,8 +17,8 @@ def chat_ids(
     more: Mapping[str, Any] | None,
 ) -> list[int]:
     """Token ids of a chat. Raises ApiError for messages that the template, or the model, cannot take."""
-    turns, told = with_tools(chat_turns(orthrus, messages), tools, _template(orthrus))
     try:
+        turns, told = with_tools(chat_turns(orthrus, messages), tools, _template(orthrus))
         return orthrus.base.encode_prompt(turns, template_values=more, tools=told)
     except UserInputError as error:
         raise bad_request(str(error), param="messages") from error

@@ -18,8 +18,8 @@ class ResponsesShape(ItemShape):
     A stream tells of each item when it begins, grows and ends.
     """
 
-    def __init__(self, about: About, body: ResponseRequest, *, calls: bool) -> None:
-        super().__init__(about, calls=calls)
+    def __init__(self, about: About, body: ResponseRequest) -> None:
+        super().__init__(about)
         self._body = body
         self._items: list[dict[str, Any]] = []
         # The item that grows.
