@@ -15,7 +15,9 @@ def export_vllm(
         str,
         typer.Argument(help="A base with a shipped view, a view folder, a merged or a released checkpoint."),
     ],
-    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")],
+    out_folder: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")
+    ],
     view: Annotated[
         str,
         typer.Option(help="Put this view on SOURCE: 'fresh', a folder or a hub id. Left out: its own."),

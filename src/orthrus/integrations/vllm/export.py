@@ -46,9 +46,7 @@ def export_vllm(dual: DualView, base: Base, folder: Path) -> ViewConfig:
         settings = config.to_dict()
         # Pages of text about training; the view's own folder keeps them.
         settings["provenance"] = {}
-        write_json(
-            temporary / "config.json", stock | {"architectures": [architecture], CONFIG_KEY: settings}
-        )
+        write_json(temporary / "config.json", stock | {"architectures": [architecture], CONFIG_KEY: settings})
         add_shard(temporary, tensors)
     return config
 

@@ -51,7 +51,9 @@ def engine_arguments(
     }
 
 
-def command_line(num_drafts: int, device: str = "cpu", *, floor: bool = True, adaptive: bool = True) -> list[str]:
+def command_line(
+    num_drafts: int, device: str = "cpu", *, floor: bool = True, adaptive: bool = True
+) -> list[str]:
     """The same as options of `vllm serve`."""
     arguments = engine_arguments(num_drafts, device, floor=floor, adaptive=adaptive)
     words = []

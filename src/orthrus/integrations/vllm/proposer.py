@@ -31,9 +31,13 @@ class OrthrusProposer:
     def __init__(self, vllm_config: VllmConfig) -> None:
         check_version()
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            raise UserInputError("Orthrus drafts through all layers at once: leave out --pipeline-parallel-size.")
+            raise UserInputError(
+                "Orthrus drafts through all layers at once: leave out --pipeline-parallel-size."
+            )
         if vllm_config.scheduler_config.async_scheduling:
-            raise UserInputError("Orthrus drafts after a step's tokens are known: leave out --async-scheduling.")
+            raise UserInputError(
+                "Orthrus drafts after a step's tokens are known: leave out --async-scheduling."
+            )
         self.vllm_config = vllm_config
         self.settings = Settings.of(vllm_config.additional_config)
 
