@@ -83,7 +83,8 @@ def test_without_adapting_it_is_always_as_many() -> None:
     world = World(chance=0.0, plain_ms=20, row_ms=5, draft_ms=50)
     policy = DraftPolicy(5, adaptive=False)
     world.run(policy, 100)
-    assert policy.choose(4) == 5 and world.drafted_steps == world.steps
+    assert policy.choose(4) == 5
+    assert world.drafted_steps == world.steps
 
 
 @pytest.mark.parametrize(

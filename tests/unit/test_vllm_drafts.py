@@ -41,7 +41,8 @@ def test_rows_write_the_slots_of_their_positions_in_their_own_requests_pages() -
 def test_without_a_floor_all_rows_but_the_last_guess() -> None:
     batch = batch_of_two(floor=False)
     assert batch.guess_rows_D.tolist() == [0, 1, 2, 4]
-    assert batch.num_guesses == (3, 1) and batch.num_ar_rows == 0
+    assert batch.num_guesses == (3, 1)
+    assert batch.num_ar_rows == 0
 
 
 def test_with_a_floor_the_anchors_come_first_and_decide_the_first_draft() -> None:
@@ -115,7 +116,8 @@ def test_wrong_settings_are_refused_by_name(wrong: object) -> None:
 
 def test_the_command_line_says_the_same() -> None:
     words = command_line(7, "cuda")
-    assert words[0] == "--speculative-config" and '"num_speculative_tokens": 7' in words[1]
+    assert words[0] == "--speculative-config"
+    assert '"num_speculative_tokens": 7' in words[1]
     assert words[words.index("--worker-cls") + 1].endswith("gpu.OrthrusGPUWorker")
 
 
@@ -145,7 +147,10 @@ def test_builds_of_the_known_release_are_taken(version: str) -> None:
 @pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.32.1", "1.0"])
 def test_another_release_is_refused_in_a_sentence(version: str) -> None:
     problem = refusal(version)
-    assert problem is not None and version in problem and "0.32.0" in problem and "orthrus serve" in problem
+    assert problem is not None
+    assert version in problem
+    assert "0.32.0" in problem
+    assert "orthrus serve" in problem
 
 
 def test_each_family_has_a_class_and_others_are_refused() -> None:

@@ -41,7 +41,8 @@ def test_an_exported_view_has_full_twins_that_project_the_same(
     config = export_vllm(dual, base, tmp_path / "out")
     written = read_json(tmp_path / "out" / "config.json")
     assert written["architectures"] == [f"Orthrus{dual.family.name}ForCausalLM"]
-    assert written["orthrus"]["rank"] is None and written["orthrus"]["twins"] is None
+    assert written["orthrus"]["rank"] is None
+    assert written["orthrus"]["twins"] is None
     _, tensors = full_view(dual)
     on_disk = {}
     for file in weight_files(tmp_path / "out"):
@@ -81,4 +82,5 @@ def test_the_command_names_the_command_that_serves(tmp_path: Path) -> None:
         app, ["export", "vllm", str(tmp_path / "base"), str(tmp_path / "out"), "--view", "fresh", "--quiet"]
     )
     assert found.exit_code == 0, found.output
-    assert "vllm serve" in found.output and "orthrus.integrations.vllm" in found.output
+    assert "vllm serve" in found.output
+    assert "orthrus.integrations.vllm" in found.output
