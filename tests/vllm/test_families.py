@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.vllm.conftest import OURS, PYTHON, QUIET, ROOT
 
 from orthrus.integrations.vllm.names import engine_arguments
-from tests.vllm.conftest import OURS, PYTHON, QUIET, ROOT
 
 pytestmark = pytest.mark.families
 NAMES = ("llama", "llama-rank-4-of-one-layer", "qwen2", "qwen3", "qwen3-released", "mistral")
@@ -22,7 +22,9 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(kept) if kept else tmp_path_factory.mktemp("families")
     if not (folder / "families.json").is_file():
         command = [PYTHON, "-m", "tests.vllm.prepare_families", str(folder)]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | QUIET | OURS, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | QUIET | OURS, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
