@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthrus.cli.progress import ProgressDisplay
-from orthrus.cli.render import out, print_json
+from orthrus.cli.render import note, out, print_json
 from orthrus.errors import UserInputError
 
 if TYPE_CHECKING:
@@ -47,11 +47,13 @@ def print_plan(recipe: "TrainConfig", options: PlanOptions, *, quiet: bool, json
         base, name = model_config(recipe.base, on_progress)
     num_rows = _num_rows(recipe, options.corpus_tokens)
     plan = plan_run(base, recipe, machine, num_rows)
+    fits = plan.peak_bytes <= machine.bytes_each
     if json:
         print_json(_report(plan, recipe, machine, gpu, name))
     else:
-        out("\n".join(_lines(plan, recipe, machine, gpu, name)) + "\n")
-    if plan.peak_bytes > machine.bytes_each:
+        # What is refused prints nothing on stdout, but the figures say why.
+        (out if fits else note)("\n".join(_lines(plan, recipe, machine, gpu, name)) + "\n" * fits)
+    if not fits:
         from orthrus.training.plan_run import what_to_change
 
         changes = what_to_change(

@@ -99,7 +99,7 @@ class Work:
     row_length: int
     num_anchors: int
     block_size: int
-    targets: int
+    targets: float
     read_rows: float
     rejected_share: float = 0.0
     dtype_bytes: int = 2
@@ -110,11 +110,11 @@ class Work:
         return self.micro_rows * self.num_anchors * self.block_size
 
     @property
-    def target_rows(self) -> int:
+    def target_rows(self) -> float:
         return self.micro_rows * self.num_anchors * self.targets
 
     @property
-    def teacher_rows(self) -> int:
+    def teacher_rows(self) -> float:
         """Rows of the AR pass whose law is imitated: different blocks share them."""
         return min(self.micro_rows * self.row_length, self.target_rows)
 
@@ -203,7 +203,7 @@ def logits_bytes(shape: Shape, work: Work) -> int:
     Seven float32 numbers for each logit: the AR view's log probabilities, the same by draft row, the draft's logits,
     both laws, their comparison, one to spare; and the logits as the head gives them.
     """
-    return min(CHUNK_ROWS, work.target_rows) * shape.vocab * (28 + work.dtype_bytes)
+    return round(min(CHUNK_ROWS, work.target_rows) * shape.vocab * (28 + work.dtype_bytes))
 
 
 def memory(shape: Shape, work: Work, *, processes: int = 1, sharded: bool = False) -> Memory:

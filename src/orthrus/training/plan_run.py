@@ -83,7 +83,7 @@ def plan_run(base: PreTrainedConfig, recipe: TrainConfig, machine: Machine, num_
         memory=memory(shape, work, processes=processes, sharded=sharded),
         gathered=gathered_bytes(shape, work, processes=processes) if sharded else 0,
         tokens=recipe.batch_rows * recipe.row_length,
-        targets=recipe.batch_rows * recipe.num_anchors * work.targets,
+        targets=round(recipe.batch_rows * recipe.num_anchors * work.targets),
         step_flops=recipe.batch_rows * row_flops,
         num_steps=num_steps,
         total_flops=None if num_steps is None else num_steps * recipe.batch_rows * row_flops,
