@@ -25,8 +25,8 @@ from orthrus.training.plan_run import Machine, plan_run, what_to_change
 from orthrus.training.plan_shape import plan_shape, shape_of
 from orthrus.training.recipe import TrainConfig
 
-# Index tensors, the router's bookkeeping and masks are left out of the formulas.
-SAVED, PEAK, FLOPS = 0.06, 0.25, 0.05
+# Shares that measurements may differ by; of the peak, how far it may stay below the plan.
+SAVED, PEAK, FLOPS, LOGITS = 0.01, 0.2, 0.02, 0.02
 GB = 10**9
 LLAMA_8B = LlamaConfig(
     hidden_size=4096,
@@ -101,13 +101,22 @@ def test_saved_bytes_and_operations_with_a_repair_head(trains_twins: bool) -> No
 def assert_planned(name: str, dtype: torch.dtype, **settings: Any) -> None:
     found = measure(name, dtype, **settings)
     shape, work = found.shape, found.work
-    # What is not saved but lives on beside it: the AR pass and the masks.
-    beside = activation_bytes(replace(shape, trains_twins=False), replace(work, targets=0))
-    context = 2 * shape.num_layers * work.micro_rows * work.row_length * shape.keys * work.dtype_bytes
-    masks = (1 + shape.windowed) * work.dtype_bytes * work.block_rows * work.row_length
-    planned = activation_bytes(shape, work) - beside + (context + masks) * bool(shape.learning_layers)
-    assert found.saved == pytest.approx(planned, rel=SAVED)
-    assert found.flops == pytest.approx(pass_flops(shape, work), rel=FLOPS)
+    rows = work.micro_rows * work.row_length
+    # What is not saved but lives on beside it: the AR pass's hidden states, its keys where nothing reads them, masks.
+    beside = work.dtype_bytes * rows * shape.hidden
+    beside += (1 + shape.windowed) * work.dtype_bytes * work.block_rows * work.row_length
+    unread = shape.num_layers - len(shape.learning_layers)
+    beside += unread * rows * (shape.keys + shape.values) * work.dtype_bytes
+    # Autograd's, but gone with its chunk: a part of the logits.
+    beside -= shape.capped_logits * work.target_rows * shape.vocab * work.dtype_bytes
+    assert found.saved == pytest.approx(activation_bytes(shape, work) - beside, rel=SAVED)
+    # torch has no formula for its attention on a CPU, nor for experts.
+    uncounted = 0 if name == "gemma2" else shape.num_layers * rows * 4 * work.row_length * shape.queries
+    if shape.experts is not None:
+        weights = shape.experts[1] * 3 * shape.mlp * shape.hidden
+        uncounted += 2 * weights * (shape.num_layers * (rows + work.block_rows))
+        uncounted += 2 * weights * len(shape.learning_layers) * work.block_rows
+    assert found.flops == pytest.approx(pass_flops(shape, work) - uncounted, rel=FLOPS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -121,7 +130,7 @@ def test_the_peak_of_a_step(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     copies = planned.view_weights - 4 * shape_of(passed.dual).view_parameters
     backward = planned.workspace - GB - 0.05 * (planned.total - planned.workspace)
     expected = planned.gradients + planned.activations + planned.logits + copies + backward
-    assert live.peak == pytest.approx(expected, rel=PEAK)
+    assert (1 - PEAK) * expected < live.peak <= expected
 
 
 def test_the_optimizer_holds_what_is_planned() -> None:
@@ -139,19 +148,22 @@ def test_the_optimizer_holds_what_is_planned() -> None:
     assert planned.view_weights == sum(p.nbytes for p in parameters)
 
 
-def test_the_chunk_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_chunk_of_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where a chunk is compared whole."""
     monkeypatch.setattr(losses, "_CPU_SLICE", 128)
     vocab, rows = 4000, 300
-    head = torch.nn.Linear(8, vocab, bias=False).requires_grad_(False)
-    hidden = torch.randn(rows, 8, requires_grad=True)
+    head = torch.nn.Linear(8, vocab, bias=False, dtype=dtype).requires_grad_(False)
+    hidden = torch.randn(rows, 8, dtype=dtype, requires_grad=True)
     which = torch.arange(rows)
     with LiveBytes() as live:
-        losses.row_losses("kl", hidden, torch.randn(rows, 8), which, which, head).loss_R.sum().backward()
+        losses.row_losses(
+            "kl", hidden, torch.randn(rows, 8, dtype=dtype), which, which, head
+        ).loss_R.sum().backward()
     shape = replace(plan_shape(FAMILY_CONFIGS["llama"], TrainConfig(mask=60)), vocab=vocab)
-    _, batch = training("llama", torch.float32)
-    planned = logits_bytes(shape, work_of(batch, torch.float32))
-    assert live.peak == pytest.approx(planned, rel=0.2)
+    _, batch = training("llama", dtype)
+    planned = logits_bytes(shape, work_of(batch, dtype))
+    assert live.peak == pytest.approx(planned, rel=LOGITS)
 
 
 def test_shards_cut_weights_and_optimizer_and_are_whole_at_times() -> None:
@@ -179,7 +191,7 @@ def test_flex_reads_half_a_row_and_saves_no_scores() -> None:
     dense = plan_run(LLAMA_8B, replace(PAPER, attention="dense"), H100, None).work
     assert (flex.attention, flex.read_rows) == ("flex", 1024)
     assert (dense.attention, dense.read_rows) == ("dense", 2048)
-    assert layer_bytes(shape, dense, 1) - layer_bytes(shape, flex, 1) > 2 * 32 * 2048
+    assert layer_bytes(shape, dense, 1) - layer_bytes(shape, flex, 1) > 100_000
 
 
 def test_what_a_step_and_a_run_do() -> None:

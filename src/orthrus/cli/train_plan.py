@@ -52,7 +52,12 @@ def print_plan(recipe: "TrainConfig", options: PlanOptions, *, quiet: bool, json
         print_json(_report(plan, recipe, machine, gpu, name))
     else:
         # What is refused prints nothing on stdout, but the figures say why.
-        (out if fits else note)("\n".join(_lines(plan, recipe, machine, gpu, name)) + "\n" * fits)
+        lines = _lines(plan, recipe, machine, gpu, name)
+        if fits:
+            out("\n".join(lines) + "\n")
+        else:
+            for line in lines:
+                note(line)
     if not fits:
         from orthrus.training.plan_run import what_to_change
 

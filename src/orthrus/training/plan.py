@@ -59,6 +59,7 @@ class Shape:
     mlp: int
     hidden_norms: int
     pre_norm: bool
+    fused_qkv: bool
     head_norms: bool
     wide_head_norms: bool
     trained_head_norms: bool
@@ -68,9 +69,11 @@ class Shape:
     rank_values: int
     experts: tuple[int, int] | None
     softcap: bool
+    capped_logits: bool
+    rope_tables: int
     windowed: bool
     trained_mask: bool
-    repair_parameters: int
+    repair_rank: int
     trains_twins: bool
 
     @property
@@ -80,6 +83,15 @@ class Shape:
     @property
     def keys(self) -> int:
         return self.kv_heads * self.head_dim
+
+    @property
+    def values(self) -> int:
+        """What is kept for a row's value: where one projection makes all three, its whole output."""
+        return self.queries + 2 * self.keys if self.fused_qkv else self.keys
+
+    @property
+    def repair_parameters(self) -> int:
+        return self.repair_rank * (3 * self.hidden + 1)
 
     @property
     def learning_layers(self) -> range:
@@ -144,9 +156,11 @@ def layer_bytes(shape: Shape, work: Work, layer: int) -> float:
         c (C + I) of an MLP with twins; c r for every low-rank part
     query and key norms: 4 (q + kv) + 4 (H + H_kv), and of those that learn their outputs, w (q + kv), w being 4
         where they multiply in float32, else c
-    attention: c (2 q + 2 kv) for query, output, key and value; dense: c H (S + K) probabilities, S being the AR rows
+    attention: c (2 q + kv + v) for query, output, key and value, v being kv, or q + 2 kv where one projection makes
+        all three; dense: c H (S + K) probabilities, S being the AR rows
         read, and 4 H (S + K) more where scores are capped; flex: 4 H
-    MLP: 3 c I (gate, its activation, up); of experts c k (3 I + C) and 4 E of the router, k of E being chosen
+    MLP: 3 c I (gate, its activation, up); of experts k (c (3 I + C + 1) + 32) and 4 E of the router, k of E being
+        chosen
     """
     c, twinned = work.dtype_bytes, layer in shape.twin_layers
     q, kv, heads = shape.queries, shape.keys, shape.heads
@@ -163,7 +177,7 @@ def layer_bytes(shape: Shape, work: Work, layer: int) -> float:
         total += 4.0 * (q + kv) + 4.0 * (heads + shape.kv_heads)
         if shape.trained_head_norms and twinned:
             total += (4 if shape.wide_head_norms else c) * (q + kv)
-    total += c * (2.0 * q + 2 * kv)
+    total += c * (2.0 * q + kv + shape.values)
     if work.attention == "dense":
         total += (c + 4 * shape.softcap) * heads * (work.read_rows + work.block_size)
     else:
@@ -171,39 +185,48 @@ def layer_bytes(shape: Shape, work: Work, layer: int) -> float:
     if shape.experts is None:
         return total + 3.0 * c * shape.mlp
     every, chosen = shape.experts
-    return total + c * chosen * (3.0 * shape.mlp + shape.hidden) + 4.0 * every
+    return total + chosen * (c * (3.0 * shape.mlp + shape.hidden + 1) + 32) + 4.0 * every
 
 
 def activation_bytes(shape: Shape, work: Work) -> float:
     """Bytes that live from the forward pass to the backward pass, of B rows of T tokens with N blocks each.
 
     Q (sum of `layer_bytes` over the layers from the first that learns + 4 C + 4 of the last norm
-        + 4 D c of the rotary tables, D being the head's size) + c C for each target (its gradient),
-    the AR pass beside it: 2 L B T kv c of keys and values, c B T C of hidden states; with flex the keys and values of
-    each layer that learns once more, and those of the block rows: 2 c kv (B T + Q); dense: masks of Q T numbers,
-    twice with windows.
+        + 2 D c of each kind of rotary table, D being the head's size)
+    c C + 30 for each target (its gradient, its places), and of a repair head of rank r
+        c (2 C + 2 r), and 4 C + 4 where the twins learn as well,
+    the AR pass beside it: L B T c (kv + v) of keys and values, c B T C of hidden states; with flex the keys and values
+    of each layer that learns once more, and those of the block rows: 2 c kv (B T + Q); dense: masks of Q T
+    numbers, twice with windows.
     """
     c, rows, learning = work.dtype_bytes, work.block_rows, shape.learning_layers
     context_rows = work.micro_rows * work.row_length
-    total = 2.0 * shape.num_layers * context_rows * shape.keys * c + c * context_rows * shape.hidden
+    total = c * context_rows * (shape.num_layers * (shape.keys + shape.values) + shape.hidden)
     if work.attention == "dense":
         total += (1 + shape.windowed) * c * rows * work.row_length
-    total += c * work.target_rows * shape.hidden
+    total += work.target_rows * (c * shape.hidden + 30.0)
+    if shape.repair_rank:
+        repaired = c * (2.0 * shape.hidden + 2 * shape.repair_rank)
+        total += work.target_rows * (repaired + (4 * shape.hidden + 4) * bool(learning))
     if learning:
         total += rows * sum(layer_bytes(shape, work, layer) for layer in learning)
-        total += rows * (4.0 * shape.hidden + 4 + 4 * shape.head_dim * c)
+        total += rows * (4.0 * shape.hidden + 4 + 2 * shape.rope_tables * shape.head_dim * c)
         if work.attention == "flex":
             total += len(learning) * 2.0 * c * shape.keys * (context_rows + rows)
     return total
 
 
 def logits_bytes(shape: Shape, work: Work) -> int:
-    """The vocabulary rows of one chunk of the loss: min(128, targets) V (28 + c) bytes.
+    """The vocabulary rows of one chunk of the loss: min(128, targets) V (28 + 3 c, + 4 in bfloat16, + c where
+    logits are capped) bytes.
 
-    Seven float32 numbers for each logit: the AR view's log probabilities, the same by draft row, the draft's logits,
-    both laws, their comparison, one to spare; and the logits as the head gives them.
+    Seven float32 numbers for each logit: the AR view's log probabilities and the same by draft row, both laws, the
+    draft's best, their difference and its product; the draft's logits in float32 and as the head gives them; the
+    gradients of the chunk before, in parts and in one.
     """
-    return round(min(CHUNK_ROWS, work.target_rows) * shape.vocab * (28 + work.dtype_bytes))
+    c = work.dtype_bytes
+    each = 28 + (3 + shape.capped_logits) * c + 4 * (c != BYTES["float32"])
+    return round(min(CHUNK_ROWS, work.target_rows) * shape.vocab * each)
 
 
 def memory(shape: Shape, work: Work, *, processes: int = 1, sharded: bool = False) -> Memory:

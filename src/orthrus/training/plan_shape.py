@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from orthrus.base.families import decoder_layers, find_family, sliding_window
+from orthrus.base.families import decoder_layers, find_family, rope_tables, sliding_window
 from orthrus.base.quiet import quiet_libraries
 from orthrus.errors import UserInputError
 from orthrus.model.checkpoint import CONFIG_FILE, read_json
@@ -78,6 +78,7 @@ def shape_of(dual: DualView, trains_twins: bool = True) -> Shape:
             if not path.startswith("self_attn")
         ),
         pre_norm=hasattr(layer, "input_layernorm"),
+        fused_qkv=hasattr(layer.self_attn, "qkv_proj"),
         head_norms=isinstance(getattr(layer.self_attn, "q_norm", None), nn.Module),
         wide_head_norms=dual.family.name in _WIDE_NORMS,
         trained_head_norms="q_norm" in found,
@@ -87,9 +88,11 @@ def shape_of(dual: DualView, trains_twins: bool = True) -> Shape:
         rank_values=sum(part.up.in_features for part in low),
         experts=experts,
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+        capped_logits=dual.logit_cap is not None,
+        rope_tables=len(rope_tables(config)),
         windowed=sliding_window(config) is not None,
         trained_mask=dual.mask_embedding is not None,
-        repair_parameters=0 if dual.repair is None else sum(p.numel() for p in dual.repair.parameters()),
+        repair_rank=dual.config.repair_rank or 0,
         trains_twins=trains_twins,
     )
 
