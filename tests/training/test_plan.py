@@ -28,7 +28,7 @@ from orthrus.training.recipe import TrainConfig
 # Shares that measurements may differ by; of the peak, how far it may stay below the plan.
 SAVED, PEAK, FLOPS, LOGITS = 0.01, 0.2, 0.02, 0.02
 GB = 10**9
-LLAMA_8B = LlamaConfig(
+CONFIG_8B = LlamaConfig(
     hidden_size=4096,
     intermediate_size=14336,
     num_hidden_layers=32,
@@ -46,6 +46,7 @@ PAPER = TrainConfig(
     epochs=2,
     weights="uniform",
 )
+LLAMA_8B = plan_shape(CONFIG_8B, PAPER)
 H100 = Machine(num_gpus=8, bytes_each=80 * GB, peak=989e12, utilisation=0.4)
 
 
@@ -167,7 +168,7 @@ def test_the_chunk_of_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 
 
 def test_shards_cut_weights_and_optimizer_and_are_whole_at_times() -> None:
-    shape = plan_shape(LLAMA_8B, PAPER)
+    shape = LLAMA_8B
     assert shape.parameters == 8_030_261_248
     assert shape.view_parameters == 1_342_177_280
     work = plan_run(LLAMA_8B, PAPER, H100, None).work
@@ -186,12 +187,11 @@ def test_shards_cut_weights_and_optimizer_and_are_whole_at_times() -> None:
 
 
 def test_flex_reads_half_a_row_and_saves_no_scores() -> None:
-    shape = plan_shape(LLAMA_8B, PAPER)
     flex = plan_run(LLAMA_8B, PAPER, H100, None).work
     dense = plan_run(LLAMA_8B, replace(PAPER, attention="dense"), H100, None).work
     assert (flex.attention, flex.read_rows) == ("flex", 1024)
     assert (dense.attention, dense.read_rows) == ("dense", 2048)
-    assert layer_bytes(shape, dense, 1) - layer_bytes(shape, flex, 1) > 100_000
+    assert layer_bytes(LLAMA_8B, dense, 1) - layer_bytes(LLAMA_8B, flex, 1) > 100_000
 
 
 def test_what_a_step_and_a_run_do() -> None:
@@ -220,7 +220,10 @@ def test_targets_without_weight_are_not_planned() -> None:
 def test_what_to_change_first_and_no_more() -> None:
     def fits(limit: float) -> Any:
         machine = replace(H100, bytes_each=limit * GB)
-        return lambda recipe: plan_run(LLAMA_8B, recipe, machine, None).peak_bytes <= limit * GB
+        low = plan_shape(CONFIG_8B, replace(PAPER, rank=64))
+        return lambda recipe: (
+            plan_run(low if recipe.rank else LLAMA_8B, recipe, machine, None).peak_bytes <= limit * GB
+        )
 
     wide = replace(PAPER, micro_rows=2, batch_rows=128)
     needed = plan_run(LLAMA_8B, PAPER, H100, None).peak_bytes / GB

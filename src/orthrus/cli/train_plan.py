@@ -40,13 +40,15 @@ class PlanOptions:
 def print_plan(recipe: "TrainConfig", options: PlanOptions, *, quiet: bool, json: bool) -> None:
     """Print the plan of a recipe; UserInputError, behind the plan, when it does not fit."""
     from orthrus.base.model_config import model_config
-    from orthrus.training.plan_run import plan_run
+    from orthrus.training.plan_run import plan_run, what_to_change
+    from orthrus.training.plan_shape import plan_shape
 
     gpu, machine = _machine(recipe, options)
     with ProgressDisplay(quiet=quiet) as on_progress:
         base, name = model_config(recipe.base, on_progress)
     num_rows = _num_rows(recipe, options.corpus_tokens)
-    plan = plan_run(base, recipe, machine, num_rows)
+    shape = plan_shape(base, recipe)
+    plan = plan_run(shape, recipe, machine, num_rows)
     fits = plan.peak_bytes <= machine.bytes_each
     if json:
         print_json(_report(plan, recipe, machine, gpu, name))
@@ -59,13 +61,12 @@ def print_plan(recipe: "TrainConfig", options: PlanOptions, *, quiet: bool, json
             for line in lines:
                 note(line)
     if not fits:
-        from orthrus.training.plan_run import what_to_change
 
-        changes = what_to_change(
-            recipe,
-            machine.num_gpus,
-            lambda other: plan_run(base, other, machine, num_rows).peak_bytes <= machine.bytes_each,
-        )
+        def fits_too(other: "TrainConfig") -> bool:
+            changed = shape if other.rank == recipe.rank else plan_shape(base, other)
+            return plan_run(changed, other, machine, num_rows).peak_bytes <= machine.bytes_each
+
+        changes = what_to_change(recipe, machine.num_gpus, fits_too)
         keys = " and ".join(f"{key}: {value}" for key, value in changes.items())
         advice = f"set {keys}" if keys else "no key of the recipe makes it fit: take GPUs with more memory"
         raise UserInputError(

@@ -5,13 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from orthrus.errors import UserInputError
-from orthrus.model.pool import head_dim
 from orthrus.training.flex_blocks import pick_attention
 from orthrus.training.plan import BYTES, Memory, Shape, Work, gathered_bytes, hours, memory, pass_flops
-from orthrus.training.plan_shape import plan_shape
 from orthrus.training.recipe import TrainConfig
 
 _LEAST_ANCHORS = 8
@@ -59,17 +55,17 @@ class Plan:
         return max(self.memory.total, self.gathered)
 
 
-def plan_run(base: PreTrainedConfig, recipe: TrainConfig, machine: Machine, num_rows: int | None) -> Plan:
-    """The plan of a recipe; num_rows: packed rows of its corpus, None where it is not there.
+def plan_run(shape: Shape, recipe: TrainConfig, machine: Machine, num_rows: int | None) -> Plan:
+    """The plan of a recipe for its base and view; num_rows: packed rows of its corpus, None where it is not there.
 
-    Raises UserInputError for a batch that leaves processes without a row, and as `plan_shape`.
+    Raises UserInputError for a batch that leaves processes without a row.
     """
     processes = machine.num_gpus
     if recipe.batch_rows < processes:
         raise UserInputError(
             f"batch_rows {recipe.batch_rows} is less than a row for each of {processes} processes; raise it."
         )
-    shape, work = plan_shape(base, recipe), work_of(recipe, base)
+    work = work_of(recipe, shape)
     sharded = recipe.sharding == "fsdp2" and processes > 1
     row_flops = pass_flops(shape, replace(work, micro_rows=1))
     num_steps = recipe.steps or (
@@ -96,11 +92,11 @@ def plan_run(base: PreTrainedConfig, recipe: TrainConfig, machine: Machine, num_
     )
 
 
-def work_of(recipe: TrainConfig, base: PreTrainedConfig) -> Work:
+def work_of(recipe: TrainConfig, shape: Shape) -> Work:
     """What a pass of the recipe works on, on a GPU. A row is supposed to hold one dialogue, the longest reach."""
     import torch
 
-    attention = pick_attention(recipe.attention, torch.device("cuda"), head_dim(base))
+    attention = pick_attention(recipe.attention, torch.device("cuda"), shape.head_dim)
     # A share of the blocks alone leaves targets out; the others weigh all of them.
     without = recipe.first_target if recipe.clean_share == 1 else 0
     length = recipe.row_length
