@@ -158,7 +158,7 @@ class Told:
     def __init__(self, answers: Callable[[Question], Answer]) -> None:
         self.answers, self.asked = answers, list[Question]()
 
-    def check(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+    def check(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[dict[str, Any]]:
         return []
 
     def __call__(self, questions: Iterable[Question], *, max_new_tokens: int) -> Iterator[Answer]:

@@ -79,7 +79,7 @@ def test_our_own_server_makes_the_very_corpus_that_is_made_here(
     assert contents(folder) == contents(tmp_path / "here")
     assert {body["temperature"] for body in server.bodies()} == {0.0, 0.8}
     manifest = json.loads((folder / MANIFEST).read_text())
-    assert manifest["settings"]["answers"] == "endpoint"
+    assert manifest["settings"]["answerer"] == "endpoint"
     (about,) = manifest["servers"]
     assert about["url"] == "http://one/v1"
     assert about["model"] == "tiny"
@@ -120,7 +120,7 @@ def test_answers_from_here_and_from_a_server_are_not_mixed(
 ) -> None:
     folder = make(orthrus, server, tmp_path / "corpus", config(tmp_path))
     here = EngineAnswerer(orthrus.engine, 3, orthrus.base.eos_token_ids)
-    with pytest.raises(UserInputError, match="begun with another answers"):
+    with pytest.raises(UserInputError, match="begun with another answerer"):
         synthesise(orthrus.base, here, config(tmp_path), folder)
 
 
@@ -280,10 +280,10 @@ def test_the_key_is_sent_and_written_nowhere(orthrus: Orthrus, server: Bridge, t
         answerer(orthrus, scripted, key="sk-secret") as asked,
         pytest.raises(ModelNotFoundError, match="check the key") as caught,
     ):
-        asked.check(questions(orthrus))
+        asked.check(questions(orthrus), max_new_tokens=8)
     assert "sk-secret" not in str(caught.value)
     with answerer(orthrus, scripted) as asked, pytest.raises(ModelNotFoundError, match="set ORTHRUS_API_KEY"):
-        asked.check(questions(orthrus))
+        asked.check(questions(orthrus), max_new_tokens=8)
 
 
 def test_a_record_of_what_was_left_out_reads_back(orthrus: Orthrus, server: Bridge, tmp_path: Path) -> None:

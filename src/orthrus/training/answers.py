@@ -41,7 +41,7 @@ class Answerer(Protocol):
     def origin(self) -> str | None:
         """What a corpus's settings call it; None is the base in this process."""
 
-    def check(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+    def check(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[dict[str, Any]]:
         """Make sure, before the first answer that counts, that it is the base that answers.
 
         questions: greedy ones, the same ones in every run of a corpus. Returns facts for the manifest. Raises
@@ -64,7 +64,7 @@ class EngineAnswerer:
     def origin(self) -> None:
         return None
 
-    def check(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+    def check(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[dict[str, Any]]:
         return []
 
     def __call__(self, questions: Iterable[Question], *, max_new_tokens: int) -> Iterator[Answer]:

@@ -106,10 +106,11 @@ class EndpointAnswerer:
     def origin(self) -> str:
         return "endpoint"
 
-    def check(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+    def check(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[dict[str, Any]]:
         """Raises UserInputError for a server whose greedy answers the base would not have written."""
         self._open(questions[0])
-        return [self._checked(server, questions) for server in self._servers]
+        most = min(_CHECKED_TOKENS, max_new_tokens)
+        return [self._checked(server, questions, most) for server in self._servers]
 
     def __call__(self, questions: Iterable[Question], *, max_new_tokens: int) -> Iterator[Answer]:
         waiting = iter(questions)
@@ -156,9 +157,9 @@ class EndpointAnswerer:
         except ValueError:
             return Answer(question.key, [], False, "a reply that is no answer")
 
-    def _checked(self, server: Server, questions: Sequence[Question]) -> dict[str, Any]:
+    def _checked(self, server: Server, questions: Sequence[Question], most: int) -> dict[str, Any]:
         prompts = {question.key: question.prompt_ids for question in questions}
-        answers = list(self._answers([server], questions, _CHECKED_TOKENS))
+        answers = list(self._answers([server], questions, most))
         kept = [(prompts[a.key], a.token_ids) for a in answers if a.token_ids]
         if not kept:
             why = Counter(a.left_out for a in answers).most_common(1)[0][0]

@@ -113,7 +113,8 @@ def synthesise(
     todo = [(i, shard) for i, shard in enumerate(shards) if not shard_path(folder, i).is_file()]
     if todo:
         checked = [_question(i, prompts[i], SamplingParams()) for i in range(min(NUM_CHECKED, len(prompts)))]
-        manifest.note_servers(folder, answerer.check(checked))
+        facts = answerer.check(checked, max_new_tokens=config.max_new_tokens)
+        manifest.note_servers(folder, facts)
     meter = _Meter(report, len(prompts), sum(len(shard) for _, shard in todo))
     for index, shard in todo:
         answers = _answer(answerer, config, prompts, shard, meter)
@@ -225,4 +226,4 @@ def _begin(folder: Path, config: SynthConfig, base: Base, answerer: Answerer) ->
     settings = {"base": base.reference, "base_fingerprint": weights, "dtype": made["dtype"], **asdict(config)}
     # How many are answered at once changes no answer.
     del settings["batch_size"]
-    manifest.begin(folder, settings | {"answers": answerer.origin}, made)
+    manifest.begin(folder, settings | {"answerer": answerer.origin}, made)
