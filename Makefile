@@ -3,16 +3,21 @@ PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
 VENV := .venv
+CLIENTS := .venv-clients
 BIN := $(VENV)/bin
+CHROMIUM ?= /usr/bin/chromium
+WEB := .venv-web
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help demo test test-gpu check clean
+.PHONY: help demo test test-clients test-gpu test-web check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   show it working on a real model (the first time: installs, fetches about 100 MB)"
 	@echo "make test   run the tests (ARGS='-k name' picks some, JOBS=1 runs them one by one)"
+	@echo "make test-clients  run OpenAI's, Anthropic's and other clients against the server"
 	@echo "make test-gpu  run the tests that need a CUDA device"
+	@echo "make test-web  run the tests of the server's page in a browser (CHROMIUM=PATH, if it is not $(CHROMIUM))"
 	@echo "make check  formatting, lint, types, import layers, spelling"
 	@echo "make clean  remove the virtual environment and everything that was built"
 	@echo "PYTHON=python3.12 chooses the interpreter (3.11 or newer)"
@@ -32,6 +37,27 @@ test: $(VENV)/.dev
 test-gpu: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q --color=no -m gpu -rs $(ARGS)
 
+# The clients live in an environment of their own, without Orthrus.
+test-clients: $(VENV)/.dev $(CLIENTS)/.installed
+	@$(CLIENTS)/bin/python -m pytest -q --color=no -p no:cacheprovider -c tests/clients/pytest.ini tests/clients $(ARGS)
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	@$(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip --quiet --quiet --disable-pip-version-check install -r $<
+	@touch $@
+
+# They have an environment of their own: playwright, and axe-core where npm can fetch it.
+test-web: export PYTHON_OF_ORTHRUS = $(BIN)/python
+test-web: export AXE = $(WEB)/package/axe.min.js
+test-web: export CHROMIUM := $(CHROMIUM)
+test-web:
+	@if test -x "$(CHROMIUM)"; then \
+		$(MAKE) --no-print-directory $(VENV)/.dev $(WEB)/.ready && \
+		$(WEB)/bin/python -m pytest -q --color=no -rs -c tests/web/pytest.ini --rootdir=. $(or $(ARGS),tests/web); \
+	else \
+		echo "test-web is left out: there is no browser at $(CHROMIUM); install chromium, or name one with CHROMIUM=PATH"; \
+	fi
+
 check: export NO_COLOR = 1
 check: $(VENV)/.dev
 	@$(BIN)/ruff format --check --quiet .
@@ -42,7 +68,7 @@ check: $(VENV)/.dev
 	@echo "all checks passed"
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(WEB) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: where the index offers a CPU build of the pinned version pip takes it,
@@ -59,4 +85,15 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "installing the test and lint tools"
 	@$(PIP) -e ".[dev]"
+	@touch $@
+
+$(WEB)/.ready: constraints.txt
+	@test -x $(WEB)/bin/pip || $(PYTHON) -m venv --clear $(WEB)
+	@echo "installing the tests of the page into $(WEB)"
+	@$(WEB)/bin/python -m pip --quiet --quiet --disable-pip-version-check install -c constraints.txt \
+		pytest pytest-timeout httpx playwright
+	@rm -rf $(WEB)/package
+	@npm pack --silent --pack-destination $(WEB) axe-core@4.14.1 >$(WEB)/npm.log 2>&1 && \
+		tar -xzf $(WEB)/axe-core-4.14.1.tgz -C $(WEB) package/axe.min.js || \
+		echo "axe-core is left out: npm cannot fetch it ($(WEB)/npm.log says why)"
 	@touch $@

@@ -8,7 +8,7 @@ from orthrus.base.loading import Base
 from orthrus.base.storage import Progress
 from orthrus.config import DecodeConfig, Grammar, SamplingParams, Strategy
 from orthrus.decoding.cost_table import CostTable
-from orthrus.decoding.grammar import GrammarCompiler
+from orthrus.decoding.grammar import GrammarCompiler, GrammarState
 from orthrus.engine.costs import OnMeasure
 from orthrus.engine.engine import Engine, EngineConfig
 from orthrus.engine.request import Request
@@ -155,19 +155,26 @@ class Orthrus:
         on_cycle: Callable[[Cycle], None] | None = None,
         on_end: Callable[[Request], None] | None = None,
         deadline: float | None = None,
+        engine: Engine | None = None,
     ) -> Request:
-        """Hand token ids in to the engine, which somebody else steps; keywords as in `Engine.submit`."""
-        grammar = None if config.grammar is None else self._grammars.state(config.grammar)
-        return self.engine.submit(
+        """Hand token ids in to the engine, which somebody else steps; keywords as in `Engine.submit`.
+
+        engine: another one over the same model, in place of its own.
+        """
+        return (engine or self.engine).submit(
             prompt_ids,
             config,
-            grammar=grammar,
+            grammar=self.grammar_state(config.grammar),
             eos_token_ids=self.base.eos_token_ids,
             tokenizer=self.base.tokenizer,  # type: ignore[arg-type]
             on_cycle=on_cycle,
             on_end=on_end,
             deadline=deadline,
         )
+
+    def grammar_state(self, grammar: Grammar | None) -> GrammarState | None:
+        """The grammar compiled for this model, before the first token; None without one."""
+        return None if grammar is None else self._grammars.state(grammar)
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:

@@ -22,7 +22,7 @@ def served(monkeypatch):
 def test_options_reach_the_server(cli: Cli, served):
     done = cli(
         *("serve", "--port", "9000", "--api-key", "secret", "--max-queue", "3", "--max-running", "2"),
-        *("--name", "a", "--name", "b", "--drain", "1.5", "--timeout", "9"),
+        *("--name", "a", "--name", "b", "--drain", "1.5", "--timeout", "9", "--audit-share", "0.25"),
     )
     assert done.code == 0, done.err
     config = served["config"]
@@ -30,6 +30,7 @@ def test_options_reach_the_server(cli: Cli, served):
     assert config.api_keys == ("secret",)
     assert config.names == ("a", "b")
     assert (config.max_queue, config.max_running, config.drain, config.timeout) == (3, 2, 1.5, 9.0)
+    assert (config.audit_share, config.log_traffic) == (0.25, None)
     assert "secret" not in repr(config)
 
 
@@ -44,6 +45,22 @@ def test_an_open_door_is_named(cli: Cli, served):
     assert "anybody" not in cli("serve", "--host", "0.0.0.0", "--api-key", "k").err
 
 
+def test_a_log_of_traffic_is_announced(cli: Cli, served, tmp_path):
+    file = tmp_path / "traffic.jsonl"
+    assert "appended" not in cli("serve").err
+    run = cli("serve", "--log-traffic", str(file), "--quiet")
+    assert run.err.splitlines() == [f"the texts of prompts and answers are appended to {file}"]
+    assert served["config"].log_traffic == file
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_a_model_is_loaded(cli: Cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("orthrus.server.run.log_to_stderr", lambda: None)
+    monkeypatch.setattr("orthrus.cli.serve.load_orthrus", lambda *a, **k: pytest.fail("loaded"))
+    assert_refused(
+        cli("serve", "--log-traffic", str(tmp_path / "no" / "file")), "No such file", "name a file"
+    )
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [
@@ -53,6 +70,7 @@ def test_an_open_door_is_named(cli: Cli, served):
         (["--host", " "], "--host is empty"),
         (["--port", "0"], "port"),
         (["--max-running", "0"], "max-running"),
+        (["--audit-share", "1.5"], "audit-share"),
     ],
 )
 def test_wrong_options_are_refused(cli: Cli, served, args, told):

@@ -18,7 +18,7 @@ STRANGERS = (
     r"pypi\.org/(?:project|simple)/orthrus(?!-)",
 )
 TEXTS = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".cff", ".cfg", ".cpp", ".h", ".html", ""}
-SKIPPED = {".git", ".venv", "dist", "build", "node_modules", "results"}
+SKIPPED = {".git", ".venv", ".venv-web", "dist", "build", "node_modules", "results"}
 
 
 def texts() -> list[Path]:

@@ -80,8 +80,9 @@ def test_documented_commands_parse():
     found = commands_in_docs()
     assert len(found) >= 4
     for page, line in found:
-        _, name, *words = shlex.split(line, comments=True)
-        command = root.commands[name]
+        words = shlex.split(line, comments=True)[1:]
+        name = max((n for n in root.commands if words[: len(n.split())] == n.split()), key=len)
+        command, words = root.commands[name], words[len(name.split()) :]
         options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
         unknown = [w for w in words if w.startswith("-") and w != "-" and w.split("=")[0] not in options]
         assert not unknown, f"{page}: {line}"

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from orthrus.api import Orthrus, decode_config
 from orthrus.audit import AuditOptions, AuditReport, run_audit
-from orthrus.audit.explain import judge, scores
+from orthrus.audit.explain import judge
+from orthrus.audit.place import scores
 from orthrus.audit.replay import replay_ours
 from orthrus.audit.shapes import AS_DECODED, ONE_ROW, baseline_logits
 from orthrus.config import BASELINES, FIXED_STRATEGIES, SamplingParams, Strategy

@@ -18,15 +18,9 @@ from orthrus.hf.auto import OrthrusConfig, OrthrusForCausalLM
 
 IDS_1T = torch.tensor([tiny_prompt(9)])
 IMPORT_ORDERS = {
-    "ours first": "import orthrus\nfrom transformers import AutoModelForCausalLM",
     "ours last": "from transformers import AutoModelForCausalLM\nimport orthrus",
     "one of ours first": "from orthrus import Orthrus\nfrom transformers import AutoModelForCausalLM",
-    "a module of ours first": "import orthrus.api\nfrom transformers import AutoModelForCausalLM",
     "training first": "import orthrus.training.trainer\nfrom transformers import AutoModelForCausalLM",
-    "a config first": "from orthrus import OrthrusConfig\nfrom transformers import AutoModelForCausalLM",
-    "generation first": (
-        "import orthrus, transformers.generation.utils\nfrom transformers import AutoModelForCausalLM"
-    ),
     "generation before ours": (
         "import transformers.generation.utils\nimport orthrus\nfrom transformers import AutoModelForCausalLM"
     ),

@@ -1,6 +1,8 @@
 """The page at /, and the records that it draws: where each token comes from."""
 
+import base64
 import functools
+import hashlib
 import re
 import shutil
 import subprocess
@@ -15,7 +17,7 @@ from orthrus.server import page as page_module
 
 from .conftest import chat, events, run, serving
 
-PAGE = Path(page_module.__file__).with_suffix(".html")
+FOLDER = Path(page_module.__file__).parent
 
 
 def in_loop(test: Callable[..., Any]) -> Callable[..., None]:
@@ -39,9 +41,23 @@ async def test_the_page_loads_nothing_from_elsewhere(orthrus: Orthrus) -> None:
         assert policy.startswith("default-src 'none'; connect-src 'self'")
         assert "unsafe" not in policy
         assert (await client.get("/v1/models")).status_code == 401
+        assert '<p class="soft" id="about"></p>' in found.text, (
+            "what is served is told to holders of a key only"
+        )
+    for tag in ("style", "script"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", found.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy, "browsers would not run it"
     elsewhere = set(re.findall(r"https?://[^\s\"']+", found.text))
     assert elsewhere == {"http://www.w3.org/2000/svg"}, "a name, not an address"
     assert not re.search(r"innerHTML|insertAdjacent|document\.write|style=", found.text)
+
+
+@in_loop
+async def test_the_page_says_what_is_served_where_no_key_is_needed(orthrus: Orthrus) -> None:
+    async with serving(orthrus, names=("<best>",)) as client:
+        html = (await client.get("/")).text
+    assert re.search('<p class="soft" id="about">&lt;best&gt;, float32, [^<]+</p>', html)
 
 
 @in_loop
@@ -55,23 +71,19 @@ async def test_every_element_that_the_script_uses_is_there_and_has_a_name(orthru
     async with serving(orthrus) as client:
         html = (await client.get("/")).text
     ids = set(re.findall(r'id="([^"]+)"', html))
-    assert set(re.findall(r'at\("([a-z]+)"\)', html)) <= ids
+    assert set(re.findall(r'at\("([a-z-]+)"\)', html)) <= ids
     assert {f"{lane}-{part}" for lane in ("plain", "auto") for part in ("name", "text", "figures")} <= ids
-    assert set(re.findall(r'<label for="([^"]+)"', html)) == {
-        "prompt",
-        "tokens",
-        "temperature",
-        "seed",
-        "key",
-    }
+    assert {f"{name}-{part}" for name in ("race", "chat") for part in ("tab", "form")} <= ids
+    fields = set(re.findall(r'<(?:input|textarea) id="([^"]+)"', html))
+    assert set(re.findall(r'<label for="([^"]+)"', html)) == fields
+    assert {"prompt", "message", "tokens", "temperature", "seed", "key"} <= fields
     assert html.count('aria-live="polite"') == 1, "one line speaks, and no token does"
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_the_script_can_be_read(tmp_path: Path) -> None:
-    (script,) = re.findall("<script>(.*?)</script>", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     file = tmp_path / "page.js"
-    file.write_text(script)
+    file.write_text("".join((FOLDER / name).read_text(encoding="utf-8") for name in page_module.SCRIPTS))
     subprocess.run(["node", "--check", str(file)], check=True, timeout=60)
 
 

@@ -225,6 +225,8 @@ def test_a_format_for_responses(orthrus):
         (RESPONSES, {"input": [{"type": "computer_call"}]}, "computer_call"),
         (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image"),
         (RESPONSES, {"temperature": -1}, "temperature"),
+        (RESPONSES, {"orthrus": {"provenance": True}}, "orthrus.provenance"),
+        (MESSAGES, {"orthrus": {"provenance": True}}, "orthrus.provenance"),
         (RESPONSES, {"tool_choice": "required"}, "tool_choice"),
         (RESPONSES, {"input": [{"content": "Hi"}]}, "input.0.role"),
         (MESSAGES, {"max_tokens": 0}, "max_tokens"),

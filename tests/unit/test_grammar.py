@@ -169,7 +169,8 @@ def test_forced_tokens_are_the_argmax_of_any_logits(name: str) -> None:
             _walk(state, forced, generator)
             num_forced += len(forced)
             state.advance(token_id)
-        assert state.forced(4) == []
+        if token_ids[-1] in (EOS, OTHER_EOS):
+            assert state.forced(4) == []
     assert num_forced or name in ("json_object", "lark")
 
 

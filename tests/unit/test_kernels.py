@@ -152,8 +152,12 @@ def test_what_does_not_fit_is_refused() -> None:
         torch.ops.orthrus.few_rows_linear(torch.ones(2, 32), ours.weight, None, None, 20)
 
 
+@pytest.mark.timeout(900)
 def test_damaged_kernels_are_made_anew(tmp_path: Path) -> None:
-    """And on shorter vectors without dot products, as other processors have them, all of the above holds."""
+    """And on shorter vectors without dot products, as other processors have them, all of the above holds.
+
+    Where vectors are short anyhow one of the tests will do.
+    """
     program = f"""
 import sys, pytest, torch._inductor.config
 from orthrus.kernels import build
@@ -168,7 +172,7 @@ build._build = made_damaged
 with pytest.raises(OSError):
     build.load_kernels()
 build.load_kernels()
-others = "not made_anew and not nothing_behind"
+others = "not made_anew and not nothing_behind" if torch.cpu._is_avx512_supported() else "both_of_its_linears"
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {__file__!r}, "-k", others]))
 """
     environment = {**os.environ, "ORTHRUS_CACHE": str(tmp_path)}

@@ -8,6 +8,7 @@ import pytest
 
 from orthrus.decoding.cost_table import CostTable
 from orthrus.decoding.policy import MAX_PATIENCE, PATIENCE, Left, Policy
+from orthrus.decoding.prices import Prices
 
 ROWS = (1, 8, 16, 32, 64)
 
@@ -27,7 +28,7 @@ MIDDLE = table((10.0, 12.0, 15.0, 20.0, 32.0), (1.0, 1.5, 2.0, 3.0, 5.0))
 TABLES = {"flat": FLAT, "middle": MIDDLE, "steep": STEEP}
 
 
-def policy(costs: CostTable, max_nodes: int = 24, max_blocks: int = 3) -> Policy:
+def policy(costs: CostTable | Prices, max_nodes: int = 24, max_blocks: int = 3) -> Policy:
     return Policy(costs, most_guesses=6, max_nodes=max_nodes, max_blocks=max_blocks)
 
 
@@ -263,3 +264,22 @@ def test_a_block_at_the_anchor_that_leaves_nothing_is_not_made() -> None:
     for _ in range(30):
         verify(decider, [log(0.8)] * 3, 3, ends[:1], left="none")
     assert decider.num_blocks(3, ends) == 0
+
+
+def test_beside_a_prompt_rows_cost_their_full_price() -> None:
+    log_probs = [log(0.7) * i for i in range(1, 7)]
+    cheap_at_first = table((10.0, 10.5, 11.0, 24.0, 56.0), (0.1, 0.2, 0.3, 0.4, 0.5))
+    decider = policy(Prices(cheap_at_first))
+    decider.among(2)
+    alone = nodes(decider, log_probs)
+    decider.among(2, 64)
+    beside = nodes(decider, log_probs)
+    assert alone > beside
+    # What is paid for anyway makes no draft dearer or cheaper: only the slope beyond it counts.
+    straight = policy(Prices(table((10.0, 17.0, 25.0, 41.0, 73.0), (0.1, 0.1, 0.1, 0.1, 0.1))))
+    straight.among(4)
+    rates = straight.plain_rate, straight.pass_ms(3, 0), straight.pass_ms(0, 1)
+    straight.among(4, 64)
+    assert (straight.plain_rate, straight.pass_ms(3, 0)) == pytest.approx(rates[:2])
+    straight.among(4)
+    assert (straight.plain_rate, straight.pass_ms(3, 0), straight.pass_ms(0, 1)) == rates

@@ -5,7 +5,6 @@ The baseline is the stock model's own `generate`, or plain decoding by the same 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Protocol
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from orthrus.api import Orthrus, Prompt
-from orthrus.audit.explain import explain
+from orthrus.audit.explain import explain, first_difference
 from orthrus.audit.report import AuditReport, Mismatch, StrategyResult
 from orthrus.base.provenance import provenance
 from orthrus.config import BASELINES, FIXED_STRATEGIES, Baseline, DecodeConfig, SamplingParams, Strategy
@@ -247,9 +246,7 @@ def _mismatch(
     baseline_ids: tuple[int, ...],
     our_ids: tuple[int, ...],
 ) -> Mismatch:
-    position = sum(
-        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(baseline_ids, our_ids, strict=False))
-    )
+    position = first_difference(baseline_ids, our_ids)
     found = explain(orthrus, against, prompt_ids, config, baseline_ids, our_ids, position)
     tokens = [ids[position] if position < len(ids) else None for ids in (baseline_ids, our_ids)]
     texts = ["" if i is None else str(orthrus.base.tokenizer.decode([i])) for i in tokens]

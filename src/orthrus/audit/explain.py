@@ -5,17 +5,19 @@ noise; where the best two tokens are closer than that, either may come out. The 
 baseline alone: were logits of our drafting a part of it, a corrupt cache would excuse itself.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from orthrus.api import Orthrus
+from orthrus.audit.place import Place
 from orthrus.audit.replay import replay_ours
 from orthrus.audit.shapes import AS_DECODED, ONE_ROW, baseline_logits
-from orthrus.config import Baseline, DecodeConfig, SamplingParams
-from orthrus.decoding.noise import exponential_noise
+from orthrus.config import Baseline, DecodeConfig
 
 Verdict = Literal["near-tie", "broken rule"]
 NUM_CANDIDATES = 32
@@ -26,7 +28,7 @@ the gap is at most twice the noise, so the rule never fails what the baseline do
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """All in scores (see `scores`), over the top candidates; None where the outputs only differ in length.
+    """All in scores (see `place.scores`), over the top candidates; None where the outputs only differ in length.
 
     gap: the baseline's token over ours, in the one-row shape. noise: the largest change of a score between
     the baseline's shapes. For information, drift: from its one-row shape to our scores; residue: from its
@@ -40,6 +42,12 @@ class Judgement:
     drift: float | None = None
     residue: float | None = None
     noise_by_shape: tuple[tuple[str, float], ...] = ()
+
+
+def first_difference(baseline_ids: Sequence[int], our_ids: Sequence[int]) -> int:
+    """The first place where they differ, from 0; the length of the shorter one where it begins the other."""
+    pairs = zip(baseline_ids, our_ids, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def explain(
@@ -56,31 +64,29 @@ def explain(
         ended = "ours" if len(our_ids) < len(baseline_ids) else "the baseline's"
         return Judgement("broken rule", f"equal so far, but {ended} ended here and the other went on")
     ours = replay_ours(orthrus, prompt_ids, config, our_ids, position)
-    shapes = baseline_logits(orthrus, against, config, prompt_ids, list(our_ids[:position]), ours.chunks)
-    place = len(prompt_ids) + position
-    shapes = {name: scores(logits_V, config.sampling, place) for name, logits_V in shapes.items()}
+    new_ids = list(our_ids[:position])
+    shapes = baseline_logits(orthrus, against, config, prompt_ids, new_ids, ours.chunks)
+    place = Place(orthrus, prompt_ids, new_ids, config)
+    could_take = place.could_take if place.has_filters else None
+    shapes = {name: place.scores(logits_V) for name, logits_V in shapes.items()}
+    pair = baseline_ids[position], our_ids[position]
     if ours.token != our_ids[position] or ours.logits_V is None:
-        return _unrepeatable(judge(shapes, None, baseline_ids[position], our_ids[position]))
-    our_scores_V = scores(ours.logits_V, config.sampling, place)
-    return judge(shapes, our_scores_V, baseline_ids[position], our_ids[position])
-
-
-def scores(logits_V: Tensor, sampling: SamplingParams, position: int) -> Tensor:
-    """What the chosen token has the most of, scores_V float32: the logits, or for a sampled text
-    logits / temperature - log(noise), where position is the token's place in the whole sequence."""
-    if sampling.greedy:
-        return logits_V
-    assert sampling.seed is not None, "without a seed nothing can be decoded again"
-    noise_1V = exponential_noise(sampling.seed, [position], logits_V.shape[-1], logits_V.device)
-    return logits_V / sampling.temperature - noise_1V[0].log()
+        return _unrepeatable(judge(shapes, None, *pair, could_take))
+    return judge(shapes, place.scores(ours.logits_V, filtered=True), *pair, could_take)
 
 
 def judge(
-    shapes: dict[str, Tensor], our_scores_V: Tensor | None, baseline_token: int, our_token: int
+    shapes: dict[str, Tensor],
+    our_scores_V: Tensor | None,
+    baseline_token: int,
+    our_token: int,
+    could_take: Callable[[Tensor, int, float], bool] | None = None,
 ) -> Judgement:
     """The rule itself. shapes: scores_V of the baseline, "one row" and "as decoded" among them.
 
-    Broken: our token is not the best by the AR view's own scores, or the gap is above MARGIN x noise.
+    Broken: our token is not the best by the AR view's own scores, or the gap is above MARGIN x noise. With
+    filters, whose edges rounding moves too, the gap alone says nothing: `could_take` is asked instead, see
+    `Place.could_take`.
     """
     reference_V = shapes[ONE_ROW]
     top_N = reference_V.topk(min(NUM_CANDIDATES, reference_V.numel())).indices
@@ -92,9 +98,16 @@ def judge(
     }
     noise = max(changes.values(), default=0.0)
     gap = abs(float(reference_V[baseline_token] - reference_V[our_token]))
-    verdict: Verdict = "near-tie" if gap <= MARGIN * noise else "broken rule"
-    relation = "within" if verdict == "near-tie" else "above"
-    reason = f"the gap is {relation} {MARGIN:g} x the noise between shapes"
+    if could_take is None:
+        is_tie = gap <= MARGIN * noise
+        reason = f"the gap is {'within' if is_tie else 'above'} {MARGIN:g} x the noise between shapes"
+    else:
+        is_tie = could_take(reference_V, our_token, MARGIN * noise)
+        reason = (
+            f"within {MARGIN:g} x the noise between shapes the filters {'may' if is_tie else 'cannot'} "
+            "let our token win"
+        )
+    verdict: Verdict = "near-tie" if is_tie else "broken rule"
     drift = residue = None
     if our_scores_V is not None:
         drift = _largest_change(our_scores_V, reference_V, candidates_N)
@@ -108,7 +121,10 @@ def judge(
 
 
 def _largest_change(scores_V: Tensor, reference_V: Tensor, candidates_N: Tensor) -> float:
-    return float((scores_V - reference_V)[candidates_N].abs().max())
+    """Over tokens that both allow."""
+    changes_N = (scores_V - reference_V)[candidates_N].abs()
+    changes_N = changes_N[changes_N.isfinite()]
+    return float(changes_N.max()) if len(changes_N) else 0.0
 
 
 def _unrepeatable(found: Judgement) -> Judgement:

@@ -40,7 +40,7 @@ def replay_ours(
     """Decode `our_ids` again, alone, up to token number `position` (from 0), and keep what that was decided by."""
     watched = _Watched(orthrus.engine.runner, [*prompt_ids, *our_ids[:position]])
     engine = EngineBeside(orthrus.engine, watched, reuse=False)
-    request = engine.submit(prompt_ids, config, eos_token_ids=orthrus.base.eos_token_ids)
+    request = orthrus.submit(prompt_ids, config, engine=engine)
     while len(request.token_ids) <= position and not request.closed:
         engine.step()
     engine.drop(request)

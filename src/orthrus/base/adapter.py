@@ -5,14 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from orthrus.base.hub import ADAPTER_FILE
 from orthrus.base.loading import Base
 from orthrus.base.quiet import quiet_libraries
 from orthrus.base.resolve import Source
 from orthrus.base.text import printable
 from orthrus.base.weights import check_finite
 from orthrus.errors import CorruptFileError, MissingExtraError, UnsupportedModelError, UserInputError
-
-ADAPTER_FILE = "adapter_config.json"
 
 
 def is_adapter(folder: Path) -> bool:

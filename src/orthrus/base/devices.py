@@ -100,7 +100,7 @@ def refuse_foreign_code(declared: dict[str, Any], name: str) -> None:
     for key, value in declared.items():
         if isinstance(value, dict):
             refuse_foreign_code(value, name)
-        elif key.strip("_").removesuffix("_internal") in _IMPLEMENTATIONS and value not in (
+        elif str(key).strip("_").removesuffix("_internal") in _IMPLEMENTATIONS and value not in (
             None,
             *_LOCAL_IMPLEMENTATIONS,
         ):

@@ -10,6 +10,8 @@ from orthrus.errors import ModelNotFoundError, OrthrusError, UnsupportedModelErr
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # Sub-folders hold exports for other programs; "consolidated" repeats the weights in another layout.
 _UNWANTED = ["*/*", "consolidated*"]
+ADAPTER_FILE = "adapter_config.json"
+"""Of a PEFT adapter, which has no config.json."""
 
 
 def fetch(
@@ -92,7 +94,7 @@ def _downloaded(
 
 
 def _checked(folder: Path, repo_id: str) -> Path:
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if not (folder / "config.json").is_file() and not (folder / ADAPTER_FILE).is_file():
         raise UnsupportedModelError(f"{repo_id} has no config.json, so it is no transformers model.")
     if not any(folder.glob("*.safetensors")):
         raise UnsupportedModelError(

@@ -95,15 +95,21 @@ def _checked(message: Any, index: int) -> dict[str, Any]:
         raise UserInputError(f"Message {index} has an empty role: use 'system', 'user' or 'assistant'.")
     if content is None and role == "assistant" and "tool_calls" in message:
         content = ""
-    elif isinstance(content, list | tuple):
+    content = content_text(content, index)
+    check_text(role, f"The role of message {index}")
+    check_text(content, f"The content of message {index}")
+    return {**message, "role": role, "content": content}
+
+
+def content_text(content: Any, index: int) -> str:
+    """The content of message `index` as one text. Raises UserInputError for what is neither text nor parts of it."""
+    if isinstance(content, list | tuple):
         content = "".join(_part(part, index) for part in content)
     if not isinstance(content, str):
         raise UserInputError(
             f"The content of message {index} must be text or a list of text parts, not {_kind(content)}."
         )
-    check_text(role, f"The role of message {index}")
-    check_text(content, f"The content of message {index}")
-    return {**message, "role": role, "content": content}
+    return content
 
 
 def _part(part: Any, index: int) -> str:

@@ -1,37 +1,67 @@
 """The table of commands. Nothing here or in a command's module imports torch: bodies do, when they run."""
 
 import logging
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from orthrus import __version__
-from orthrus.cli import adapt, audit, bench, chat, convert, demo, env, generate, serve, synth, train
+from orthrus.cli import (
+    adapt,
+    audit,
+    bench,
+    bench_serve,
+    chat,
+    convert,
+    demo,
+    env,
+    generate,
+    serve,
+    synth,
+    train,
+    verify,
+)
 from orthrus.cli.common import run_command, session
+
+
+class Commands(TyperGroup):
+    """A command's name may have two words: `bench serve` stands beside `bench`, which takes a model there."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if " ".join(args[:2]) in self.commands:
+            args = [" ".join(args[:2]), *args[2:]]
+        return super().resolve_command(ctx, args)
+
 
 app = typer.Typer(
     name="orthrus",
+    cls=Commands,
     help="Lossless parallel decoding: the model's own tokens, in fewer passes.",
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 
-COMMANDS = (
+COMMANDS: tuple[Callable[..., None], ...] = (
     generate.generate,
     chat.chat,
     serve.serve,
     demo.demo,
     bench.bench,
+    bench_serve.bench_serve,
     audit.audit,
+    verify.verify,
     synth.synth,
     train.train,
     adapt.adapt,
     convert.convert,
     env.env,
 )
-for command in COMMANDS:
-    app.command()(command)
+NAMES = tuple(command.__name__.replace("_", " ") for command in COMMANDS)
+for name, command in zip(NAMES, COMMANDS, strict=True):
+    app.command(name)(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,30 +1,26 @@
 """`orthrus chat`: turns in a terminal, or one turn per line of a pipe."""
 
+import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from secrets import randbits
+from typing import Annotated, Any
 
 import typer
 
 from orthrus.base.text import printable
 from orthrus.cli import options
 from orthrus.cli.chat_commands import ChatState, Leave, run_slash_command
-from orthrus.cli.common import (
-    cancel_on_interrupt,
-    check_decode,
-    load_orthrus,
-    parse_logit_bias,
-    say_error,
-    time_passes,
-)
-from orthrus.cli.render import DraftMarker, footer, note, print_stream
+from orthrus.cli.chat_partner import LocalPartner, Messages, Partner
+from orthrus.cli.chat_server import ServerPartner
+from orthrus.cli.common import cancel_on_interrupt, check_decode, parse_logit_bias, say_error
+from orthrus.cli.render import footer, note, print_stream
 from orthrus.errors import OrthrusError, UserInputError
-
-if TYPE_CHECKING:
-    from orthrus.api import Orthrus
-    from orthrus.types import GenerationResult
+from orthrus.types import GenerationResult
 
 QUOTES = '"""'
+KEY_VARIABLE = "ORTHRUS_API_KEY"
+_SERVER = "Server"
 
 
 def chat(
@@ -53,8 +49,30 @@ def chat(
     device: options.Device = None,
     revision: options.Revision = None,
     attn: options.Attention = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Talk to a running server, ours or any with OpenAI's interface, such as http://127.0.0.1:8000. "
+            "MODEL is a name there.",
+            rich_help_panel=_SERVER,
+            show_default=False,
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help=f"The server's key. Others see a command's arguments: {KEY_VARIABLE} in the environment does the "
+            "same.",
+            rich_help_panel=_SERVER,
+            show_default=False,
+        ),
+    ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Answer with plain decoding too, and show both times.")
+        bool,
+        typer.Option(
+            "--compare", help="Answer with plain decoding too: show both times, and any difference."
+        ),
     ] = False,
     color: options.Color = False,
     quiet: options.Quiet = False,
@@ -82,27 +100,34 @@ def chat(
         "ignore_eos": False,
     }
     check_decode(decode)
-    orthrus = load_orthrus(
-        options.one_model(model, named_model),
-        quiet=quiet,
-        view=view,
-        dtype=dtype,
-        draft_dtype=draft_dtype,
-        draft_vocab=draft_vocab,
-        runner=runner,
-        device=device,
-        revision=revision,
-        attn_implementation=attn,
-    )
-    if not orthrus.base.tokenizer.chat_template:
-        raise UserInputError(
-            f"{orthrus.base.name} has no chat template; choose an instruction-tuned model, "
-            "or use `orthrus generate`."
-        )
-    time_passes(orthrus, [strategy], [temperature], quiet=quiet)
-    state = ChatState(orthrus, orthrus.chat(system), decode=decode, color=color, compare=compare, quiet=quiet)
+    load = {
+        "view": view,
+        "dtype": dtype,
+        "draft_dtype": draft_dtype,
+        "draft_vocab": draft_vocab,
+        "runner": runner,
+        "device": device,
+        "revision": revision,
+        "attn_implementation": attn,
+    }
+    chosen = None if model is None and named_model is None else options.one_model(model, named_model)
+    partner: Partner
+    if url is None:
+        if api_key is not None:
+            raise UserInputError("--api-key is a server's; give its --url too, or drop it.")
+        partner = LocalPartner.load(chosen or "default", decode, quiet=quiet, **load)
+    else:
+        if given := [n for n, value in load.items() if value not in (None, "default")]:
+            name = given[0].replace("_", "-").removesuffix("-implementation")
+            raise UserInputError(f"--{name} is the server's to choose; drop it, or --url.")
+        partner = ServerPartner(url, api_key or os.environ.get(KEY_VARIABLE), chosen)
+    if compare:
+        partner.check_compare()
+    if color:
+        partner.marker()
+    state = ChatState(partner, system, decode=decode, color=color, compare=compare, quiet=quiet)
     if not quiet:
-        _header(orthrus)
+        _header(partner)
     if sys.stdin.isatty():
         _terminal(state)
     else:
@@ -178,55 +203,52 @@ def _turn(state: ChatState, text: str) -> None:
     if text.startswith("/"):
         run_slash_command(state, text)
         return
-    asked = [*state.conversation.messages, {"role": "user", "content": text}]
-    turn = state.conversation.stream(text, **state.decode)
-    marker = DraftMarker(state.orthrus.base.tokenizer) if state.color else None
-    with cancel_on_interrupt(turn) as interrupt:
-        print_stream(turn, marker)
-    result = turn.result
+    asked = [*state.messages, {"role": "user", "content": text}]
+    decode = state.decode
+    if state.compare and decode["seed"] is None:
+        # Both are to draw with the same noise.
+        decode = decode | {"seed": randbits(53)}
+    marker = state.partner.marker() if state.color else None
+    answering = state.partner.answer(asked, decode)
+    with cancel_on_interrupt(answering) as interrupt:
+        print_stream(answering, marker)
+    result = answering.result
+    state.messages = [*asked, {"role": "assistant", "content": result.text}]
     state.results.append(result)
     if not state.quiet:
         note(footer(result.stats, result.finish_reason))
     if state.compare and not interrupt.happened:
-        _compare(state, asked, result)
+        _compare(state, asked, decode, result)
 
 
-def _compare(state: ChatState, asked: list[dict[str, str]], answer: "GenerationResult") -> None:
+def _compare(state: ChatState, asked: Messages, decode: dict[str, Any], answer: GenerationResult) -> None:
     """The same turn by plain decoding, text not shown."""
-    tokens = state.orthrus.stream(asked, **(state.decode | {"strategy": "ar"}))
-    with cancel_on_interrupt(tokens) as interrupt:
-        plain = tokens.drain()
+    answering = state.partner.answer(asked, decode | {"strategy": "ar"})
+    with cancel_on_interrupt(answering) as interrupt:
+        for _ in answering:
+            pass
+    plain = answering.result
     if interrupt.happened:
         return
     ours_s, plain_s = (_seconds(r) for r in (answer, plain))
-    same = "the same tokens" if plain.token_ids == answer.token_ids else "DIFFERENT tokens"
-    if state.decode["temperature"] > 0 and state.decode["seed"] is None:
-        same = "another sample"
+    is_same = (plain.token_ids, plain.text) == (answer.token_ids, answer.text)
+    what = "tokens" if answer.token_ids else "text"
     note(
         f"plain decoding: {plain_s:.2f} s for {plain.stats.num_tokens} tokens in {plain.stats.num_passes} "
-        f"passes, {same}; {state.decode['strategy']}: {ours_s:.2f} s for {answer.stats.num_tokens} in "
-        f"{answer.stats.num_passes} passes"
+        f"passes, {'the same' if is_same else 'DIFFERENT'} {what}; {decode['strategy']}: {ours_s:.2f} s for "
+        f"{answer.stats.num_tokens} in {answer.stats.num_passes} passes"
     )
 
 
-def _seconds(result: "GenerationResult") -> float:
+def _seconds(result: GenerationResult) -> float:
     return (result.stats.ttft_ms + result.stats.decode_ms) / 1e3
 
 
-def _header(orthrus: "Orthrus") -> None:
+def _header(partner: Partner) -> None:
     from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text
 
-    about = orthrus.describe()
-    quantised = f" ({about['quantised']})" if "quantised" in about else ""
-    rows = (
-        ("model", about["model"] + quantised),
-        ("view", about["view"]),
-        ("running", f"{about['dtype']} on {about['device']}, {about['attention']} attention"),
-        ("block size", f"K = {about['block_size']}"),
-        ("context", f"{about['context_length']} tokens"),
-        ("keys", "Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands"),
-    )
+    rows = [*partner.header(), ("keys", "Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands")]
     body = Text(printable("\n".join(f"{name:<11}{value}" for name, value in rows)))
     Console(stderr=True).print(Panel(body, title="orthrus chat", expand=False))

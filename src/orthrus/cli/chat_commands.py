@@ -5,15 +5,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from orthrus.cli.chat_partner import Messages, Partner
 from orthrus.cli.common import check_decode, parse_logit_bias
 from orthrus.cli.render import note
 from orthrus.errors import UserInputError
-
-if TYPE_CHECKING:
-    from orthrus.api import Conversation, Orthrus
-    from orthrus.types import GenerationResult
+from orthrus.types import GenerationResult
 
 
 class Leave(Exception):  # noqa: N818  (no error: the user said /bye)
@@ -22,15 +20,27 @@ class Leave(Exception):  # noqa: N818  (no error: the user said /bye)
 
 @dataclass
 class ChatState:
-    """What a chat's commands may look at and change; `decode` holds the keywords of each turn."""
+    """What a chat's commands may look at and change; `decode` holds the keywords of each turn.
 
-    orthrus: "Orthrus"
-    conversation: "Conversation"
+    messages: a turn is added when its answer has been read to its end, or was stopped.
+    """
+
+    partner: Partner
+    system: str | None
     decode: dict[str, Any]
     color: bool = False
     compare: bool = False
     quiet: bool = False
-    results: list["GenerationResult"] = field(default_factory=list)
+    messages: Messages = field(default_factory=list)
+    results: list[GenerationResult] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """All turns; the system prompt stays."""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self.results.clear()
 
 
 def run_slash_command(state: ChatState, line: str) -> None:
@@ -49,8 +59,7 @@ def _help(state: ChatState, rest: str) -> None:
 
 
 def _clear(state: ChatState, rest: str) -> None:
-    state.conversation.reset()
-    state.results.clear()
+    state.forget()
     note("forgot all turns")
 
 
@@ -66,7 +75,12 @@ def _set(state: ChatState, rest: str) -> None:
         hint = f"did you mean {close[0]}?" if close else "/set alone lists all."
         raise UserInputError(f"there is no setting {name}; {hint}")
     if name in switches:
-        setattr(state, name, _switch(name, value.strip()))
+        is_on = _switch(name, value.strip())
+        if is_on and name == "color":
+            state.partner.marker()
+        elif is_on:
+            state.partner.check_compare()
+        setattr(state, name, is_on)
     else:
         changed = state.decode | {name: _parse(name, value.strip())}
         check_decode(changed)
@@ -95,13 +109,13 @@ def _save(state: ChatState, rest: str) -> None:
     if file.exists():
         raise UserInputError(f"{file} exists already; name a new file.")
     content = {
-        "model": state.orthrus.describe(),
+        "model": state.partner.describe(),
         "decode": state.decode,
-        "messages": state.conversation.messages,
+        "messages": state.messages,
         "stats": [r.stats.to_dict() for r in state.results],
     }
     write_text_atomic(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    note(f"wrote {len(state.conversation.messages)} messages to {file}")
+    note(f"wrote {len(state.messages)} messages to {file}")
 
 
 def _bye(state: ChatState, rest: str) -> None:

@@ -7,7 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,7 +16,7 @@ import typer
 
 from orthrus.base.text import printable
 from orthrus.cli.progress import ProgressDisplay
-from orthrus.config import FIXED_STRATEGIES, STRATEGIES, Strategy
+from orthrus.config import FIXED_STRATEGIES, STRATEGIES, DecodeConfig, SamplingParams, Strategy
 from orthrus.errors import OrthrusError, OrthrusWarning, UserInputError
 
 if TYPE_CHECKING:
@@ -150,10 +150,11 @@ def time_passes(
 
 
 def check_decode(decode: dict[str, Any]) -> None:
-    """Refuse wrong decoding options before the model is loaded; UserInputError as in `decode_config`."""
-    from orthrus.api import decode_config
-
-    decode_config(**decode)
+    """Refuse wrong decoding options before the model is loaded, and before torch is; UserInputError names one."""
+    names = {field.name for field in fields(SamplingParams)}
+    sampling = {name: value for name, value in decode.items() if name in names}
+    others = {name: value for name, value in decode.items() if name not in names}
+    DecodeConfig(**others, sampling=SamplingParams(**sampling))
 
 
 def parse_logit_bias(pairs: Iterable[str]) -> dict[int, float] | None:

@@ -54,7 +54,7 @@ def _section(name: str, command: Any, level: int) -> Iterator[str]:
     if is_group:
         yield "| command | meaning |\n| --- | --- |"
         for sub, child in command.commands.items():
-            anchor = f"orthrus-{sub}"
+            anchor = f"orthrus-{sub}".replace(" ", "-")
             yield f"| [`{sub}`](#{anchor}) | {_cell((child.help or '').split(chr(10) * 2)[0])} |"
         yield ""
 

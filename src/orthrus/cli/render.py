@@ -38,12 +38,17 @@ def note(text: str) -> None:
 
 
 def footer(stats: DecodeStats, finish_reason: str) -> str:
-    """Two lines of statistics; a ratio stands beside the numbers that it is made of."""
+    """Two lines of statistics; a ratio stands beside the numbers that it is made of. One line where a server
+    tells no passes."""
     seconds = (stats.ttft_ms + stats.decode_ms) / 1e3
-    return (
+    times = (
         f"{stats.num_tokens} tokens in {seconds:.2f} s ({finish_reason}) · "
-        f"{stats.tokens_per_second:.1f} tokens/s · first token after {stats.ttft_ms:.0f} ms\n"
-        f"tokens per cycle {stats.tokens_per_cycle:.2f} = {max(stats.num_tokens - 1, 0)} after the first / "
+        f"{stats.tokens_per_second:.1f} tokens/s · first token after {stats.ttft_ms:.0f} ms"
+    )
+    if not stats.num_passes:
+        return times
+    return (
+        f"{times}\ntokens per cycle {stats.tokens_per_cycle:.2f} = {max(stats.num_tokens - 1, 0)} after the first / "
         f"{stats.num_cycles} cycles · tokens per forward {stats.tokens_per_forward:.2f} = "
         f"{stats.num_tokens} / {stats.num_passes} passes · "
         f"acceptance rate {stats.acceptance_rate:.0%} = {stats.num_accepted} / {stats.num_drafted} drafts"

@@ -2,12 +2,14 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orthrus.cli import options
 from orthrus.cli.common import load_orthrus, time_passes
+from orthrus.cli.render import note
 from orthrus.errors import MissingExtraError, UserInputError
 
 if TYPE_CHECKING:
@@ -68,6 +70,25 @@ def serve(
         bool,
         typer.Option("--page/--no-page", help="Serve a page for browsers at /.", rich_help_panel=_SERVER),
     ] = True,
+    audit_share: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Decode this share of the answers again by plain decoding while nobody waits, and count those that "
+            "differ: see /audit and /metrics.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = 0.0,
+    log_traffic: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Append chats and their answers to this file, as JSONL for `orthrus adapt`. Left out: no text "
+            "is kept.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
     max_running: Annotated[
         int, typer.Option(min=1, help="Answers that are written at once.", rich_help_panel=_LIMITS)
     ] = 32,
@@ -142,11 +163,16 @@ def serve(
         timeout=timeout,
         drain=drain,
         page=page,
+        audit_share=audit_share,
+        log_traffic=log_traffic,
     )
     if not host.strip():
         raise UserInputError("--host is empty; give an address, such as 127.0.0.1.")
     if not keys and host not in ("127.0.0.1", "localhost", "::1"):
         print(f"warning: anybody who reaches {host} can use this server; set --api-key.", file=sys.stderr)
+
+    if log_traffic is not None:
+        note(f"the texts of prompts and answers are appended to {log_traffic}")
 
     def load() -> "Orthrus":
         orthrus = load_orthrus(

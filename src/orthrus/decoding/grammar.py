@@ -26,8 +26,8 @@ STACK_BYTES = 2**28
 """Stack of the thread that compiles: rules that name each other in a long row are followed by recursion."""
 NUM_KEPT = 32
 """Compiled grammars that are kept, the most recently used ones."""
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,24}"
-"""Between the parts of JSON; bounded, since weak models otherwise write blanks for ever."""
+WHITESPACE = r"(\x20|\x0A[\x20\x09]{0,16})"
+"""Between the parts of JSON: a space, or a new line and its indent. Weak models otherwise write blanks for ever."""
 LARGEST_REPEAT = 10_000
 
 
@@ -146,7 +146,9 @@ class GrammarState:
         self._vocab_size, self._end_ids = vocab_size, list(end_ids)
         self._text: list[int] = []
         self._ended = False
-        self._mask_V: Tensor | None = None
+        # Where the matcher stands behind the text, and masks after the paths that were asked for since.
+        self._at: tuple[int, ...] = ()
+        self._known: dict[tuple[int, ...], Tensor | None] = {}
 
     @property
     def done(self) -> bool:
@@ -162,15 +164,13 @@ class GrammarState:
 
         Raises UserInputError where the grammar became too complex, or no token fits it.
         """
-        if self._mask_V is None:
-            mask_V = self._mask_here()
-            if mask_V is None:
-                raise UserInputError(
-                    f"the grammar allows no token after {len(self._text)} "
-                    f"({_gist(self._matcher.get_error()) or 'a dead end'}); correct or simplify it."
-                )
-            self._mask_V = mask_V
-        return self._mask_V
+        mask_V = self._mask_after(())
+        if mask_V is None:
+            raise UserInputError(
+                f"the grammar allows no token after {len(self._text)} "
+                f"({_gist(self._matcher.get_error()) or 'a dead end'}); correct or simplify it."
+            )
+        return mask_V
 
     def advance(self, token_id: int) -> None:
         """Commit a token that the mask allows.
@@ -181,14 +181,17 @@ class GrammarState:
             raise UserInputError(f"token {token_id} breaks the grammar; choose tokens that the mask allows.")
         if token_id in self._end_ids:
             self._ended = True
-        else:
-            if not self._matcher.consume_token(token_id):
-                raise UserInputError(
-                    f"the grammar became too complex after {len(self._text)} tokens "
-                    f"({_gist(self._matcher.get_error())}); simplify it."
-                )
-            self._text.append(token_id)
-        self._mask_V = None
+            self._known.clear()
+            return
+        if not self._go_to((token_id,)):
+            raise UserInputError(
+                f"the grammar became too complex after {len(self._text)} tokens "
+                f"({_gist(self._matcher.get_error())}); simplify it."
+            )
+        self._text.append(token_id)
+        self._at = ()
+        # What was looked at behind this token need not be looked at again.
+        self._known = {path[1:]: mask_V for path, mask_V in self._known.items() if path[:1] == (token_id,)}
 
     def masks_for_paths(self, parents: Sequence[int], token_ids: Sequence[int]) -> tuple[Tensor, list[bool]]:
         """Masks after each row of a draft tree, the root's first: masks_RV; and which nodes are allowed.
@@ -208,31 +211,22 @@ class GrammarState:
         children: list[list[int]] = [[] for _ in range(num_rows)]
         for row, parent in enumerate(parents, start=1):
             children[parent].append(row)
-        # Depth first, so that the matcher goes back as seldom as it can; `here`: the rows it stands on.
-        here: list[int] = []
-        depths = [0] * num_rows
+        paths: list[tuple[int, ...]] = [()] * num_rows
+        # Depth first, so that the matcher goes back as seldom as it can.
         stack = children[0][::-1]
         while stack:
             row = stack.pop()
             parent, token_id = parents[row - 1], token_ids[row - 1]
-            depths[row] = depths[parent] + 1
             if not 0 <= token_id < self._vocab_size or not masks_RV[parent, token_id]:
                 continue
             if token_id in self._end_ids:
                 allowed[row] = True
                 continue
-            num_back = len(here) - depths[parent]
-            del here[depths[parent] :]
-            path = [token_ids[node - 1] for node in here]
-            self._go_back(num_back, path)
-            mask_V = self._mask_here() if self._matcher.consume_token(token_id) else None
-            if mask_V is None:
-                self._start_again(path)
-                continue
-            here.append(row)
-            allowed[row], masks_RV[row] = True, mask_V
-            stack += children[row][::-1]
-        self._go_back(len(here), [])
+            paths[row] = (*paths[parent], token_id)
+            mask_V = self._mask_after(paths[row])
+            if mask_V is not None:
+                allowed[row], masks_RV[row] = True, mask_V
+                stack += children[row][::-1]
         return masks_RV, allowed[1:]
 
     def forced(self, max_tokens: int) -> list[int]:
@@ -247,21 +241,34 @@ class GrammarState:
             found.append(token_id)
             if self._ended or token_id in self._end_ids:
                 break
-            mask_V = self._mask_here() if self._matcher.consume_token(token_id) else None
-        self._go_back(sum(token_id not in self._end_ids for token_id in found), [])
+            mask_V = self._mask_after(tuple(found))
         return found
 
-    def _go_back(self, num_tokens: int, path: Sequence[int]) -> None:
-        """To where the text is followed by this path."""
-        if self._matcher.is_error() or (num_tokens and not self._matcher.rollback(num_tokens)):
-            self._start_again(path)
+    def _mask_after(self, path: tuple[int, ...]) -> Tensor | None:
+        """The mask after text and path; None where the path leads nowhere. The path's own beginnings are allowed."""
+        if path not in self._known:
+            self._known[path] = self._mask_here() if self._go_to(path) else None
+        return self._known[path]
 
-    def _start_again(self, path: Sequence[int]) -> None:
-        """A matcher in an error state never leaves it: bring a new one to where text and path end."""
-        self._matcher = self._fresh.deep_copy()
-        for token_id in (*self._text, *path):
-            self._matcher.compute_bitmask()
-            self._matcher.consume_token(token_id)
+    def _go_to(self, path: tuple[int, ...]) -> bool:
+        """Bring the matcher to where text and path end; False where it fails on the way."""
+        num_common = next(
+            (i for i, (a, b) in enumerate(zip(self._at, path, strict=False)) if a != b),
+            min(len(self._at), len(path)),
+        )
+        num_back = len(self._at) - num_common
+        if self._matcher.is_error() or (num_back and not self._matcher.rollback(num_back)):
+            # A matcher in an error state never leaves it.
+            self._matcher, num_common = self._fresh.deep_copy(), 0
+            for token_id in self._text:
+                self._matcher.compute_bitmask()
+                self._matcher.consume_token(token_id)
+        self._at = path[:num_common]
+        for token_id in path[num_common:]:
+            if not self._matcher.consume_token(token_id):
+                return False
+            self._at = (*self._at, token_id)
+        return True
 
     def _mask_here(self) -> Tensor | None:
         """Where the matcher stands; None where it failed, or allows nothing."""

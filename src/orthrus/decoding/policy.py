@@ -117,9 +117,10 @@ class Policy:
     _block_trust: _Average = field(default_factory=lambda: _Average(1.0))
     _plain_tokens: int = 0
     _patience: int = PATIENCE
-    _pass_ms: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    _pass_ms: dict[tuple[int, int, int, int, int], float] = field(default_factory=dict)
+    _choices: dict[tuple[int, int], tuple[_Length, float]] = field(default_factory=dict)
     _draft_rate: float = field(init=False)
-    _num_requests: int = 1
+    _company: tuple[int, int] = (1, 0)
     _version: int = 0
 
     def __post_init__(self) -> None:
@@ -132,13 +133,21 @@ class Policy:
         self._hits = [_Average(1.0 - 0.8**m) for m in range(self.max_blocks + 1)]
         self._choose_length()
 
-    def among(self, num_requests: int) -> None:
+    def among(self, num_requests: int, num_prompt_rows: int = 0) -> None:
         """Decide as one of so many running requests: a pass costs this one its share of what it costs when all
-        carry as much. Rows then cost more beside the weights that are read once, and drafts shrink."""
-        if (num_requests, self.costs.version) != (self._num_requests, self._version):
-            self._num_requests, self._version = num_requests, self.costs.version
+        carry as much. Rows then cost more beside the weights that are read once, and drafts shrink.
+
+        num_prompt_rows: rows of prompts in the pass. They are paid for anyway, and beside them each further row
+        costs its full price.
+        """
+        company = num_requests, num_prompt_rows
+        if self.costs.version != self._version:
             self._pass_ms.clear()
-            self._choose_length()
+            self._choices.clear()
+        elif company == self._company:
+            return
+        self._company, self._version = company, self.costs.version
+        self._choose_length()
 
     @property
     def block_size(self) -> int:
@@ -158,17 +167,18 @@ class Policy:
     def pass_ms(self, num_nodes: int, num_blocks: int, length: _Length | None = None) -> float:
         """A verification with blocks beside it; without nodes a draft pass, without either a plain one."""
         length = length or self._length
-        key = num_nodes, num_blocks, length.num_guesses
+        key = *self._company, num_nodes, num_blocks, length.num_guesses
         if key not in self._pass_ms:
-            n = self._num_requests
+            n, num_prompt_rows = self._company
             num_guesses = joint_guesses(n * num_blocks * length.num_guesses, own_head=self.own_head)
             if not num_nodes and not self.own_head:
                 # A block that is drafted alone serves whatever the AR view chooses.
                 num_guesses = n * num_blocks * length.num_guesses
-            ms = self.costs(n * (1 + num_nodes), n * num_blocks * length.rows, num_guesses) / n
+            num_rows = num_prompt_rows + n * (1 + num_nodes)
+            ms = self.costs(num_rows, n * num_blocks * length.rows, num_guesses) / n
             if n > 1:
-                plain_ms = self.costs(n) / n
-                ms = plain_ms + SHARED * (ms - plain_ms)
+                added_ms = ms - self.costs(num_prompt_rows + n) / n
+                ms = self.costs(n) / n + SHARED * added_ms
             self._pass_ms[key] = ms
         return self._pass_ms[key]
 
@@ -285,6 +295,7 @@ class Policy:
                 self._late_trust.add(0.0, 0.0)
                 late_promise = LATE_SHARE * self._length.promised.value
                 self._late.value += (1 - MEMORY) * (late_promise - self._late.value)
+        self._choices.clear()
         self._choose_length()
         if self._plain_tokens >= self._patience:
             worth = self.draft_rate > MARGIN * self.plain_rate
@@ -322,12 +333,18 @@ class Policy:
             length.num_nodes.add(offer.num_nodes)
 
     def _choose_length(self) -> None:
-        """The length of blocks that makes most of its time, and what it makes of it."""
-        rates = [
-            max(self._steady_rate(length, m) for m in range(self.max_blocks + 1)) for length in self._lengths
-        ]
-        best = _best(rates)
-        self._length, self._draft_rate = self._lengths[best], rates[best]
+        """The length of blocks that makes most of its time, and what it makes of it.
+
+        Nothing is learnt while nothing is drafted, so the choice is kept by the company.
+        """
+        if self._company not in self._choices:
+            rates = [
+                max(self._steady_rate(length, m) for m in range(self.max_blocks + 1))
+                for length in self._lengths
+            ]
+            best = _best(rates)
+            self._choices[self._company] = self._lengths[best], rates[best]
+        self._length, self._draft_rate = self._choices[self._company]
 
     def _worth(self, *, late: bool) -> float:
         """Tokens that a draft at hand is worth: it saves the draft pass, but also the one token which that

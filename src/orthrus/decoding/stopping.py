@@ -62,7 +62,7 @@ class StopStrings:
             shown = self._release(first)
             self._release(len(self._held))
             return shown, True
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stop), default=0)
         return self._release(len(self._held) - keep), False
 
     def flush(self) -> str:
@@ -76,6 +76,6 @@ class StopStrings:
         return shown
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a proper beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

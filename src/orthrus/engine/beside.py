@@ -12,13 +12,14 @@ from orthrus.model.runner import Runner
 class EngineBeside(Engine):
     """An engine with slots and kept pages of its own. What passes cost it takes from `engine`.
 
-    runner: the other engine's unless given; limits: fields of EngineConfig that differ. The other engine must
-    not step meanwhile: a runner serves one thread at a time.
+    runner: the other engine's unless given; limits: fields of EngineConfig that differ. Passes of both wait for
+    each other: a runner serves one thread at a time.
     """
 
     def __init__(self, engine: Engine, runner: Runner | None = None, **limits: Any) -> None:
         super().__init__(runner or engine.runner, replace(engine.config, **limits))
         self._other = engine
+        self._stepping = engine._stepping
 
     def _cost_table(self, on_measure: OnMeasure | None, greedy: bool) -> CostTable:
         """The other engine's: this machine has been timed."""

@@ -5,7 +5,9 @@ functions of its own settings, seed and tokens, and our CPU kernels compute a ro
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from secrets import randbits
 from threading import Lock, RLock
 from time import monotonic, perf_counter
@@ -158,7 +160,8 @@ class Engine:
             self._take_in()
             scheduler = self.scheduler
             alive = [*scheduler.running, *scheduler.waiting]
-            chosen = scheduler.next_pass(self._wanted)
+            company = scheduler.num_sharing, scheduler.num_prompt_rows
+            chosen = scheduler.next_pass(partial(self._wanted, company=company))
             try:
                 ended = self._run(chosen) if chosen else []
             except BaseException as error:
@@ -181,6 +184,10 @@ class Engine:
         with self._stepping:
             if len(request.cycles) == num_cycles and not request.closed:
                 self.step()
+
+    def held(self) -> AbstractContextManager[object]:
+        """No other thread runs a pass of this engine, or of one beside it, until this is left."""
+        return self._stepping
 
     def drop(self, request: Request) -> None:
         """End a request now, without a record; its pages are free when this returns."""
@@ -268,10 +275,10 @@ class Engine:
             if request.failure is not None:
                 self._close(request)
 
-    def _wanted(self, request: Request) -> Work | None:
-        """What a request wants of the next pass; None where it has failed instead."""
+    def _wanted(self, request: Request, company: tuple[int, int]) -> Work | None:
+        """What a request wants of the next pass; None where it has failed instead. company: see `Policy.among`."""
         if request.policy is not None:
-            request.policy.among(self.scheduler.num_sharing)
+            request.policy.among(*company)
         try:
             return wanted(request, self.runner.dual)
         except OrthrusError as error:

@@ -69,6 +69,12 @@ class Scheduler:
         """Requests that share the next passes: those that run, and those that will as soon as they are fed."""
         return min(len(self.running) + len(self.waiting), self.max_running)
 
+    @property
+    def num_prompt_rows(self) -> int:
+        """Rows of prompts in the next pass, if there are pages for them: 0 or a whole chunk, which is near enough."""
+        begin = self.waiting if len(self.running) < self.max_running else ()
+        return self.chunk if any(r.num_to_feed for r in (*self.running, *begin)) else 0
+
     def finish(self, request: Request) -> None:
         """Take a request out, wherever it is; all of its pages are free, or kept for others, at once."""
         if request in self.running:

@@ -15,6 +15,7 @@ from orthrus.server.figures import Told
 from orthrus.server.guard import CLIENT_GONE
 from orthrus.server.messages import MessageRequest
 from orthrus.server.messages_shape import MessagesShape
+from orthrus.server.origin import Origin
 from orthrus.server.params import base_seed, check_together, decode_configs, named
 from orthrus.server.prompts import chat_ids, prompts_of, room_behind, text_ids
 from orthrus.server.responses import ResponseRequest
@@ -31,12 +32,8 @@ Shaping = Callable[[About], Shape]
 
 async def respond_chat(service: Service, request: Request, body: ChatRequest) -> Response:
     """Answer a chat. Raises as `respond` does."""
-    has_calls = calling(body) is not None
-
-    def shape(about: About) -> Shape:
-        return ChatShape(about, include_usage=_include_usage(body), calls=has_calls)
-
-    return await respond(service, request, body, "chatcmpl-", shape)
+    shaping = partial(ChatShape, include_usage=_include_usage(body))
+    return await respond(service, request, body, "chatcmpl-", shaping)
 
 
 async def respond_text(service: Service, request: Request, body: CompletionRequest) -> Response:
@@ -53,25 +50,15 @@ async def respond_text(service: Service, request: Request, body: CompletionReque
 async def respond_response(service: Service, request: Request, body: ResponseRequest) -> Response:
     """Answer a request of /v1/responses. Raises as `respond` does."""
     service.unknown.check(body)
-    asked = responses.as_chat(body)
-    has_calls = calling(asked) is not None
-
-    def shape(about: About) -> Shape:
-        return ResponsesShape(about, body, calls=has_calls)
-
-    return await respond(service, request, asked, "resp_", shape)
+    return await respond(
+        service, request, responses.as_chat(body), "resp_", partial(ResponsesShape, body=body)
+    )
 
 
 async def respond_message(service: Service, request: Request, body: MessageRequest) -> Response:
     """Answer a request of /v1/messages. Raises as `respond` does."""
     service.unknown.check(body)
-    asked = messages.as_chat(body)
-    has_calls = calling(asked) is not None
-
-    def shape(about: About) -> Shape:
-        return MessagesShape(about, calls=has_calls)
-
-    return await respond(service, request, asked, "msg_", shape)
+    return await respond(service, request, messages.as_chat(body), "msg_", MessagesShape)
 
 
 async def respond(service: Service, request: Request, body: Body, prefix: str, shaping: Shaping) -> Response:
@@ -79,12 +66,14 @@ async def respond(service: Service, request: Request, body: Body, prefix: str, s
 
     Raises ApiError and OrthrusError before the first byte.
     """
+    has_calls = isinstance(body, ChatRequest) and calling(body) is not None
     live = service.live
     live.check_model(body.model)
     service.unknown.check(body)
     check_together(body)
     num_prompts = 1 if isinstance(body, ChatRequest) else len(prompts_of(body.prompt))
     call = live.loop.admit(num_prompts * body.n)
+    call.origin = Origin.of(request, body)
     seed = base_seed(body)
     handing_in = live.loop.submit(call, partial(_jobs, live, body, seed))
     streams = False
@@ -92,7 +81,9 @@ async def respond(service: Service, request: Request, body: Body, prefix: str, s
         jobs = await whole(request, handing_in)
         if jobs is None:
             return Response(status_code=CLIENT_GONE)
-        about = _about(live, body, prefix, request.state.request_id, jobs, seed)
+        about = _about(live, body, prefix, request.state.request_id, jobs, seed, has_calls)
+        if body.orthrus is not None and body.orthrus.receipt:
+            about.receipt = partial(live.receipts, call)
         shape = shaping(about)
         if body.stream:
             streams = True
@@ -123,7 +114,9 @@ def _jobs(live: Live, body: Body, seed: int) -> list[Job]:
     return jobs
 
 
-def _about(live: Live, body: Body, prefix: str, key: str, jobs: list[Job], seed: int) -> About:
+def _about(
+    live: Live, body: Body, prefix: str, key: str, jobs: list[Job], seed: int, has_calls: bool
+) -> About:
     with_provenance = body.orthrus is not None and body.orthrus.provenance
     return About(
         prefix=prefix,
@@ -138,6 +131,7 @@ def _about(live: Live, body: Body, prefix: str, key: str, jobs: list[Job], seed:
         # Records of tokens without text are sent only where their ids are.
         token_ids=bool(body.return_token_ids) or with_provenance,
         provenance=with_provenance,
+        has_calls=has_calls,
         prompts=[job.prompt_ids for job in jobs],
     )
 

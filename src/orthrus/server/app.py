@@ -8,12 +8,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from orthrus import __version__
 from orthrus.api import Orthrus
 from orthrus.errors import OrthrusError
 from orthrus.server.answers import respond_chat, respond_message, respond_response, respond_text
+from orthrus.server.audit_routes import add_audit
 from orthrus.server.errors import ApiError, as_api_error, bad_request
 from orthrus.server.guard import Guard
 from orthrus.server.messages import Counted, MessageRequest, as_chat
@@ -41,6 +42,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (504, "The request took too long."),
     )
 }
+
+
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 class _App(FastAPI):
@@ -82,6 +86,7 @@ def create_app(load: Callable[[], Orthrus], config: ServeConfig | None = None) -
     app.add_exception_handler(HTTPException, _http_error)
     _add_answers(app, service)
     _add_state(app, service)
+    add_audit(app, service)
     if config.page:
         app.add_api_route("/", page, methods=["GET"], response_model=None, include_in_schema=False)
     app.add_middleware(
@@ -101,22 +106,22 @@ def create_app(load: Callable[[], Orthrus], config: ServeConfig | None = None) -
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=_STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
         return await respond_chat(service, request, body)
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=_STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
         return await respond_text(service, request, body)
 
-    @app.post("/v1/responses", response_model=None)
+    @app.post("/v1/responses", response_model=None, responses=_STREAMED)
     async def responses(body: ResponseRequest, request: Request) -> Response:
         """Answer in OpenAI's newer interface."""
         return await respond_response(service, request, body)
 
-    @app.post("/v1/messages", response_model=None)
+    @app.post("/v1/messages", response_model=None, responses=_STREAMED)
     async def messages(body: MessageRequest, request: Request) -> Response:
         """Answer in Anthropic's interface."""
         return await respond_message(service, request, body)
@@ -194,7 +199,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         """Whether requests are answered: not while the model is loading or the server is draining."""
         return JSONResponse({"status": "ready", "model": service.ready.name})
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_model=None, response_class=PlainTextResponse)
     def metrics() -> Response:
         """Figures in Prometheus' form."""
         return Response(service.metrics.page(), media_type="text/plain; version=1.0.0; charset=utf-8")

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass, field
 
+from orthrus.decoding.stopping import overlap
 from orthrus.server.tools import AFTER_ARGUMENTS, BEFORE_ARGUMENTS, BEFORE_NAME, TAG
 
 _OPENING = re.compile(re.escape(BEFORE_NAME) + r'("(?:[^"\\]|\\.)*")' + re.escape(BEFORE_ARGUMENTS))
@@ -66,7 +67,7 @@ class CallReader:
             piece.content += before
             self._held, self._read = after, self._in_opening
             return True
-        told = len(self._held) - _overlap(self._held, TAG)
+        told = len(self._held) - overlap(self._held, TAG)
         piece.content += self._held[:told]
         self._held = self._held[told:]
         return False
@@ -86,7 +87,7 @@ class CallReader:
             self._tell_arguments(piece, before)
             self._held, self._read = after, self._between_calls
             return True
-        told = len(self._held) - _overlap(self._held, AFTER_ARGUMENTS)
+        told = len(self._held) - overlap(self._held, AFTER_ARGUMENTS)
         self._tell_arguments(piece, self._held[:told])
         self._held = self._held[told:]
         return False
@@ -104,11 +105,6 @@ class CallReader:
         if not piece.calls:
             piece.calls.append(CallPiece(self.num_calls - 1, None, ""))
         piece.calls[-1].arguments += text
-
-
-def _overlap(text: str, tag: str) -> int:
-    """Length of the longest end of `text` that `tag` begins with."""
-    return next((n for n in range(min(len(text), len(tag) - 1), 0, -1) if text.endswith(tag[:n])), 0)
 
 
 def _is_json(text: str) -> bool:

@@ -9,6 +9,7 @@ from time import monotonic
 from orthrus.config import DecodeConfig
 from orthrus.engine.request import Request
 from orthrus.server.errors import ApiError
+from orthrus.server.origin import Origin
 from orthrus.types import Cycle
 
 
@@ -49,6 +50,7 @@ class Call(AsyncIterator[tuple[int, Cycle]]):
         self.times = [Times() for _ in range(num_answers)]
         self.requests: list[Request | None] = [None] * num_answers
         self.cancelled = False
+        self.origin: Origin | None = None
         self._left, self._max_unread, self._cancel = num_answers, max_unread, cancel
         self._events: deque[tuple[int, Cycle]] = deque()
         self._wake = asyncio.Event()

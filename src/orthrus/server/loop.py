@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import monotonic, sleep
+from typing import Protocol
 
 from orthrus.api import Orthrus
 from orthrus.engine.request import Request
@@ -19,15 +20,33 @@ log = logging.getLogger("orthrus.server")
 Ended = Callable[[Call, int, Request], None]
 
 
+class IdleWork(Protocol):
+    """What the engine's thread does, one short step after the other, while no answer is wanted."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def step(self) -> None:
+        """Must not raise."""
+        ...
+
+
 class EngineLoop:
     """Steps an engine in one thread while there is work, and counts the places that answers take.
 
-    Made and used in the event loop. on_ended: called in it for each answer that the engine was given. A place is
-    taken in `admit` and comes back in `_ended`, nowhere else.
+    Made and used in the event loop. on_ended: called in it for each answer that the engine was given. idle: what
+    the thread does while the engine has no work; `wake` tells that there is some. A place is taken in `admit`
+    and comes back in `_ended`, nowhere else.
     """
 
-    def __init__(self, orthrus: Orthrus, config: ServeConfig, on_ended: Ended | None = None) -> None:
-        self.orthrus, self.config = orthrus, config
+    def __init__(
+        self,
+        orthrus: Orthrus,
+        config: ServeConfig,
+        on_ended: Ended | None = None,
+        idle: IdleWork | None = None,
+    ) -> None:
+        self.orthrus, self.config, self._idle_work = orthrus, config, idle
         self.draining = False
         self.calls: set[Call] = set()
         self.num_open = 0
@@ -86,8 +105,7 @@ class EngineLoop:
                 )
                 num_given += 1
                 call.attach(index, request)
-                with self._has_work:
-                    self._has_work.notify()
+                self.wake()
             return jobs
         except BaseException:
             self._tell(call.cancel)
@@ -122,15 +140,23 @@ class EngineLoop:
         if self.num_open == 0:
             self._idle.set()
 
+    def wake(self) -> None:
+        """There is work, or idle work. From any thread."""
+        with self._has_work:
+            self._has_work.notify()
+
     def _run(self) -> None:
         """The engine's thread."""
-        engine = self.orthrus.engine
+        engine, idle = self.orthrus.engine, self._idle_work
         while True:
             with self._has_work:
-                while not self._stopping and not engine.has_work:
+                while not (self._stopping or engine.has_work or (idle is not None and idle.has_work)):
                     self._has_work.wait()
                 if self._stopping:
                     return
+            if idle is not None and not engine.has_work:
+                idle.step()
+                continue
             num_closed = self._num_closed
             try:
                 engine.step()

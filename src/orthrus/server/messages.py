@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue
 
+from orthrus.server.converted import checked_chat, joined_text
 from orthrus.server.errors import bad_request
-from orthrus.server.responses import checked_chat
 from orthrus.server.schemas import (
     MOST_MESSAGES,
     MOST_STOPS,
@@ -119,19 +119,7 @@ def _turns(turn: Turn, place: str) -> list[dict[str, Any]]:
 
 
 def _text(content: Any, place: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise bad_request(f"{place}: a text, or a list of blocks, is needed.", param=place.partition(".")[0])
-    texts = []
-    for block in content:
-        kind, text = (block.get("type"), block.get("text")) if isinstance(block, dict) else (None, None)
-        if kind != "text" or not isinstance(text, str):
-            raise bad_request(
-                f"{place}: a block of type {ascii(kind)[:60]} cannot be read.", param=place.partition(".")[0]
-            )
-        texts.append(text)
-    return "".join(texts)
+    return joined_text(content, place, kinds=("text",), part="block")
 
 
 def _tool(tool: dict[str, Any], index: int) -> dict[str, Any]:

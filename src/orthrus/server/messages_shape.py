@@ -4,20 +4,19 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from orthrus.server.call_reader import CallPiece, CallReader
+from orthrus.server.call_reader import CallPiece
 from orthrus.server.errors import ApiError, anthropic_body
 from orthrus.server.figures import finish_reason
+from orthrus.server.item_shape import ItemShape
 from orthrus.server.shapes import About, call_id, read_calls
 from orthrus.server.sse import event
-from orthrus.types import Cycle
 
 
-class MessagesShape:
+class MessagesShape(ItemShape):
     """One answer: a block for the text outside of calls, and one for each call. See `Shape`."""
 
-    def __init__(self, about: About, *, calls: bool) -> None:
-        self._about = about
-        self._reader = CallReader() if calls else None
+    def __init__(self, about: About) -> None:
+        super().__init__(about)
         self._num_blocks = 0
         # The kind of the block that grows.
         self._open: str | None = None
@@ -28,21 +27,7 @@ class MessagesShape:
         }
         yield self._event("message_start", message=told)
 
-    def add(self, index: int, cycle: Cycle) -> Iterator[bytes]:
-        if self._reader is None:
-            yield from self._grow_text(cycle.text)
-        else:
-            piece = self._reader.feed(cycle.text)
-            yield from self._grow_text(piece.content)
-            for call in piece.calls:
-                yield from self._grow_call(call)
-
-    def end(self, index: int) -> Iterator[bytes]:
-        if self._reader is not None:
-            piece = self._reader.flush()
-            yield from self._grow_text(piece.content)
-            for call in piece.calls:
-                yield from self._grow_call(call)
+    def _finish(self) -> Iterator[bytes]:
         yield from self._close_block()
         delta = {"stop_reason": self._stop_reason, "stop_sequence": self._about.texts[0].stop_string}
         yield self._event("message_delta", delta=delta, usage=self._usage, metrics=self._about.metrics)
@@ -50,9 +35,6 @@ class MessagesShape:
 
     def failed(self, error: ApiError) -> Iterator[bytes]:
         yield event(anthropic_body(error), "error")
-
-    def close(self) -> Iterator[bytes]:
-        return iter(())
 
     def whole(self) -> dict[str, Any]:
         text = self._about.texts[0].text
@@ -69,8 +51,6 @@ class MessagesShape:
         }
 
     def _grow_text(self, text: str) -> Iterator[bytes]:
-        if not text:
-            return
         if self._open != "text":
             yield from self._open_block({"type": "text", "text": ""})
         yield self._delta({"type": "text_delta", "text": text})

@@ -50,9 +50,10 @@ class Metrics:
         self.total = histogram("e2e_request_latency_seconds", "From a request to its end.", _LONG)
         self.queued = histogram("request_queue_time_seconds", "From a request to its first pass.", _LONG)
 
-    def watch(self, engine: Engine) -> None:
-        """Show the state of an engine too."""
-        self.registry.register(_EngineState(engine))
+    def watch(self, engine: Engine, *others: Collector) -> None:
+        """Show the state of an engine too, and what others count."""
+        for collector in (_EngineState(engine), *others):
+            self.registry.register(collector)
 
     def ended(self, call: Call, index: int, request: Request) -> None:
         """An answer has ended; called once for each."""

@@ -1,19 +1,30 @@
-"""The page at /: one static file that races plain decoding and Orthrus on the visitor's own prompt."""
+"""The page at /: a race of plain decoding and Orthrus on the visitor's own prompt, and a chat with live figures.
+
+One static file for browsers, put together from its parts at the first request.
+"""
 
 import base64
 import hashlib
-import re
+import html
 from functools import cache
 from importlib.resources import files
 
+from fastapi import Request
 from starlette.responses import Response
 
+from orthrus.base.provenance import cpu_model
+from orthrus.server.errors import ApiError
+from orthrus.server.service import Service
 
-async def page() -> Response:
+SCRIPTS = ("page.js", "page_race.js", "page_chat.js")
+_ABOUT = '<p class="soft" id="about">'
+
+
+async def page(request: Request) -> Response:
     """The page. It loads nothing else, and browsers are told to let it load nothing else."""
     text, policy = _content()
     return Response(
-        text,
+        text.replace(_ABOUT, _ABOUT + html.escape(_about(request.app.state.service))),
         media_type="text/html",
         headers={
             "content-security-policy": policy,
@@ -24,17 +35,37 @@ async def page() -> Response:
     )
 
 
+def _about(service: Service) -> str:
+    """Model, dtype and device; nothing while it is loading, nor where a key is needed: the page itself needs none."""
+    if service.config.api_keys:
+        return ""
+    try:
+        live = service.live
+    except ApiError:
+        return ""
+    told = live.orthrus.describe()
+    device = cpu_model() if told["device"] == "cpu" else told["device"]
+    return f"{live.name}, {told['dtype']}, {device}"
+
+
 @cache
 def _content() -> tuple[str, str]:
     """The page, and the policy that lets its own script and style run and nothing else."""
-    text = files("orthrus.server").joinpath("page.html").read_text(encoding="utf-8")
+    style, script = _read("page.css"), "".join(_read(name) for name in SCRIPTS)
+    text = (
+        _read("page.html").replace("<style>", f"<style>\n{style}").replace("<script>", f"<script>\n{script}")
+    )
     return text, (
         "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        f"script-src {_digest(text, 'script')}; style-src {_digest(text, 'style')}"
+        f"img-src data:; script-src {_digest(script)}; style-src {_digest(style)}"
     )
 
 
-def _digest(text: str, tag: str) -> str:
-    """The only element of that kind, as a source of a content security policy."""
-    (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+def _read(name: str) -> str:
+    return files("orthrus.server").joinpath(name).read_text(encoding="utf-8")
+
+
+def _digest(content: str) -> str:
+    """The content of an element, as a source of a content security policy."""
+    digest = hashlib.sha256(f"\n{content}".encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -137,7 +137,7 @@ def decode_configs(body: ChatRequest | CompletionRequest, seed: int, room: int) 
         asked = DEFAULT_COMPLETION_TOKENS
     most = room if asked is None else min(asked, room)
     how = body.orthrus
-    own = {} if how is None else how.model_dump(exclude={"provenance"})
+    own = {} if how is None else how.model_dump(exclude={"provenance", "receipt"})
     bias = {int(token_id): value for token_id, value in (body.logit_bias or {}).items()}
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     if asked is not None and body.min_tokens > asked:

@@ -17,20 +17,28 @@ def chat_ids(
     more: Mapping[str, Any] | None,
 ) -> list[int]:
     """Token ids of a chat. Raises ApiError for messages that the template, or the model, cannot take."""
+    try:
+        turns, told = with_tools(chat_turns(orthrus, messages), tools, _template(orthrus))
+        return orthrus.base.encode_prompt(turns, template_values=more, tools=told)
+    except UserInputError as error:
+        raise bad_request(str(error), param="messages") from error
+
+
+def chat_turns(orthrus: Orthrus, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages of a chat without tools, as the model's template takes them."""
     turns = [message.model_dump(exclude_unset=True) for message in messages]
     for turn in turns:
         if turn["role"] == "assistant" and turn.get("tool_calls") is None:
             turn.pop("tool_calls", None)
         elif "content" not in turn:
             turn["content"] = None
-    template = str(getattr(orthrus.base.tokenizer, "chat_template", None))
-    if any(turn["role"] == "developer" for turn in turns) and "developer" not in template:
+    if any(turn["role"] == "developer" for turn in turns) and "developer" not in _template(orthrus):
         turns = _system_first(turns)
-    turns, told = with_tools(turns, tools, template)
-    try:
-        return orthrus.base.encode_prompt(turns, template_values=more, tools=told)
-    except UserInputError as error:
-        raise bad_request(str(error), param="messages") from error
+    return turns
+
+
+def _template(orthrus: Orthrus) -> str:
+    return str(getattr(orthrus.base.tokenizer, "chat_template", None))
 
 
 def _system_first(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue
 
+from orthrus.server.converted import checked_chat, joined_text
 from orthrus.server.errors import bad_request
 from orthrus.server.schemas import (
     MOST_MESSAGES,
@@ -110,17 +111,6 @@ def as_chat(body: ResponseRequest) -> ChatRequest:
     )
 
 
-def checked_chat(fields: dict[str, Any], names: dict[str, str]) -> ChatRequest:
-    """A chat of these fields. Raises ApiError for the first that is wrong; names: ours -> the client's."""
-    try:
-        return ChatRequest.model_validate({k: v for k, v in fields.items() if v is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"]]
-        place[0] = names.get(place[0], place[0])
-        raise bad_request(f"{'.'.join(place)[:200]}: {first['msg']}.", param=place[0]) from None
-
-
 def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Calls that follow each other, or an answer's text, belong to one turn of the assistant."""
     messages: list[dict[str, Any]] = []
@@ -145,19 +135,7 @@ def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _content(content: Any, index: int) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise bad_request(f"input.{index}: a text, or a list of parts, is needed.", param="input")
-    texts = []
-    for part in content:
-        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
-        if kind not in _TEXT_PARTS or not isinstance(text, str):
-            raise bad_request(
-                f"input.{index}: a part of type {ascii(kind)[:60]} cannot be read.", param="input"
-            )
-        texts.append(text)
-    return "".join(texts)
+    return joined_text(content, f"input.{index}", kinds=_TEXT_PARTS, part="part")
 
 
 def _tool(tool: dict[str, Any], index: int) -> dict[str, Any]:

@@ -3,24 +3,24 @@
 from collections.abc import Iterator
 from typing import Any
 
-from orthrus.server.call_reader import CallPiece, CallReader
+from orthrus.server.call_reader import CallPiece
 from orthrus.server.errors import ApiError
 from orthrus.server.figures import finish_reason
+from orthrus.server.item_shape import ItemShape
 from orthrus.server.responses import ResponseRequest
 from orthrus.server.shapes import About, call_id
 from orthrus.server.sse import event
-from orthrus.types import Cycle
 
 
-class ResponsesShape:
+class ResponsesShape(ItemShape):
     """One answer: an item for the text outside of calls, and one for each call. See `Shape`.
 
     A stream tells of each item when it begins, grows and ends.
     """
 
-    def __init__(self, about: About, body: ResponseRequest, *, calls: bool) -> None:
-        self._about, self._body = about, body
-        self._reader = CallReader() if calls else None
+    def __init__(self, about: About, body: ResponseRequest) -> None:
+        super().__init__(about)
+        self._body = body
         self._items: list[dict[str, Any]] = []
         # The item that grows.
         self._open: dict[str, Any] | None = None
@@ -30,21 +30,7 @@ class ResponsesShape:
         for kind in ("created", "in_progress"):
             yield self._event(f"response.{kind}", response=self._response("in_progress"))
 
-    def add(self, index: int, cycle: Cycle) -> Iterator[bytes]:
-        if self._reader is None:
-            yield from self._grow_text(cycle.text)
-        else:
-            piece = self._reader.feed(cycle.text)
-            yield from self._grow_text(piece.content)
-            for call in piece.calls:
-                yield from self._grow_call(call)
-
-    def end(self, index: int) -> Iterator[bytes]:
-        if self._reader is not None:
-            piece = self._reader.flush()
-            yield from self._grow_text(piece.content)
-            for call in piece.calls:
-                yield from self._grow_call(call)
+    def _finish(self) -> Iterator[bytes]:
         if not self._items:
             yield from self._open_text()
         is_whole = self._is_whole
@@ -56,9 +42,6 @@ class ResponsesShape:
         told = {"code": error.code or "server_error", "message": error.message}
         yield self._event("error", **told, param=error.param)
         yield self._event("response.failed", response=self._response("failed") | {"error": told})
-
-    def close(self) -> Iterator[bytes]:
-        return iter(())
 
     def whole(self) -> dict[str, Any]:
         for _ in self._written_at_once():
@@ -75,8 +58,6 @@ class ResponsesShape:
         return finish_reason(self._about.texts[0].finish) == "stop"
 
     def _grow_text(self, text: str) -> Iterator[bytes]:
-        if not text:
-            return
         if self._open is None or self._open["type"] != "message":
             yield from self._close_item("completed")
             yield from self._open_text()

@@ -120,7 +120,8 @@ class NamedTool(Open):
 class OrthrusOptions(Closed):
     """How the answer is decoded; none of this changes the text. See docs/strategies.md.
 
-    provenance: chunks of a stream say of each token whether it had been drafted.
+    provenance: chunks of a stream say of each token whether it had been drafted. receipt: the answer's metrics hold
+    what `orthrus verify` makes it again from, the prompt's token ids included.
     """
 
     strategy: Strategy = "auto"
@@ -129,6 +130,7 @@ class OrthrusOptions(Closed):
     block_budget: int = Field(default=3, ge=1, le=4096)
     copies: bool = True
     provenance: bool = False
+    receipt: bool = False
 
 
 class Sampling(Open):

@@ -8,12 +8,17 @@ from functools import partial
 from time import time
 
 from orthrus.api import Orthrus
+from orthrus.engine.request import Request
+from orthrus.server.calls import Call
 from orthrus.server.errors import ApiError, not_ready
+from orthrus.server.live_audit import LiveAudit
 from orthrus.server.loop import EngineLoop
 from orthrus.server.metrics import Metrics
 from orthrus.server.params import UnknownFields
+from orthrus.server.receipts import Receipts
 from orthrus.server.settings import ServeConfig
 from orthrus.server.tokens import TokenBytes
+from orthrus.server.traffic import TrafficLog
 
 log = logging.getLogger("orthrus.server")
 
@@ -21,9 +26,15 @@ log = logging.getLogger("orthrus.server")
 class Live:
     """A loaded model that answers."""
 
-    def __init__(self, orthrus: Orthrus, config: ServeConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, orthrus: Orthrus, config: ServeConfig, metrics: Metrics, traffic: TrafficLog | None = None
+    ) -> None:
         self.orthrus, self.config = orthrus, config
-        self.loop = EngineLoop(orthrus, config, metrics.ended)
+        self._metrics, self._traffic = metrics, traffic
+        self.audit = LiveAudit(orthrus, config.audit_share, lambda: self.loop.wake())
+        self.loop = EngineLoop(orthrus, config, self._ended, self.audit)
+        self.receipts = Receipts(orthrus)
+        metrics.watch(orthrus.engine, self.audit)
         self.token_bytes = TokenBytes(orthrus.base.tokenizer)
         self.created = int(time())
         self.fingerprint = str(orthrus.describe().get("base_fingerprint") or "")[:16] or None
@@ -32,6 +43,13 @@ class Live:
         bare = own.removeprefix("default (").removesuffix(")") if own.startswith("default (") else own
         self.name = config.names[0] if config.names else bare
         self._names = {*config.names, self.name, "default"} | (set() if config.names else {own})
+
+    def _ended(self, call: Call, index: int, request: Request) -> None:
+        """An answer has ended: whoever counts, checks or keeps answers hears of it, once."""
+        self._metrics.ended(call, index, request)
+        self.audit.offer(call, index, request)
+        if self._traffic is not None:
+            self._traffic.offer(self.orthrus, call, request)
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError for a model that is not served; no name asks for the one there is."""
@@ -47,12 +65,14 @@ class Live:
 class Service:
     """State of one server. `load` runs in a thread; until it is done `live` raises a 503.
 
-    on_failure: called in the event loop where loading failed, with `failure` set.
+    on_failure: called in the event loop where loading failed, with `failure` set. Raises UserInputError and
+    StorageError for a log of traffic that cannot be written.
     """
 
     def __init__(self, load: Callable[[], Orthrus], config: ServeConfig) -> None:
         self.config = config
         self.metrics = Metrics()
+        self.traffic = None if config.log_traffic is None else TrafficLog(config.log_traffic)
         self.unknown = UnknownFields()
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None
@@ -77,8 +97,7 @@ class Service:
         threading.Thread(target=load, name="orthrus-load", daemon=True).start()
 
     def _loaded(self, orthrus: Orthrus) -> None:
-        self._live = Live(orthrus, self.config, self.metrics)
-        self.metrics.watch(orthrus.engine)
+        self._live = Live(orthrus, self.config, self.metrics, self.traffic)
         self.loaded.set()
         log.info("ready", extra={"data": {"model": self._live.name}})
 
@@ -112,7 +131,10 @@ class Service:
             self._live.loop.end_all()
 
     def close(self) -> None:
-        """Stop the engine's thread."""
+        """Stop the threads."""
         if self._live is not None:
+            self._live.audit.stop()
             self._live.loop.end_all()
             self._live.loop.close()
+        if self.traffic is not None:
+            self.traffic.close()

@@ -1,6 +1,7 @@
 """What a server allows; checked where it is made."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from orthrus.errors import UserInputError
 
@@ -16,7 +17,9 @@ class ServeConfig:
     takes n places. max_tokens: the most that a request may write, None for as many as the context holds.
     max_body: bytes. timeout: seconds from a request to its end. drain: seconds that running answers get after
     SIGTERM. keepalive: seconds of silence after which a stream says that it lives. max_unread: records that a
-    slow reader may leave unread before it is dropped. page: serve the page at /.
+    slow reader may leave unread before it is dropped. page: serve the page at /. audit_share: of the answers, the
+    share that is decoded again by plain decoding while the engine is idle, from 0 to 1. log_traffic: the file
+    that chats and their answers are appended to; none by default.
     """
 
     names: tuple[str, ...] = ()
@@ -32,6 +35,8 @@ class ServeConfig:
     keepalive: float = 10.0
     max_unread: int = 4096
     page: bool = True
+    audit_share: float = 0.0
+    log_traffic: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_body", "max_unread"):
@@ -46,6 +51,8 @@ class ServeConfig:
                 raise UserInputError(f"{name} must be more than 0 seconds, not {getattr(self, name)}.")
         if not self.drain >= 0:
             raise UserInputError(f"drain must be at least 0 seconds, not {self.drain}.")
+        if not 0.0 <= self.audit_share <= 1.0:
+            raise UserInputError(f"audit_share must lie between 0 and 1, not {self.audit_share}.")
         for key in self.api_keys:
             if not key or not key.isascii() or not key.isprintable() or key != key.strip():
                 raise UserInputError(

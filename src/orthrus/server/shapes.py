@@ -1,7 +1,7 @@
 """Answers in the shapes of OpenAI's chat and completion interfaces, whole and as events."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,7 +39,8 @@ class Shape(Protocol):
 class About:
     """What an answer is made of, and what all parts of it repeat. num_prompts: of completions; key: of the request.
 
-    token_ids: tell the ids; provenance: tell of each token where it comes from, too.
+    token_ids: tell the ids; provenance: tell of each token where it comes from, too. has_calls: texts may hold calls
+    of functions. receipt: makes one, in the end.
     """
 
     prefix: str
@@ -53,7 +54,9 @@ class About:
     bytes: TokenBytes
     token_ids: bool
     provenance: bool
+    has_calls: bool
     prompts: list[list[int]]
+    receipt: Callable[[], dict[str, Any]] | None = None
 
     @property
     def id(self) -> str:
@@ -65,7 +68,10 @@ class About:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        return metrics(self.texts, self.seed)
+        found = metrics(self.texts, self.seed)
+        if self.receipt is not None:
+            found["orthrus"]["receipt"] = self.receipt()
+        return found
 
 
 class OpenAIShape(ABC):
@@ -155,13 +161,13 @@ class OpenAIShape(ABC):
 
 
 class ChatShape(OpenAIShape):
-    """/v1/chat/completions. calls: texts may hold calls of functions."""
+    """/v1/chat/completions."""
 
     whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, about: About, *, include_usage: bool, calls: bool) -> None:
+    def __init__(self, about: About, *, include_usage: bool) -> None:
         super().__init__(about, include_usage=include_usage)
-        self._readers = [CallReader() for _ in about.texts] if calls else []
+        self._readers = [CallReader() for _ in about.texts] if about.has_calls else []
 
     def _prompt_ids(self) -> dict[str, Any]:
         return {"prompt_token_ids": self._about.prompts[0]} if self._about.token_ids else {}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orthrus.base.prompt import content_text
 from orthrus.config import Grammar
 from orthrus.decoding.grammar import WHITESPACE
 from orthrus.errors import UserInputError
@@ -109,32 +110,31 @@ def with_tools(
     """Turns, and tools for the chat template, that tell of tools, calls and results.
 
     A template that knows tools and writes calls as we read them gets them as they are; for others they become
-    text in the turns. Raises ApiError for calls that are malformed.
+    text in the turns. Raises ApiError for calls that are malformed, UserInputError for contents that are no text.
     """
     turns = [_with_parsed_calls(turn, index) for index, turn in enumerate(turns)]
     described = [tool.model_dump(exclude_none=True) for tool in tools or ()]
     if TAG in template and "tools" in template:
         return turns, described or None
     told: list[dict[str, Any]] = []
-    for turn in turns:
+    for index, turn in enumerate(turns):
+        said = _said(turn, index)
         if turn["role"] == "tool":
-            result = f"<tool_response>\n{_text(turn.get('content'))}\n</tool_response>"
-            if told and told[-1].get("results"):
+            result = f"<tool_response>\n{said}\n</tool_response>"
+            if index and turns[index - 1]["role"] == "tool":
                 told[-1]["content"] += f"\n{result}"
             else:
-                told.append({"role": "user", "content": result, "results": True})
+                told.append({"role": "user", "content": result})
         elif turn.get("tool_calls"):
             calls = "\n".join(_written(call) for call in turn["tool_calls"])
-            content = _text(turn.get("content"))
-            told.append(turn | {"content": f"{content}\n{calls}" if content else calls})
+            told.append(turn | {"content": f"{said}\n{calls}" if said else calls})
         else:
             told.append(turn)
-    told = [{name: value for name, value in turn.items() if name != "results"} for turn in told]
     if described:
         lines = "\n".join(json.dumps(each, ensure_ascii=False) for each in described)
         introduction = _INTRODUCTION.format(tools=lines)
         if told[0]["role"] == "system":
-            said = _text(told[0].get("content"))
+            said = _said(told[0], 0)
             told[0] = told[0] | {"content": f"{said}\n\n{introduction}" if said else introduction}
         else:
             told.insert(0, {"role": "system", "content": introduction})
@@ -170,17 +170,6 @@ def _written(call: dict[str, Any]) -> str:
     return f"{TAG}{BEFORE_NAME}{name}{BEFORE_ARGUMENTS}{arguments}{AFTER_ARGUMENTS}"
 
 
-def _text(content: Any) -> str:
-    """A content as text. Raises ApiError for parts that are none."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts = []
-    for part in content:
-        text = part if isinstance(part, str) else part.get("text")
-        if not isinstance(text, str):
-            kind = "" if isinstance(part, str) else str(part.get("type", ""))
-            raise bad_request(
-                f"messages: a part of type {ascii(kind)[:60]} cannot be read.", param="messages"
-            )
-        texts.append(text)
-    return "".join(texts)
+def _said(turn: dict[str, Any], index: int) -> str:
+    content = turn.get("content")
+    return "" if content is None else content_text(content, index)

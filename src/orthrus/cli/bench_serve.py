@@ -1,0 +1,187 @@
+"""`orthrus bench serve`: a running server under load."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from orthrus.cli import options
+from orthrus.cli.common import UNEXPECTED, check_strategies
+from orthrus.cli.progress import ProgressDisplay
+from orthrus.cli.report import check_output, show_report
+from orthrus.cli.serve import KEY_VARIABLE
+from orthrus.config import STRATEGIES
+from orthrus.errors import MissingExtraError
+
+_SERVER, _LOAD, _REQUESTS = "Server", "Load", "Requests"
+DEFAULT_CONCURRENCY = (1, 8)
+
+
+def bench_serve(
+    url: Annotated[
+        str, typer.Option(help="Address of a server in OpenAI's form.", rich_help_panel=_SERVER)
+    ] = "http://127.0.0.1:8000",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="What the server calls its model. Left out: the first one that it lists.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help=f"The server's key. Left out: {KEY_VARIABLE}.", rich_help_panel=_SERVER
+        ),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds to wait for an answer.", rich_help_panel=_SERVER)
+    ] = 600.0,
+    concurrency: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Closed loop: N requests open at a time; may be repeated. Left out, without --rate: "
+            f"{' and '.join(map(str, DEFAULT_CONCURRENCY))}.",
+            rich_help_panel=_LOAD,
+        ),
+    ] = None,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="R",
+            help="Random arrivals (Poisson), R a second on average; may be repeated.",
+            rich_help_panel=_LOAD,
+        ),
+    ] = None,
+    requests: Annotated[
+        int, typer.Option(min=1, help="Requests of a run, from the prompts in turn.", rich_help_panel=_LOAD)
+    ] = 32,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Runs of each strategy at each load.", rich_help_panel=_LOAD)
+    ] = 1,
+    warmup: Annotated[
+        int, typer.Option(min=0, help="Requests of each strategy before that.", rich_help_panel=_LOAD)
+    ] = 2,
+    ttft_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="MS",
+            help="A good answer begins within so many milliseconds; counts goodput.",
+            rich_help_panel=_LOAD,
+        ),
+    ] = None,
+    tpot_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="MS",
+            help="A good answer takes at most so many milliseconds per further token; counts goodput.",
+            rich_help_panel=_LOAD,
+        ),
+    ] = None,
+    prompts: options.Prompts = None,
+    domain: options.Domain = None,
+    limit: options.Limit = None,
+    max_tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="The longest answer; may be repeated, for requests in turn. Left out: 64.",
+            rich_help_panel=_REQUESTS,
+        ),
+    ] = None,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-eos",
+            help="Ask for --max-tokens tokens whatever the text; not every server can.",
+            rich_help_panel=_REQUESTS,
+        ),
+    ] = False,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.", rich_help_panel=_REQUESTS),
+    ] = 0.0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, help="Of the first request, and of the arrivals.", rich_help_panel=_REQUESTS),
+    ] = 0,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"For `orthrus serve`: one of {', '.join(STRATEGIES)}; may be repeated, to compare. Left out: "
+            "as the server decodes.",
+            rich_help_panel=_REQUESTS,
+        ),
+    ] = None,
+    salt: Annotated[
+        bool,
+        typer.Option(
+            "--salt/--no-salt",
+            help="Begin the prompts of each run with a name of its own, so that the server's cache holds none of them.",
+            rich_help_panel=_REQUESTS,
+        ),
+    ] = True,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Afterwards compare each answer with the same request alone, decoded plainly.",
+            rich_help_panel=_REQUESTS,
+        ),
+    ] = True,
+    format_: options.FormatOption = "table",
+    json: options.FormatJson = False,
+    output: options.OutputFile = None,
+) -> None:
+    """Put a running server under load: latencies, throughput, and whether load changed any answer.
+
+    For any server in OpenAI's form; the figures stand as `vllm bench serve` prints them. Needs
+    `pip install "orthrus-lm[serve]"`. Exit status 1 means that an answer differs from the same request alone.
+    """
+    try:
+        import httpx  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            'the load test needs the package httpx; run `pip install "orthrus-lm[serve]"`.'
+        ) from error
+    arms = check_strategies(strategy) if strategy else (None,)
+    from orthrus.base.bench_prompts import load_prompts
+    from orthrus.bench.load import LoadOptions, run_load
+    from orthrus.bench.load_client import asks_of
+    from orthrus.bench.load_runs import Level
+
+    check_output(output)
+    if concurrency is None and rate is None:
+        concurrency = list(DEFAULT_CONCURRENCY)
+    settings = LoadOptions(
+        url=url,
+        model=model,
+        api_key=api_key or os.environ.get(KEY_VARIABLE) or None,
+        timeout=timeout,
+        asks=asks_of(load_prompts(prompts, tuple(domain or ()), limit), requests, max_tokens or [64]),
+        levels=[*(Level(concurrency=n) for n in concurrency or ()), *(Level(rate=r) for r in rate or ())],
+        strategies=arms,
+        temperature=temperature,
+        seed=seed,
+        repeats=repeats,
+        warmup=warmup,
+        ignore_eos=ignore_eos,
+        salt=salt,
+        check=check,
+        ttft_limit_ms=ttft_limit,
+        tpot_limit_ms=tpot_limit,
+    )
+    with ProgressDisplay(count=True) as on_progress:
+        report = run_load(settings, on_progress)
+    show_report(report, "json" if json else format_, output)
+    if report.num_different:
+        raise typer.Exit(UNEXPECTED)

@@ -1,0 +1,153 @@
+"""`orthrus verify`: an answer made again from its receipt, by plain decoding."""
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orthrus.base.text import printable
+from orthrus.cli import options
+from orthrus.cli.common import UNEXPECTED, load_orthrus
+from orthrus.cli.progress import ProgressDisplay
+from orthrus.cli.render import out, print_json
+from orthrus.errors import UserInputError
+
+if TYPE_CHECKING:
+    from orthrus.api import Orthrus
+    from orthrus.audit.receipts import Checked, Receipt
+
+MOST_BYTES = 2**28
+
+
+def verify(
+    receipt: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A receipt, or an answer that holds one, as JSON.")
+    ],
+    model: options.Model = None,
+    named_model: options.NamedModel = None,
+    view: options.View = "default",
+    runner: options.Runner = None,
+    device: options.Device = None,
+    any_version: Annotated[
+        bool,
+        typer.Option("--any-version", help="Go on where packages have other versions than on the receipt."),
+    ] = False,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+) -> None:
+    """Make an answer of a server again from its receipt, by plain decoding, and compare the tokens.
+
+    Ask for a receipt with "orthrus": {"receipt": true}. MODEL, dtype, runner and device are the receipt's, unless
+    they are given. Where the file holds the whole answer, its text is compared too. Exit status 1 means that
+    something differs.
+    """
+    content = _read(receipt)
+    from orthrus.audit.receipts import check_model, check_versions, find_receipt, read_receipt
+    from orthrus.audit.receipts import verify as run
+
+    try:
+        found = read_receipt(find_receipt(content))
+    except UserInputError as error:
+        raise UserInputError(f"{receipt}: {error}") from error
+    if not any_version:
+        check_versions(found)
+    orthrus = load_orthrus(
+        _model_of(found, model, named_model),
+        quiet=quiet,
+        view=view,
+        dtype=found.model["dtype"],
+        runner=runner or found.model["runner"],
+        device=device or found.model["device"],
+        revision=found.model.get("revision") if model is None and named_model is None else None,
+    )
+    check_model(orthrus, found)
+    with ProgressDisplay(quiet=quiet, count=True) as on_progress:
+        checked = run(orthrus, found, lambda done, total: on_progress("decoding again", done, total))
+    shown = [_text_differs(content, i, each.text) for i, each in enumerate(checked)]
+    passed = all(each.position is None for each in checked) and not any(shown)
+    if json:
+        print_json(_report(found, checked, shown, passed))
+    else:
+        for number, (each, differs) in enumerate(zip(checked, shown, strict=True), start=1):
+            out(f"text {number} of {len(checked)}: {_line(orthrus, each, differs)}\n")
+    if not passed:
+        raise typer.Exit(UNEXPECTED)
+
+
+def _read(file: Path) -> Any:
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise UserInputError(f"{file} is too large for a receipt; give the JSON of one answer.")
+        return json_module.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserInputError(f"cannot read {file} ({error.strerror}); give the file of a receipt.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserInputError(f"{file} is no JSON; give a receipt, or an answer that holds one.") from error
+
+
+def _model_of(receipt: "Receipt", model: str | None, named_model: str | None) -> str:
+    """The model to load; UserInputError where the receipt does not tell it."""
+    if model is not None or named_model is not None:
+        return options.one_model(model, named_model)
+    load = receipt.model.get("load")
+    if not isinstance(load, str):
+        raise UserInputError(
+            f"the answer was made by {receipt.model['name']}, a folder or file of the server's; name your own with "
+            "`orthrus verify FILE MODEL`."
+        )
+    return load
+
+
+def _text_differs(content: dict[str, Any], index: int, text: str) -> bool | None:
+    """Whether the answer shows another text than plain decoding writes; None where it shows none as it was written."""
+    choices = content.get("choices")
+    if not isinstance(choices, list) or index >= len(choices) or not isinstance(choices[index], dict):
+        return None
+    message = choices[index].get("message")
+    if isinstance(message, dict):
+        shown = message.get("content")
+        return shown != text if isinstance(shown, str) and not message.get("tool_calls") else None
+    shown = choices[index].get("text")
+    # A prompt that was echoed stands before it.
+    return not shown.endswith(text) if isinstance(shown, str) else None
+
+
+def _line(orthrus: "Orthrus", checked: "Checked", differs: bool | None) -> str:
+    if checked.position is None:
+        shown = {None: "", False: ", and its text is the same", True: ", but the text shown is ANOTHER one"}[
+            differs
+        ]
+        return f"the {checked.num_tokens} tokens are IDENTICAL to those of plain decoding{shown}"
+    plain, ours = (_named(orthrus, token) for token in (checked.plain_token, checked.our_token))
+    return (
+        f"DIFFERENT from token {checked.position + 1} of {checked.num_tokens} on: plain decoding gives {plain}, "
+        f"the answer has {ours} ({checked.verdict}: {checked.reason})"
+    )
+
+
+def _named(orthrus: "Orthrus", token_id: int | None) -> str:
+    if token_id is None:
+        return "its end"
+    known = token_id < orthrus.dual.vocab_size
+    text = str(orthrus.base.tokenizer.decode([token_id])) if known else ""
+    return printable(f"{text!r} ({token_id})")
+
+
+def _report(
+    receipt: "Receipt", checked: "list[Checked]", shown: list[bool | None], passed: bool
+) -> dict[str, Any]:
+    texts = [
+        {
+            "num_tokens": each.num_tokens,
+            "identical": each.position is None,
+            "position": each.position,
+            "plain_token": each.plain_token,
+            "our_token": each.our_token,
+            "verdict": each.verdict,
+            "reason": each.reason,
+            "text_differs": differs,
+        }
+        for each, differs in zip(checked, shown, strict=True)
+    ]
+    return {"kind": "orthrus-verified", "passed": passed, "model": receipt.model, "texts": texts}

@@ -1,0 +1,169 @@
+"""The log of traffic: chats and their answers, a JSON line each, in the form that `synth` and `adapt` read."""
+
+import json
+import logging
+import os
+import queue
+import stat
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from orthrus.api import Orthrus
+from orthrus.base.prompt import checked_messages
+from orthrus.decoding.stats import summarise
+from orthrus.engine.request import Request
+from orthrus.errors import StorageError, UserInputError
+from orthrus.server.calls import Call
+from orthrus.server.prompts import chat_turns
+from orthrus.server.schemas import Message
+from orthrus.types import Cycle
+
+log = logging.getLogger("orthrus.server")
+MOST_WAITING = 256
+"""Lines that wait to be written; further ones are dropped."""
+LAST_WORDS = 5.0
+"""Seconds that the lines which wait get at the end."""
+_MODE = 0o600
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    orthrus: Orthrus
+    request_id: str
+    messages: Sequence[Message]
+    cycles: tuple[Cycle, ...]
+    strategy: str
+    num_prompt_tokens: int
+    num_cached: int
+
+
+class TrafficLog:
+    """Appends chats to a file, from a thread of its own; whoever hands in a line never waits.
+
+    Raises UserInputError for what is no file, StorageError for one that cannot be written. What goes wrong later
+    costs lines, and is told once in the log until it goes well again.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            os.close(self._opened())
+        except OSError as error:
+            raise StorageError(
+                f"traffic cannot be logged to {file} ({_reason(error)}); name a file in a folder where you may "
+                "write."
+            ) from error
+        self._lines: queue.Queue[_Line | None] = queue.Queue(MOST_WAITING)
+        self._failing = False
+        self._thread = threading.Thread(target=self._run, name="orthrus-traffic", daemon=True)
+        self._thread.start()
+
+    def offer(self, orthrus: Orthrus, call: Call, request: Request) -> None:
+        """An answer has ended; in the event loop."""
+        origin = call.origin
+        if origin is None or origin.messages is None or request.failure is not None:
+            return
+        if request.finish not in ("stop", "length", "deadline"):
+            return
+        line = _Line(
+            orthrus,
+            origin.request_id,
+            origin.messages,
+            tuple(request.cycles),
+            request.config.strategy,
+            len(request.prompt_ids),
+            request.num_cached,
+        )
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._failed("too many lines wait")
+
+    def close(self) -> None:
+        """Write what waits, for some seconds at most."""
+        try:
+            self._lines.put(None, timeout=LAST_WORDS)
+        except queue.Full:
+            return
+        self._thread.join(LAST_WORDS)
+
+    def _run(self) -> None:
+        while (line := self._lines.get()) is not None:
+            try:
+                content = _content(line)
+                if content is not None:
+                    self._append((json.dumps(content) + "\n").encode())
+                    self._failing = False
+            except OSError as error:
+                self._failed(_reason(error))
+            except Exception:
+                log.exception("a line of traffic cannot be written")
+
+    def _failed(self, reason: str) -> None:
+        if not self._failing:
+            self._failing = True
+            log.warning("traffic is not logged", extra={"data": {"file": str(self.file), "reason": reason}})
+
+    def _append(self, line: bytes) -> None:
+        """The whole line or nothing of it. Opened each time: a file that was moved away or removed begins anew."""
+        handle = self._opened()
+        try:
+            size = os.fstat(handle).st_size
+            try:
+                view = memoryview(line)
+                while view:
+                    view = view[os.write(handle, view) :]
+            except OSError:
+                os.ftruncate(handle, size)
+                raise
+        finally:
+            os.close(handle)
+
+    def _opened(self) -> int:
+        # Without O_NONBLOCK a pipe that nobody reads would be waited for.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+        handle = os.open(self.file, flags, _MODE)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise UserInputError(f"{self.file} is no ordinary file; name another one for the traffic.")
+        return handle
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else type(error).__name__
+
+
+def _content(line: _Line) -> dict[str, Any] | None:
+    """A line's JSON; None for dialogues that hold more than text, which could not be made again from it.
+
+    An answer that a limit or a stop string cut is left out, so that `adapt` has the model write a whole one.
+    """
+    if any(message.tool_calls or message.role == "tool" for message in line.messages):
+        return None
+    turns = checked_messages(chat_turns(line.orthrus, line.messages))
+    messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    stats = summarise(line.num_prompt_tokens, line.cycles, line.num_cached)
+    ids = [token_id for cycle in line.cycles for token_id in cycle.token_ids]
+    text = "".join(cycle.text for cycle in line.cycles)
+    if text.strip() and ids[-1] in line.orthrus.base.eos_token_ids:
+        # A last message of the assistant was continued.
+        begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
+        messages.append({"role": "assistant", "content": begun + text})
+    elif messages[-1]["role"] == "assistant":
+        messages.pop()
+    return {
+        "messages": messages,
+        "request_id": line.request_id,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finish_reason": line.cycles[-1].finish_reason,
+        "strategy": line.strategy,
+        "num_tokens": stats.num_tokens,
+        "num_cycles": stats.num_cycles,
+        "num_drafted": stats.num_drafted,
+        "num_accepted": stats.num_accepted,
+        "tokens_per_cycle": round(stats.tokens_per_cycle, 4),
+    }

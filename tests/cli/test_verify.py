@@ -1,0 +1,146 @@
+"""`orthrus verify`: an answer of a server, saved to a file and made again."""
+
+import asyncio
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from orthrus.api import Orthrus
+from orthrus.audit.receipts import digest
+from orthrus.server.app import create_app
+
+from .conftest import Cli, assert_refused
+
+
+def answer_of(folder: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What a server of that model answers."""
+
+    async def ask() -> dict[str, Any]:
+        app = create_app(lambda: Orthrus.load(folder, view="fresh"))
+        async with app.router.lifespan_context(app):
+            await app.state.service.loaded.wait()
+            transport = httpx.ASGITransport(app=app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                asked = {
+                    "orthrus": {"strategy": "chain", "receipt": True},
+                    "seed": 3,
+                    "max_tokens": 12,
+                } | body
+                response = await client.post(path, json=asked)
+        assert response.status_code == 200, response.text
+        found: dict[str, Any] = response.json()
+        return found
+
+    return asyncio.run(ask())
+
+
+@pytest.fixture(scope="module")
+def answer(model_folder: str) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "Hello"}]
+    return answer_of(model_folder, "/v1/chat/completions", {"messages": messages, "n": 2})
+
+
+@pytest.fixture
+def saved(tmp_path: Path, answer: dict[str, Any]):
+    """Writes a changed copy of the answer and returns the file's name."""
+
+    def save(change=lambda content: None) -> str:
+        content = copy.deepcopy(answer)
+        found = change(content)
+        file = tmp_path / "answer.json"
+        file.write_text(json.dumps(content if found is None else found))
+        return str(file)
+
+    return save
+
+
+def the_receipt(content: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = content["metrics"]["orthrus"]["receipt"]
+    return found
+
+
+def test_an_answer_is_made_again(cli: Cli, saved, model_folder: str) -> None:
+    run = cli("verify", saved(), model_folder, "--view", "fresh")
+    assert run.code == 0, run.err
+    assert run.out.splitlines() == [
+        f"text {number} of 2: the 12 tokens are IDENTICAL to those of plain decoding, and its text is the same"
+        for number in (1, 2)
+    ]
+
+
+def test_a_bare_receipt_is_enough(cli: Cli, saved, model_folder: str) -> None:
+    run = cli("verify", saved(the_receipt), model_folder, "--view", "fresh", "--json", "-q")
+    assert run.code == 0, run.err
+    told = json.loads(run.out)
+    assert told["passed"] is True
+    assert [each["identical"] for each in told["texts"]] == [True, True]
+    assert [each["text_differs"] for each in told["texts"]] == [None, None]
+
+
+def test_a_completion_with_its_prompt_echoed(cli: Cli, tmp_path: Path, model_folder: str) -> None:
+    file = tmp_path / "answer.json"
+    file.write_text(json.dumps(answer_of(model_folder, "/v1/completions", {"prompt": "Once", "echo": True})))
+    run = cli("verify", str(file), model_folder, "--view", "fresh")
+    assert run.code == 0, run.err
+    assert "and its text is the same" in run.out
+
+
+def test_another_token_is_told_with_its_place(cli: Cli, saved, model_folder: str) -> None:
+    def change(content: dict[str, Any]) -> None:
+        part = the_receipt(content)["texts"][1]
+        part["token_ids"][4] = (part["token_ids"][4] + 1) % 200
+        part["digest"] = digest(part["token_ids"])
+
+    run = cli("verify", saved(change), model_folder, "--view", "fresh")
+    assert run.code == 1
+    first, second = run.out.splitlines()
+    assert "IDENTICAL" in first
+    assert "DIFFERENT from token 5 of 12 on" in second
+    assert "broken rule" in second
+
+
+def test_another_text_beside_the_right_tokens_is_told(cli: Cli, saved, model_folder: str) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["choices"][0]["message"]["content"] += "!"
+
+    run = cli("verify", saved(change), model_folder, "--view", "fresh")
+    assert run.code == 1
+    assert "but the text shown is ANOTHER one" in run.out
+
+
+def test_the_wrong_model_is_refused(cli: Cli, saved, model_folder: str, other_model_folder: str) -> None:
+    assert_refused(cli("verify", saved(), other_model_folder, "--view", "fresh"), "weights", "name the model")
+    assert_refused(cli("verify", saved()), "a folder or file of the server's")
+
+
+def test_other_versions_are_refused_unless_they_are_let_in(cli: Cli, saved, model_folder: str) -> None:
+    def change(content: dict[str, Any]) -> None:
+        the_receipt(content)["versions"]["torch"] = "0.1"
+
+    file = saved(change)
+    assert_refused(cli("verify", file, model_folder), "torch 0.1", "--any-version")
+    assert cli("verify", file, model_folder, "--view", "fresh", "--any-version").code == 0
+
+
+def test_wrong_files_are_refused(cli: Cli, saved, tmp_path: Path) -> None:
+    assert_refused(cli("verify", str(tmp_path / "none.json")), "cannot read")
+    assert_refused(cli("verify", str(tmp_path)), "cannot read")
+    file = tmp_path / "wrong.json"
+    for content, told in (
+        (b"{", "no JSON"),
+        (b"\xff", "no JSON"),
+        (b"[" * 100_000, "no JSON"),
+        (b"{}", "no receipt"),
+        (b'{"kind": "orthrus-receipt"}', "format"),
+    ):
+        file.write_bytes(content)
+        assert_refused(cli("verify", str(file)), told)
+
+    def damage(content: dict[str, Any]) -> None:
+        the_receipt(content)["texts"][0]["prompt_ids"].append(1)
+
+    assert_refused(cli("verify", saved(damage)), "damaged")
