@@ -201,7 +201,7 @@ def activation_bytes(shape: Shape, work: Work) -> float:
     """
     c, rows, learning = work.dtype_bytes, work.block_rows, shape.learning_layers
     context_rows = work.micro_rows * work.row_length
-    total = c * context_rows * (shape.num_layers * (shape.keys + shape.values) + shape.hidden)
+    total = float(c * context_rows) * (shape.num_layers * (shape.keys + shape.values) + shape.hidden)
     if work.attention == "dense":
         total += (1 + shape.windowed) * c * rows * work.row_length
     total += work.target_rows * (c * shape.hidden + 30.0)
