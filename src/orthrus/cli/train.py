@@ -11,6 +11,7 @@ from orthrus.cli.common import cancel_on_interrupt
 from orthrus.cli.progress import ProgressDisplay
 from orthrus.cli.render import note, out, print_json
 from orthrus.cli.train_panel import TrainDisplay
+from orthrus.cli.train_plan import PlanOptions, print_plan
 
 if TYPE_CHECKING:
     from orthrus.model.dual_view import DualView
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from orthrus.training.run_state import RunState
     from orthrus.training.trainer import Hooks, TrainLog
     from orthrus.training.view_score import Scorer
+
+_PLAN = "Planning"
 
 
 def train(
@@ -31,22 +34,77 @@ def train(
         ),
     ] = None,
     named_model: options.NamedModel = None,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Train nothing: say what memory, operations and time the recipe needs, by arithmetic.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = False,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs of the run, one process each.", rich_help_panel=_PLAN)
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="a100, h100, h200, b200, l40s or rtx4090: gives memory and peak. Left out: h100.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="Memory of each GPU.", rich_help_panel=_PLAN)
+    ] = None,
+    peak_tflops: Annotated[
+        float | None, typer.Option(help="Peak of each GPU in the recipe's dtype.", rich_help_panel=_PLAN)
+    ] = None,
+    utilisation: Annotated[
+        float | None,
+        typer.Option(help="Share of the peak that the run reaches. Left out: 0.4.", rich_help_panel=_PLAN),
+    ] = None,
+    corpus_tokens: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="Tokens of the corpus, prompts included, where it is not made yet.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Train a diffusion view.
+    """Train a diffusion view, or plan it.
 
     The same command goes on where an earlier one stopped; Ctrl-C and SIGTERM save first. OUTPUT/best holds
     the view that drafted best in real decodes, OUTPUT/view the last one.
     """
+    asked = PlanOptions(
+        gpus=gpus,
+        gpu=gpu,
+        gpu_memory=gpu_memory,
+        peak_tflops=peak_tflops,
+        utilisation=utilisation,
+        corpus_tokens=corpus_tokens,
+    )
+    if named_model is not None:
+        overrides = [*(overrides or []), f"base={named_model}"]
+    if not plan:
+        asked.refuse_alone()
+        _train(recipe, overrides, quiet=quiet, json=json)
+        return
+    from orthrus.training.recipe_file import load_recipe
+
+    print_plan(load_recipe(recipe, overrides), asked, quiet=quiet, json=json)
+
+
+def _train(recipe: Path, overrides: list[str] | None, *, quiet: bool, json: bool) -> None:
     from orthrus.training.corpus import corpus_digest, load_corpora
     from orthrus.training.packing import pack
     from orthrus.training.recipe_file import load_recipe
     from orthrus.training.run_folder import check_run_folder, run_folder
 
     # What costs nothing is checked before the model is loaded.
-    if named_model is not None:
-        overrides = [*(overrides or []), f"base={named_model}"]
     config = load_recipe(recipe, overrides)
     # Of several processes under torchrun, only the first one writes.
     if os.environ.get("RANK", "0") == "0":

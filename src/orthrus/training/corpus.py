@@ -1,15 +1,17 @@
 """A corpus on disk: prompts, then shards of answers, each written whole, so that work can stop anywhere.
 
 Layout of a corpus folder: `manifest.json` (provenance), `source-00.jsonl`, ... (one {"prompt", "domain"} a
-line, a file for each source of prompts), `prompts.jsonl` (one {"prompt_ids", "domain"} a line: what is left
-of all sources), `answers-00000.jsonl`, ... (one {"prompt", "answer_ids", "finished"} a line; of dialogues of
-several turns with "spans" besides).
+line, a file for each source of prompts), `prompts.jsonl` (one {"prompt_ids", "domain", "prompt"} a line: what
+is left of all sources, and the text that the ids hold), `answers-00000.jsonl`, ... (one {"prompt",
+"answer_ids", "finished"} a line; of dialogues of several turns with "spans" besides; without ids, and with
+"left_out", where a server's answer could not be kept).
 """
 
 import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +107,10 @@ def read_source(file: Path) -> list[dict[str, Any]]:
 
 
 def read_prompts(folder: Path) -> list[dict[str, Any]]:
-    """The prompts of a corpus, each {"prompt_ids", "domain"}; CorruptFileError names file and line."""
+    """The prompts of a corpus, each {"prompt_ids", "domain"} and, of most, "prompt", their text.
+
+    CorruptFileError names file and line.
+    """
     file = folder / PROMPTS
     records = read_jsonl(file)
     for number, record in enumerate(records, 1):
@@ -113,6 +118,8 @@ def read_prompts(folder: Path) -> list[dict[str, Any]]:
             raise _damaged(file, number, "has no list of token ids 'prompt_ids'")
         if not is_domain(record.get("domain")):
             raise _damaged(file, number, "has no text 'domain'")
+        if not isinstance(record.get("prompt", ""), str):
+            raise _damaged(file, number, "has a 'prompt' that is no text")
     return records
 
 
@@ -154,6 +161,12 @@ def load_corpus(folder: Path) -> list[Sample]:
             "run `orthrus synth` again, with more prompts if need be."
         )
     return samples
+
+
+def left_out(folder: Path) -> dict[str, int]:
+    """Why servers' answers were left out, and how many of them."""
+    reasons = (r.get("left_out") for file in sorted(folder.glob("answers-*.jsonl")) for r in read_jsonl(file))
+    return dict(Counter(str(reason) for reason in reasons if reason))
 
 
 def _samples(file: Path, prompts: list[dict[str, Any]]) -> list[Sample]:
