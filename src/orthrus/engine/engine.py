@@ -256,6 +256,7 @@ class Engine:
             num_passes=step.num_passes,
             num_rows=step.num_rows,
             num_copied=step.num_copied,
+            rejected_ids=tuple(step.rejected_ids),
             elapsed_ms=request.elapsed_ms,
             finish_reason=request.finish,
             logprobs=None if request.config.logprobs is None else tuple(step.logprobs),
