@@ -13,7 +13,7 @@ from tests.training.endpoint_servers import Scripted, refused, written
 from tests.training.test_endpoint import answerer, answers, questions
 
 from orthrus.errors import ModelNotFoundError, UserInputError
-from orthrus.training.endpoint_http import _seconds
+from orthrus.training.endpoint_http import Patience, _seconds
 
 ORTHRUS = byte_orthrus()
 
@@ -75,8 +75,10 @@ def test_a_server_that_stays_silent_ends_the_run_in_one_sentence() -> None:
     def nobody(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("All connection attempts failed", request=request)
 
-    with pytest.raises(ModelNotFoundError, match="All connection attempts failed"):
-        answers(ORTHRUS, Scripted(nobody), 1)
+    # Who was never reached is given up sooner.
+    patience = Patience(attempts=50, first_attempts=2, first_rest=0.01)
+    with pytest.raises(ModelNotFoundError, match="after 2 attempts .All connection attempts failed"):
+        answers(ORTHRUS, Scripted(nobody), 1, patience=patience)
 
 
 def test_one_question_that_no_server_can_take_is_left_out() -> None:
