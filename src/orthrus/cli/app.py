@@ -17,6 +17,7 @@ from orthrus.cli import (
     convert,
     demo,
     env,
+    export,
     generate,
     serve,
     synth,
@@ -57,6 +58,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     train.train,
     adapt.adapt,
     convert.convert,
+    export.export_vllm,
     env.env,
 )
 NAMES = tuple(command.__name__.replace("_", " ") for command in COMMANDS)
