@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tests.packed import pack
 from tests.tiny import tiny_dual, tiny_prompt
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,7 +13,6 @@ from orthrus.model.dual_view import DualView
 from orthrus.training.blocks import BlockBatch, BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample
 from orthrus.training.forward import Objective, TrainingPass
-from orthrus.training.packing import pack
 from orthrus.training.plan import Shape, Work
 from orthrus.training.plan_shape import shape_of
 from orthrus.training.speed import FlopCounter

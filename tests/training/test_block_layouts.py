@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.packed import pack
 from tests.rows import Rows
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.training.test_trainer import CONFIG, run
@@ -14,7 +15,6 @@ from orthrus.model.passes import block
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample
 from orthrus.training.forward import Objective, TrainingPass
-from orthrus.training.packing import pack
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.recipe_file import load_recipe
 from orthrus.training.trainer import Hooks
