@@ -17,4 +17,4 @@ def pack(samples: Sequence[Sample], row_length: int) -> Pack:
 
 
 def corpus_digest(samples: Sequence[Sample]) -> str:
-    return pack(samples, 2**12).index.digest
+    return pack(samples, 2**12).about.digest

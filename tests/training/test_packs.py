@@ -13,8 +13,9 @@ from tests.workers import run_together
 from orthrus.errors import CorruptFileError, OrthrusError, StorageError, UserInputError
 from orthrus.training import pack_writer
 from orthrus.training.corpus import Sample
+from orthrus.training.pack_index import INDEX
 from orthrus.training.packing import PackedRow
-from orthrus.training.packs import CACHE, INDEX, Pack, check_files, open_pack, packed, packed_corpora
+from orthrus.training.packs import CACHE, Pack, check_files, open_pack, packed, packed_corpora
 
 LENGTH = 24
 
@@ -97,21 +98,21 @@ def test_rows_are_those_of_the_oracle(number: int, shard_words: int, monkeypatch
     found = pack(samples, LENGTH)
     assert_equal_rows(found, oracle(samples, LENGTH))
     assert_equal_rows(found[:3], oracle(samples, LENGTH)[:3])
-    assert found.index.tokens == sum(len(s.prompt_ids) + len(s.answer_ids) for s in samples)
-    assert found.index.answer_tokens == sum(s.num_answered for s in samples)
+    assert found.about.tokens == sum(len(s.prompt_ids) + len(s.answer_ids) for s in samples)
+    assert found.about.answer_tokens == sum(s.num_answered for s in samples)
     with pytest.raises(IndexError):
         found[len(found)]
 
 
 def test_the_digest_names_the_dialogues_alone() -> None:
     samples = samples_of(20)
-    digest = pack(samples, LENGTH).index.digest
-    assert digest == pack(samples, 99).index.digest
+    digest = pack(samples, LENGTH).about.digest
+    assert digest == pack(samples, 99).about.digest
     for other in (samples[1:], samples[::-1], [*samples[:-1], Sample((1,), (2, 3), "chat")]):
-        assert pack(other, LENGTH).index.digest != digest
+        assert pack(other, LENGTH).about.digest != digest
     # The same tokens, another part of them answered.
     assert (
-        pack([Sample((1, 2), (3,), "x")], 8).index.digest != pack([Sample((1,), (2, 3), "x")], 8).index.digest
+        pack([Sample((1, 2), (3,), "x")], 8).about.digest != pack([Sample((1,), (2, 3), "x")], 8).about.digest
     )
 
 
@@ -121,7 +122,7 @@ def test_a_corpus_is_packed_once_and_again_when_it_changed(tmp_path: Path) -> No
     stages: list[tuple[str, int, int | None]] = []
     rows = packed_corpora([str(folder)], LENGTH, on_progress=lambda *seen: stages.append(seen))
     assert_equal_rows(rows, oracle(samples, LENGTH))
-    assert (rows.dialogues, rows.parts[str(folder)].index.sources) == (40, ("mine.jsonl",))
+    assert (rows.dialogues, rows.parts[str(folder)].about.sources) == (40, ("mine.jsonl",))
     assert [total for _, _, total in stages] == [sum(f.stat().st_size for f in folder.glob("*.json*"))] * 2
     written = (folder / CACHE / str(LENGTH) / INDEX).stat().st_mtime_ns
     assert packed_corpora([str(folder)], LENGTH).digest == rows.digest
@@ -142,7 +143,7 @@ def test_several_processes_pack_once(tmp_path: Path) -> None:
 def _note_pack(folder: str, notes: str) -> None:
     pack = packed(Path(folder), LENGTH)
     changed = (pack.folder / INDEX).stat().st_mtime_ns
-    Path(notes, f"packed-{os.environ['RANK']}").write_text(f"{changed} {pack.index.digest}")
+    Path(notes, f"packed-{os.environ['RANK']}").write_text(f"{changed} {pack.about.digest}")
 
 
 def test_a_killed_packing_leaves_nothing_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +151,7 @@ def test_a_killed_packing_leaves_nothing_in_the_way(tmp_path: Path, monkeypatch:
     scrap = folder / CACHE / f".{LENGTH}.orthrus-scratch-killed"
     scrap.mkdir(parents=True)
     (scrap / "rows-00000.u32").write_bytes(b"half")
-    assert packed(folder, LENGTH).index.dialogues == 5
+    assert packed(folder, LENGTH).about.dialogues == 5
     assert not scrap.exists()
 
 
@@ -159,7 +160,7 @@ def test_several_corpora_are_read_one_after_the_other(tmp_path: Path) -> None:
     folders = [str(write_corpus(tmp_path / name, s)) for name, s in (("a", first), ("b", second))]
     rows = packed_corpora(folders, LENGTH)
     assert_equal_rows(rows, oracle(first, LENGTH) + oracle(second, LENGTH))
-    assert rows.digest not in {pack.index.digest for pack in rows.parts.values()}
+    assert rows.digest not in {pack.about.digest for pack in rows.parts.values()}
     assert rows.digest != packed_corpora(folders[::-1], LENGTH).digest
     write_corpus(tmp_path / "b", second, base="another")
     with pytest.raises(UserInputError, match="different bases"):

@@ -34,7 +34,9 @@ def pack(
     against the digests in its index.
     """
     from orthrus.base.outputs import atomic_folder
-    from orthrus.training.packs import INDEX, check_files, open_pack, pack_corpus, packed
+    from orthrus.training.pack_index import INDEX
+    from orthrus.training.pack_writer import pack_corpus
+    from orthrus.training.packs import check_files, open_pack, packed
 
     folder = folder.expanduser()
     if (folder / INDEX).is_file():
@@ -62,7 +64,7 @@ def pack(
 
 
 def _report(pack: "Pack") -> dict[str, Any]:
-    index = pack.index
+    index = pack.about
     return {
         "path": str(pack.folder),
         "row_length": index.row_length,

@@ -263,10 +263,10 @@ def _origin(config: "TrainConfig", rows: "Packs", device: str) -> dict[str, Any]
 
     packs = rows.parts.values()
     parts = [
-        {"folder": folder, "digest": pack.index.digest} | _counts([pack])
+        {"folder": folder, "digest": pack.about.digest} | _counts([pack])
         for folder, pack in rows.parts.items()
     ]
-    sources = dict.fromkeys(source for pack in packs for source in pack.index.sources)
+    sources = dict.fromkeys(source for pack in packs for source in pack.about.sources)
     return {
         "recipe": to_plain(config),
         "corpus": {"digest": rows.digest} | _counts(packs) | {"sources": list(sources), "parts": parts},
@@ -278,9 +278,9 @@ def _counts(packs: "Iterable[Pack]") -> dict[str, Any]:
     domains = Counter[str]()
     dialogues = answer_tokens = 0
     for pack in packs:
-        domains.update(pack.index.domains)
-        dialogues += pack.index.dialogues
-        answer_tokens += pack.index.answer_tokens
+        domains.update(pack.about.domains)
+        dialogues += pack.about.dialogues
+        answer_tokens += pack.about.answer_tokens
     return {"dialogues": dialogues, "answer_tokens": answer_tokens, "domains": dict(domains)}
 
 

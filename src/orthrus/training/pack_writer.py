@@ -48,7 +48,7 @@ def write_pack(
     with _Shards(target, row_length, shard_rows) as shards:
         for sample in samples:
             words = dialogue_words(sample)
-            digest.update(words.astype(WORD, copy=False))
+            digest.update(words.astype(WORD, copy=False).tobytes())
             longest = max(longest, len(words))
             largest_id = max(largest_id, int((words & (MOST_IDS - 1)).max()))
             tokens, answer_tokens = tokens + len(words), answer_tokens + sample.num_answered

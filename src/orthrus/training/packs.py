@@ -40,10 +40,10 @@ class Pack(Sequence[PackedRow]):
     """The rows of a packed folder, read from its files when they are asked for."""
 
     def __init__(self, folder: Path, index: PackIndex, shards: Sequence[Any]) -> None:
-        self.folder, self.index, self._shards = folder, index, shards
+        self.folder, self.about, self._shards = folder, index, shards
 
     def __len__(self) -> int:
-        return self.index.num_rows
+        return self.about.num_rows
 
     @overload
     def __getitem__(self, at: int) -> PackedRow: ...
@@ -53,9 +53,9 @@ class Pack(Sequence[PackedRow]):
         """Raises CorruptFileError for a row with a token id that the index does not know of."""
         if isinstance(at, slice):
             return [self[i] for i in range(*at.indices(len(self)))]
-        shard, row = divmod(range(len(self))[at], self.index.shard_rows)
+        shard, row = divmod(range(len(self))[at], self.about.shard_rows)
         found = row_of(self._shards[shard][row])
-        if int(found.token_ids_T.max()) > self.index.largest_id:
+        if int(found.token_ids_T.max()) > self.about.largest_id:
             raise damaged(self.folder / shard_name(shard), f"row {row} has an unknown token id")
         return found
 
@@ -84,12 +84,12 @@ class Packs(Sequence[PackedRow]):
 
     @property
     def dialogues(self) -> int:
-        return sum(pack.index.dialogues for pack in self._packs)
+        return sum(pack.about.dialogues for pack in self._packs)
 
     @property
     def digest(self) -> str:
         """A short name for exactly these dialogues, so that a resumed run can tell that its data changed."""
-        digests = [pack.index.digest for pack in self._packs]
+        digests = [pack.about.digest for pack in self._packs]
         return (
             digests[0]
             if len(digests) == 1
@@ -113,7 +113,7 @@ def packed_corpora(
     """
     packs = {folder: packed(Path(os.path.expanduser(folder)), row_length, on_progress) for folder in folders}
     for folder, pack in packs.items():
-        index = pack.index
+        index = pack.about
         if index.num_long and not drop_long:
             raise UserInputError(
                 f"{index.num_long} of {index.dialogues} dialogues in {folder} are longer than a row of "
@@ -125,10 +125,10 @@ def packed_corpora(
                 f"the corpus in {folder} does not say which base answered, so it cannot be mixed with "
                 "others; make it again with `orthrus synth`."
             )
-        if index.base != packs[folders[0]].index.base:
+        if index.base != packs[folders[0]].about.base:
             raise UserInputError(
                 f"the corpora in {folders[0]} and {folder} are answers of different bases "
-                f"({packs[folders[0]].index.base} and {index.base}); train on corpora of one base."
+                f"({packs[folders[0]].about.base} and {index.base}); train on corpora of one base."
             )
     return Packs(packs)
 
@@ -142,10 +142,10 @@ def packed(folder: Path, row_length: int, on_progress: Progress | None = None) -
     """
     if (folder / INDEX).is_file():
         pack = open_pack(folder)
-        if pack.index.row_length != row_length:
+        if pack.about.row_length != row_length:
             raise UserInputError(
-                f"the rows in {folder} have {pack.index.row_length} tokens, the recipe wants {row_length}; set "
-                f"row_length: {pack.index.row_length}, or pack the corpus again."
+                f"the rows in {folder} have {pack.about.row_length} tokens, the recipe wants {row_length}; set "
+                f"row_length: {pack.about.row_length}, or pack the corpus again."
             )
         return pack
     files = stamps(folder)
@@ -187,7 +187,7 @@ def open_pack(folder: Path) -> Pack:
 
 def check_files(pack: Pack) -> None:
     """Read every file of a packed folder; CorruptFileError for one whose content is not as it was written."""
-    for shard, digest in enumerate(pack.index.shard_digests):
+    for shard, digest in enumerate(pack.about.shard_digests):
         file = pack.folder / shard_name(shard)
         if file_digest(file) != digest:
             raise damaged(file, "its content is not what was written")
@@ -201,4 +201,4 @@ def _fresh(place: Path, files: dict[str, list[int]]) -> Pack | None:
         pack = open_pack(place)
     except CorruptFileError:
         return None
-    return pack if pack.index.files == files else None
+    return pack if pack.about.files == files else None

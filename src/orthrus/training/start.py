@@ -103,7 +103,7 @@ def check_packs(base: Base, packs: Packs) -> None:
     """UserInputError when a dialogue of a corpus has token ids or a length unknown to this base."""
     num_rows = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     for corpus, pack in packs.parts.items():
-        largest, longest = pack.index.largest_id, pack.index.longest
+        largest, longest = pack.about.largest_id, pack.about.longest
         if largest >= num_rows:
             raise UserInputError(
                 f"the corpus in {corpus} has token id {largest}, but {base.name} has {num_rows} tokens; make a "

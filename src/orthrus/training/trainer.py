@@ -102,7 +102,7 @@ def _train(
     objective = Objective(
         loss=config.loss, weights=config.weights, gamma=config.gamma, smoothing=config.smoothing
     )
-    processes.share(TrainingPass(dual, objective, config.attention))
+    processes.share(TrainingPass(dual, objective, config.attention, config.activations))
     parameters = [parameter for parameter in dual.view_parameters().values() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
