@@ -115,7 +115,7 @@ def test_anchors_are_the_same_in_every_layout():
 
 
 def test_shares_are_kept_and_rows_do_not_hang_on_each_other():
-    rows = packed_rows() * 40
+    rows = [*packed_rows()] * 40
     seeds = list(range(len(rows)))
     layout = BlockLayout(block_size=6, num_clean=3, clean_share=0.3, reveal=0.25)
     batch = draw_blocks(rows, seeds, 12, layout)
