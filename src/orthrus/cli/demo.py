@@ -4,6 +4,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -303,16 +304,21 @@ def _line(name: str, answers: list[Answers]) -> list[str]:
         name,
         "NO" if any(each.differs for each in answers) else "yes",
         " → ".join(str(sum(each.by[n].num_passes for each in answers)) for n in names),
-        " → ".join(f"{sum(each.by[n].seconds for each in answers):.2f}" for n in names),
+        " → ".join(_brief(sum(each.by[n].seconds for each in answers)) for n in names),
         f"{speed_up(answers, STOCK):.2f}×",
         f"{speed_up(answers, PLAIN):.2f}×",
     ]
 
 
+def _brief(seconds: float) -> str:
+    """Narrow enough for three of them in 80 columns."""
+    return f"{seconds:.2f}" if seconds < 100 else f"{seconds:.0f}"
+
+
 def _next_commands(model: str) -> str:
     """Three commands to try next, as they can be typed here."""
     # In a checkout the command lies in a virtual environment that need not be active.
-    program = "orthrus" if shutil.which("orthrus") else sys.argv[0]
+    program = "orthrus" if shutil.which("orthrus") or not Path(sys.argv[0]).is_file() else sys.argv[0]
     name = "" if model == "default" else f" {model}"
     page = "OpenAI's interface, and a page that races on your prompt"
     if find_spec("fastapi") is None:
