@@ -50,8 +50,12 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """attempts: of one request; first_attempts: to reach any server at all. first_rest: seconds after a server's first failure, twice as long after each
-    further one, at most longest_rest; a server that says how long to wait is believed."""
+    """When requests are given up.
+
+    attempts: of one request; first_attempts: to reach any server at all. first_rest: seconds after a server's
+    first failure, twice as long after each further one, at most longest_rest; a server that says how long to
+    wait is believed.
+    """
 
     attempts: int = 8
     first_attempts: int = 3
