@@ -108,7 +108,7 @@ def test_settings_reach_the_workers_through_the_additional_config() -> None:
     assert arguments["speculative_config"]["num_speculative_tokens"] == 5
 
 
-@pytest.mark.parametrize("wrong", [{"flor": True}, {"floor": 1}, ["floor"]])
+@pytest.mark.parametrize("wrong", [{"floors": True}, {"floor": 1}, ["floor"]])
 def test_wrong_settings_are_refused_by_name(wrong: object) -> None:
     with pytest.raises(UserInputError, match="floor"):
         Settings.of({"orthrus": wrong})
