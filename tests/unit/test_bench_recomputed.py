@@ -176,7 +176,9 @@ def test_counters_agree_with_records(raw: dict[str, Any]) -> None:
         assert work["ar_rows"] + work["diffusion_rows"] == run["num_rows"]
         assert work["passes"] == run["num_passes"] - run["num_prefill_passes"]
         assert (sum(run["drafted"]), sum(run["accepted"])) == (run["num_drafted"], run["num_accepted"])
-        assert all(a <= j <= d for a, j, d in zip(*(run[n] for n in ("accepted", "judged", "drafted")), strict=True))
+        assert all(
+            a <= j <= d for a, j, d in zip(*(run[n] for n in ("accepted", "judged", "drafted")), strict=True)
+        )
         if run["arm"] == "ar":
             # One row a pass, which reads its history and itself.
             num_new, length = run["num_tokens"] - 1, run["num_prompt_tokens"]
@@ -218,7 +220,7 @@ def test_vllms_schema_adds_up(raw: dict[str, Any]) -> None:
         assert stats["mean_acceptance_length"] == pytest.approx(1 + fmean(stats["per_step_accepted"]))
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """A run that is killed."""
 
 
@@ -227,10 +229,10 @@ def test_a_stopped_run_goes_on() -> None:
 
     def stop(stage: str, done: int, total: int) -> None:
         if stage.startswith("chat"):
-            raise Stopped
+            raise StoppedError
 
     orthrus = tiny_orthrus()
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         run_bench(orthrus, OPTIONS, stop, on_part=parts.append)
     begun = BenchReport.from_dict(json.loads(json.dumps(parts[-1].to_dict())))
     assert not begun.is_complete

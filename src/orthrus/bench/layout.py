@@ -162,3 +162,10 @@ _MAIN = (
     "equal_to_plain",
 )
 _TIMES = ("tokens_per_second", "ttft_ms", "tpot_ms", "acceptance_rate")
+SHOWN = (*_MAIN, "accepted_per_cycle", "acceptance_rate", "tokens_per_second", "ttft_ms", "tpot_ms")
+"""The numbers of a row that a page shows."""
+
+
+def cells(row: Row) -> list[str]:
+    """Those of `SHOWN`, as text."""
+    return [_METRICS[name](row) for name in SHOWN]
