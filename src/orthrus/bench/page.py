@@ -27,12 +27,12 @@ figure { margin: 1.5rem 0; break-inside: avoid; } figure svg { max-width: 100%; 
 figcaption { color: #333; font-size: 0.9rem; max-width: 45rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; margin: 0.5rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ccc; text-align: right; }
+th, td { white-space: nowrap; padding: 0.2rem 0.6rem; border-bottom: 1px solid #ccc; text-align: right; }
 th { text-align: left; border-bottom: 1px solid #333; } td.name { text-align: left; }
 dl { font-size: 0.85rem; } dt { font-family: ui-monospace, monospace; } dd { margin: 0 0 0.4rem 1.5rem; }
 code { font-size: 0.85em; overflow-wrap: anywhere; }
 @media print { body { margin: 0; max-width: none; font-size: 11px; } h2 { break-after: avoid; }
-  .wide { overflow: visible; } table { font-size: 0.62rem; } }
+  .wide { overflow: visible; } table { font-size: 0.55rem; } th, td { white-space: normal; padding: 0.1rem 0.25rem; } }
 """
 
 

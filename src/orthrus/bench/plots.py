@@ -103,18 +103,18 @@ def _break_even(rows: Sequence[Row], _: BenchReport) -> _Found:
         if not points or not costs:
             continue
         furthest = max(furthest, *(x for x, _ in points))
-        series.append(Series(f"{arm}, cycle {costs[0]:.2f}", points, is_line=False, style=style))
+        series.append(Series(f"{arm} ({costs[0]:.2f})", points, is_line=False, style=style))
         reach = max(x for x, _ in points)
         line = [(1.0, 1.0 / costs[0]), (reach, reach / costs[0])]
-        series.append(Series(f"cost of {arm}"[:24], line, marks=False, style=style))
+        series.append(Series("", line, marks=False, style=style))
     if not series:
         return None
     return (
         "break-even",
         "Speed-up against tokens per cycle",
         "Each mark is a domain. Across: (tokens - 1) / cycles; up: decoding time per token of plain / of the arm. "
-        "A line through all prompts' mean shows what a cycle costs, in plain passes: where it meets 1.0, drafting "
-        "breaks even.",
+        "In brackets, and as the line of that arm: what a cycle costs, in plain passes, over all prompts. Where the "
+        "line meets 1, drafting breaks even.",
         Lines(
             Axis("tokens per cycle", 1.0),
             Axis("times plain, decoding", 0.0),

@@ -39,6 +39,7 @@ class BenchOptions:
 
     `warmup` rounds of all arms, 16 tokens each on the first prompt, come first and are not counted.
     Every temperature gives numbers of its own; above 0, repeat n samples with seed + n (None counts as 0).
+    `thinking`: what a chat template that asks is told of thinking aloud; None leaves it to the template.
     """
 
     prompts: Sequence[BenchPrompt]
@@ -51,6 +52,7 @@ class BenchOptions:
     seed: int | None = 0
     repeats: int = 3
     warmup: int = 1
+    thinking: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -110,7 +112,8 @@ def run_bench(
     """
     recorder = RecordingRunner(orthrus.engine.runner)
     bench = _Bench(without_reuse(orthrus, recorder), recorder, options, energy)
-    prompts = [orthrus.base.encode_prompt(prompt.prompt) for prompt in options.prompts]
+    values = None if options.thinking is None else {"enable_thinking": options.thinking}
+    prompts = [orthrus.base.encode_prompt(p.prompt, template_values=values) for p in options.prompts]
     for prompt_ids in prompts:
         check_prompt(prompt_ids, orthrus.base.context_length)
     for arm in options.arms[1:]:

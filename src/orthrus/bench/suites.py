@@ -17,6 +17,7 @@ class Suite:
     limit: int | None
     max_new_tokens: int
     repeats: int
+    thinking: bool | None = None
 
 
 PAPER_CYCLE = "chain:floor=false"
@@ -66,6 +67,7 @@ SUITES = {
             limit=128,
             max_new_tokens=2048,
             repeats=1,
+            thinking=False,
         ),
     )
 }

@@ -15,7 +15,10 @@ _HATCHES = 4
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points (x, y), joined where `is_line`; `bounds`: (low, high) of each y. `marks`: draw a shape at each."""
+    """Points (x, y), joined where `is_line`; `bounds`: (low, high) of each y. `marks`: draw a shape at each.
+
+    One without a name stands in no legend; `style` makes it look like another.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -56,10 +59,13 @@ class Lines:
             at = up(value)
             parts.append(_line(_LEFT, at, WIDTH - _LEGEND, at, "#000", "2 2"))
             parts.append(_text(WIDTH - _LEGEND - 4, at - 5, name, "end", size=12))
+        keys = 0
         for number, series in enumerate(self.series):
             style = number if series.style is None else series.style
             parts += _drawn(series, style, across, up)
-            parts += _key(series, style, number)
+            if series.name:
+                parts += _key(series, style, keys)
+                keys += 1
         return _picture(parts, label)
 
 
@@ -177,7 +183,7 @@ def _key(series: Series, style: int, number: int) -> list[str]:
         parts.append(_line(x, y, x + 30, y, colour, dash, width=2))
     if series.marks:
         parts.append(_mark(x + 15, y, style))
-    return [*parts, _text(x + 38, y + 4, series.name[:24], "start")]
+    return [*parts, _text(x + 38, y + 4, series.name, "start", size=12)]
 
 
 def _mark(x: float, y: float, style: int) -> str:

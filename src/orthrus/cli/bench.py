@@ -83,6 +83,14 @@ def bench(
     repeats: Annotated[
         int | None, typer.Option(help="Timed runs of each prompt. Left out: 3.", min=1)
     ] = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--thinking/--no-thinking",
+            help="What a chat template that asks is told of thinking aloud. Left out: nothing.",
+            show_default=False,
+        ),
+    ] = None,
     warmup: Annotated[int, typer.Option(help="Runs before the timed ones.", min=0)] = 1,
     view: options.View = "default",
     dtype: options.Dtype = None,
@@ -160,6 +168,7 @@ def bench(
         seed=seed,
         repeats=repeats or chosen.repeats,
         warmup=warmup,
+        thinking=chosen.thinking if thinking is None else thinking,
     )
     with ProgressDisplay(count=True) as on_progress:
         report = run_bench(
