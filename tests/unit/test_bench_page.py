@@ -104,8 +104,8 @@ def test_series_differ_without_colour() -> None:
     grey = re.sub(r"#[0-9A-Fa-f]{3,6}", "#000", svg)
     dashes = re.findall(r'<polyline [^>]*stroke-dasharray="([^"]*)"', grey)
     assert len(set(dashes)) == 8
-    bars = Bars(Axis("y"), [Bar(str(n), 1.0 + n, 0.9 + n, 1.1 + n) for n in range(4)]).svg("four")
-    assert len(set(re.findall(r"url\(#hatch\d\)", bars))) == 4
+    bars = Bars(Axis("y"), [Bar(str(n), 1.0 + n, 0.9 + n, 1.1 + n) for n in range(7)]).svg("seven")
+    assert len(set(re.findall(r"url\(#hatch\d\)", bars))) == 7
 
 
 def test_what_has_no_plots_is_told(tmp_path: Path) -> None:

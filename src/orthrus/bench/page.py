@@ -142,8 +142,8 @@ def _costs(overall: Sequence[Row]) -> Iterable[list[str]]:
     for row in overall:
         yield [
             row.arm,
-            *_amount(row.flops_per_token, plain and plain.flops_per_token),
-            *_amount(row.bytes_per_token, plain and plain.bytes_per_token),
+            *_amount(row.flops_per_token, None if plain is None else plain.flops_per_token),
+            *_amount(row.bytes_per_token, None if plain is None else plain.bytes_per_token),
             "not available" if row.joules_per_token is None else f"{row.joules_per_token:.2f}",
             "not available" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}",
         ]

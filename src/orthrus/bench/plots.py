@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 from orthrus.bench.arms import PLAIN, STOCK, Arm
@@ -9,7 +10,7 @@ from orthrus.bench.layout import law
 from orthrus.bench.metrics import ALL, Row
 from orthrus.bench.report import BenchReport
 from orthrus.bench.suites import PAPER_CYCLE
-from orthrus.bench.svg import Axis, Bar, Bars, Lines, Series
+from orthrus.bench.svg import BLACK, COLOURS, Axis, Bar, Bars, Lines, Series
 
 _STEPS = (STOCK, PLAIN, PAPER_CYCLE, "chain", "tree", "fused_tree", "auto")
 _NAMES = {
@@ -69,10 +70,15 @@ def _waterfall(rows: Sequence[Row], _: BenchReport) -> _Found:
 
 def _positions(rows: Sequence[Row], _: BenchReport) -> _Found:
     arm = next((a for a in ("chain", PAPER_CYCLE) if any(row.arm == a for row in rows)), None)
+    shown = [row for row in rows if row.arm == arm and row.acceptance_by_position]
+    styles = cycle(style for style in range(len(COLOURS)) if style != BLACK)
     series = [
-        Series(row.domain, list(enumerate(row.acceptance_by_position, start=1)))
-        for row in sorted(rows, key=lambda row: row.domain == ALL)
-        if row.arm == arm and row.acceptance_by_position
+        Series(
+            row.domain,
+            list(enumerate(row.acceptance_by_position, start=1)),
+            style=BLACK if row.domain == ALL else next(styles),
+        )
+        for row in sorted(shown, key=lambda row: row.domain == ALL)
     ]
     if not series:
         return None
@@ -80,7 +86,8 @@ def _positions(rows: Sequence[Row], _: BenchReport) -> _Found:
         "positions",
         "Acceptance by position and domain",
         f"{_NAMES.get(str(arm), arm)}: of the cycles in which all drafts before position j stood, the share in which "
-        "draft j stood too. Far positions rest on few cycles.",
+        "draft j stood too. With the floor draft 1 is the second token behind the anchor. Far positions rest on few "
+        "cycles.",
         Lines(
             Axis("position in the draft", whole=True), Axis("accepted, given all before", 0.0, 1.0), series
         ),
@@ -126,7 +133,7 @@ def _break_even(rows: Sequence[Row], _: BenchReport) -> _Found:
 
 def _block_lengths(rows: Sequence[Row], report: BenchReport) -> _Found:
     overall = {row.arm: row for row in rows if row.domain == ALL}
-    trained = report.options.get("block_size") or report.model.get("block_size")
+    trained = int(report.options.get("block_size") or report.model["block_size"])
     found: list[tuple[int, Row]] = []
     for arm, row in overall.items():
         if arm != STOCK:

@@ -55,7 +55,9 @@ class Run:
     def from_dict(cls, raw: dict[str, Any]) -> "Run":
         """The run behind `asdict`; TypeError or KeyError for anything else."""
         names = {field.name for field in fields(cls)}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in names}
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in names
+        }
         if values.get("work") is not None:
             values["work"] = Work(**values["work"])
         return cls(**values)

@@ -55,7 +55,10 @@ class BenchReport:
         return tuple(row for row in self.rows if row.domain == ALL)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready and complete: rows, summaries, single runs, formulas, model, options and provenance."""
+        """JSON-ready and complete: rows, summaries, single runs, formulas, model, options and provenance.
+
+        Of a run that goes on rows and summaries are left out: they follow from the runs, and cost time.
+        """
         return {
             "kind": KIND,
             "format_version": FORMAT_VERSION,
@@ -64,8 +67,8 @@ class BenchReport:
             "options": self.options,
             "provenance": self.provenance,
             "legend": LEGEND,
-            "rows": [row.to_dict() for row in self.rows],
-            "summaries": [summary.to_dict() for summary in self.summaries],
+            "rows": [row.to_dict() for row in (self.rows if self.is_complete else ())],
+            "summaries": [line.to_dict() for line in (self.summaries if self.is_complete else ())],
             "runs": [asdict(run) for run in self.runs],
         }
 

@@ -8,9 +8,20 @@ from html import escape
 WIDTH, HEIGHT = 720, 400
 _LEFT, _TOP, _BOTTOM, _LEGEND = 64, 16, 52, 196
 # Okabe and Ito's palette: apart for colour-blind eyes, and of different greys.
+BLACK = 4
+"""The style of what sums the others up."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2", "1 2", "6 2 1 2 1 2")
-_HATCHES = 4
+_HATCHES = (
+    "",
+    "M0,8 L8,0",
+    "M0,0 L8,8",
+    "M0,4 L8,4",
+    "M0,0 L8,8 M0,8 L8,0",
+    "M4,0 L4,8",
+    "M0,4 L8,4 M4,0 L4,8",
+)
+"""Strokes of a tile of 8 x 8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +107,7 @@ class Bars:
             box = f'x="{x:.1f}" y="{top:.1f}" width="{width:.1f}" height="{HEIGHT - _BOTTOM - top:.1f}"'
             colour = COLOURS[number % len(COLOURS)]
             parts.append(f'<rect {box} fill="{colour}" fill-opacity="0.35" stroke="{colour}"/>')
-            parts.append(f'<rect {box} fill="url(#hatch{number % _HATCHES})" stroke="#000"/>')
+            parts.append(f'<rect {box} fill="url(#hatch{number % len(_HATCHES)})" stroke="#000"/>')
             middle, above = x + width / 2, top
             if bar.low is not None and bar.high is not None:
                 parts += _error(middle, up(bar.low), up(bar.high))
@@ -234,11 +245,10 @@ def _text(
 
 
 def _hatches() -> str:
-    lines = ("", "M0,8 L8,0", "M0,0 L8,8", "M0,4 L8,4")
     return "<defs>" + "".join(
         f'<pattern id="hatch{number}" width="8" height="8" patternUnits="userSpaceOnUse">'
         f'<path d="{line}" stroke="#000" stroke-width="0.8"/></pattern>'
-        for number, line in enumerate(lines)
+        for number, line in enumerate(_HATCHES)
     ) + "</defs>"  # fmt: skip
 
 
