@@ -1,4 +1,4 @@
-"""The tables of README.md, from the files in benchmarks/results: python benchmarks/readme_tables.py [--check]
+"""Tables of README.md and docs/measured.md, from benchmarks/results: python benchmarks/readme_tables.py [--check]
 
 A table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`, and is written anew each time. With
 --check nothing is written, and exit status 1 says that a table is not that of its files.
@@ -6,7 +6,7 @@ A table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`, 
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -15,19 +15,22 @@ import typer
 
 from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
-from orthrus.bench.arms import PLAIN
+from orthrus.bench.arms import PLAIN, STOCK
+from orthrus.bench.metrics import ALL, Row
 from orthrus.bench.report import BenchReport, read_report
+from orthrus.bench.statistics import Interval
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md",)
+PAGES = ("README.md", "docs/measured.md")
+LLAMA = "against-llama-cpp-avx512-cpu.json"
+MISSING = "not measured"
 NAMES = {
     "gsm8k": "GSM8K",
     "math500": "MATH-500",
     "humaneval": "HumanEval",
     "mbpp": "MBPP",
-    "mt_bench": "MT-Bench",
-    "all": "all",
+    "mt_bench": "MT-Bench, first turns",
 }
 REGION = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 DTYPES = ("float32", "bfloat16", "int8")
@@ -66,82 +69,128 @@ def measured(dtype: str) -> tuple[str, BenchReport]:
     return name, read_report(RESULTS / name)
 
 
-def time_table() -> str:
-    """`auto` over plain decoding by domain, and over the stock model, in three precisions."""
+def overall(report: BenchReport) -> dict[str, Row]:
+    """Greedy rows over all prompts, by arm."""
+    return {row.arm: row for row in report.overall if row.temperature == 0.0}
+
+
+def by_domain(report: BenchReport, arm: str) -> dict[str, float]:
+    """Greedy speed-ups of an arm over plain decoding."""
+    rows = [row for row in report.rows if (row.arm, row.temperature) == (arm, 0.0)]
+    found = {row.domain: row.speedup_vs_ar.value for row in rows if row.domain != ALL}
+    return found or {row.domain: row.speedup_vs_ar.value for row in rows}
+
+
+def over_stock(report: BenchReport) -> dict[str, Interval]:
+    """Greedy speed-ups over the stock model, domains alike, by arm."""
+    return {s.arm: s.speedup_vs_stock_geomean for s in report.summaries if s.temperature == 0.0}
+
+
+def measured_table() -> str:
+    """What the README shows: tokens a second, and `auto` over all that it is compared with."""
+    llama = over_llama()
+    lines = []
+    for dtype in DTYPES:
+        report = measured(dtype)[1]
+        rows, over_plain = overall(report), by_domain(report, "auto").values()
+        speeds = [f"{rows[arm].tokens_per_second.median:.0f}" for arm in (STOCK, PLAIN, "auto")]
+        auto = over_stock(report)["auto"]
+        interval = f"{auto.value:.2f} [{auto.low:.2f}, {auto.high:.2f}]"
+        span = f"{min(over_plain):.2f} to {max(over_plain):.2f}"
+        lines.append([dtype, *speeds, interval, span, llama.pop(dtype, MISSING)])
+    lines += [[dtype, *[MISSING] * 5, ratios] for dtype, ratios in llama.items()]
+    head = ["precision", "transformers", "our plain decoding", "`auto`", "over transformers [95 %]"]
+    table = markdown_table([*head, "over plain, by set", "over llama.cpp"], lines)
+    return f"{table}\n\n{caption()}\n"
+
+
+def caption() -> str:
+    """What the measurement was made of."""
+    found = [measured(dtype) for dtype in DTYPES]
+    report = found[0][1]
+    domains = dict.fromkeys(run.domain for run in report.runs)
+    return (
+        f"{report.options['num_prompts']} prompts of {', '.join(set_names(found[0][0], domains))}; greedy; at most "
+        f"{report.options['max_new_tokens']} tokens; repeats: {report.options['repeats']}; "
+        f"{report.provenance['cpu']}, {report.provenance['threads']} threads "
+        f"({', '.join(f'`{name}`' for name, _ in found)})."
+    )
+
+
+def set_names(file: str, domains: Iterable[str]) -> list[str]:
+    """How domains are called. Before sets had names, a file of five of them called MATH-500 by its kind."""
+    names = {**NAMES, "math": "MATH-500"} if file.startswith("bench-") else NAMES
+    return [names.get(domain, domain) for domain in domains]
+
+
+def over_llama() -> dict[str, str]:
+    """By precision: `auto` over llama.cpp on the two sets, first tokens included; half of the prompts are each's."""
+    raw: dict[str, Any] = json.loads((RESULTS / LLAMA).read_text(encoding="utf-8"))
+    each, found = raw["options"]["limit"], {}
+    for setting, row in raw["results"].items():
+        if setting.endswith(", auto"):
+            ratios = row["ratio"]["by_prompt"]
+            halves = (median(ratios[:each]), median(ratios[each:]))
+            found[setting.split(", ")[0]] = ", ".join(f"{ratio:.2f}" for ratio in halves)
+    return found
+
+
+def over_stock_table() -> str:
+    """Every arm over the stock model, in three precisions."""
+    found = {dtype: over_stock(measured(dtype)[1]) for dtype in DTYPES}
+    arms = list(dict.fromkeys(arm for each in found.values() for arm in each))
+    lines = [
+        [dtype, *(f"{each[arm].value:.2f}" if arm in each else MISSING for arm in arms)]
+        for dtype, each in found.items()
+    ]
+    return markdown_table(["", *("plain" if arm == PLAIN else f"`{arm}`" for arm in arms)], lines) + "\n"
+
+
+def over_plain_table() -> str:
+    """Every drafting arm over plain decoding, by set, in three precisions."""
     found = {dtype: measured(dtype) for dtype in DTYPES}
     domains = list(dict.fromkeys(run.domain for _, report in found.values() for run in report.runs))
     lines = []
     for dtype, (_, report) in found.items():
-        rows = {row.domain: row for row in report.rows if row.arm == "auto" and row.temperature == 0.0}
-        ours = {line.arm: line for line in report.summaries if line.temperature == 0.0}
-        auto, plain = ours["auto"].speedup_vs_stock_geomean, ours[PLAIN].speedup_vs_stock_geomean
-        lines.append(
-            [
-                dtype,
-                *(f"{rows[d].speedup_vs_ar.value:.2f}" if d in rows else "–" for d in domains),
-                f"{rows['all'].tokens_per_second.median:.0f}",
-                f"{plain.value:.2f}",
-                f"{auto.value:.2f} [{auto.low:.2f}, {auto.high:.2f}]",
-            ]
-        )
-    # Before sets had names, a file of five of them called this one by its kind.
-    names = {**NAMES, "math": "MATH-500"} if next(iter(found.values()))[0].startswith("bench-") else NAMES
-    titles = [names.get(domain, domain) for domain in domains]
-    head = ["", *titles, "tokens a second", "plain over stock", "`auto` over stock [95 %]"]
-    options = next(iter(found.values()))[1].options
-    files = ", ".join(f"`{name}`" for name, _ in found.values())
-    return (
-        f"{files}: {options['num_prompts']} prompts, at most {options['max_new_tokens']} tokens, repeats: "
-        f"{options['repeats']}.\n\n{markdown_table(head, lines, 'l' + 'r' * (len(head) - 1))}\n"
+        for arm in report.options["strategies"]:
+            values = by_domain(report, arm)
+            cells = (f"{values[d]:.2f}" if d in values else MISSING for d in domains)
+            lines.append([f"{dtype}, `{arm}`", *cells])
+    return markdown_table(["", *set_names(next(iter(found.values()))[0], domains)], lines) + "\n"
+
+
+def strategies_table() -> str:
+    """Acceptance of chain and trees with forty nodes."""
+    raw = json.loads((RESULTS / "acceptance-40-nodes-cpu.json").read_text(encoding="utf-8"))["results"]
+    cycle, forward = "tokens_per_cycle", "tokens_per_forward_mean"
+    columns = (
+        ("chain", cycle),
+        ("tree", cycle),
+        ("chain", forward),
+        ("tree", forward),
+        ("fused_tree", forward),
     )
+    lines = [
+        [NAMES[name], *(f"{raw[strategy][name][metric]:.2f}" for strategy, metric in columns)]
+        for name in raw["chain"]
+    ]
+    head = [
+        "",
+        "`chain`, tokens per cycle",
+        "`tree`",
+        "`chain`, tokens per forward",
+        "`tree`",
+        "`fused_tree`",
+    ]
+    return markdown_table(head, lines) + "\n"
 
 
-def llama_table() -> str:
-    """Against llama.cpp, by prompt: the first half is of one set, the second of the other."""
-    raw: dict[str, Any] = json.loads(
-        (RESULTS / "against-llama-cpp-avx512-cpu.json").read_text(encoding="utf-8")
-    )
-    each = raw["options"]["limit"]
-    lines = []
-    for setting, row in raw["results"].items():
-        if "ratio" not in row:
-            continue
-        dtype, _, strategy = setting.split(", ")
-        cells = [
-            f"{median(row[name]['by_prompt'][part]):.2f}"
-            for part in (slice(0, each), slice(each, None))
-            for name in ("ratio", "decode_ratio")
-        ]
-        name = "plain decoding" if strategy == PLAIN else f"`{strategy}`"
-        lines.append([f"{dtype}, {name}", *cells, f"{row['decode_tokens_per_second']:.0f}"])
-    head = ["", "GSM8K", "decoding alone", "HumanEval", "decoding alone", "decodes, tokens a second"]
-    return markdown_table(head, lines, "l" + "r" * 5) + "\n"
-
-
-def drafts_table() -> str:
-    """Acceptance of `chain` in float32, and of the trees with forty nodes."""
-    trees = json.loads((RESULTS / "acceptance-40-nodes-cpu.json").read_text(encoding="utf-8"))["results"]
-    lines = []
-    for name, title in (
-        ("gsm8k", "GSM8K"),
-        ("humaneval", "HumanEval"),
-        ("mt_bench", "MT-Bench, first turns"),
-    ):
-        raw = json.loads((RESULTS / f"acceptance-{name}-cpu.json").read_text(encoding="utf-8"))
-        chain = raw["results"]["chain"][name]
-        values = (
-            chain["tokens_per_cycle"],
-            chain["tokens_per_forward"],
-            trees["tree"][name]["tokens_per_cycle"],
-            trees["fused_tree"][name]["tokens_per_forward_mean"],
-        )
-        lines.append([title, *(f"{value:.2f}" for value in values)])
-    head = ["", "`chain`, tokens per cycle", "`chain`, tokens per forward"]
-    head += ["`tree`, tokens per cycle", "`fused_tree`, tokens per forward"]
-    return markdown_table(head, lines, "lrrrr") + "\n"
-
-
-TABLES: dict[str, Callable[[], str]] = {"time": time_table, "llama": llama_table, "drafts": drafts_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "measured": measured_table,
+    "over_stock": over_stock_table,
+    "over_plain": over_plain_table,
+    "strategies": strategies_table,
+}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from orthrus.cli import (
     convert,
     demo,
     env,
+    export,
     generate,
+    pack,
     serve,
     synth,
     train,
@@ -58,9 +60,11 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     audit.audit,
     verify.verify,
     synth.synth,
+    pack.pack,
     train.train,
     adapt.adapt,
     convert.convert,
+    export.export_vllm,
     env.env,
 )
 NAMES = tuple(command.__name__.replace("_", " ") for command in COMMANDS)

@@ -170,7 +170,7 @@ def bench(
         warmup=warmup,
         thinking=chosen.thinking if thinking is None else thinking,
     )
-    with ProgressDisplay(count=True) as on_progress:
+    with ProgressDisplay(unit="runs") as on_progress:
         report = run_bench(
             orthrus,
             settings,
