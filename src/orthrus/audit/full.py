@@ -137,7 +137,9 @@ class _Full:
     def _settings(self, strategy: Strategy, seed: int | None, num_tokens: int | None = None) -> DecodeConfig:
         """seed None: greedy."""
         options = self._options
-        sampling = SamplingParams() if seed is None else SamplingParams(options.temperature, seed=seed)
+        sampling = (
+            SamplingParams() if seed is None else SamplingParams(temperature=options.temperature, seed=seed)
+        )
         return replace(
             self._config,
             strategy=strategy,
@@ -166,7 +168,7 @@ class _Full:
         options, found = self._options, []
         for index, ids in enumerate(self._prompts):
             self._on_stage("law of the base", index, len(self._prompts))
-            sampling = SamplingParams(options.temperature)
+            sampling = SamplingParams(temperature=options.temperature)
             law = prompt_law(
                 self._orthrus, self._against, ids, sampling, depth=options.depth, num_draws=options.draws
             )
