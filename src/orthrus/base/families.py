@@ -172,7 +172,7 @@ def context_length(config: "PreTrainedConfig") -> int:
     Rows of one block would then meet another table than one-by-one decoding does, so we stop before.
     """
     limit: int = config.max_position_embeddings
-    for rope in _rope_tables(config):
+    for rope in rope_tables(config):
         rope_type = str(rope.get("rope_type", "default"))
         if rope_type == "longrope" or "dynamic" in rope_type:
             original = rope.get("original_max_position_embeddings")
@@ -180,7 +180,7 @@ def context_length(config: "PreTrainedConfig") -> int:
     return limit
 
 
-def _rope_tables(config: Any) -> list[dict[str, Any]]:
+def rope_tables(config: Any) -> list[dict[str, Any]]:
     """The rope parameters: one table, or one per layer type (Gemma 3)."""
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     nested = [table for table in parameters.values() if isinstance(table, dict) and "rope_type" in table]

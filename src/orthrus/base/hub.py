@@ -29,6 +29,21 @@ def fetch(
         UnsupportedModelError: the repository has no safetensors weights.
         StorageError: the disk is full or the hub's cache cannot be written.
     """
+    folder = _downloaded(repo_id, revision, _WANTED, progress, local_only)
+    return _checked(folder, repo_id)
+
+
+def fetch_config(repo_id: str, revision: str | None = None) -> Path:
+    """The folder of a hub model with its config.json, without the weights. Errors as `fetch`."""
+    folder = _downloaded(repo_id, revision, ["config.json"], None, False)
+    if not (folder / "config.json").is_file():
+        raise UnsupportedModelError(f"{repo_id} has no config.json, so it is no transformers model.")
+    return folder
+
+
+def _downloaded(
+    repo_id: str, revision: str | None, wanted: list[str], progress: Progress | None, local_only: bool
+) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
     named = f"{repo_id} at revision '{revision}'" if revision is not None else repo_id
@@ -36,11 +51,11 @@ def fetch(
     cache = Path(constants.HF_HUB_CACHE)
     try:
         with storage_errors(cache, needed_bytes=0):
-            folder = Path(
+            return Path(
                 snapshot_download(
                     repo_id,
                     revision=revision,
-                    allow_patterns=_WANTED,
+                    allow_patterns=wanted,
                     ignore_patterns=_UNWANTED,
                     local_files_only=local_only,
                     **kwargs,
@@ -76,7 +91,6 @@ def fetch(
         raise ModelNotFoundError(
             f"Downloading {named} failed ({_first_line(error)}): check the network and try again."
         ) from error
-    return _checked(folder, repo_id)
 
 
 def _checked(folder: Path, repo_id: str) -> Path:

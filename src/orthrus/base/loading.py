@@ -112,7 +112,7 @@ def load_base(
     source, folder, name = _locate(
         model if isinstance(model, Source) else resolve(model, revision), on_progress
     )
-    config = config or _read_config(folder, name)
+    config = config or read_config(folder, name)
     family = find_family(config)
     method = quantisation(config)
     if method is not None:
@@ -175,7 +175,8 @@ def _locate(source: Source, progress: Progress | None) -> tuple[Source, Path, st
     return source, folder, printable(source.path.name or str(source.path))
 
 
-def _read_config(folder: Path, name: str) -> "PreTrainedConfig":
+def read_config(folder: Path, name: str) -> "PreTrainedConfig":
+    """The config of a model folder; CorruptFileError or UnsupportedModelError as in `load_base`."""
     from transformers import AutoConfig
 
     path = folder / "config.json"

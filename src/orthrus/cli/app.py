@@ -17,7 +17,9 @@ from orthrus.cli import (
     convert,
     demo,
     env,
+    export,
     generate,
+    pack,
     serve,
     synth,
     train,
@@ -54,9 +56,11 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     audit.audit,
     verify.verify,
     synth.synth,
+    pack.pack,
     train.train,
     adapt.adapt,
     convert.convert,
+    export.export_vllm,
     env.env,
 )
 NAMES = tuple(command.__name__.replace("_", " ") for command in COMMANDS)

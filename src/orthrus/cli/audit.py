@@ -99,7 +99,7 @@ def audit(
         full=sampled if full else None,
         **decode,
     )
-    with ProgressDisplay(count=True) as on_progress:
+    with ProgressDisplay(unit="answers") as on_progress:
         report = run_audit(orthrus, settings, on_progress)
     show_report(report, "json" if json else format_, output)
     if not report.passed:

@@ -115,6 +115,6 @@ def bench(
         repeats=repeats,
         warmup=warmup,
     )
-    with ProgressDisplay(count=True) as on_progress:
+    with ProgressDisplay(unit="runs") as on_progress:
         report = run_bench(orthrus, settings, on_progress)
     show_report(report, "json" if json else format_, output)

@@ -12,10 +12,10 @@ import typer
 from orthrus.cli import options
 from orthrus.cli.common import KILLS, Killed, handling, leaving, load_orthrus
 from orthrus.cli.render import note, out, print_json
-from orthrus.cli.synth_sources import check_sources, parse_sources
+from orthrus.cli.synth_sources import answering, check_sources, parse_endpoints, parse_sources
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from orthrus.training.corpus import Sample
     from orthrus.training.synth import SynthProgress
@@ -68,7 +68,22 @@ def synth(
         float, typer.Option(help="Share of answers decoded greedily; the rest is sampled.")
     ] = 0.5,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="Of the sampled answers.")] = 0.8,
-    batch_size: Annotated[int, typer.Option(help="Answers decoded at the same time.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Answers decoded at the same time, here.")] = 64,
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL[,URL...]",
+            help="Let servers with OpenAI's interface answer, which must serve the same model; may be repeated. "
+            "Their key: ORTHRUS_API_KEY, else OPENAI_API_KEY.",
+        ),
+    ] = None,
+    endpoint_model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The model's name there, where a server has several."),
+    ] = None,
+    concurrency: Annotated[
+        int, typer.Option(help="Answers asked of the servers at the same time, all servers together.")
+    ] = 64,
     shard_size: Annotated[int, typer.Option(help="Prompts a file: what an interruption can cost.")] = 128,
     seed: Annotated[int, typer.Option(help="Of prompts, order and samples.")] = 0,
     dtype: options.Dtype = None,
@@ -92,12 +107,13 @@ def synth(
         shard_size=shard_size,
         seed=seed,
     )
+    servers = parse_endpoints(endpoint or [], endpoint_model, concurrency)
     check_sources(config, folder)
     from orthrus.training.manifest import check_corpus_folder, corpus_folder
 
     check_corpus_folder(folder)
     from orthrus.base.bench_prompts import load_prompts
-    from orthrus.training.corpus import load_corpus, read_prompts
+    from orthrus.training.corpus import left_out, read_corpus, read_prompts
     from orthrus.training.synth import synthesise
 
     # The prompts that benchmarks and training runs are scored on.
@@ -107,32 +123,41 @@ def synth(
         try:
             with SynthDisplay(quiet=quiet) as display:
                 whole = WholeShards(folder, config.shard_size, display)
-                with handling([signal.SIGINT, *KILLS], whole.leave):
-                    synthesise(orthrus.base, orthrus.engine, config, folder, whole, keep_out=keep_out)
+                with (
+                    handling([signal.SIGINT, *KILLS], whole.leave),
+                    answering(orthrus, config, servers) as answerer,
+                ):
+                    synthesise(orthrus.base, answerer, config, folder, whole, keep_out=keep_out)
         except (KeyboardInterrupt, Killed):
             note(f"stopped; whole shards are kept in {folder}, and the same command goes on from there")
             raise
-        report = _report(folder, len(read_prompts(folder)), load_corpus(folder))
+        report = _report(folder, sum(1 for _ in read_prompts(folder)), read_corpus(folder), left_out(folder))
     if json:
         print_json(report)
     else:
         _print(report)
 
 
-def _report(folder: Path, num_prompts: int, samples: "list[Sample]") -> dict[str, Any]:
+def _report(
+    folder: Path, num_prompts: int, samples: "Iterable[Sample]", left_out: dict[str, int]
+) -> dict[str, Any]:
     domains: dict[str, dict[str, int]] = {}
+    dialogues = prompt_tokens = longest = 0
     for sample in samples:
         entry = domains.setdefault(sample.domain, {"dialogues": 0, "answer_tokens": 0})
         entry["dialogues"] += 1
         entry["answer_tokens"] += sample.num_answered
+        dialogues, prompt_tokens = dialogues + 1, prompt_tokens + len(sample.prompt_ids)
+        longest = max(longest, len(sample.prompt_ids) + len(sample.answer_ids))
     return {
         "path": str(folder),
         "prompts": num_prompts,
-        "dialogues": len(samples),
-        "dropped": num_prompts - len(samples),
-        "prompt_tokens": sum(len(s.prompt_ids) for s in samples),
-        "answer_tokens": sum(s.num_answered for s in samples),
-        "longest": max(len(s.prompt_ids) + len(s.answer_ids) for s in samples),
+        "dialogues": dialogues,
+        "dropped": num_prompts - dialogues,
+        "left_out": left_out,
+        "prompt_tokens": prompt_tokens,
+        "answer_tokens": sum(entry["answer_tokens"] for entry in domains.values()),
+        "longest": longest,
         "domains": dict(sorted(domains.items())),
     }
 
@@ -146,8 +171,12 @@ def _print(report: dict[str, Any]) -> None:
         f"  {domain:<12} {entry['dialogues']:>7,} dialogues {entry['answer_tokens']:>10,} answer tokens"
         for domain, entry in report["domains"].items()
     ]
-    if report["dropped"]:
-        lines.append(f"  {report['dropped']:,} answers went round in circles and were left out")
+    if in_circles := report["dropped"] - sum(report["left_out"].values()):
+        lines.append(f"  {in_circles:,} answers went round in circles and were left out")
+    lines += [
+        f"  {number:,} answers of the server were left out: {why}"
+        for why, number in report["left_out"].items()
+    ]
     out("\n".join(lines) + "\n")
 
 

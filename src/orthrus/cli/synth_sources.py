@@ -1,16 +1,22 @@
-"""Prompt sources as `orthrus synth` takes them on the command line."""
+"""Sources of prompts and of answers as `orthrus synth` takes them on the command line."""
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orthrus.errors import UserInputError
 
 if TYPE_CHECKING:
+    from orthrus.api import Orthrus
+    from orthrus.training.answers import Answerer
+    from orthrus.training.endpoint import EndpointConfig
     from orthrus.training.prompt_sources import PromptSource
     from orthrus.training.synth import SynthConfig
 
+KEY_VARIABLES = ("ORTHRUS_API_KEY", "OPENAI_API_KEY")
 DEFAULT_SELF_PROMPTS = ("math=200", "code=200", "chat=200", "writing=200", "summary=200")
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?")
 
@@ -57,6 +63,36 @@ def check_sources(config: "SynthConfig", folder: Path) -> None:
     for number, source in enumerate(config.sources):
         if source.dataset is not None and not source_path(folder, number).is_file():
             open_dataset(source.dataset, source.config, source.split)
+
+
+def parse_endpoints(urls: list[str], model: str | None, concurrency: int) -> "EndpointConfig | None":
+    """The servers that are to answer; None where the base does so here. UserInputError for what is no address."""
+    if not urls:
+        if model is not None:
+            raise UserInputError("--endpoint-model names the model of a server; give --endpoint too.")
+        return None
+    from orthrus.training.endpoint import EndpointConfig, check_installed
+
+    check_installed()
+    every = tuple(url for group in urls for url in group.split(",") if url.strip())
+    return EndpointConfig(urls=every, model=model, concurrency=concurrency)
+
+
+@contextmanager
+def answering(
+    orthrus: "Orthrus", config: "SynthConfig", servers: "EndpointConfig | None"
+) -> "Iterator[Answerer]":
+    """What answers: servers, or the engine here."""
+    if servers is None:
+        from orthrus.training.answers import EngineAnswerer
+
+        yield EngineAnswerer(orthrus.engine, config.batch_size, orthrus.base.eos_token_ids)
+        return
+    from orthrus.training.endpoint import EndpointAnswerer
+
+    key = next((value for name in KEY_VARIABLES if (value := os.environ.get(name, "").strip())), None)
+    with EndpointAnswerer(servers, orthrus.base, key) as answerer:
+        yield answerer
 
 
 def _file_source(spec: str) -> "PromptSource":

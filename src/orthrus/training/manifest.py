@@ -91,6 +91,14 @@ def note_source(folder: Path, part: str, facts: dict[str, Any]) -> None:
     _write(folder, content | {"sources": content["sources"] | {part: facts}})
 
 
+def note_servers(folder: Path, servers: list[dict[str, Any]]) -> None:
+    """Record the servers that answer; one that is there already, with the same facts, is not named twice."""
+    if servers:
+        content = _read(folder)
+        known = content.get("servers", [])
+        _write(folder, content | {"servers": [*known, *(s for s in servers if s not in known)]})
+
+
 def forget_sources(folder: Path) -> None:
     """Remove the prompts of all sources, as far as this corpus noted that it wrote them."""
     content = _read(folder)

@@ -7,8 +7,8 @@ from typing import Any
 
 from orthrus.base.loading import Base
 from orthrus.base.prompt_files import FilePrompt, is_domain, read_prompt_file
-from orthrus.engine.engine import Engine
 from orthrus.errors import UserInputError
+from orthrus.training.answers import Answerer
 from orthrus.training.dataset_prompts import first_user_turn, open_dataset
 from orthrus.training.self_prompts import self_prompts
 
@@ -36,7 +36,7 @@ class PromptSource:
 
 
 def gather_prompts(
-    source: PromptSource, base: Base, engine: Engine, *, seed: int, batch_size: int
+    source: PromptSource, base: Base, answerer: Answerer, *, seed: int
 ) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     """((text, domain) of each prompt, facts for the manifest). Raises UserInputError as the readers do."""
     if source.file is not None:
@@ -50,7 +50,7 @@ def gather_prompts(
         facts |= {"revision": found.revision, "column": found.column}
         return [(text, domain) for text in found.texts(source.count, seed)], facts
     counts = {source.domain or "chat": source.count or 0}
-    return list(self_prompts(base, engine, counts, seed=seed, batch_size=batch_size)), {"file": None}
+    return list(self_prompts(base, answerer, counts, seed=seed)), {"file": None}
 
 
 def read_prompt_texts(file: Path, domain: str | None = None) -> list[tuple[str, str]]:

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from orthrus.base.loading import Base
 from orthrus.config import SamplingParams
 from orthrus.decoding.noise import choice_seed
-from orthrus.engine.engine import Engine
 from orthrus.errors import UserInputError
-from orthrus.training.answers import Question, answer_all
+from orthrus.training.answers import Answerer, Question
 
 # How a user turn may begin, by domain; an empty beginning lets the model choose its own subject.
 OPENINGS: dict[str, tuple[str, ...]] = {
@@ -48,11 +47,10 @@ def open_user_turn(base: Base) -> list[int]:
 
 def self_prompts(
     base: Base,
-    engine: Engine,
+    answerer: Answerer,
     counts: dict[str, int],
     *,
     seed: int,
-    batch_size: int = 64,
     max_tokens: int = 120,
     min_words: int = 4,
 ) -> Iterator[tuple[str, str]]:
@@ -70,14 +68,7 @@ def self_prompts(
         )
         for i, (_, opening) in enumerate(jobs)
     ]
-    answers = answer_all(
-        engine,
-        questions,
-        batch_size=batch_size,
-        max_new_tokens=max_tokens,
-        eos_token_ids=base.eos_token_ids,
-    )
-    for answer in sorted(answers):
+    for answer in sorted(answerer(questions, max_new_tokens=max_tokens)):
         domain, opening = jobs[answer.key]
         text = opening + str(base.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
         if answer.finished and len(text.split()) >= min_words and not is_repetitive(answer.token_ids):

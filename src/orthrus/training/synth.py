@@ -12,10 +12,10 @@ from orthrus.base.loading import Base
 from orthrus.base.provenance import provenance
 from orthrus.config import SamplingParams
 from orthrus.decoding.noise import choice_seed
-from orthrus.engine.engine import Engine
 from orthrus.errors import UserInputError
+from orthrus.model.twin import stock
 from orthrus.training import manifest
-from orthrus.training.answers import Question, answer_all
+from orthrus.training.answers import Answer, Answerer, Question
 from orthrus.training.corpus import (
     PROMPTS,
     Unseen,
@@ -77,12 +77,15 @@ class SynthProgress:
     seconds_left: float | None = None
 
 
+NUM_CHECKED = 32
+"""Prompts whose greedy answers show whether it is the base that answers."""
+
 OnSynth = Callable[[SynthProgress], None]
 
 
 def synthesise(
     base: Base,
-    engine: Engine,
+    answerer: Answerer,
     config: SynthConfig,
     folder: Path,
     on_progress: OnSynth | None = None,
@@ -92,7 +95,8 @@ def synthesise(
     """Make or continue the corpus in `folder`; answers are the frozen base's own (the AR view).
 
     keep_out: texts that no prompt may repeat, besides those of `config.held_out`. Raises UserInputError when
-    the folder was begun with other settings, or no prompt is left after filtering.
+    the folder was begun with other settings, no prompt is left after filtering, or another model than the base
+    answers.
     """
     if config.max_new_tokens >= base.context_length:
         raise UserInputError(
@@ -100,16 +104,20 @@ def synthesise(
             f"{base.context_length} tokens; ask for shorter answers."
         )
     report = on_progress or (lambda _: None)
-    _begin(folder, config, base, engine)
+    _begin(folder, config, base, answerer)
     if not (folder / PROMPTS).is_file():
-        write_jsonl(folder / PROMPTS, _gather(base, engine, config, folder, report, keep_out))
-    prompts = read_prompts(folder)
+        write_jsonl(folder / PROMPTS, _gather(base, answerer, config, folder, report, keep_out))
+    prompts = list(read_prompts(folder))
     size = config.shard_size
     shards = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
     todo = [(i, shard) for i, shard in enumerate(shards) if not shard_path(folder, i).is_file()]
+    if todo:
+        checked = [_question(i, prompts[i], SamplingParams()) for i in range(min(NUM_CHECKED, len(prompts)))]
+        facts = answerer.check(checked, max_new_tokens=config.max_new_tokens)
+        manifest.note_servers(folder, facts)
     meter = _Meter(report, len(prompts), sum(len(shard) for _, shard in todo))
     for index, shard in todo:
-        answers = _answer(base, engine, config, prompts, shard, meter)
+        answers = _answer(answerer, config, prompts, shard, meter)
         write_jsonl(shard_path(folder, index), answers)
         meter.end_shard(len(shard))
 
@@ -143,7 +151,7 @@ class _Meter:
 
 def _gather(
     base: Base,
-    engine: Engine,
+    answerer: Answerer,
     config: SynthConfig,
     folder: Path,
     report: OnSynth,
@@ -158,16 +166,15 @@ def _gather(
         report(SynthProgress("prompts", number, len(config.sources)))
         part = source_path(folder, number)
         if not part.is_file():
-            texts, facts = gather_prompts(
-                source, base, engine, seed=config.seed + number, batch_size=config.batch_size
-            )
+            texts, facts = gather_prompts(source, base, answerer, seed=config.seed + number)
             manifest.note_source(folder, part.name, facts)
             write_jsonl(part, ({"prompt": text, "domain": domain} for text, domain in texts))
         for record in read_source(part):
             if unseen(record["prompt"]):
-                ids = base.encode_prompt(record["prompt"] + source.suffix)
+                text = record["prompt"] + source.suffix
+                ids = base.encode_prompt(text)
                 if len(ids) <= longest:
-                    found.append({"prompt_ids": ids, "domain": record["domain"]})
+                    found.append({"prompt_ids": ids, "domain": record["domain"], "prompt": text})
     if not found:
         # The next try may bring other prompts under the same name.
         manifest.forget_sources(folder)
@@ -181,8 +188,7 @@ def _gather(
 
 
 def _answer(
-    base: Base,
-    engine: Engine,
+    answerer: Answerer,
     config: SynthConfig,
     prompts: list[dict[str, Any]],
     which: range,
@@ -196,30 +202,28 @@ def _answer(
             sampling = SamplingParams(
                 temperature=config.temperature, top_p=config.top_p, seed=choice_seed(config.seed, i)
             )
-        questions.append(Question(i, prompts[i]["prompt_ids"], sampling))
+        questions.append(_question(i, prompts[i], sampling))
     answers = []
-    for answer in answer_all(
-        engine,
-        questions,
-        batch_size=config.batch_size,
-        max_new_tokens=config.max_new_tokens,
-        eos_token_ids=base.eos_token_ids,
-    ):
+    for answer in answerer(questions, max_new_tokens=config.max_new_tokens):
         answers.append(answer)
         meter.answered(len(answer.token_ids))
-    return [
-        {"prompt": a.key, "answer_ids": a.token_ids, "finished": a.finished}
-        for a in sorted(answers)
-        if not is_repetitive(a.token_ids)
-    ]
+    return [_record(a) for a in sorted(answers) if a.left_out or not is_repetitive(a.token_ids)]
 
 
-def _begin(folder: Path, config: SynthConfig, base: Base, engine: Engine) -> None:
+def _question(index: int, prompt: dict[str, Any], sampling: SamplingParams) -> Question:
+    return Question(index, prompt["prompt_ids"], sampling, prompt.get("prompt"))
+
+
+def _record(answer: Answer) -> dict[str, Any]:
+    record = {"prompt": answer.key, "answer_ids": answer.token_ids, "finished": answer.finished}
+    return record | ({"left_out": answer.left_out} if answer.left_out else {})
+
+
+def _begin(folder: Path, config: SynthConfig, base: Base, answerer: Answerer) -> None:
     # Twins change the names of the weights that they wrap.
-    model = engine.runner.dual.stock()
-    weights = fingerprint(model)
+    weights = fingerprint(stock(base.model))
     made = provenance(device=str(base.model.device), dtype=str(base.model.dtype), seed=config.seed)
     settings = {"base": base.reference, "base_fingerprint": weights, "dtype": made["dtype"], **asdict(config)}
     # How many are answered at once changes no answer.
     del settings["batch_size"]
-    manifest.begin(folder, settings, made)
+    manifest.begin(folder, settings | {"answerer": answerer.origin}, made)

@@ -1,0 +1,150 @@
+"""A whole run by arithmetic: a recipe on some GPUs, whether it fits, and what to change where it does not."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orthrus.errors import UserInputError
+from orthrus.training.flex_blocks import pick_attention
+from orthrus.training.plan import BYTES, Memory, Shape, Work, gathered_bytes, hours, memory, pass_flops
+from orthrus.training.recipe import TrainConfig
+
+_LEAST_ANCHORS = 8
+_LOW_RANK = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """num_gpus devices of so many bytes; peak: operations a second of each in the recipe's dtype, of which a run
+    reaches the share `utilisation`."""
+
+    num_gpus: int
+    bytes_each: float
+    peak: float
+    utilisation: float
+
+    def __post_init__(self) -> None:
+        if self.num_gpus < 1:
+            raise UserInputError(f"--gpus must be at least 1, not {self.num_gpus}.")
+        if not 0 < self.bytes_each < math.inf or not 0 < self.peak < math.inf:
+            raise UserInputError("--gpu-memory and --peak-tflops must be positive numbers.")
+        if not 0 < self.utilisation <= 1:
+            raise UserInputError(f"--utilisation must lie above 0 and at most at 1, not {self.utilisation}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """gathered: bytes while a sharded run holds all weights, 0 for others. targets: of a step, at most. num_steps,
+    total_flops, hours: None where nobody knows how long the corpus is."""
+
+    shape: Shape
+    work: Work
+    memory: Memory
+    gathered: int
+    tokens: int
+    targets: int
+    step_flops: float
+    num_steps: int | None
+    total_flops: float | None
+    hours: float | None
+    state_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.memory.total, self.gathered)
+
+
+def plan_run(shape: Shape, recipe: TrainConfig, machine: Machine, num_rows: int | None) -> Plan:
+    """The plan of a recipe for its base and view; num_rows: packed rows of its corpus, None where it is not there.
+
+    Raises UserInputError for a batch that leaves processes without a row.
+    """
+    processes = machine.num_gpus
+    if recipe.batch_rows < processes:
+        raise UserInputError(
+            f"batch_rows {recipe.batch_rows} is less than a row for each of {processes} processes; raise it."
+        )
+    work = work_of(recipe, shape)
+    sharded = recipe.sharding == "fsdp2" and processes > 1
+    row_flops = pass_flops(shape, replace(work, micro_rows=1))
+    num_steps = recipe.steps or (
+        None if num_rows is None else max(1, round(recipe.epochs * num_rows / recipe.batch_rows))
+    )
+    # The others wait for the process with the most rows.
+    waited = math.ceil(recipe.batch_rows / processes) * processes * row_flops
+    return Plan(
+        shape=shape,
+        work=work,
+        memory=memory(shape, work, processes=processes, sharded=sharded),
+        gathered=gathered_bytes(shape, work, processes=processes) if sharded else 0,
+        tokens=recipe.batch_rows * recipe.row_length,
+        targets=round(recipe.batch_rows * recipe.num_anchors * work.targets),
+        step_flops=recipe.batch_rows * row_flops,
+        num_steps=num_steps,
+        total_flops=None if num_steps is None else num_steps * recipe.batch_rows * row_flops,
+        hours=None
+        if num_steps is None
+        else hours(
+            num_steps * waited, peak=machine.peak, utilisation=machine.utilisation, processes=processes
+        ),
+        state_bytes=4 * shape.view_parameters + 8 * shape.trained_parameters,
+    )
+
+
+def work_of(recipe: TrainConfig, shape: Shape) -> Work:
+    """What a pass of the recipe works on, on a GPU. A row is supposed to hold one dialogue, the longest reach."""
+    import torch
+
+    attention = pick_attention(recipe.attention, torch.device("cuda"), shape.head_dim)
+    # A share of the blocks alone leaves targets out; the others weigh all of them.
+    without = recipe.first_target if recipe.clean_share == 1 else 0
+    length = recipe.row_length
+    return Work(
+        micro_rows=min(recipe.micro_rows, recipe.batch_rows),
+        row_length=length,
+        num_anchors=recipe.num_anchors,
+        block_size=recipe.block_size,
+        targets=recipe.block_size - 1 - without,
+        # Anchors lie anywhere in a row; the dense code multiplies by all of it all the same.
+        read_rows=length if attention == "dense" else length / 2,
+        rejected_share=recipe.rejected_share,
+        dtype_bytes=BYTES[recipe.dtype],
+        attention=attention,
+        recomputed=recipe.activations == "layer",
+    )
+
+
+def what_to_change(recipe: TrainConfig, num_gpus: int, fits: Callable[[TrainConfig], bool]) -> dict[str, Any]:
+    """The keys, with values, that make a recipe fit which does not; empty where none of these do.
+
+    In this order: micro_rows and activations (change nothing else), sharding, num_anchors, rank; no more of them than
+    needed.
+    """
+    changes: dict[str, Any] = {}
+    for key, value in _candidates(recipe, num_gpus):
+        changes[key] = value
+        if fits(replace(recipe, **changes)):
+            for spare in [*changes]:
+                fewer = {key: value for key, value in changes.items() if key != spare}
+                if fewer and fits(replace(recipe, **fewer)):
+                    changes = fewer
+            return changes
+    return {}
+
+
+def _candidates(recipe: TrainConfig, num_gpus: int) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    if recipe.micro_rows > 1:
+        found.append(("micro_rows", 1))
+    if recipe.activations == "none":
+        found.append(("activations", "layer"))
+    if recipe.sharding != "fsdp2" and num_gpus > 1:
+        found.append(("sharding", "fsdp2"))
+    anchors = recipe.num_anchors // 2
+    while anchors >= _LEAST_ANCHORS:
+        found.append(("num_anchors", anchors))
+        anchors //= 2
+    if recipe.init_view is None and recipe.rank is None:
+        found.append(("rank", _LOW_RANK))
+    return found
