@@ -53,9 +53,15 @@ def main(
         for record in records(per_domain)
     ]
     options = {
-        "model": model, "view": view, "strategy": strategy, "max_new_tokens": max_new_tokens,
-        "concurrency": concurrency, "chunk": chunk, "per_domain": per_domain, "prompts": prompts_digest(asked),
-    }  # fmt: skip
+        "model": model,
+        "view": view,
+        "strategy": strategy,
+        "max_new_tokens": max_new_tokens,
+        "concurrency": concurrency,
+        "chunk": chunk,
+        "per_domain": per_domain,
+        "prompts": prompts_digest(asked),
+    }
     report = opened(output, options)
     for name in dtype or DTYPES:
         done: list[dict[str, Any]] = report["chunks"].setdefault(name, [])
@@ -78,10 +84,17 @@ def main(
         gc.collect()
     header = ["dtype", "prompts", "identical", "near-ties", "broken", "tokens", "tokens per forward", "bound"]
     lines = [
-        [name, *(str(r[key]) for key in ("num_prompts", "num_identical", "num_near_ties", "num_broken", "num_tokens")),
-         f"{r['tokens_per_forward']:.2f}", r["bound"]]
+        [
+            name,
+            *(
+                str(r[key])
+                for key in ("num_prompts", "num_identical", "num_near_ties", "num_broken", "num_tokens")
+            ),
+            f"{r['tokens_per_forward']:.2f}",
+            r["bound"],
+        ]
         for name, r in report["results"].items()
-    ]  # fmt: skip
+    ]
     typer.echo(markdown_table(header, lines))
     if not all(r["passed"] for r in report["results"].values()):
         raise typer.Exit(1)
