@@ -28,10 +28,10 @@ from orthrus.integrations.vllm.names import command_line
 
 LEGEND = (
     "tokens_per_second: new tokens / wall time of all requests of a round, median over rounds; over_plain: "
-    "that of Orthrus / that of plain vLLM in the same round, median over rounds; over_plain_cpu: processor seconds of "
-    "plain vLLM's server / those of Orthrus's for the same tokens, which a busy machine changes less; tokens_per_step: 1 + accepted "
-    "drafts / drafts verified, from /metrics; share_drafted: tokens that were accepted drafts / all new tokens; "
-    "num_equal: requests whose token ids equal plain vLLM's."
+    "that of Orthrus / that of plain vLLM in the same round, median over rounds; over_plain_cpu: processor seconds "
+    "of plain vLLM's server / of Orthrus's for the same tokens, which a busy machine changes less; tokens_per_step: "
+    "1 + accepted drafts / drafts verified, from /metrics; share_drafted: accepted drafts / all new "
+    "tokens; num_equal: requests whose token ids equal plain vLLM's."
 )
 START_SECONDS = 900
 
