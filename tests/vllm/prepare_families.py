@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from tests.folders import letter_tokenizer
 from tests.tiny import VOCAB, disturb_view, random_model
+from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from orthrus.api import Orthrus
@@ -48,6 +50,23 @@ def bare(folder: Path) -> Base:
     return load_base(resolve(str(folder)), device="cpu")
 
 
+def exact_law(base: Base, prompt: list[int]) -> list[Tensor]:
+    """Probabilities of the first three sampled tokens at temperature 1: (V,) of the first, (V, V) of the first two and
+    (V, V) of the second and the third, by trying every beginning."""
+    ids_V = torch.arange(VOCAB)
+    with torch.inference_mode():
+        first_V = base.model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
+        rows = torch.cat([torch.tensor(prompt).expand(VOCAB, -1), ids_V[:, None]], dim=1)
+        second_VV = first_V[:, None] * base.model(rows).logits[:, -1].double().softmax(-1)
+        pairs_VV = torch.zeros(VOCAB, VOCAB, dtype=torch.double)
+        for first in range(VOCAB):
+            start = torch.tensor([*prompt, first]).expand(VOCAB, -1)
+            rows = torch.cat([start, ids_V[:, None]], dim=1)
+            third_VV = base.model(rows).logits[:, -1].double().softmax(-1)
+            pairs_VV += second_VV[first][:, None] * third_VV
+    return [first_V, second_VV, pairs_VV]
+
+
 def main(folder: Path) -> None:
     oracle = {}
     for name, (config, options, is_released) in CASES.items():
@@ -75,6 +94,9 @@ def main(folder: Path) -> None:
             "accepted_by_position": [sum(c.num_accepted > i for c in drafted) for i in range(6)],
             "num_drafts": len(drafted),
         }
+        if name == "qwen3":
+            law = exact_law(base, oracle[name]["prompts"][0])
+            (folder / "law.json").write_text(json.dumps([p.tolist() for p in law]))
     (folder / "families.json").write_text(json.dumps(oracle))
 
 
