@@ -123,7 +123,7 @@ def _break_even(rows: Sequence[Row], _: BenchReport) -> _Found:
         "In brackets, and as the line of that arm: what a cycle costs, in plain passes, over all prompts. Where the "
         "line meets 1, drafting breaks even.",
         Lines(
-            Axis("tokens per cycle", 1.0),
+            Axis("tokens per cycle", 0.8),
             Axis("times plain, decoding", 0.0),
             series,
             levels=[(1.0, "break-even")],
