@@ -1,1 +1,1 @@
-"""Orthrus inside other engines."""
+"""Orthrus inside other engines, and asked by evaluation harnesses."""
