@@ -196,7 +196,7 @@ def activation_bytes(shape: Shape, work: Work) -> float:
 
     Q (sum of `layer_bytes` over the layers from the first that learns + 4 C + 4 of the last norm
         + 2 D c of each kind of rotary table, D being the head's size)
-    c C + 30 for each target (its gradient, its places), and of a repair head of rank r
+    c C + 22 for each target (its gradient, its places), and of a repair head of rank r
         c (2 C + 2 r), and 4 C + 4 where the twins learn as well,
     the AR pass beside it: L B T c (kv + v) of keys and values, c B T C of hidden states; with flex the keys and values
     of each layer that learns once more, and those of the block rows: 2 c kv (B T + Q); dense: masks of Q T
@@ -208,7 +208,7 @@ def activation_bytes(shape: Shape, work: Work) -> float:
     total = float(c * context_rows) * (shape.num_layers * (shape.keys + shape.values) + shape.hidden)
     if work.attention == "dense":
         total += (1 + shape.windowed) * c * rows * work.row_length
-    total += work.target_rows * (c * shape.hidden + 30.0)
+    total += work.target_rows * (c * shape.hidden + 22.0)
     if shape.repair_rank:
         repaired = c * (2.0 * shape.hidden + 2 * shape.repair_rank)
         total += work.target_rows * (repaired + (4 * shape.hidden + 4) * bool(learning))
