@@ -142,10 +142,11 @@ class DecodeConfig:
     tokens where they stood before, in the prompt or the text. `priority`: requests with a lower one go first.
     None of these changes the text.
 
-    `min_tokens`: no token ends the text before it has so many new ones. `stop_token_ids`: tokens that end it
-    beside the model's own end-of-text tokens; the one that did is kept in `token_ids`. `grammar`: the text
-    conforms to it; where only the end is left to it, `min_tokens` gives way. `logprobs`: with each token
-    report its log prob and those of so many most probable ones, by the model's own law, before `sampling`.
+    `min_tokens`: neither a token nor a stop string ends the text before it has so many new ones.
+    `stop_token_ids`: tokens that end it beside the model's own end-of-text tokens; the one that did is kept in
+    `token_ids`. `grammar`: the text conforms to it; where only the end is left to it, `min_tokens` gives way.
+    `logprobs`: with each token report its log prob and those of so many most probable ones, by the model's own
+    law, before `sampling`.
     """
 
     max_new_tokens: int = 256

@@ -30,7 +30,8 @@ class Cycle:
     `text` is what became printable with this cycle (whole characters only; it may lag behind
     `token_ids`). `is_draft[i]` tells whether `token_ids[i]` was drafted; all other tokens are the AR view's
     own. `num_copied` of the accepted drafts came from the text or a grammar alone, the others from the
-    diffusion view. `elapsed_ms` is the wall time that the cycle took. `logprobs` has one entry
+    diffusion view. `rejected_ids`: the drafts after the accepted ones that did not stand; of a tree, its first
+    branch. `elapsed_ms` is the wall time that the cycle took. `logprobs` has one entry
     per token where the request asked for them.
     """
 
@@ -47,6 +48,7 @@ class Cycle:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     num_copied: int = 0
+    rejected_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def test_save_set_stats_and_bye(cli: Cli, model_folder: str, tmp_path: Path) -> 
     run = cli("chat", model_folder, "--view", "fresh", stdin="\n".join(lines))
     assert run.code == 0
     assert "max_new_tokens 3" in run.err
-    assert "1 turns, " in run.err
+    assert "1 turn, 3 tokens in " in run.err
     saved = json.loads(file.read_text())
     assert [m["role"] for m in saved["messages"]] == ["user", "assistant"]
     assert saved["decode"]["max_new_tokens"] == 3

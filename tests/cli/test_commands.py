@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from orthrus.api import Orthrus
 from orthrus.cli import demo as demo_module
+from orthrus.cli.app import app
 from orthrus.config import FIXED_STRATEGIES
 
 from .conftest import Cli, assert_refused, write_model
@@ -23,16 +25,23 @@ def test_demo_compares_and_sums_up(cli: Cli, model_folder: str) -> None:
     assert run.code == 0
     assert run.out.count("SAME TOKENS") == 3
     for words in (
-        "answered twice",
+        "three times",
+        "transformers",
         "not trained yet",
         "LOSSLESS",
         "math",
         "code",
         "chat",
-        "tokens per",
+        "passes",
         "seconds",
     ):
         assert words in run.out
+    # Three commands that can be typed as they stand.
+    *_, first, second, third = run.out.rstrip().splitlines()
+    for line, name in ((first, "chat"), (second, "bench"), (third, "serve")):
+        program, command, folder, *_ = line.split()
+        assert (Path(program).name, command, folder) == (Path(program).name, name, model_folder)
+        assert command in typer.main.get_command(app).commands
 
 
 def test_demo_json(cli: Cli, model_folder: str) -> None:
@@ -42,27 +51,52 @@ def test_demo_json(cli: Cli, model_folder: str) -> None:
     assert result["view_trained"] is False
     assert [p["domain"] for p in result["prompts"]] == ["math", "code", "chat"]
     for prompt in result["prompts"]:
-        assert prompt["ar"]["token_ids"] == prompt["auto"]["token_ids"]
+        assert prompt["stock"]["token_ids"] == prompt["ar"]["token_ids"] == prompt["auto"]["token_ids"]
+        # One pass a token: the prompt's gives the first.
+        assert (
+            prompt["stock"]["num_passes"] == len(prompt["stock"]["token_ids"]) == prompt["ar"]["num_passes"]
+        )
+        assert prompt["stock"]["seconds"] > 0
+        assert prompt["first_differences"] == {}
         assert prompt["ar"]["num_drafted"] == 0
 
 
 def test_demo_fails_loudly_when_a_token_differs(
     cli: Cli, model_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = demo_module._answer
+    decode = demo_module._decode
+    asked: list[str] = []
 
-    def wrong(orthrus: Any, prompt: str, strategy: str, *rest: Any, **options: Any) -> Any:
-        result = answer(orthrus, prompt, strategy, *rest, **options)
-        if strategy == "auto" and prompt == demo_module.PROMPTS[1][1]:
+    def wrong(orthrus: Any, prompt_ids: Any, strategy: str, *rest: Any, **options: Any) -> Any:
+        result = decode(orthrus, prompt_ids, strategy, *rest, **options)
+        asked.append(strategy)
+        if strategy == "auto" and asked.count("auto") % 3 == 2:
             return dataclasses.replace(result, token_ids=(*result.token_ids[:-1], 5))
         return result
 
-    monkeypatch.setattr(demo_module, "_answer", wrong)
+    monkeypatch.setattr(demo_module, "_decode", wrong)
     run = cli("demo", "--model", model_folder, *DEMO)
     assert run.code == 1
     assert "DIFFERENT TOKENS" in run.out
     assert "NOT LOSSLESS" in run.out
     assert cli("demo", "--model", model_folder, *DEMO, "--json").code == 1
+
+
+def test_demo_tells_another_token_of_transformers_from_a_fault_of_ours(
+    cli: Cli, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = demo_module._stock
+
+    def other(*arguments: Any) -> Any:
+        answer = stock(*arguments)
+        return dataclasses.replace(answer, token_ids=(*answer.token_ids[:-1], 5))
+
+    monkeypatch.setattr(demo_module, "_stock", other)
+    run = cli("demo", "--model", model_folder, *DEMO)
+    assert run.code == 1
+    assert "transformers differs" in run.out
+    assert "orthrus audit" in run.out
+    assert "NOT LOSSLESS" not in run.out
 
 
 @pytest.mark.parametrize("layout", ["view", "merged"])
@@ -146,7 +180,7 @@ def test_bench_options_are_checked_before_anything_loads(cli: Cli, model_folder:
             cli(command, model_folder, "--prompts", str(tmp_path / "absent.jsonl")), "absent.jsonl"
         )
         assert_refused(cli(command, model_folder, "--limit", "0"), "limit")
-    assert_refused(cli("bench", "--compare", "a.json"), "--compare")
+    assert_refused(cli("bench", "compare", "a.json"), "B.json")
     assert_refused(cli("audit", model_folder, "--against", "beam"), "--against", "beam", "stock", "plain")
 
 
@@ -162,7 +196,7 @@ def test_bench_prints_and_saves(cli: Cli, model_folder: str, tmp_path: Path) -> 
     assert (
         json.loads(cli("bench", model_folder, *SHORT, "--repeats", "1", "--json").out).keys() == saved.keys()
     )
-    compared = cli("bench", "--compare", str(file), str(file))
+    compared = cli("bench", "compare", str(file), str(file))
     assert compared.code == 0
     assert compared.out.strip()
 

@@ -29,12 +29,43 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("count", [False, True])
-def test_bar_on_a_terminal_vanishes_at_the_end(monkeypatch: pytest.MonkeyPatch, count: bool) -> None:
+def _shown(monkeypatch: pytest.MonkeyPatch, unit: str, *reports: tuple[str, int, int | None]) -> str:
+    """All that a wide terminal gets to see of these reports."""
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
-    _report(ProgressDisplay(count=count))
+    monkeypatch.setenv("COLUMNS", "120")
+    with ProgressDisplay(unit=unit) as on_progress:
+        for report in reports:
+            on_progress(*report)
+            on_progress._bar.refresh()
+    return screen.getvalue()
+
+
+def test_a_bar_names_what_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = _shown(monkeypatch, "prompts", ("answering", 2, 5))
+    assert "2/5 prompts" in shown
+    assert "bytes" not in shown
+
+
+def test_bytes_are_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "10.0/98.0 MB" in _shown(monkeypatch, "bytes", ("downloading", 10_000_000, 98_000_000))
+
+
+def test_what_is_not_counted_shows_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling, which showed "0/3 bytes" once."""
+    shown = _shown(monkeypatch, "bytes", ("compiling for this processor", 0, None))
+    assert "compiling for this processor" in shown
+    assert "bytes" not in shown
+    assert "0/" not in shown
+
+
+@pytest.mark.parametrize("unit", ["bytes", "rounds"])
+def test_bar_on_a_terminal_vanishes_at_the_end(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    _report(ProgressDisplay(unit=unit))
     shown = screen.getvalue()
     assert "loading" in shown
     assert "?" not in shown.replace("\x1b[?", "")

@@ -102,14 +102,24 @@ def test_ar_rows_never_read_diffusion_rows_nor_other_requests(
 @given(
     pieces=st.lists(st.text("ab", max_size=4), max_size=10),
     stop=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3).map(tuple),
+    num_passed=st.integers(0, 4),
 )
-def test_stop_strings_cut_as_if_all_text_were_joined(pieces: list[str], stop: tuple[str, ...]) -> None:
+def test_stop_strings_cut_as_if_all_text_were_joined(
+    pieces: list[str], stop: tuple[str, ...], num_passed: int
+) -> None:
+    """The first `num_passed` pieces may not end the text: a stop string that ends in them is text."""
     watch, shown = StopStrings(stop), ""
+    passed = len("".join(pieces[:num_passed]))
     joined = ""
-    for piece in pieces:
+    for i, piece in enumerate(pieces):
         joined += piece
-        found = [at for s in stop if (at := joined.find(s)) >= 0]
-        text, complete = watch.push(piece)
+        found = [
+            at
+            for s in stop
+            for at in range(len(joined) - len(s) + 1)
+            if joined.startswith(s, at) and at + len(s) > passed
+        ]
+        text, complete = watch.push(piece, may_end=i >= num_passed)
         shown += text
         assert complete == bool(found)
         if found:

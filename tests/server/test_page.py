@@ -114,6 +114,12 @@ async def test_provenance_tells_of_every_token_whether_it_was_drafted(
         assert num_drafts <= sum(record["num_drafted"] for record in records)
     if strategy == "chain":
         assert num_drafts > 0
+        for record in records[:-1]:
+            drafted = [token for token in record["tokens"] if token["draft"]]
+            assert len(drafted) + len(record["rejected"]) == record["num_drafted"]
+            # What the model wrote instead is what tells that the first of them is wrong.
+            assert record["rejected"][:1] != [{k: record["tokens"][-1][k] for k in ("id", "text")}]
+        assert any(record["rejected"] for record in records)
 
 
 @in_loop

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orthrus.base.provenance import cpu_model, git_state, provenance
+from orthrus.base.provenance import command_line, cpu_model, git_state, provenance
 
 
 def test_it_is_complete_and_json_ready(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,6 +24,15 @@ def test_it_is_complete_and_json_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["versions"]["torch"]
     assert found["time"].endswith("+00:00")
     assert cpu_model()
+
+
+def test_a_command_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    inside, outside = str(tmp_path / "runs" / "a.json"), "/home/someone/data/gsm8k.jsonl"
+    argv = ["bench", inside, outside, f"--output={outside}", "--limit=2", "data/b.jsonl", "/"]
+    monkeypatch.setattr(sys, "argv", argv)
+
+    assert command_line() == "bench runs/a.json gsm8k.jsonl --output=gsm8k.jsonl --limit=2 data/b.jsonl /"
 
 
 def test_only_a_checkout_of_this_package_counts(tmp_path: Path) -> None:

@@ -284,6 +284,21 @@ def test_kept_pages_go_before_requests_do() -> None:
     assert [request.num_preempted for request in both] == [0, 0]
 
 
+def test_kept_pages_stay_where_giving_up_all_of_them_would_not_do() -> None:
+    it = scheduler(num_pages=8, chunk=512, reuse=True)
+    ask(it, 2 * PAGE, 2, first=1)
+    run_out(it)
+    assert it.prefixes is not None
+    assert len(it.prefixes) == 2
+    running = ask(it, 4 * PAGE - 20, 10, first=2)
+    waiting = ask(it, 6 * PAGE, 8, first=3)
+    run(it)
+    assert it.running == [running]
+    assert list(it.waiting) == [waiting]
+    first_text = [1, *range(1, 2 * PAGE), 0]
+    assert len(it.prefixes.find(first_text)) == 2
+
+
 def test_a_preempted_request_finds_its_own_pages_again() -> None:
     it = scheduler(num_pages=5, chunk=64, reuse=True)
     requests = [ask(it, 130, 60, first=i) for i in range(2)]

@@ -173,6 +173,19 @@ def test_text_held_back_at_the_end_is_shown_after_all(strategy: Strategy, floor:
     assert ended.text == Letters().decode(list(ended.token_ids))
 
 
+@EVERY_WAY
+@pytest.mark.parametrize("least", [1, 4, 9])
+def test_a_stop_string_does_not_end_a_text_that_is_too_short(
+    least: int, strategy: Strategy, floor: bool
+) -> None:
+    letters = [Letters().decode([token_id]) for token_id in FREE]
+    stop = letters[1]
+    last = next(i for i in range(least - 1, len(FREE)) if letters[i] == stop)
+    answer = decode(strategy, floor, stop=(stop,), min_tokens=least, tokenizer=Letters())
+    assert answer.token_ids == FREE[: last + 1]
+    assert answer.text == "".join(letters[:last])
+
+
 def test_the_earliest_of_two_stop_strings_that_one_piece_completes_wins() -> None:
     watch = StopStrings(("world", "lo w"))
     assert watch.push("hello world") == ("hel", True)

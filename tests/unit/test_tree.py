@@ -16,6 +16,7 @@ from orthrus.decoding.tree import (
     accepted_rows,
     best_first_tree,
     chain_tree,
+    rejected_ids,
 )
 
 many = settings(max_examples=150, deadline=None, derandomize=True)
@@ -239,6 +240,14 @@ def test_accepted_rows_skip_branches_that_the_ar_view_did_not_take() -> None:
     assert accepted_rows(tree, [5, 8, 8, 0, 6, 0]) == [2, 4]
     assert accepted_rows(tree, [7, 9, 8, 0, 9, 0]) == [1]
     assert accepted_rows(tree, [6, 8, 8, 0, 9, 0]) == []
+
+
+def test_rejected_is_what_the_draft_would_have_written_on() -> None:
+    tree = DraftTree([7, 5, 8, 8, 9, 6], [0, 0, 1, 2, 4, 3], [0.0] * 6)
+    assert rejected_ids(tree, []) == [7, 8, 6]
+    assert rejected_ids(tree, [1]) == [8, 6]
+    assert rejected_ids(tree, [2, 4]) == [9]
+    assert rejected_ids(tree, [2, 4, 5]) == []
 
 
 @pytest.mark.parametrize("tree", [EMPTY_TREE, best_first_tree(Candidates([], []), 5)])

@@ -1,6 +1,7 @@
 """The race in a browser: two answers, one clock, a verdict."""
 
 import json
+import re
 import shlex
 
 import httpx
@@ -69,6 +70,14 @@ def test_drafts_are_marked_and_the_chart_shows_each_cycle(page: Page, url: str) 
     assert page.locator("#auto-text .missed").count() == sum(
         record["num_drafted"] > sum(token["draft"] for token in record["tokens"]) for record in records
     )
+    struck = ["".join(token["text"] for token in record["rejected"]) for record in records]
+    assert any(struck)
+    shown = page.locator("#auto-text .missed").evaluate_all("all => all.map(each => each.dataset.struck)")
+    assert shown == [
+        re.sub(r"\s+", " ", text.replace("\n", "↵"))
+        for text, record in zip(struck, records, strict=True)
+        if record["num_drafted"] > sum(token["draft"] for token in record["tokens"])
+    ]
     heights = page.locator("#chart rect.drafted").evaluate_all(
         "all => all.map(each => Number(each.getAttribute('height')))"
     )

@@ -38,8 +38,22 @@ def provenance(*, device: str, dtype: str, seed: int | None) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """What was typed, without the folder that the program happens to live in."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """What was typed, without folders that mean something on this machine alone.
+
+    An absolute path within the current folder is written from there, any other by its last part.
+    """
+    return shlex.join([Path(sys.argv[0]).name, *map(_portable, sys.argv[1:])])
+
+
+def _portable(argument: str) -> str:
+    option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    if not Path(value).is_absolute():
+        return argument
+    path = Path(value)
+    here = Path.cwd()
+    return (
+        option + equals + (str(path.relative_to(here)) if path.is_relative_to(here) else path.name or value)
+    )
 
 
 def git_state(package: Path = Path(__file__).parents[1]) -> tuple[str | None, bool | None]:

@@ -20,7 +20,7 @@ from orthrus.base.provenance import installed_version
 from orthrus.errors import StorageError
 
 Progress = Callable[[str, int, int | None], None]
-"""Called as `progress(stage, done, total)`; done and total count bytes, total None when unknown."""
+"""Called as `progress(stage, done, total)`. done and total count bytes; total is None where nothing is counted."""
 
 MANIFEST, CHECKED = "manifest.json", "checked.json"
 _PACKAGES = ("orthrus-lm", "torch", "transformers", "gguf", "safetensors")

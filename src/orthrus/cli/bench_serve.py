@@ -180,7 +180,7 @@ def bench_serve(
         ttft_limit_ms=ttft_limit,
         tpot_limit_ms=tpot_limit,
     )
-    with ProgressDisplay(count=True) as on_progress:
+    with ProgressDisplay(unit="requests") as on_progress:
         report = run_load(settings, on_progress)
     show_report(report, "json" if json else format_, output)
     if report.num_different:

@@ -14,7 +14,7 @@ from orthrus.cli.chat_commands import ChatState, Leave, run_slash_command
 from orthrus.cli.chat_partner import LocalPartner, Messages, Partner
 from orthrus.cli.chat_server import ServerPartner
 from orthrus.cli.common import cancel_on_interrupt, check_decode, parse_logit_bias, say_error
-from orthrus.cli.render import footer, note, print_stream
+from orthrus.cli.render import counted, footer, note, print_stream
 from orthrus.errors import OrthrusError, UserInputError
 from orthrus.types import GenerationResult
 
@@ -234,9 +234,10 @@ def _compare(state: ChatState, asked: Messages, decode: dict[str, Any], answer: 
     is_same = (plain.token_ids, plain.text) == (answer.token_ids, answer.text)
     what = "tokens" if answer.token_ids else "text"
     note(
-        f"plain decoding: {plain_s:.2f} s for {plain.stats.num_tokens} tokens in {plain.stats.num_passes} "
-        f"passes, {'the same' if is_same else 'DIFFERENT'} {what}; {decode['strategy']}: {ours_s:.2f} s for "
-        f"{answer.stats.num_tokens} in {answer.stats.num_passes} passes"
+        f"plain decoding: {plain_s:.2f} s for {counted(plain.stats.num_tokens, 'token')} in "
+        f"{counted(plain.stats.num_passes, 'pass')}, {'the same' if is_same else 'DIFFERENT'} {what}; "
+        f"{decode['strategy']}: {ours_s:.2f} s for {answer.stats.num_tokens} in "
+        f"{counted(answer.stats.num_passes, 'pass')}"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from orthrus.cli.chat_partner import Messages, Partner
 from orthrus.cli.common import check_decode, parse_logit_bias
-from orthrus.cli.render import note
+from orthrus.cli.render import counted, note
 from orthrus.errors import UserInputError
 from orthrus.types import GenerationResult
 
@@ -94,9 +94,9 @@ def _stats(state: ChatState, rest: str) -> None:
     num_drafted, num_accepted = sum(s.num_drafted for s in stats), sum(s.num_accepted for s in stats)
     seconds = sum(s.ttft_ms + s.decode_ms for s in stats) / 1e3
     note(
-        f"{len(stats)} turns, {num_tokens} tokens in {seconds:.2f} s · "
-        f"tokens per forward {_ratio(num_tokens, num_passes):.2f} = {num_tokens} / {num_passes} passes · "
-        f"acceptance rate {_ratio(num_accepted, num_drafted):.0%} = {num_accepted} / {num_drafted} drafts"
+        f"{counted(len(stats), 'turn')}, {counted(num_tokens, 'token')} in {seconds:.2f} s · "
+        f"tokens per forward {_ratio(num_tokens, num_passes):.2f} = {num_tokens} / {counted(num_passes, 'pass')} · "
+        f"acceptance rate {_ratio(num_accepted, num_drafted):.0%} = {num_accepted} / {counted(num_drafted, 'draft')}"
     )
 
 
@@ -115,7 +115,7 @@ def _save(state: ChatState, rest: str) -> None:
         "stats": [r.stats.to_dict() for r in state.results],
     }
     write_text_atomic(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    note(f"wrote {len(state.messages)} messages to {file}")
+    note(f"wrote {counted(len(state.messages), 'message')} to {file}")
 
 
 def _bye(state: ChatState, rest: str) -> None:

@@ -144,7 +144,7 @@ def time_passes(
     if "auto" not in strategies:
         return
     for greedy in sorted({temperature == 0.0 for temperature in temperatures}):
-        with ProgressDisplay(quiet=quiet, count=True) as on_progress:
+        with ProgressDisplay(quiet=quiet, unit="rounds") as on_progress:
             stage = f"timing {'greedy' if greedy else 'sampled'} passes, once on this machine"
             orthrus.time_passes(partial(on_progress, stage), greedy=greedy)
 

@@ -17,7 +17,7 @@ from orthrus.base.owned import locked_file
 from orthrus.base.prompt_files import FilePrompt, read_prompt_file
 from orthrus.cli.common import load_orthrus, time_passes
 from orthrus.cli.progress import ProgressDisplay
-from orthrus.cli.render import note
+from orthrus.cli.render import counted, note
 from orthrus.errors import UserInputError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def generate_file(
         time_passes(orthrus, [decode["strategy"]], [decode["temperature"]], quiet=quiet)
         ids = _encoded(orthrus, prompts, asked, raw)
         started, num_tokens = perf_counter(), 0
-        with ProgressDisplay(quiet=quiet, count=True) as on_progress, _Appender(output, end) as out:
+        with ProgressDisplay(quiet=quiet, unit="prompts") as on_progress, _Appender(output, end) as out:
             for index, answer in _answers(orthrus, ids, decode, num_done, concurrency):
                 on_progress("answering", index, len(asked))
                 if answer is None:
@@ -80,7 +80,7 @@ def generate_file(
         if not quiet:
             kept = f", {num_done} were there" if num_done else ""
             note(
-                f"{len(asked) - num_done} answers, {num_tokens} tokens in {seconds:.2f} s · "
+                f"{counted(len(asked) - num_done, 'answer')}, {counted(num_tokens, 'token')} in {seconds:.2f} s · "
                 f"{num_tokens / seconds:.1f} tokens/s{kept}"
             )
 

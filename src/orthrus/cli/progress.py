@@ -6,21 +6,23 @@ from typing import Any
 
 from orthrus.base.text import printable
 
+BYTES = "bytes"
+
 
 class ProgressDisplay:
     """A context manager that is also the callback: `display(stage, done, total)`.
 
-    Counts are bytes, or plain numbers with `count=True`; a total of None means a spinner. It vanishes
-    from the terminal when it ends.
+    unit: what `done` and `total` count; the bar names it, as in "2/5 prompts". A total of None means that
+    nothing is counted: then there is a spinner. The bar vanishes from the terminal when it ends.
     """
 
-    def __init__(self, *, quiet: bool = False, count: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, unit: str = BYTES) -> None:
         self._stage: str | None = None
         self._quiet = quiet
         self._bar: Any = None
         self._task: Any = None
         if not quiet and sys.stderr.isatty():
-            self._bar = _bar(count)
+            self._bar = _bar(unit)
 
     def __enter__(self) -> "ProgressDisplay":
         if self._bar is not None:
@@ -53,12 +55,11 @@ class ProgressDisplay:
             self._task = self._bar.add_task(printable(stage), total=None)
 
 
-def _bar(count: bool) -> Any:
+def _bar(unit: str) -> Any:
     from rich.console import Console, RenderableType
     from rich.progress import (
         BarColumn,
         DownloadColumn,
-        MofNCompleteColumn,
         Progress,
         ProgressColumn,
         SpinnerColumn,
@@ -67,6 +68,10 @@ def _bar(count: bool) -> Any:
         TimeRemainingColumn,
     )
     from rich.text import Text
+
+    class Count(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{int(task.completed)}/{int(task.total or 0)} {unit}", style="progress.download")
 
     class WhenSized(ProgressColumn):
         """A column that stays empty while the total is unknown."""
@@ -78,7 +83,7 @@ def _bar(count: bool) -> Any:
         def render(self, task: Task) -> RenderableType:
             return Text() if task.total is None else self.inner(task)
 
-    amount = MofNCompleteColumn() if count else DownloadColumn()
+    amount = DownloadColumn() if unit == BYTES else Count()
     text = TextColumn("{task.description}", markup=False)
     return Progress(
         SpinnerColumn(),

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from orthrus.base.text import printable
+from orthrus.cli.wrap import WordWrap
 from orthrus.types import Cycle, DecodeStats, GenerationResult
 
 _UPPER_CONTROL = re.compile(r"[\x7f-\x9f]")
@@ -29,6 +30,12 @@ def print_json(content: Any) -> None:
     out("\n")
 
 
+def counted(number: int, one: str) -> str:
+    """A number and its noun: "1 turn", "2 turns", "2 passes"."""
+    many = f"{one}es" if one.endswith("s") else f"{one}s"
+    return f"{number} {one if number == 1 else many}"
+
+
 def note(text: str) -> None:
     """About the product: stderr, dimmed on a terminal."""
     text = printable(text)
@@ -42,25 +49,31 @@ def footer(stats: DecodeStats, finish_reason: str) -> str:
     tells no passes."""
     seconds = (stats.ttft_ms + stats.decode_ms) / 1e3
     times = (
-        f"{stats.num_tokens} tokens in {seconds:.2f} s ({finish_reason}) · "
+        f"{counted(stats.num_tokens, 'token')} in {seconds:.2f} s ({finish_reason}) · "
         f"{stats.tokens_per_second:.1f} tokens/s · first token after {stats.ttft_ms:.0f} ms"
     )
     if not stats.num_passes:
         return times
     return (
         f"{times}\ntokens per cycle {stats.tokens_per_cycle:.2f} = {max(stats.num_tokens - 1, 0)} after the first / "
-        f"{stats.num_cycles} cycles · tokens per forward {stats.tokens_per_forward:.2f} = "
-        f"{stats.num_tokens} / {stats.num_passes} passes · "
-        f"acceptance rate {stats.acceptance_rate:.0%} = {stats.num_accepted} / {stats.num_drafted} drafts"
+        f"{counted(stats.num_cycles, 'cycle')} · tokens per forward {stats.tokens_per_forward:.2f} = "
+        f"{stats.num_tokens} / {counted(stats.num_passes, 'pass')} · "
+        f"acceptance rate {stats.acceptance_rate:.0%} = {stats.num_accepted} / {counted(stats.num_drafted, 'draft')}"
     )
 
 
 def print_stream(cycles: Iterable[Cycle], marker: "DraftMarker | None" = None) -> None:
-    """Write the text of cycles to stdout as they come, and end the line."""
+    """Write the text of cycles to stdout as they come, and end the line. A terminal gets whole words."""
     last = ""
-    for cycle in cycles:
-        last = cycle.text or last
-        out(printable(cycle.text) if marker is None else marker.mark(cycle))
+    wrap = WordWrap() if sys.stdout.isatty() else None
+    try:
+        for cycle in cycles:
+            last = cycle.text or last
+            text = printable(cycle.text) if marker is None else marker.mark(cycle)
+            out(text if wrap is None else wrap.feed(text))
+    finally:
+        if wrap is not None:
+            out(wrap.end())
     out("" if last.endswith("\n") else "\n")
 
 

@@ -62,7 +62,7 @@ def verify(
         revision=found.model.get("revision") if model is None and named_model is None else None,
     )
     check_model(orthrus, found)
-    with ProgressDisplay(quiet=quiet, count=True) as on_progress:
+    with ProgressDisplay(quiet=quiet, unit="texts") as on_progress:
         checked = run(orthrus, found, lambda done, total: on_progress("decoding again", done, total))
     shown = [_text_differs(content, i, each.text) for i, each in enumerate(checked)]
     passed = all(each.position is None for each in checked) and not any(shown)

@@ -46,17 +46,22 @@ class StopStrings:
         self.matched: str | None = None
         self._stop = stop
         self._held = ""
+        self._num_passed = 0
+        """Characters held that a stop string must not end in."""
         self._hidden: list[bool] = []
         """For each character held whether it belongs to a special token."""
 
-    def push(self, piece: str, *, hidden: bool = False) -> tuple[str, bool]:
+    def push(self, piece: str, *, hidden: bool = False, may_end: bool = True) -> tuple[str, bool]:
         """Take new text; return (what may be shown now, whether a stop string is complete).
 
-        hidden: the piece is the name of a special token.
+        hidden: the piece is the name of a special token. may_end: stop strings that this piece completes count;
+        one that was completed by a piece that may not end the text is text, now and later.
         """
         self._held += piece
         self._hidden += [hidden] * len(piece)
-        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if not may_end:
+            self._num_passed = len(self._held)
+        found = [(at, stop) for stop in self._stop if (at := self._find(stop)) >= 0]
         if found:
             first, self.matched = min(found)
             shown = self._release(first)
@@ -69,10 +74,15 @@ class StopStrings:
         """The text held back, once nothing more will come."""
         return self._release(len(self._held))
 
+    def _find(self, stop: str) -> int:
+        """Where in the held text this stop string begins that may end the text; -1 if nowhere."""
+        return self._held.find(stop, max(0, self._num_passed - len(stop) + 1))
+
     def _release(self, count: int) -> str:
         """Take `count` characters off the front; returns those that are shown."""
         shown = "".join(c for c, hidden in zip(self._held[:count], self._hidden, strict=False) if not hidden)
         self._held, self._hidden = self._held[count:], self._hidden[count:]
+        self._num_passed = max(0, self._num_passed - count)
         return shown
 
 

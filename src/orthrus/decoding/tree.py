@@ -188,6 +188,19 @@ def accepted_rows(tree: DraftTree, ar_ids: Sequence[int]) -> list[int]:
     return rows
 
 
+def rejected_ids(tree: DraftTree, rows: Sequence[int]) -> list[int]:
+    """The tokens of the first branch that goes on where an accepted path ends: what the draft would have written.
+
+    rows: of the accepted nodes, from `accepted_rows`. In a best-first tree the first branch is the likeliest.
+    """
+    token_ids, last = [], rows[-1] if rows else 0
+    for row, (token_id, parent) in enumerate(zip(tree.token_ids, tree.parents, strict=True), start=1):
+        if parent == last:
+            token_ids.append(token_id)
+            last = row
+    return token_ids
+
+
 def with_chain(
     tree: DraftTree, token_ids: Sequence[int], log_probs: Sequence[float]
 ) -> tuple[DraftTree, list[bool]]:

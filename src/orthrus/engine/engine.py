@@ -120,7 +120,7 @@ class Engine:
             rules=LogitRules(
                 config.sampling, dual.vocab_size, dual.device, min_tokens=config.min_tokens, end_ids=ends
             ),
-            text=AnswerText(tokenizer, config.stop),
+            text=AnswerText(tokenizer, config.stop, min_tokens=config.min_tokens),
             slots=Slots(self.scheduler.pool),
             seed=randbits(63) if seed is None else seed,
             block_size=block_size,
@@ -256,6 +256,7 @@ class Engine:
             num_passes=step.num_passes,
             num_rows=step.num_rows,
             num_copied=step.num_copied,
+            rejected_ids=tuple(step.rejected_ids),
             elapsed_ms=request.elapsed_ms,
             finish_reason=request.finish,
             logprobs=None if request.config.logprobs is None else tuple(step.logprobs),

@@ -61,6 +61,7 @@ class Step:
     is_draft: list[bool] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     text: str = ""
+    rejected_ids: list[int] = field(default_factory=list)
     num_drafted: int = 0
     num_copied: int = 0
     num_passes: int = 0

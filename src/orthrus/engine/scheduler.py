@@ -119,9 +119,9 @@ class Scheduler:
         return False
 
     def _free_pages(self, num_pages: int) -> bool:
-        """Whether so many pages are free, after giving up kept ones."""
+        """Whether so many pages are free, after giving up kept ones; none are given up where all are too few."""
         missing = num_pages - self.pool.num_free
-        if missing > 0 and self.prefixes is not None:
+        if missing > 0 and self.prefixes is not None and missing <= self.prefixes.num_idle:
             missing -= self.prefixes.evict(missing)
         return missing <= 0
 

@@ -7,7 +7,7 @@ decides a token too. Strategies differ only in the parts that they want.
 from dataclasses import dataclass
 
 from orthrus.config import DecodeConfig
-from orthrus.decoding.tree import Candidates, accepted_rows
+from orthrus.decoding.tree import Candidates, accepted_rows, rejected_ids
 from orthrus.engine.adaptive import adaptive_verify, adaptive_work, copied, observe, observe_copy
 from orthrus.engine.parts import block_rows, draft_tree, draft_work, may_draft, verify_work
 from orthrus.engine.request import Request, Step, Work
@@ -95,6 +95,7 @@ def settle(
     request.late = request.drafts is not None
     if request.finish is not None:
         return None
+    step.rejected_ids += rejected_ids(work.tree, path)
     return _serving_block(work, rows)
 
 

@@ -74,7 +74,10 @@ def metrics(texts: Sequence[Told], seed: int) -> dict[str, Any]:
 
 
 def provenance(cycle: Cycle, token_bytes: TokenBytes) -> dict[str, Any]:
-    """Where the tokens of a record come from: `draft` where one had been drafted."""
+    """Where the tokens of a record come from: `draft` where one had been drafted.
+
+    `rejected`: the drafts that did not stand where the drafted ones end; of a tree, its first branch.
+    """
     return {
         "cycle": cycle.kind,
         "tokens": [
@@ -86,6 +89,7 @@ def provenance(cycle: Cycle, token_bytes: TokenBytes) -> dict[str, Any]:
             }
             for token_id, is_draft in zip(cycle.token_ids, cycle.is_draft, strict=True)
         ],
+        "rejected": [{"id": token_id, "text": token_bytes.text(token_id)} for token_id in cycle.rejected_ids],
         "num_drafted": cycle.num_drafted,
         "passes": cycle.num_passes,
     }

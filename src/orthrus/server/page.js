@@ -117,24 +117,36 @@ function totals(records, ms) {
   return { ms, tokens, passes, drafted, kept, speed: tokens && ms ? tokens / ms * 1000 : 0, ratio: passes ? tokens / passes : 0 };
 }
 
-// One record: runs of tokens that were drafted are marked. Where tokens hold parts of characters the text goes as a whole.
+// One record: runs of tokens that were drafted are marked, and rejected drafts are struck before the token that the model
+// put in their place. Where tokens hold parts of characters the text goes as a whole.
 function drawn(record) {
-  const made = document.createDocumentFragment(), runs = [];
+  const made = document.createDocumentFragment();
   const visible = record.tokens.filter((token) => !token.special);
   const isWhole = visible.map((token) => token.text).join("") === record.text;
-  for (const { text, draft } of isWhole ? visible : [{ text: record.text, draft: accepted(record) > 0 }]) {
+  const tokens = isWhole ? visible : [{ text: record.text, draft: accepted(record) > 0 }];
+  const replaces = isWhole && visible.length && !visible[visible.length - 1].draft ? 1 : 0;
+  made.append(...marked(tokens.slice(0, tokens.length - replaces)), ...struck(record), ...marked(tokens.slice(tokens.length - replaces)));
+  return made;
+}
+
+function marked(tokens) {
+  const runs = [];
+  for (const { text, draft } of tokens) {
     const last = runs[runs.length - 1];
     if (last && last.draft === draft) last.text += text;
     else runs.push({ text, draft });
   }
-  for (const { text, draft } of runs) if (text) made.append(draft ? element("span", text, "draft") : text);
+  return runs.filter((run) => run.text).map(({ text, draft }) => draft ? element("span", text, "draft") : text);
+}
+
+// The drafts that the model rejected: the text of those that would have come next, and how many there were.
+function struck(record) {
   const missed = record.num_drafted - accepted(record);
-  if (missed > 0) {
-    const mark = element("span", "", "missed");
-    mark.dataset.missed = missed;
-    made.append(mark);
-  }
-  return made;
+  if (missed <= 0) return [];
+  const mark = element("span", "", "missed");
+  mark.dataset.struck = record.rejected.map((token) => token.text).join("").replaceAll("\n", "↵").replace(/\s+/g, " ");
+  mark.dataset.missed = missed;
+  return [mark];
 }
 
 // Changes what is in a box that scrolls, which follows unless its reader has scrolled away.

@@ -290,7 +290,8 @@ def pass_flops(shape: Shape, work: Work) -> float:
         of all keys); less 2 C (q + 2 kv) in the first of them, unless a trained mask learns
     targets: 2 V C there, 2 V C back; a repair head 2 R there, 4 R back
     blocks that are probed and moved: their share of the forward pass and of the targets once more
-    recomputed: the forward pass of the layers that learn once more, without the MLP's last product where no norm follows it
+    recomputed: the forward pass of the layers that learn once more, without the MLP's last product where no norm
+        follows it
     """
     q, layers, learning = shape.queries, shape.num_layers, len(shape.learning_layers)
     twins = len(shape.twin_layers)
