@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the commands themselves: `python -m orthrus.cli.docs [--check]`."""
+"""Writes the reference pages from the code itself: `python -m orthrus.cli.docs [--check]`."""
 
 import sys
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from orthrus.cli.app import app
+from orthrus.cli.docs_reference import PAGES
 
 PAGE = Path("docs", "cli.md")
 HEAD = """# Command line
@@ -91,13 +92,13 @@ def main(args: list[str]) -> int:
     if args not in ([], ["--check"]):
         print("error: usage: python -m orthrus.cli.docs [--check]", file=sys.stderr)
         return 2
-    if args:
-        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page():
-            return 0
-        print(f"error: {PAGE} is out of date; run `python -m orthrus.cli.docs`.", file=sys.stderr)
-        return 1
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
-    PAGE.write_text(page(), encoding="utf-8")
+    for file, made in {PAGE: page, **PAGES}.items():
+        if args and not (file.is_file() and file.read_text(encoding="utf-8") == made()):
+            print(f"error: {file} is out of date; run `python -m orthrus.cli.docs`.", file=sys.stderr)
+            return 1
+        if not args:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(made(), encoding="utf-8")
     return 0
 
 
