@@ -133,7 +133,9 @@ def test_what_a_release_ships_is_there() -> None:
         assert (ROOT / source / "view.safetensors").is_file()
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")), ids=lambda f: f.stem
+)
 def test_issue_forms_are_forms(file: Path) -> None:
     form = yaml.safe_load(file.read_text(encoding="utf-8"))
     if file.stem == "config":
@@ -145,7 +147,8 @@ def test_issue_forms_are_forms(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("system", "machine"), [("darwin", "arm64"), ("darwin", "x86_64"), ("linux", "aarch64"), ("win32", "AMD64")]
+    ("system", "machine"),
+    [("darwin", "arm64"), ("darwin", "x86_64"), ("linux", "aarch64"), ("win32", "AMD64")],
 )
 @pytest.mark.filterwarnings("error")
 def test_platforms_that_nobody_has_tried_run_eagerly_by_default(

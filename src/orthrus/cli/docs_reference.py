@@ -120,7 +120,9 @@ def _json(value: Any) -> str:
 def _values(about: dict[str, Any]) -> str:
     """What a field may hold, in words."""
     if "$ref" in about:
-        return f"[{_name(about)}](#{_name(about).lower()})"
+        name = _name(about)
+        # What pydantic calls JsonValue has no fields to list.
+        return "any value" if name == "JsonValue" else f"[{name}](#{name.lower()})"
     if "anyOf" in about:
         return " or ".join(dict.fromkeys(_values(each) for each in about["anyOf"]))
     if "enum" in about:
