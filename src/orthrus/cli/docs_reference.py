@@ -4,6 +4,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 HTTP_HEAD = """# HTTP
@@ -103,7 +104,7 @@ def _model(name: str, model: dict[str, Any], paths: list[str]) -> Iterator[str]:
     if paths:
         yield f"The body of {', '.join(f'`{path}`' for path in paths)}.\n"
     if "description" in model and not model["description"].startswith("POST "):
-        yield " ".join(model["description"].split()) + "\n"
+        yield fill(" ".join(model["description"].split()), width=120) + "\n"
     yield "| field | values | default |\n| --- | --- | --- |"
     for field, about in model["properties"].items():
         default = "required" if field in model.get("required", ()) else _json(about.get("default"))
