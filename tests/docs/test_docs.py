@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 OUTSIDE = ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG")
 PAGES = sorted([*(ROOT / f"{name}.md" for name in OUTSIDE), *(ROOT / "docs").rglob("*.md")])
 # Other branches change them while this is written; they are wrapped when these are in.
-UNWRAPPED = {"cli.md", "measured.md", "metrics.md", "serving.md", "training.md"}
+UNWRAPPED = {"cli.md", "measured.md", "metrics.md", "serving.md", "training.md", "lm-eval.md", "reproduce.md"}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -183,7 +183,10 @@ def pages_of(part: Any) -> list[str]:
 
 def prose(page: Path) -> list[str]:
     """Lines outside of code, tables and headings."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = page.read_text(encoding="utf-8")
+    # Code, and what programs write.
+    for left_out in (r"^```.*?^```$", r"^<!-- (?:table|begin).*?^<!-- end -->$"):
+        text = re.sub(left_out, "", text, flags=re.MULTILINE | re.DOTALL)
     return [line for line in text.splitlines() if not line.startswith(("|", "#", "    ", "!", "<"))]
 
 

@@ -1,9 +1,10 @@
 """Training steps of tiny models, measured: what autograd saves, what lives at the peak, what is multiplied."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from tests.packed import pack
 from tests.tiny import tiny_dual, tiny_prompt
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,9 +13,9 @@ from orthrus.model.dual_view import DualView
 from orthrus.training.blocks import BlockBatch, BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample
 from orthrus.training.forward import Objective, TrainingPass
-from orthrus.training.packing import pack
 from orthrus.training.plan import Shape, Work
 from orthrus.training.plan_shape import shape_of
+from orthrus.training.recipe import ActivationKind
 from orthrus.training.speed import FlopCounter
 
 LENGTH, ANCHORS, SIZE, ROWS = 64, 16, 8, 2
@@ -50,7 +51,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 def training(
-    name: str, dtype: torch.dtype, *, trains_twins: bool = True, **variant: Any
+    name: str,
+    dtype: torch.dtype,
+    *,
+    trains_twins: bool = True,
+    activations: ActivationKind = "none",
+    **variant: Any,
 ) -> tuple[TrainingPass, BlockBatch]:
     """A pass over two rows, each one dialogue, and the batch."""
     dual = tiny_dual(name, block_size=SIZE, disturb=0.1, **variant)
@@ -60,7 +66,7 @@ def training(
         parameter.requires_grad_(trains_twins or path.startswith("repair."))
     samples = [Sample(tuple(tiny_prompt(4, i)), tuple(tiny_prompt(60, 9 + i)), "t") for i in range(ROWS)]
     rows = pack(samples, LENGTH)
-    return TrainingPass(dual, Objective(), "dense"), draw_blocks(
+    return TrainingPass(dual, Objective(), "dense", activations), draw_blocks(
         rows, list(range(ROWS)), ANCHORS, BlockLayout(block_size=SIZE)
     )
 
@@ -71,8 +77,15 @@ def step(passed: TrainingPass, batch: BlockBatch, dtype: torch.dtype) -> None:
     loss.backward()
 
 
-def measure(name: str, dtype: torch.dtype, *, trains_twins: bool = True, **variant: Any) -> Measured:
-    passed, batch = training(name, dtype, trains_twins=trains_twins, **variant)
+def measure(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    trains_twins: bool = True,
+    activations: ActivationKind = "none",
+    **variant: Any,
+) -> Measured:
+    passed, batch = training(name, dtype, trains_twins=trains_twins, activations=activations, **variant)
     sizes: dict[int, int] = {}
     kept: list[torch.Tensor] = []
     weights = _weights(passed.dual)
@@ -90,7 +103,10 @@ def measure(name: str, dtype: torch.dtype, *, trains_twins: bool = True, **varia
     with FlopCounter() as counter:
         step(passed, batch, dtype)
     return Measured(
-        shape_of(passed.dual, trains_twins), work_of(batch, dtype), sum(sizes.values()), counter.total
+        shape_of(passed.dual, trains_twins),
+        replace(work_of(batch, dtype), recomputed=activations == "layer"),
+        sum(sizes.values()),
+        counter.total,
     )
 
 

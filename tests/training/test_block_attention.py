@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.packed import pack
 from torch import Tensor
 
 from orthrus.model.dual_view import additive_mask
@@ -11,7 +12,6 @@ from orthrus.training import block_attention
 from orthrus.training.block_attention import BlockContext, block_groups
 from orthrus.training.blocks import BlockBatch, BlockLayout, context_mask, draw_blocks
 from orthrus.training.corpus import Sample
-from orthrus.training.packing import pack
 
 SIZE = 4
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.packed import pack
 from tests.rows import Rows
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.training.test_trainer import CONFIG, run
@@ -14,7 +15,6 @@ from orthrus.model.passes import block
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample
 from orthrus.training.forward import Objective, TrainingPass
-from orthrus.training.packing import pack
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.recipe_file import load_recipe
 from orthrus.training.trainer import Hooks
@@ -115,7 +115,7 @@ def test_anchors_are_the_same_in_every_layout():
 
 
 def test_shares_are_kept_and_rows_do_not_hang_on_each_other():
-    rows = packed_rows() * 40
+    rows = [*packed_rows()] * 40
     seeds = list(range(len(rows)))
     layout = BlockLayout(block_size=6, num_clean=3, clean_share=0.3, reveal=0.25)
     batch = draw_blocks(rows, seeds, 12, layout)

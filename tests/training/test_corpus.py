@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tests.engines import decode, engine_for
+from tests.packed import corpus_digest
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.tiny_orthrus import tiny_orthrus
 
@@ -18,8 +19,7 @@ from orthrus.training.answers import Answer, EngineAnswerer, Question, answer_al
 from orthrus.training.corpus import (
     PROMPTS,
     Unseen,
-    corpus_digest,
-    load_corpus,
+    read_corpus,
     read_jsonl,
     shard_path,
 )
@@ -83,16 +83,16 @@ def test_progress_counts_answers_and_estimates_from_whole_shards(tmp_path: Path)
     assert all(p.seconds_left is None for p in answers if p.done < 4)
     assert all(p.seconds_left is not None for p in answers if p.done > 4)
     assert answers[-1].seconds_left == 0
-    assert answers[-1].num_tokens >= sum(len(s.answer_ids) for s in load_corpus(tmp_path / "corpus"))
+    assert answers[-1].num_tokens >= sum(len(s.answer_ids) for s in read_corpus(tmp_path / "corpus"))
 
 
 def test_answers_are_the_bases_own_and_shares_are_kept(tmp_path: Path) -> None:
-    samples = load_corpus(make(tmp_path, config_=config(tmp_path, greedy_share=1.0)))
+    samples = list(read_corpus(make(tmp_path, config_=config(tmp_path, greedy_share=1.0))))
     for sample in samples:
         settings = DecodeConfig(max_new_tokens=12, strategy="ar")
         alone = decode(ORTHRUS.dual, list(sample.prompt_ids), settings, eos=frozenset({2}))
         assert alone.token_ids == sample.answer_ids
-    sampled = load_corpus(make(tmp_path, "sampled", config(tmp_path, greedy_share=0.0)))
+    sampled = list(read_corpus(make(tmp_path, "sampled", config(tmp_path, greedy_share=0.0))))
     assert corpus_digest(sampled) != corpus_digest(samples)
     manifest = json.loads((tmp_path / "sampled" / MANIFEST).read_text())
     assert manifest["settings"]["greedy_share"] == 0.0
@@ -171,7 +171,7 @@ def test_answers_that_go_round_in_circles_are_left_out(tmp_path: Path) -> None:
     told = Told(lambda q: Answer(q.key, [5] * 12 if q.key % 2 else list(range(12)), True))
     folder = tmp_path / "corpus"
     synthesise(ORTHRUS.base, told, config(tmp_path), folder)
-    assert len(load_corpus(folder)) == 5
+    assert len(list(read_corpus(folder))) == 5
     assert all(record["prompt"] % 2 == 0 for file in folder.glob("answers-*") for record in read_jsonl(file))
 
 
@@ -221,7 +221,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     folder = make(tmp_path)
     shard_path(folder, 1).write_text('{"prompt": 1, "answer')
     with pytest.raises(CorruptFileError, match=r"answers-00001\.jsonl, line 1"):
-        load_corpus(folder)
+        list(read_corpus(folder))
 
 
 @pytest.mark.parametrize(

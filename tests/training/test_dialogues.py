@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from tests.folders import letter_tokenizer
+from tests.packed import pack
 
 from orthrus.base.prompt import encode_prompt
 from orthrus.errors import UserInputError
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample
 from orthrus.training.dialogues import Dialogue, answered, begin, turn_template, user_said
-from orthrus.training.packing import pack
 
 # U and A open a turn, </s> ends it.
 TEMPLATE = (

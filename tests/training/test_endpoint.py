@@ -16,7 +16,7 @@ from orthrus.api import Orthrus
 from orthrus.config import SamplingParams
 from orthrus.errors import ModelNotFoundError, UserInputError
 from orthrus.training.answers import Answer, EngineAnswerer, Question
-from orthrus.training.corpus import PROMPTS, left_out, load_corpus, read_jsonl, shard_path
+from orthrus.training.corpus import PROMPTS, left_out, read_corpus, read_jsonl, shard_path
 from orthrus.training.endpoint import EndpointAnswerer, EndpointConfig
 from orthrus.training.endpoint_guard import agreement
 from orthrus.training.endpoint_http import Patience
@@ -204,7 +204,7 @@ def test_what_was_left_out_is_counted_and_stays_out(orthrus: Orthrus, server: Br
     folder = make(orthrus, Broken(), tmp_path / "corpus", config(tmp_path))
     (number,) = left_out(folder).values()
     assert 0 < number < 10
-    assert len(load_corpus(folder)) == 10 - number
+    assert len(list(read_corpus(folder))) == 10 - number
 
 
 def test_servers_that_take_no_ids_are_asked_in_messages(orthrus: Orthrus) -> None:

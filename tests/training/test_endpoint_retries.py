@@ -13,7 +13,7 @@ from tests.training.endpoint_servers import Scripted, refused, written
 from tests.training.test_endpoint import answerer, answers, questions
 
 from orthrus.errors import ModelNotFoundError, UserInputError
-from orthrus.training.endpoint_http import _seconds
+from orthrus.training.endpoint_http import Patience, _seconds
 
 ORTHRUS = byte_orthrus()
 
@@ -77,6 +77,20 @@ def test_a_server_that_stays_silent_ends_the_run_in_one_sentence() -> None:
 
     with pytest.raises(ModelNotFoundError, match="All connection attempts failed"):
         answers(ORTHRUS, Scripted(nobody), 1)
+
+
+def test_a_server_that_was_never_reached_is_given_up_sooner() -> None:
+    asked = []
+
+    def nobody(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        raise httpx.ConnectError("All connection attempts failed", request=request)
+
+    patience = Patience(attempts=20, first_attempts=2, first_rest=0.01, longest_rest=0.02)
+    there = answerer(ORTHRUS, httpx.MockTransport(nobody), patience=patience)
+    with there as ask, pytest.raises(ModelNotFoundError, match="after 2 attempts"):
+        list(ask(questions(ORTHRUS, 1), max_new_tokens=4))
+    assert len(asked) == 2
 
 
 def test_one_question_that_no_server_can_take_is_left_out() -> None:

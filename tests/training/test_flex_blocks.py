@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.packed import pack
 from tests.tiny import FAMILY_CONFIGS, tiny_dual, tiny_prompt
 
 from orthrus.base.families import layer_windows
@@ -11,7 +12,6 @@ from orthrus.training.blocks import BlockBatch, BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample
 from orthrus.training.flex_blocks import check_attention, pick_attention
 from orthrus.training.forward import Objective, TrainingPass
-from orthrus.training.packing import pack
 
 # Uncompiled FlexAttention says that it is slow, which is why nobody trains with it.
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

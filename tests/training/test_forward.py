@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.packed import pack
 from tests.rows import Rows
 from tests.tiny import FAMILY_CONFIGS, VARIANTS, tiny_dual, tiny_prompt, variant_of
 
@@ -9,7 +10,6 @@ from orthrus.model.passes import block
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.corpus import Sample
 from orthrus.training.forward import Objective, TrainingPass
-from orthrus.training.packing import pack
 
 LAYOUT = BlockLayout(block_size=5)
 

@@ -15,7 +15,8 @@ from tests.training.test_trainer import CONFIG, run
 
 from orthrus.errors import OrthrusError
 from orthrus.training import manifest
-from orthrus.training.corpus import load_corpora, read_source
+from orthrus.training.corpus import read_source
+from orthrus.training.packs import packed_corpora
 from orthrus.training.prompt_sources import read_prompt_texts
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.recipe_file import load_recipe
@@ -122,19 +123,19 @@ def test_records_of_a_corpus_with_wrong_values(tmp_path: Path, key: str) -> None
         if (key, value) in (("domain", "0"), ("answer_ids", [])) or (key == "prompt" and value is False):
             continue
         with pytest.raises(OrthrusError) as caught:
-            load_corpora([str(spoilt)])
+            packed_corpora([str(spoilt)], 32)
         one_sentence(caught.value)
         assert ".jsonl" in str(caught.value)
     for missing in (corpus(tmp_path, {}), corpus(tmp_path, answer={})):
         with pytest.raises(OrthrusError):
-            load_corpora([str(missing)])
+            packed_corpora([str(missing)], 32)
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_lines_of_a_corpus_that_are_no_records(tmp_path: Path, line: bytes) -> None:
     for folder in (corpus(tmp_path, line), corpus(tmp_path, answer=line)):
         with pytest.raises(OrthrusError, match=r"\.jsonl"):
-            load_corpora([str(folder)])
+            packed_corpora([str(folder)], 32)
     (tmp_path / "source-00.jsonl").write_bytes(line)
     with pytest.raises(OrthrusError, match="line 1"):
         read_source(tmp_path / "source-00.jsonl")
@@ -145,15 +146,15 @@ def test_lines_of_a_corpus_that_are_no_records(tmp_path: Path, line: bytes) -> N
 def test_a_truncated_shard_a_mark_and_folders_in_the_place_of_files(tmp_path: Path) -> None:
     whole = json.dumps(ANSWER).encode()
     with pytest.raises(OrthrusError, match=r"line 2 .* run synth again"):
-        load_corpora([str(corpus(tmp_path, answer=whole + b"\n" + whole[:-9]))])
+        packed_corpora([str(corpus(tmp_path, answer=whole + b"\n" + whole[:-9]))], 32)
     marked = corpus(tmp_path, b"\xef\xbb\xbf" + json.dumps(PROMPT).encode(), whole + b"\r\n\n")
-    assert len(load_corpora([str(marked)])[str(tmp_path)]) == 1
+    assert packed_corpora([str(marked)], 32).dialogues == 1
     (tmp_path / "answers-00001.jsonl").mkdir()
     with pytest.raises(OrthrusError, match=r"answers-00001\.jsonl cannot be read"):
-        load_corpora([str(tmp_path)])
+        packed_corpora([str(tmp_path)], 32)
     for name in ("prompts.jsonl", "nowhere", "prompts.jsonl/x", "a\0b", "~nobody-here"):
         with pytest.raises(OrthrusError):
-            load_corpora([str(tmp_path / name)])
+            packed_corpora([str(tmp_path / name)], 32)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_manifests(tmp_path: Path, text: str) -> None:
         lambda: manifest.note_source(tmp_path, "source-00.jsonl", {}),
         lambda: manifest.forget_sources(tmp_path),
         lambda: manifest.base_fingerprint(tmp_path),
-        lambda: load_corpora([str(tmp_path), str(tmp_path) + "/."]),
+        lambda: packed_corpora([str(tmp_path), str(tmp_path) + "/."], 32),
     ]
     for check in checks:
         with pytest.raises(OrthrusError, match=r"manifest\.json is damaged"):

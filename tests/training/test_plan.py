@@ -99,6 +99,12 @@ def test_saved_bytes_and_operations_with_a_repair_head(trains_twins: bool) -> No
     assert_planned("llama", torch.bfloat16, trains_twins=trains_twins, repair_rank=8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", sorted(FAMILY_CONFIGS))
+def test_saved_bytes_and_operations_of_layers_that_run_again(name: str, dtype: torch.dtype) -> None:
+    assert_planned(name, dtype, activations="layer")
+
+
 def assert_planned(name: str, dtype: torch.dtype, **settings: Any) -> None:
     found = measure(name, dtype, **settings)
     shape, work = found.shape, found.work
@@ -108,6 +114,12 @@ def assert_planned(name: str, dtype: torch.dtype, **settings: Any) -> None:
     beside += (1 + shape.windowed) * work.dtype_bytes * work.block_rows * work.row_length
     unread = shape.num_layers - len(shape.learning_layers)
     beside += unread * rows * (shape.keys + shape.values) * work.dtype_bytes
+    if work.recomputed:
+        # Of these, autograd holds the functions that will make or read them.
+        learning = shape.learning_layers
+        beside += work.block_rows * max(layer_bytes(shape, work, layer) for layer in learning)
+        beside += len(learning) * rows * (shape.keys + shape.values) * work.dtype_bytes
+        beside += work.block_rows * 2 * shape.rope_tables * shape.head_dim * work.dtype_bytes
     # Autograd's, but gone with its chunk: a part of the logits.
     beside -= shape.capped_logits * work.target_rows * shape.vocab * work.dtype_bytes
     assert found.saved == pytest.approx(activation_bytes(shape, work) - beside, rel=SAVED)
@@ -116,7 +128,7 @@ def assert_planned(name: str, dtype: torch.dtype, **settings: Any) -> None:
     if shape.experts is not None:
         weights = shape.experts[1] * 3 * shape.mlp * shape.hidden
         uncounted += 2 * weights * (shape.num_layers * (rows + work.block_rows))
-        uncounted += 2 * weights * len(shape.learning_layers) * work.block_rows
+        uncounted += 2 * weights * len(shape.learning_layers) * work.block_rows * (1 + work.recomputed)
     assert found.flops == pytest.approx(pass_flops(shape, work) - uncounted, rel=FLOPS)
 
 

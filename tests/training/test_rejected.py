@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.packed import pack
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.training.test_trainer import CONFIG, run
 
@@ -12,7 +13,6 @@ from orthrus.model.drafting import repaired
 from orthrus.training.blocks import BlockLayout, draw_blocks, moving_blocks, rejected_anchors
 from orthrus.training.corpus import Sample
 from orthrus.training.forward import Objective, TrainingPass
-from orthrus.training.packing import pack
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.trainer import Hooks
 

@@ -50,11 +50,11 @@ def test_recipe_values_of_the_wrong_kind_are_refused(tmp_path, text):
 
 
 def test_fewer_rows_than_processes_are_refused(monkeypatch, tmp_path):
+    from tests.packed import pack
     from tests.tiny import tiny_dual
     from tests.training.test_trainer import CONFIG, own_answers
 
     from orthrus.training import trainer
-    from orthrus.training.packing import pack
 
     dual = tiny_dual(block_size=5, mask_token_id=None)
     rows = pack(own_answers(dual, 2, 10), 48)

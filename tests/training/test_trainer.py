@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.engines import decode
+from tests.packed import corpus_digest, pack
 from tests.tiny import tiny_dual, tiny_prompt
 
 from orthrus.config import DecodeConfig
 from orthrus.errors import UserInputError
-from orthrus.training.corpus import Sample, corpus_digest
-from orthrus.training.packing import pack
+from orthrus.training.corpus import Sample
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.recipe_file import load_recipe
 from orthrus.training.trainer import DivergedError, Hooks, train
@@ -130,10 +130,3 @@ def test_overrides_win_and_numbers_may_be_written_as_text(tmp_path):
     file.write_text("learning_rate: 2e-4\nlayers: [0, 1]\n")
     config = load_recipe(file, ["block_size=16", "learning_rate=1e-3"])
     assert (config.block_size, config.learning_rate, config.layers) == (16, 1e-3, (0, 1))
-
-
-def test_a_dialogue_longer_than_the_row_is_refused_or_left_out():
-    samples = [Sample((1, 2), (3,) * 30, "test"), Sample((1, 2), (3,) * 5, "test")]
-    with pytest.raises(UserInputError, match="1 of 2 dialogues are longer"):
-        pack(samples, 16)
-    assert len(pack(samples, 16, drop_long=True)) == 1

@@ -74,7 +74,7 @@ def test_drafts_are_marked_and_the_chart_shows_each_cycle(page: Page, url: str) 
     assert any(struck)
     shown = page.locator("#auto-text .missed").evaluate_all("all => all.map(each => each.dataset.struck)")
     assert shown == [
-        re.sub(r"\s+", " ", text)
+        re.sub(r"\s+", " ", text.replace("\n", "↵"))
         for text, record in zip(struck, records, strict=True)
         if record["num_drafted"] > sum(token["draft"] for token in record["tokens"])
     ]

@@ -3,7 +3,7 @@
 The baseline is the stock model's own `generate`, or plain decoding by the same runner.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,19 +12,18 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from orthrus.api import Orthrus, Prompt
+from orthrus.audit.answers import Answers
 from orthrus.audit.explain import explain, first_difference
+from orthrus.audit.full import FullOptions, run_full
 from orthrus.audit.report import AuditReport, Mismatch, StrategyResult
+from orthrus.audit.soundness import model_faults
 from orthrus.base.provenance import provenance
 from orthrus.config import BASELINES, FIXED_STRATEGIES, Baseline, DecodeConfig, SamplingParams, Strategy
 from orthrus.decoding.noise import exponential_noise
 from orthrus.decoding.sampling import filtered_probs
-from orthrus.engine.beside import EngineBeside
 from orthrus.engine.limits import check_block_size, check_prompt
-from orthrus.engine.request import Request
 from orthrus.engine.stock import stock_generate
-from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
-from orthrus.model.pool import SlotPool, Slots
 from orthrus.types import GenerationResult
 
 OnProgress = Callable[[str, int, int], None]
@@ -45,6 +44,7 @@ class AuditOptions:
     against: "stock", "plain", or None for `default_baseline`. With a temperature above 0 the baseline draws
     too, with the very noise that ours draws with: then even sampled texts must be equal, token for token.
     concurrency: requests that share the passes of our side; a baseline always answers one at a time.
+    full: also test the law of sampled text, its length and variety: see `orthrus.audit.full`.
     Raises UserInputError for a value out of range.
     """
 
@@ -59,6 +59,7 @@ class AuditOptions:
     temperature: float = 0.0
     seed: int = 0
     concurrency: int = 1
+    full: FullOptions | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts or not self.strategies:
@@ -110,7 +111,7 @@ def run_audit(orthrus: Orthrus, options: AuditOptions, on_progress: OnProgress |
     damages: list[str] = []
 
     def answers(config: DecodeConfig, name: str, done: int, concurrency: int) -> list[GenerationResult]:
-        run = _Run(orthrus, prompts, config, concurrency)
+        run = Answers(orthrus, [(ids, config) for ids in prompts], concurrency)
         for num_answers in run:
             report(name, done + num_answers, total)
         damages.extend(f"prompt {index + 1}, {name}: {what}" for index, what in run.damages)
@@ -135,12 +136,18 @@ def run_audit(orthrus: Orthrus, options: AuditOptions, on_progress: OnProgress |
                 mismatches.append(
                     _mismatch(orthrus, against, prompt_ids, config, index, ids, result.token_ids)
                 )
+    full = None
+    if options.full is not None:
+        full = run_full(orthrus, against, prompts, options.decode_config("ar"), options.full, report)
+        damages.extend(full.damages)
     report("done", total, total)
     about = orthrus.describe()
     return AuditReport(
         strategies=tuple(_result(name, results[name], mismatches) for name in strategies),
         mismatches=tuple(mismatches),
         damages=tuple(damages),
+        faults=tuple(model_faults(orthrus)),
+        full=full,
         model=about,
         options={
             "num_prompts": len(prompts),
@@ -185,56 +192,6 @@ def _stock_ids(orthrus: Orthrus, prompt_ids: list[int], config: DecodeConfig) ->
         processor=None if sampling.greedy else NoisyChoice(sampling.temperature, sampling.seed or 0),
     )
     return run.token_ids
-
-
-class _Run:
-    """All prompts answered by one engine. Iterate to run: yields how many answers there are when that changes.
-
-    damages: (prompt, what is wrong with the slots that its request left behind).
-    """
-
-    def __init__(
-        self, orthrus: Orthrus, prompts: list[list[int]], config: DecodeConfig, concurrency: int
-    ) -> None:
-        self.damages: list[tuple[int, str]] = []
-        self._engine = engine = EngineBeside(orthrus.engine, max_running=concurrency)
-        ends = orthrus.base.eos_token_ids
-        self._requests = [engine.submit(ids, config, eos_token_ids=ends) for ids in prompts]
-        for index, request in enumerate(self._requests):
-            self._check_slots(index, request)
-
-    def __iter__(self) -> Iterator[int]:
-        known = -1
-        while (num_answers := sum(request.closed for request in self._requests)) < len(self._requests):
-            if num_answers > known:
-                known = num_answers
-                yield known
-            self._engine.step()
-
-    @property
-    def results(self) -> list[GenerationResult]:
-        return [TokenStream(self._engine, request).drain() for request in self._requests]
-
-    def _check_slots(self, index: int, request: Request) -> None:
-        """Nothing has run yet, so the request can be given slots that are checked."""
-        request.slots = _CheckedSlots(
-            self._engine.scheduler.pool, lambda what: self.damages.append((index, what))
-        )
-
-
-class _CheckedSlots(Slots):
-    """Slots that are checked while they still are the request's: when it gives them back."""
-
-    def __init__(self, pool: SlotPool, on_damage: Callable[[str], None]) -> None:
-        super().__init__(pool)
-        self._on_damage = on_damage
-
-    def free(self) -> None:
-        try:
-            self.check()
-        except AssertionError as error:
-            self._on_damage(str(error))
-        super().free()
 
 
 def _mismatch(

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from orthrus.audit.explain import MARGIN, NUM_CANDIDATES, Verdict
+from orthrus.audit.full_report import FULL_LEGEND, FullReport, bound
 from orthrus.base.markdown import markdown_table
 
 LEGEND = {
@@ -67,10 +68,16 @@ class StrategyResult:
     acceptance_rate: float | None
     tokens_per_forward: float
 
+    @property
+    def bound(self) -> str:
+        """What the differences, or that there are none, say about the rate of them."""
+        return f"{self.strategy}: {bound(self.num_prompts - self.num_identical, self.num_prompts, 'outputs')}"
+
 
 @dataclass(frozen=True)
 class AuditReport:
-    """`damages`: slot caches that broke their invariant, each a sentence."""
+    """`damages`: slot caches that broke their invariant; `faults`: what is wrong with the model itself; each a
+    sentence. `full`: the tests of sampled text, where they were asked for."""
 
     strategies: tuple[StrategyResult, ...]
     mismatches: tuple[Mismatch, ...]
@@ -78,11 +85,15 @@ class AuditReport:
     model: dict[str, Any]
     options: dict[str, Any]
     provenance: dict[str, Any]
+    faults: tuple[str, ...] = ()
+    full: FullReport | None = None
 
     @property
     def passed(self) -> bool:
-        """No broken rule and no damaged cache; near-ties do not count against it."""
-        return not self.damages and not any(s.num_broken for s in self.strategies)
+        """No broken rule, damaged cache or fault of the model, and sampled text of the base's law where that
+        was tested; near-ties do not count against it."""
+        is_sound = not (self.damages or self.faults or (self.full is not None and self.full.failures))
+        return is_sound and not any(s.num_broken for s in self.strategies)
 
     @property
     def summary(self) -> str:
@@ -98,6 +109,8 @@ class AuditReport:
             f"{'PASSED' if self.passed else 'FAILED'}: {same} of {runs} outputs identical to {whose}, "
             f"{ties} near-ties, {broken} broken rules, {len(self.damages)} damaged caches "
             f"({m['model']}, {m['dtype']} on {m['device']}, {m['view']} view{self._company}).{self._quantised}"
+            f"{''.join(f' Fault: {fault}.' for fault in self.faults)}"
+            f"{f' {self.full.summary[0].upper()}{self.full.summary[1:]}' if self.full else ''}"
         )
 
     @property
@@ -118,17 +131,18 @@ class AuditReport:
         """JSON-ready and complete: verdict, counts, differences, formulas, model, options and provenance."""
         return {
             "kind": "orthrus-audit",
-            "format_version": 3,
+            "format_version": 4,
             "passed": self.passed,
             "summary": self.summary,
             "model": self.model,
             "options": self.options,
             "provenance": self.provenance,
             "legend": LEGEND,
-            "strategies": [asdict(s) for s in self.strategies],
+            "strategies": [asdict(s) | {"bound": s.bound} for s in self.strategies],
             "mismatches": [asdict(m) for m in self.mismatches],
             "damages": list(self.damages),
-        }
+            "faults": list(self.faults),
+        } | ({} if self.full is None else {"full": self.full.to_dict()})
 
     def to_table(self) -> RenderableType:
         """For a terminal: counts by strategy, the differences, the formulas, the verdict."""
@@ -137,6 +151,10 @@ class AuditReport:
             parts.append(_table(_DIFFERENCES, [_difference(m) for m in self.mismatches]))
         shown = LEGEND if self.mismatches else {k: v for k, v in LEGEND.items() if k not in _ONLY_DIFFERENCES}
         parts += [f"[dim]{name}: {formula}[/dim]" for name, formula in shown.items()]
+        parts += [escape(s.bound) for s in self.strategies]
+        if self.full is not None:
+            parts += [_table(*self.full.test_table), _table(*self.full.text_table)]
+            parts += [f"[dim]{name}: {escape(formula)}[/dim]" for name, formula in FULL_LEGEND.items()]
         parts += [f"damaged cache: {escape(what)}" for what in self.damages]
         return Group(*parts, escape(self.summary))
 
@@ -145,7 +163,10 @@ class AuditReport:
         if self.mismatches:
             lines += ["", markdown_table(_DIFFERENCES, [_difference(m) for m in self.mismatches])]
         lines += ["", *(f"- `{name}`: {formula}" for name, formula in LEGEND.items())]
+        lines += [f"- {s.bound}" for s in self.strategies]
         lines += [f"- damaged cache: {what}" for what in self.damages]
+        if self.full is not None:
+            lines += ["", self.full.to_markdown()]
         return "\n".join(lines) + "\n"
 
     def to_csv(self) -> str:

@@ -1,6 +1,6 @@
 """The logits of one position by the baseline alone, in passes of several shapes: what rounding can do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +59,35 @@ def baseline_logits(
         name: _last_logits(_stock(model, dual if name == AS_DECODED else None), ids, shape)
         for name, shape in shapes.items()
     }
+
+
+@torch.inference_mode()
+def continuation_logits(
+    orthrus: Orthrus, against: Baseline, prompt_ids: list[int], longest: int
+) -> Callable[[Sequence[int]], Tensor]:
+    """A function: new ids, at most `longest`, -> the baseline's float32 logits_V of the token after them.
+
+    The prompt is fed once; call the function in inference mode. By the runner that decodes, or by the stock
+    model, without any of our drafting.
+    """
+    num_prompt = len(prompt_ids)
+    size = orthrus.engine.config.chunk if against == "plain" else num_prompt
+    prompt = [Chunk(start, length, [length - 1]) for start, length in _cuts(0, num_prompt, size)]
+    feed = (
+        _plain(orthrus.engine.runner, [*prompt, Chunk(num_prompt, longest, [])])
+        if against == "plain"
+        else _stock(orthrus.stock(), None)
+    )
+    after_prompt_V = _last_logits(feed, prompt_ids, prompt)
+
+    def logits_after(new_ids: Sequence[int]) -> Tensor:
+        if not new_ids:
+            return after_prompt_V
+        # Row by row, as plain decoding reads them.
+        rows = [Chunk(num_prompt + i, 1, [0]) for i in range(len(new_ids))]
+        return _last_logits(feed, [*prompt_ids, *new_ids], rows)
+
+    return logits_after
 
 
 def _last_logits(feed: Feed, ids: list[int], chunks: list[Chunk]) -> Tensor:

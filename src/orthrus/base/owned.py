@@ -114,12 +114,13 @@ def _digest(file: Path) -> str:
 
 
 @contextmanager
-def locked_folder(folder: Path, doing: str) -> Iterator[None]:
+def locked_folder(folder: Path, doing: str, *, wait: bool = False) -> Iterator[None]:
     """Hold `folder`, which must exist, for this process alone; `doing` says for what, as in "trains".
 
-    Raises UserInputError naming the process that holds it, StorageError when its lock cannot be written.
+    wait: until another process that holds it lets it go. Else raises UserInputError naming that process; in any
+    case StorageError when the lock cannot be written.
     """
-    with _locked(folder / LOCK, f"{doing} in {folder}", "output folder"):
+    with _locked(folder / LOCK, f"{doing} in {folder}", "output folder", wait=wait):
         yield
 
 
@@ -131,13 +132,13 @@ def locked_file(target: Path, doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(file: Path, doing: str, what: str) -> Iterator[None]:
+def _locked(file: Path, doing: str, what: str, *, wait: bool = False) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     lock = FileLock(file)
     try:
         with storage_errors(file):
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=-1 if wait else 0)
     except Timeout as error:
         raise UserInputError(
             f"{_holder(file)} {doing}; wait for it, stop it, or give another {what}."

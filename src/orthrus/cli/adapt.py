@@ -268,30 +268,26 @@ class _Adapting:
             )
 
     def _train(self, base: "Base", dual: "DualView") -> None:
-        from orthrus.training.corpus import corpus_digest, load_corpora
-        from orthrus.training.packing import pack
+        from orthrus.training.packs import packed_corpora
         from orthrus.training.recipe import to_plain
-        from orthrus.training.start import check_samples
+        from orthrus.training.start import check_packs
         from orthrus.training.trainer import Hooks, train
 
-        corpora = load_corpora(self.config.corpus)
-        samples = [sample for part in corpora.values() for sample in part]
-        check_samples(base, samples, self.config.corpus[0])
-        rows = pack(samples, self.config.row_length, drop_long=True)
+        rows = packed_corpora(self.config.corpus, self.config.row_length, drop_long=True)
+        check_packs(base, rows)
         display = TrainDisplay(
-            f"{base.name}, {len(samples)} requests, K = {self.config.block_size}", quiet=self.quiet
+            f"{base.name}, {rows.dialogues} requests, K = {self.config.block_size}", quiet=self.quiet
         )
         hooks = Hooks(on_start=display.start, on_log=display.log, should_stop=lambda: self.stopped)
-        digest = corpus_digest(samples)
         with display, cancel_on_interrupt(self, on_kill=True) as interrupt:
-            state = train(dual, rows, self.config, digest, hooks)
+            state = train(dual, rows, self.config, rows.digest, hooks)
         if self.stopped:
             note(f"stopped after step {state.step}; the same command goes on from there, and nothing changed")
             raise typer.Exit(interrupt.status)
         recipe = to_plain(self.config)
         dual.config = replace(
             dual.config,
-            provenance={"recipe": recipe, "corpus": {"digest": digest, "dialogues": len(samples)}},
+            provenance={"recipe": recipe, "corpus": {"digest": rows.digest, "dialogues": rows.dialogues}},
         )
 
     def _say(self, line: str) -> None:

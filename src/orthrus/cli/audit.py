@@ -28,6 +28,20 @@ def audit(
     concurrency: Annotated[
         int, typer.Option(min=1, help="Prompts that our side answers together, in shared passes.")
     ] = 1,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="Also test the law of sampled text, with a floor, a planted bias that must be found, and the "
+            "power of each test; and compare length and variety of texts.",
+        ),
+    ] = False,
+    draws: Annotated[
+        int, typer.Option(min=20, help="Texts of each sample and prompt that --full draws.")
+    ] = 200,
+    law_prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts whose sampled text --full tests, spread over all.")
+    ] = 12,
     view: options.View = "default",
     dtype: options.Dtype = None,
     draft_dtype: options.DraftDtype = None,
@@ -41,7 +55,8 @@ def audit(
     """Compare output with the stock model's or plain decoding's, token by token, and explain each difference.
 
     With --concurrency, prompts share the passes of the engine, as requests to a server do. With a temperature,
-    sampled texts are compared: the baseline draws with the same noise. Exit status 1 means that the audit
+    sampled texts are compared: the baseline draws with the same noise. --full samples too, with `auto` or the
+    strategies named, many texts of a few prompts, and tests their law. Exit status 1 means that the audit
     failed.
     """
     decode: dict[str, Any] = {
@@ -55,7 +70,7 @@ def audit(
     }
     check_decode(decode)
     chosen_strategies = check_strategies(strategy)
-    from orthrus.audit import AuditOptions, run_audit
+    from orthrus.audit import AuditOptions, FullOptions, run_audit
     from orthrus.base.bench_prompts import load_prompts
 
     check_output(output)
@@ -69,8 +84,20 @@ def audit(
         runner=runner,
         device=device,
     )
+    sampled = FullOptions(
+        draws=draws,
+        num_prompts=law_prompts,
+        temperature=temperature or 1.0,
+        seed=decode["seed"],
+        strategies=chosen_strategies if strategy else ("auto",),
+    )
     settings = AuditOptions(
-        prompts=chosen, against=against, strategies=chosen_strategies, concurrency=concurrency, **decode
+        prompts=chosen,
+        against=against,
+        strategies=chosen_strategies,
+        concurrency=concurrency,
+        full=sampled if full else None,
+        **decode,
     )
     with ProgressDisplay(unit="answers") as on_progress:
         report = run_audit(orthrus, settings, on_progress)

@@ -15,7 +15,7 @@ from orthrus.cli.render import note, out, print_json
 from orthrus.cli.synth_sources import answering, check_sources, parse_endpoints, parse_sources
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from orthrus.training.corpus import Sample
     from orthrus.training.synth import SynthProgress
@@ -113,7 +113,7 @@ def synth(
 
     check_corpus_folder(folder)
     from orthrus.base.bench_prompts import load_prompts
-    from orthrus.training.corpus import left_out, load_corpus, read_prompts
+    from orthrus.training.corpus import left_out, read_corpus, read_prompts
     from orthrus.training.synth import synthesise
 
     # The prompts that benchmarks and training runs are scored on.
@@ -131,7 +131,7 @@ def synth(
         except (KeyboardInterrupt, Killed):
             note(f"stopped; whole shards are kept in {folder}, and the same command goes on from there")
             raise
-        report = _report(folder, len(read_prompts(folder)), load_corpus(folder), left_out(folder))
+        report = _report(folder, sum(1 for _ in read_prompts(folder)), read_corpus(folder), left_out(folder))
     if json:
         print_json(report)
     else:
@@ -139,22 +139,25 @@ def synth(
 
 
 def _report(
-    folder: Path, num_prompts: int, samples: "list[Sample]", left_out: dict[str, int]
+    folder: Path, num_prompts: int, samples: "Iterable[Sample]", left_out: dict[str, int]
 ) -> dict[str, Any]:
     domains: dict[str, dict[str, int]] = {}
+    dialogues = prompt_tokens = longest = 0
     for sample in samples:
         entry = domains.setdefault(sample.domain, {"dialogues": 0, "answer_tokens": 0})
         entry["dialogues"] += 1
         entry["answer_tokens"] += sample.num_answered
+        dialogues, prompt_tokens = dialogues + 1, prompt_tokens + len(sample.prompt_ids)
+        longest = max(longest, len(sample.prompt_ids) + len(sample.answer_ids))
     return {
         "path": str(folder),
         "prompts": num_prompts,
-        "dialogues": len(samples),
-        "dropped": num_prompts - len(samples),
+        "dialogues": dialogues,
+        "dropped": num_prompts - dialogues,
         "left_out": left_out,
-        "prompt_tokens": sum(len(s.prompt_ids) for s in samples),
-        "answer_tokens": sum(s.num_answered for s in samples),
-        "longest": max(len(s.prompt_ids) + len(s.answer_ids) for s in samples),
+        "prompt_tokens": prompt_tokens,
+        "answer_tokens": sum(entry["answer_tokens"] for entry in domains.values()),
+        "longest": longest,
         "domains": dict(sorted(domains.items())),
     }
 

@@ -1,6 +1,8 @@
 """`orthrus train`: a recipe and a corpus in, a view out."""
 
 import os
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +17,7 @@ from orthrus.cli.train_plan import PlanOptions, print_plan
 
 if TYPE_CHECKING:
     from orthrus.model.dual_view import DualView
-    from orthrus.training.corpus import Sample
+    from orthrus.training.packs import Pack, Packs
     from orthrus.training.recipe import TrainConfig
     from orthrus.training.run_folder import RunFolder
     from orthrus.training.run_state import RunState
@@ -99,30 +101,30 @@ def train(
 
 
 def _train(recipe: Path, overrides: list[str] | None, *, quiet: bool, json: bool) -> None:
-    from orthrus.training.corpus import corpus_digest, load_corpora
-    from orthrus.training.packing import pack
+    from orthrus.training.packs import packed_corpora
     from orthrus.training.recipe_file import load_recipe
     from orthrus.training.run_folder import check_run_folder, run_folder
 
     # What costs nothing is checked before the model is loaded.
     config = load_recipe(recipe, overrides)
     # Of several processes under torchrun, only the first one writes.
-    if os.environ.get("RANK", "0") == "0":
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
         check_run_folder(config.output_folder)
-    corpora = load_corpora(config.corpus)
-    samples = [sample for part in corpora.values() for sample in part]
-    rows = pack(samples, config.row_length, drop_long=config.drop_long)
-    digest = corpus_digest(samples)
+    with ProgressDisplay(quiet=quiet or not first) as on_progress:
+        rows = packed_corpora(
+            config.corpus, config.row_length, drop_long=config.drop_long, on_progress=on_progress
+        )
     from orthrus.training.trackers import wanted
     from orthrus.training.trainer import train as run_training
 
     wanted(config.trackers)
 
-    run = _Run(config, corpora, digest, quiet=quiet)
+    run = _Run(config, rows, quiet=quiet)
     with run_folder(config.output_folder, is_main=run.is_main) as held:
         run.begin(held)
         with run.display, cancel_on_interrupt(run, on_kill=True) as interrupt:
-            state = run_training(run.dual, rows, config, digest, run.hooks(), held)
+            state = run_training(run.dual, rows, config, rows.digest, run.hooks(), held)
             run.finish(state)
     if run.is_main:
         report = run.report(state)
@@ -139,14 +141,12 @@ def _train(recipe: Path, overrides: list[str] | None, *, quiet: bool, json: bool
 class _Run:
     """One invocation: the model with its view, and what the trainer is given to call."""
 
-    def __init__(
-        self, config: "TrainConfig", corpora: "dict[str, list[Sample]]", digest: str, *, quiet: bool
-    ) -> None:
+    def __init__(self, config: "TrainConfig", rows: "Packs", *, quiet: bool) -> None:
         from orthrus.base.loading import load_base
         from orthrus.training.flex_blocks import check_attention
         from orthrus.training.processes import this_process
         from orthrus.training.speed import matmul_peak
-        from orthrus.training.start import check_samples, starting_view
+        from orthrus.training.start import check_packs, starting_view
         from orthrus.training.view_score import held_out_prompts
 
         process = this_process()
@@ -157,19 +157,18 @@ class _Run:
             base = load_base(
                 config.base, dtype=config.dtype, device=str(process.device), on_progress=on_progress
             )
-            for folder, samples in corpora.items():
-                check_samples(base, samples, folder)
+            check_packs(base, rows)
             self.dual: DualView = starting_view(base, config)
         self.config, self.output = config, config.output_folder
         self.base, self.process = base, process
         self.display = TrainDisplay(
-            f"{base.name}, {sum(map(len, corpora.values())):,} dialogues, K = {config.block_size}",
+            f"{base.name}, {rows.dialogues:,} dialogues, K = {config.block_size}",
             quiet=quiet,
             peak_flops=None if quiet else matmul_peak(base.model.dtype, base.model.device),
         )
         self.stopped, self.num_steps = False, 0
         self.last_log: TrainLog | None = None
-        self.origin = _origin(config, corpora, digest, str(process.device)) | self.dual.config.provenance
+        self.origin = _origin(config, rows, str(process.device)) | self.dual.config.provenance
         self.prompts = held_out_prompts(base, config.evaluate_prompts, config.block_size)
         self.scorer: Scorer | None = None
         self.held: RunFolder | None = None
@@ -257,36 +256,32 @@ class _Run:
         return value
 
 
-def _origin(
-    config: "TrainConfig", corpora: "dict[str, list[Sample]]", digest: str, device: str
-) -> dict[str, Any]:
+def _origin(config: "TrainConfig", rows: "Packs", device: str) -> dict[str, Any]:
     """Provenance of the views of this run, as far as it is known before the first step."""
     from orthrus.base.provenance import provenance
-    from orthrus.training.corpus import corpus_digest
-    from orthrus.training.manifest import corpus_sources
     from orthrus.training.recipe import to_plain
 
+    packs = rows.parts.values()
     parts = [
-        {"folder": folder, "digest": corpus_digest(samples)} | _counts(samples)
-        for folder, samples in corpora.items()
+        {"folder": folder, "digest": pack.about.digest} | _counts([pack])
+        for folder, pack in rows.parts.items()
     ]
-    samples = [sample for part in corpora.values() for sample in part]
-    sources = dict.fromkeys(source for folder in corpora for source in corpus_sources(Path(folder)))
+    sources = dict.fromkeys(source for pack in packs for source in pack.about.sources)
     return {
         "recipe": to_plain(config),
-        "corpus": {"digest": digest} | _counts(samples) | {"sources": list(sources), "parts": parts},
+        "corpus": {"digest": rows.digest} | _counts(packs) | {"sources": list(sources), "parts": parts},
         "run": provenance(device=device, dtype=config.dtype, seed=config.seed),
     }
 
 
-def _counts(samples: "list[Sample]") -> dict[str, Any]:
-    from collections import Counter
-
-    return {
-        "dialogues": len(samples),
-        "answer_tokens": sum(s.num_answered for s in samples),
-        "domains": dict(Counter(s.domain for s in samples)),
-    }
+def _counts(packs: "Iterable[Pack]") -> dict[str, Any]:
+    domains = Counter[str]()
+    dialogues = answer_tokens = 0
+    for pack in packs:
+        domains.update(pack.about.domains)
+        dialogues += pack.about.dialogues
+        answer_tokens += pack.about.answer_tokens
+    return {"dialogues": dialogues, "answer_tokens": answer_tokens, "domains": dict(domains)}
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthrus.cli.progress import ProgressDisplay
@@ -100,13 +99,11 @@ def _num_rows(recipe: "TrainConfig", corpus_tokens: float | None) -> int | None:
         if not 0 < corpus_tokens < math.inf:
             raise UserInputError(f"--corpus-tokens must be a positive number, not {corpus_tokens}.")
         return math.ceil(corpus_tokens / recipe.row_length)
-    if not all((Path(folder).expanduser() / "prompts.jsonl").is_file() for folder in recipe.corpus):
-        return None
-    from orthrus.training.corpus import load_corpora
-    from orthrus.training.packing import pack
+    from orthrus.training.packs import has_corpus, packed_corpora
 
-    samples = [sample for part in load_corpora(recipe.corpus).values() for sample in part]
-    return len(pack(samples, recipe.row_length, drop_long=recipe.drop_long))
+    if not all(map(has_corpus, recipe.corpus)):
+        return None
+    return len(packed_corpora(recipe.corpus, recipe.row_length, drop_long=recipe.drop_long))
 
 
 def _report(plan: "Plan", recipe: "TrainConfig", machine: "Machine", gpu: str, name: str) -> dict[str, Any]:

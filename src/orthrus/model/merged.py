@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from orthrus.base.fingerprint import fingerprint
@@ -124,7 +125,7 @@ def save_merged(
                 "mask_token_id": dual.config.mask_token_id,
             }
             write_json(temporary / "config.json", config | extra)
-            _add_shard(temporary, dual)
+            add_shard(temporary, view_tensors(dual))
         (temporary / "README.md").write_text(view_card(dual, folder=layout), encoding="utf-8")
 
 
@@ -160,9 +161,8 @@ def _check_released(dual: DualView) -> None:
         )
 
 
-def _add_shard(folder: Path, dual: DualView) -> None:
+def add_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Put the view's tensors beside the base's as one more shard, and index them all."""
-    tensors = view_tensors(dual)
     files = weight_files(folder)
     num_shards = len(files) + 1
     weight_map: dict[str, str] = {}

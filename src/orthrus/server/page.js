@@ -144,7 +144,7 @@ function struck(record) {
   const missed = record.num_drafted - accepted(record);
   if (missed <= 0) return [];
   const mark = element("span", "", "missed");
-  mark.dataset.struck = record.rejected.map((token) => token.text).join("").replace(/\s+/g, " ");
+  mark.dataset.struck = record.rejected.map((token) => token.text).join("").replaceAll("\n", "↵").replace(/\s+/g, " ");
   mark.dataset.missed = missed;
   return [mark];
 }

@@ -7,12 +7,11 @@ is left of all sources, and the text that the ids hold), `answers-00000.jsonl`, 
 "left_out", where a server's answer could not be kept).
 """
 
-import hashlib
 import json
-import os
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -20,11 +19,10 @@ from typing import Any, TypeGuard
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.prompt_files import is_domain
 from orthrus.errors import CorruptFileError, StorageError, UserInputError
-from orthrus.training.manifest import base_fingerprint
 
 PROMPTS = "prompts.jsonl"
 # More than any vocabulary has; what a base knows is checked when it is loaded.
-MOST_IDS = 2**31
+MOST_IDS = 2**28
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,56 +73,62 @@ def write_jsonl(file: Path, records: Iterable[dict[str, Any]]) -> None:
     write_text_atomic(file, "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in records))
 
 
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """Read a JSONL file; CorruptFileError names file and line, StorageError the file that cannot be read."""
-    records: list[dict[str, Any]] = []
+def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSONL file, one at a time.
+
+    CorruptFileError names file and line, StorageError the file that cannot be read.
+    """
     try:
-        content = file.read_bytes()
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _record(line, file, number)
     except OSError as e:
         raise StorageError(
             f"{file} cannot be read ({e.strerror or e}); it should be a file of the corpus."
         ) from e
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise _damaged(file, number, "is not a JSON object") from e
-        if not isinstance(record, dict):
-            raise _damaged(file, number, "is not a JSON object")
-        records.append(record)
-    return records
+
+
+def _record(line: bytes, file: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise _damaged(file, number, "is not a JSON object") from e
+    if not isinstance(record, dict):
+        raise _damaged(file, number, "is not a JSON object")
+    return record
 
 
 def read_source(file: Path) -> list[dict[str, Any]]:
     """The texts of one source, each {"prompt", "domain"}; CorruptFileError names file and line."""
-    records = read_jsonl(file)
+    records = list(read_jsonl(file))
     for number, record in enumerate(records, 1):
         if not isinstance(record.get("prompt"), str) or not is_domain(record.get("domain")):
             raise _damaged(file, number, "has no texts 'prompt' and 'domain'")
     return records
 
 
-def read_prompts(folder: Path) -> list[dict[str, Any]]:
+def read_prompts(folder: Path) -> Iterator[dict[str, Any]]:
     """The prompts of a corpus, each {"prompt_ids", "domain"} and, of most, "prompt", their text.
 
     CorruptFileError names file and line.
     """
     file = folder / PROMPTS
-    records = read_jsonl(file)
-    for number, record in enumerate(records, 1):
+    for number, record in enumerate(read_jsonl(file), 1):
         if not _are_ids(record.get("prompt_ids")) or not record["prompt_ids"]:
             raise _damaged(file, number, "has no list of token ids 'prompt_ids'")
         if not is_domain(record.get("domain")):
             raise _damaged(file, number, "has no text 'domain'")
         if not isinstance(record.get("prompt", ""), str):
             raise _damaged(file, number, "has a 'prompt' that is no text")
-    return records
+        yield record
 
 
 def _are_ids(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(i) is int and 0 <= i < MOST_IDS for i in value)
+    # A corpus may have a billion of them: no loop of Python's own.
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) < MOST_IDS)
 
 
 def _damaged(file: Path, line: int, what: str) -> CorruptFileError:
@@ -139,28 +143,56 @@ def source_path(folder: Path, index: int) -> Path:
     return folder / f"source-{index:02d}.jsonl"
 
 
-def load_corpus(folder: Path) -> list[Sample]:
-    """All answered prompts of a corpus folder, in the prompts' order.
-
-    Raises UserInputError when there is no corpus or it is empty, CorruptFileError when a file is damaged.
-    """
+def corpus_files(folder: Path) -> list[Path]:
+    """The files of prompts and answers; UserInputError when there is no corpus."""
     if not (folder / PROMPTS).is_file():
         raise UserInputError(
             f"{folder} holds no corpus ({PROMPTS} is missing); make one with `orthrus synth`."
         )
-    prompts = read_prompts(folder)
-    samples = [
-        sample
-        for file in sorted(folder.glob("answers-*.jsonl"))
-        for sample in _samples(file, prompts)
-        if sample.answer_ids
-    ]
-    if not samples:
+    return [folder / PROMPTS, *sorted(folder.glob("answers-*.jsonl"))]
+
+
+def read_corpus(folder: Path, on_file: Callable[[Path], None] = lambda _: None) -> Iterator[Sample]:
+    """All answered prompts of a corpus folder, in the prompts' order, one at a time.
+
+    on_file is told of each file before it is read. Raises UserInputError when there is no corpus or, at its end,
+    when it is empty; CorruptFileError when a file is damaged.
+    """
+    first, *answers = corpus_files(folder)
+    on_file(first)
+    prompts = _Prompts(read_prompts(folder))
+    empty = True
+    for file in answers:
+        on_file(file)
+        for sample in _samples(file, prompts):
+            if sample.answer_ids:
+                empty = False
+                yield sample
+    if empty:
         raise UserInputError(
             f"the corpus in {folder} is empty: there is no answer yet, or each one went round in circles; "
             "run `orthrus synth` again, with more prompts if need be."
         )
-    return samples
+
+
+class _Prompts:
+    """The ids and domain of each prompt, in four bytes a token."""
+
+    def __init__(self, records: Iterable[dict[str, Any]]) -> None:
+        self._ids, self._ends, self._domains = array("I"), array("q", [0]), array("l")
+        self._names: dict[str, int] = {}
+        for record in records:
+            self._ids.extend(record["prompt_ids"])
+            self._ends.append(len(self._ids))
+            self._domains.append(self._names.setdefault(record["domain"], len(self._names)))
+        self._list = list(self._names)
+
+    def __len__(self) -> int:
+        return len(self._domains)
+
+    def __getitem__(self, which: int) -> tuple[tuple[int, ...], str]:
+        ids = self._ids[self._ends[which] : self._ends[which + 1]]
+        return tuple(ids), self._list[self._domains[which]]
 
 
 def left_out(folder: Path) -> dict[str, int]:
@@ -169,8 +201,7 @@ def left_out(folder: Path) -> dict[str, int]:
     return dict(Counter(str(reason) for reason in reasons if reason))
 
 
-def _samples(file: Path, prompts: list[dict[str, Any]]) -> list[Sample]:
-    samples = []
+def _samples(file: Path, prompts: _Prompts) -> Iterator[Sample]:
     for number, record in enumerate(read_jsonl(file), 1):
         which, answer_ids = record.get("prompt"), record.get("answer_ids")
         if type(which) is not int or not 0 <= which < len(prompts):
@@ -180,16 +211,8 @@ def _samples(file: Path, prompts: list[dict[str, Any]]) -> list[Sample]:
         spans = record.get("spans", [])
         if not _are_spans(spans, len(answer_ids)):
             raise _damaged(file, number, "has 'spans' that are not parts of its 'answer_ids', in order")
-        prompt = prompts[which]
-        samples.append(
-            Sample(
-                tuple(prompt["prompt_ids"]),
-                tuple(answer_ids),
-                prompt["domain"],
-                tuple((start, end) for start, end in spans),
-            )
-        )
-    return samples
+        prompt_ids, domain = prompts[which]
+        yield Sample(prompt_ids, tuple(answer_ids), domain, tuple((start, end) for start, end in spans))
 
 
 def _are_spans(value: object, length: int) -> bool:
@@ -201,35 +224,3 @@ def _are_spans(value: object, length: int) -> bool:
         return False
     in_order = all(start < end for start, end in value) and edges == sorted(edges)
     return in_order and (not edges or (edges[0] >= 0 and edges[-1] <= length))
-
-
-def load_corpora(folders: Sequence[str]) -> dict[str, list[Sample]]:
-    """The samples of each folder. Several must be answers of one base.
-
-    Raises UserInputError when they are of different bases or one does not say of which, and as `load_corpus`.
-    """
-    paths = {folder: Path(os.path.expanduser(folder)) for folder in folders}
-    found = {folder: load_corpus(path) for folder, path in paths.items()}
-    if len(folders) > 1:
-        bases = {folder: base_fingerprint(path) for folder, path in paths.items()}
-        for folder, base in bases.items():
-            if base is None:
-                raise UserInputError(
-                    f"the corpus in {folder} does not say which base answered, so it cannot be mixed with "
-                    "others; make it again with `orthrus synth`."
-                )
-            if base != bases[folders[0]]:
-                raise UserInputError(
-                    f"the corpora in {folders[0]} and {folder} are answers of different bases "
-                    f"({bases[folders[0]]} and {base}); train on corpora of one base."
-                )
-    return found
-
-
-def corpus_digest(samples: Sequence[Sample]) -> str:
-    """A short name for exactly these samples, so that a resumed run can tell that its data changed."""
-    digest = hashlib.blake2b(digest_size=16)
-    for sample in samples:
-        content = (sample.prompt_ids, sample.answer_ids)
-        digest.update(repr((*content, sample.spans) if sample.spans else content).encode())
-    return f"blake2b:{digest.hexdigest()}"

@@ -50,10 +50,15 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """attempts: of one request. first_rest: seconds after a server's first failure, twice as long after each
-    further one, at most longest_rest; a server that says how long to wait is believed."""
+    """When requests are given up.
+
+    attempts: of one request; first_attempts: to reach any server at all. first_rest: seconds after a server's
+    first failure, twice as long after each further one, at most longest_rest; a server that says how long to
+    wait is believed.
+    """
 
     attempts: int = 8
+    first_attempts: int = 3
     first_rest: float = 1.0
     longest_rest: float = 60.0
 
@@ -119,7 +124,9 @@ class Requests:
                 # A server that is busy with the others' requests is not broken.
                 if failed.status != _BUSY or not answered:
                     attempts += 1
-                if attempts >= self._patience.attempts:
+                # An address that has never answered is most often a wrong one.
+                is_new = not (failed.status or self._num_answered)
+                if attempts >= (self._patience.first_attempts if is_new else self._patience.attempts):
                     self._num_lost += 1
                     # It may be this one request that a server breaks over.
                     if answered or (failed.status == _BROKE and self._num_lost < _MOST_LOST):

@@ -1,14 +1,16 @@
 """The training pass: AR rows once, frozen; then many isolated blocks over their keys and values."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from orthrus.base.families import layer_windows, sliding_window
+from orthrus.base.families import decoder_layers, layer_windows, sliding_window
 from orthrus.model.drafting import repaired
 from orthrus.model.dual_view import DualView, additive_mask, in_window
 from orthrus.training import block_attention, flex_blocks
@@ -23,7 +25,7 @@ from orthrus.training.blocks import (
 )
 from orthrus.training.flex_blocks import flex_masks, pick_attention
 from orthrus.training.losses import LossKind, WeightKind, position_weights, row_losses
-from orthrus.training.recipe import AttentionKind
+from orthrus.training.recipe import ActivationKind, AttentionKind
 
 # Rows whose logits are looked at together.
 _PROBED_ROWS = 256
@@ -52,14 +54,22 @@ class StepOutput(NamedTuple):
 class TrainingPass(nn.Module):
     """Wraps a DualView for training; `forward(batch)` is what DDP and FSDP see.
 
-    attention: how the blocks attend; the AR rows go through the base's own attention in any case.
+    attention: how the blocks attend; the AR rows go through the base's own attention in any case. activations:
+    whether a layer keeps what its gradients need, or its input alone, from which it runs again.
     """
 
-    def __init__(self, dual: DualView, objective: Objective, attention: AttentionKind = "auto") -> None:
+    def __init__(
+        self,
+        dual: DualView,
+        objective: Objective,
+        attention: AttentionKind = "auto",
+        activations: ActivationKind = "none",
+    ) -> None:
         super().__init__()
         self.dual = dual
         self.objective = objective
         self.attention = attention
+        self.activations = activations
 
     def forward(self, batch: BlockBatch) -> StepOutput:
         """One micro-batch; the loss is a sum over weighted targets, not yet divided by the weight."""
@@ -154,8 +164,8 @@ class TrainingPass(nn.Module):
     def blocks(self, batch: BlockBatch, context: BlockContext) -> Tensor:
         """The diffusion pass: final hidden states of all block rows, (B, N, K, C)."""
         token_ids_BNK, position_ids_BNK = block_inputs(batch, self.dual.mask_token_id)
-        dense = isinstance(context.full, Tensor)
-        with self._attention(block_attention.NAME if dense else flex_blocks.NAME):
+        name = block_attention.NAME if isinstance(context.full, Tensor) else flex_blocks.NAME
+        with self._attention(name), self._recomputed(name):
             # The mask only makes the stock code skip its own; ours reads the context's.
             unused = torch.zeros((1, 1, 1, 1), device=token_ids_BNK.device)
             hidden_BQC = self._decode(
@@ -217,6 +227,33 @@ class TrainingPass(nn.Module):
             yield
         finally:
             config._attn_implementation = before
+
+    @contextmanager
+    def _recomputed(self, name: str) -> Iterator[None]:
+        """Inside, with `activations: layer`, a layer keeps its input alone and runs again in the backward pass."""
+        if self.activations == "none" or not torch.is_grad_enabled():
+            yield
+            return
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), self._block_rows(name)
+
+        layers = list(decoder_layers(self.dual.base))
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        for layer in layers:
+            layer.forward = partial(again, layer.forward)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                # The class's own shows again.
+                del layer.forward
+
+    @contextmanager
+    def _block_rows(self, name: str) -> Iterator[None]:
+        """What holds while block rows pass through the layers."""
+        with self._attention(name), self.dual.split.at(0):
+            yield
 
 
 @dataclass(slots=True)

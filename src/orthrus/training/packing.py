@@ -1,13 +1,26 @@
-"""Dialogues into rows of a fixed length; documents share a row but neither mask nor positions."""
+"""Dialogues into rows of a fixed length; documents share a row but neither mask nor positions.
 
-from collections.abc import Sequence
+A row is coded in four bytes a token: its id, and whether a dialogue or an answer begins there.
+"""
+
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from orthrus.errors import UserInputError
-from orthrus.training.corpus import Sample
+from orthrus.training.corpus import MOST_IDS, Sample
+
+Words = NDArray[np.uint32]
+
+# Token ids lie below MOST_IDS = 2**28; these bits lie above them.
+_BEGINS = 1 << 31
+_ANSWER_BEGINS = 1 << 30
+_ANSWERED = 1 << 29
+_PADDING = 1 << 28
+_OPEN_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,55 +34,71 @@ class PackedRow:
     answer_T: Tensor
 
 
-def pack(samples: Sequence[Sample], row_length: int, *, drop_long: bool = False) -> list[PackedRow]:
-    """First-fit packing in the given order, so that the same samples always give the same rows.
+def dialogue_words(sample: Sample) -> Words:
+    """One dialogue, coded: a word for each token of prompt and answer."""
+    words = np.array((*sample.prompt_ids, *sample.answer_ids), dtype=np.uint32)
+    words[0] |= _BEGINS
+    first = len(sample.prompt_ids)
+    for start, end in sample.answer_spans:
+        words[first + start : first + end] |= _ANSWERED
+        words[first + start] |= _ANSWER_BEGINS
+    return words
 
-    Raises UserInputError when a dialogue is longer than a row, unless `drop_long` leaves such ones out.
+
+def empty_words(row_length: int) -> Words:
+    """A row of padding."""
+    return np.full(row_length, _PADDING, dtype=np.uint32)
+
+
+def row_of(words_T: NDArray[Any]) -> PackedRow:
+    """A coded row of T words in full."""
+    word_T = torch.from_numpy(words_T.astype(np.int64))
+    used_T, begins_T, answered_T = (
+        word_T != _PADDING,
+        (word_T & _BEGINS) != 0,
+        (word_T & _ANSWERED) != 0,
+    )
+    index_T = torch.arange(len(word_T))
+    start_T = index_T.where(begins_T, 0).cummax(0).values
+    return PackedRow(
+        token_ids_T=(word_T & (MOST_IDS - 1)).where(used_T, 0),
+        position_ids_T=(index_T - start_T).where(used_T, 0),
+        document_T=(begins_T.cumsum(0) - 1).where(used_T, -1),
+        answer_T=(((word_T & _ANSWER_BEGINS) != 0).cumsum(0) - 1).where(answered_T, -1),
+    )
+
+
+class Place(NamedTuple):
+    """Where a dialogue goes: the number of its row, its first token in it; closed: a row that takes no more."""
+
+    row: int
+    at: int
+    closed: int | None
+
+
+class Places:
+    """First-fit packing in the given order, so that the same dialogues always give the same rows.
+
+    Rows are numbered in the order in which they are begun.
     """
-    lengths = [len(s.prompt_ids) + len(s.answer_ids) for s in samples]
-    num_long = sum(n > row_length for n in lengths)
-    if num_long and not drop_long:
-        raise UserInputError(
-            f"{num_long} of {len(samples)} dialogues are longer than a row of {row_length} tokens (the "
-            f"longest has {max(lengths)}); raise row_length, or set drop_long to leave them out."
-        )
-    if num_long == len(samples):
-        raise UserInputError(f"every dialogue is longer than a row of {row_length} tokens; raise row_length.")
-    open_bins: list[tuple[int, list[Sample]]] = []
-    rows: list[list[Sample]] = []
-    for sample, length in zip(samples, lengths, strict=True):
-        if length > row_length:
-            continue
-        for i, (room, members) in enumerate(open_bins):
+
+    def __init__(self, row_length: int) -> None:
+        self._row_length = row_length
+        self._open: list[tuple[int, int]] = []
+        self.num_rows = 0
+
+    def place(self, length: int) -> Place:
+        """The place of a dialogue of 1 to `row_length` tokens."""
+        for i, (room, row) in enumerate(self._open):
             if length <= room:
-                members.append(sample)
-                open_bins[i] = (room - length, members)
-                break
-        else:
-            members = [sample]
-            rows.append(members)
-            # A short list of open rows keeps this linear; the fullest one closes first.
-            open_bins.append((row_length - length, members))
-            if len(open_bins) > 16:
-                open_bins.remove(min(open_bins, key=lambda b: b[0]))
-    return [_row(members, row_length) for members in rows]
-
-
-def _row(samples: Sequence[Sample], row_length: int) -> PackedRow:
-    token_ids = torch.zeros(row_length, dtype=torch.long)
-    position_ids = torch.zeros(row_length, dtype=torch.long)
-    document = torch.full((row_length,), -1)
-    answer = torch.full((row_length,), -1)
-    at = num_answers = 0
-    for index, sample in enumerate(samples):
-        ids = [*sample.prompt_ids, *sample.answer_ids]
-        span = slice(at, at + len(ids))
-        token_ids[span] = torch.tensor(ids)
-        position_ids[span] = torch.arange(len(ids))
-        document[span] = index
-        for start, end in sample.answer_spans:
-            first = at + len(sample.prompt_ids)
-            answer[first + start : first + end] = num_answers
-            num_answers += 1
-        at += len(ids)
-    return PackedRow(token_ids, position_ids, document, answer)
+                self._open[i] = (room - length, row)
+                return Place(row, self._row_length - room, None)
+        row, closed = self.num_rows, None
+        self.num_rows += 1
+        self._open.append((self._row_length - length, row))
+        # A short list of open rows keeps this linear; the fullest one closes first.
+        if len(self._open) > _OPEN_ROWS:
+            fullest = min(self._open, key=lambda open_row: open_row[0])
+            self._open.remove(fullest)
+            closed = fullest[1]
+        return Place(row, 0, closed)

@@ -24,6 +24,7 @@ CHUNK_ROWS = 128
 """Rows of the vocabulary at a time, as in `row_losses`."""
 _FIXED_BYTES = 1_000_000_000
 _FRAGMENTED = 0.05
+_NORMS_BEFORE = 2
 Attention = Literal["dense", "flex"]
 
 
@@ -105,7 +106,8 @@ class Shape:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """What one pass of one process works on: B, T, N, K; targets of a block that carry weight; AR rows that a
-    block row reads, on average; the share of blocks that are probed and moved first."""
+    block row reads, on average; the share of blocks that are probed and moved first; recomputed: whether layers keep
+    their input alone."""
 
     micro_rows: int
     row_length: int
@@ -116,6 +118,7 @@ class Work:
     rejected_share: float = 0.0
     dtype_bytes: int = 2
     attention: Attention = "flex"
+    recomputed: bool = False
 
     @property
     def block_rows(self) -> int:
@@ -198,6 +201,7 @@ def activation_bytes(shape: Shape, work: Work) -> float:
     the AR pass beside it: L B T c (kv + v) of keys and values, c B T C of hidden states; with flex the keys and values
     of each layer that learns once more, and those of the block rows: 2 c kv (B T + Q); dense: masks of Q T
     numbers, twice with windows.
+    Recomputed: of the layers that learn only the largest, and c C Q for the input of each.
     """
     c, rows, learning = work.dtype_bytes, work.block_rows, shape.learning_layers
     context_rows = work.micro_rows * work.row_length
@@ -209,10 +213,14 @@ def activation_bytes(shape: Shape, work: Work) -> float:
         repaired = c * (2.0 * shape.hidden + 2 * shape.repair_rank)
         total += work.target_rows * (repaired + (4 * shape.hidden + 4) * bool(learning))
     if learning:
-        total += rows * sum(layer_bytes(shape, work, layer) for layer in learning)
+        sizes = [layer_bytes(shape, work, layer) for layer in learning]
+        if work.recomputed:
+            sizes = [max(sizes), *[c * shape.hidden] * len(learning)]
+        total += rows * sum(sizes)
         total += rows * (4.0 * shape.hidden + 4 + 2 * shape.rope_tables * shape.head_dim * c)
         if work.attention == "flex":
-            total += len(learning) * 2.0 * c * shape.keys * (context_rows + rows)
+            together = 1 if work.recomputed else len(learning)
+            total += together * 2.0 * c * shape.keys * (context_rows + rows)
     return total
 
 
@@ -282,6 +290,8 @@ def pass_flops(shape: Shape, work: Work) -> float:
         of all keys); less 2 C (q + 2 kv) in the first of them, unless a trained mask learns
     targets: 2 V C there, 2 V C back; a repair head 2 R there, 4 R back
     blocks that are probed and moved: their share of the forward pass and of the targets once more
+    recomputed: the forward pass of the layers that learn once more, without the MLP's last product where no norm
+        follows it
     """
     q, layers, learning = shape.queries, shape.num_layers, len(shape.learning_layers)
     twins = len(shape.twin_layers)
@@ -297,6 +307,11 @@ def pass_flops(shape: Shape, work: Work) -> float:
     )
     if learning and not shape.trained_mask:
         backward -= work.block_rows * 2 * shape.hidden * (q + 2 * shape.keys)
+    if work.recomputed:
+        followed = shape.experts is not None or not shape.pre_norm or shape.hidden_norms > _NORMS_BEFORE
+        unneeded = 0 if followed else 2 * shape.mlp * shape.hidden
+        again = 2 * shape.layer_weights + 4 * q * reach - unneeded
+        backward += work.block_rows * (learning * again + 2 * more * bool(learning))
     head = 2.0 * shape.vocab * shape.hidden
     loss = (
         head * (work.teacher_rows + 2 * work.target_rows) + 6.0 * shape.repair_parameters * work.target_rows

@@ -111,13 +111,15 @@ def work_of(recipe: TrainConfig, shape: Shape) -> Work:
         rejected_share=recipe.rejected_share,
         dtype_bytes=BYTES[recipe.dtype],
         attention=attention,
+        recomputed=recipe.activations == "layer",
     )
 
 
 def what_to_change(recipe: TrainConfig, num_gpus: int, fits: Callable[[TrainConfig], bool]) -> dict[str, Any]:
     """The keys, with values, that make a recipe fit which does not; empty where none of these do.
 
-    In this order: micro_rows (changes nothing else), sharding, num_anchors, rank; no more of them than needed.
+    In this order: micro_rows and activations (change nothing else), sharding, num_anchors, rank; no more of them than
+    needed.
     """
     changes: dict[str, Any] = {}
     for key, value in _candidates(recipe, num_gpus):
@@ -135,6 +137,8 @@ def _candidates(recipe: TrainConfig, num_gpus: int) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     if recipe.micro_rows > 1:
         found.append(("micro_rows", 1))
+    if recipe.activations == "none":
+        found.append(("activations", "layer"))
     if recipe.sharding != "fsdp2" and num_gpus > 1:
         found.append(("sharding", "fsdp2"))
     anchors = recipe.num_anchors // 2

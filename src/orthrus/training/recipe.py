@@ -26,6 +26,7 @@ _MOST = {
 }
 TRACKERS = ("tensorboard", "trackio", "wandb")
 AttentionKind = Literal["auto", "dense", "flex"]
+ActivationKind = Literal["none", "layer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,8 @@ class TrainConfig:
     (that the view is given under, for its card). train: the whole view, or only the repair head of a frozen
     one. Every evaluate_every steps evaluate_prompts held-out prompts are really decoded (0: never). sharding:
     how several processes hold the model. trackers: where figures go (None: TensorBoard where it is
-    installed). attention: how blocks attend; auto is flex on CUDA, dense elsewhere.
+    installed). attention: how blocks attend; auto is flex on CUDA, dense elsewhere. activations: what is computed
+    again in the backward pass instead of kept: nothing, or each layer from its input.
     """
 
     base: str = "default"
@@ -83,6 +85,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     attention: AttentionKind = "auto"
+    activations: ActivationKind = "none"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = 0
     save_every: int = 100
@@ -100,6 +103,7 @@ class TrainConfig:
         _one_of("loss", self.loss, LOSSES)
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("attention", self.attention, get_args(AttentionKind))
+        _one_of("activations", self.activations, get_args(ActivationKind))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("train", self.train, ("view", "repair"))
         _one_of("sharding", self.sharding, ("ddp", "fsdp2"))

@@ -27,6 +27,7 @@ _FREE = {
     "sharding",
     "trackers",
     "attention",
+    "activations",
 }
 
 

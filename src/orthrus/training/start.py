@@ -11,7 +11,7 @@ from orthrus.errors import UserInputError
 from orthrus.model.checkpoint import fresh_view, load_view
 from orthrus.model.dual_view import DualView
 from orthrus.model.twin import chosen_names
-from orthrus.training.corpus import Sample
+from orthrus.training.packs import Packs
 from orthrus.training.recipe import TrainConfig
 
 DEFAULT_REPAIR_RANK = 128
@@ -99,18 +99,18 @@ def _words(key: str, value: object) -> str:
     return f"{key} {value}"
 
 
-def check_samples(base: Base, samples: list[Sample], corpus: str) -> None:
-    """UserInputError when a dialogue of a corpus folder has token ids or a length unknown to this base."""
+def check_packs(base: Base, packs: Packs) -> None:
+    """UserInputError when a dialogue of a corpus has token ids or a length unknown to this base."""
     num_rows = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
-    largest = max(max((*s.prompt_ids, *s.answer_ids)) for s in samples)
-    if largest >= num_rows:
-        raise UserInputError(
-            f"the corpus in {corpus} has token id {largest}, but {base.name} has {num_rows} tokens; make a "
-            "corpus with this base."
-        )
-    longest = max(len(s.prompt_ids) + len(s.answer_ids) for s in samples)
-    if longest > base.context_length:
-        raise UserInputError(
-            f"the corpus in {corpus} has a dialogue of {longest} tokens, but {base.name}'s context holds "
-            f"{base.context_length}; make a corpus with this base."
-        )
+    for corpus, pack in packs.parts.items():
+        largest, longest = pack.about.largest_id, pack.about.longest
+        if largest >= num_rows:
+            raise UserInputError(
+                f"the corpus in {corpus} has token id {largest}, but {base.name} has {num_rows} tokens; make a "
+                "corpus with this base."
+            )
+        if longest > base.context_length:
+            raise UserInputError(
+                f"the corpus in {corpus} has a dialogue of {longest} tokens, but {base.name}'s context holds "
+                f"{base.context_length}; make a corpus with this base."
+            )

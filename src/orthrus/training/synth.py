@@ -107,7 +107,7 @@ def synthesise(
     _begin(folder, config, base, answerer)
     if not (folder / PROMPTS).is_file():
         write_jsonl(folder / PROMPTS, _gather(base, answerer, config, folder, report, keep_out))
-    prompts = read_prompts(folder)
+    prompts = list(read_prompts(folder))
     size = config.shard_size
     shards = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
     todo = [(i, shard) for i, shard in enumerate(shards) if not shard_path(folder, i).is_file()]

@@ -1,7 +1,7 @@
 """The training loop; what several processes need of each other is in `processes`."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -60,7 +60,7 @@ class Hooks:
 
 def train(
     dual: DualView,
-    rows: list[PackedRow],
+    rows: Sequence[PackedRow],
     config: TrainConfig,
     corpus_digest: str,
     hooks: Hooks,
@@ -92,7 +92,7 @@ def train(
 def _train(
     processes: Processes,
     dual: DualView,
-    rows: list[PackedRow],
+    rows: Sequence[PackedRow],
     config: TrainConfig,
     corpus_digest: str,
     hooks: Hooks,
@@ -102,7 +102,7 @@ def _train(
     objective = Objective(
         loss=config.loss, weights=config.weights, gamma=config.gamma, smoothing=config.smoothing
     )
-    processes.share(TrainingPass(dual, objective, config.attention))
+    processes.share(TrainingPass(dual, objective, config.attention, config.activations))
     parameters = [parameter for parameter in dual.view_parameters().values() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
@@ -178,7 +178,9 @@ def _epoch_order(num_rows: int, seed: int) -> Tensor:
     return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
 
 
-def _accumulate(processes: Processes, rows: list[PackedRow], config: TrainConfig, step: int) -> StepOutput:
+def _accumulate(
+    processes: Processes, rows: Sequence[PackedRow], config: TrainConfig, step: int
+) -> StepOutput:
     """Gradients of the summed loss over this process's share of the step's rows; returns all sums."""
     layout = BlockLayout(
         block_size=config.block_size,

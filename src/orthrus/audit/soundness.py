@@ -1,0 +1,35 @@
+"""Faults of the model itself, which no comparison of texts shows: both sides would share them."""
+
+import torch
+from torch import nn
+
+from orthrus.api import Orthrus
+from orthrus.base.fingerprint import fingerprint
+from orthrus.model.shadow import shadow
+from orthrus.model.twin import Twin
+
+
+def model_faults(orthrus: Orthrus) -> list[str]:
+    """Sentences: a view of no numbers (its text is right, its drafts are worth nothing), and twins that were
+    swapped, which make a wrong baseline too: the weights that the view belongs to lie on its own side.
+
+    Another base than the view's own, such as a fine-tuned one, is no fault.
+    """
+    dual = orthrus.dual
+    faults = [
+        f"the view's {name} holds NaN or infinite numbers: it can draft nothing"
+        for name, parameter in dual.view_parameters().items()
+        if parameter.is_floating_point() and not bool(parameter.detach().isfinite().all())
+    ][:1]
+    expected = dual.config.base_fingerprint
+    # What was quantised in memory, or rounded to float16, has other numbers by intent.
+    is_as_stored = dual.precision is None and dual.dtype in (torch.float32, torch.bfloat16)
+    if not (expected and is_as_stored) or fingerprint(dual.stock()) == expected:
+        return faults
+
+    def view_side(path: str, module: nn.Module) -> nn.Module | None:
+        return module.diffusion if isinstance(module, Twin) else None
+
+    if fingerprint(shadow(dual.base, view_side)) == expected:
+        faults.append("the twins are swapped: the base's own weights lie on the diffusion side")
+    return faults

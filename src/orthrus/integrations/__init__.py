@@ -1,0 +1,1 @@
+"""Orthrus inside other engines, and asked by evaluation harnesses."""

@@ -1,0 +1,135 @@
+"""How many tokens a cycle drafts, from what is seen of acceptance and time; 0 included, and back again.
+
+A cycle commits 1 + the accepted drafts for each request. What D drafts bring is the mean number of them that
+stood; what they cost is the time of steps that verified D drafts and drafted D more, kept by the number of
+requests that share a step. The best rate wins; what has not been tried for a while gets another chance, ever
+more rarely while it keeps losing. The diffusion view reads the served model's own cache, so drafting resumes
+at once after any pause. None of this can change a text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+WEIGHT = 0.15
+"""Of a new observation in a moving average, once there are as many."""
+RUN = 4
+"""Steps that a choice on trial gets; the first is no cycle yet, for it verifies what was drafted before."""
+PATIENCE, MAX_PATIENCE = 48, 1536
+"""Steps until something other than the best is tried again; doubled whenever the trial was lost."""
+MARGIN = 1.03
+"""How much better another choice must be to take over."""
+
+
+@dataclass(slots=True)
+class _Average:
+    value: float = 0.0
+    num_observed: int = 0
+
+    def add(self, observed: float) -> None:
+        self.num_observed += 1
+        self.value += max(WEIGHT, 1 / self.num_observed) * (observed - self.value)
+
+
+@dataclass(slots=True)
+class _Company:
+    """What is known for steps of about as many requests: times in ms by the number of drafts."""
+
+    step_ms: dict[int, _Average]
+    current: int
+    trial: int | None = None
+    left: int = 0
+    patience: int = PATIENCE
+    until_trial: int = PATIENCE
+    next_trial: int = 0
+
+
+@dataclass(slots=True)
+class DraftPolicy:
+    """Decides for all requests of a step together. most: drafts of a cycle at most; adaptive: else always so
+    many."""
+
+    most: int
+    adaptive: bool = True
+    choices: tuple[int, ...] = field(init=False)
+    _stood: list[_Average] = field(init=False)
+    _companies: dict[int, _Company] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Drafting much, little, and not at all.
+        self.choices = tuple(dict.fromkeys((self.most, (self.most + 1) // 2, 0)))
+        self._stood = [_Average() for _ in range(self.most)]
+
+    def choose(self, num_requests: int) -> int:
+        """Drafts for each request of the step that comes."""
+        if not self.adaptive or num_requests == 0:
+            return self.most
+        company = self._company(num_requests)
+        if company.trial is None:
+            company.until_trial -= 1
+            unknown = [c for c in self.choices if company.step_ms[c].num_observed == 0]
+            if unknown and unknown[0] != company.current:
+                company.trial = unknown[0]
+            elif not unknown and company.until_trial <= 0:
+                others = [c for c in self.choices if c != company.current]
+                company.trial = others[company.next_trial % len(others)]
+                company.next_trial += 1
+            company.left = RUN
+        return company.current if company.trial is None else company.trial
+
+    def see_drafts(self, num_drafts: int, num_accepted: int) -> None:
+        """What became of one request's drafts."""
+        for position in range(min(num_drafts, self.most)):
+            self._stood[position].add(float(position < num_accepted))
+
+    def see_step(self, num_requests: int, verified: int, drafted: int, ms: float) -> None:
+        """The time of a step in which each request verified so many drafts and was asked for so many more."""
+        if not self.adaptive or num_requests == 0:
+            return
+        company = self._company(num_requests)
+        if verified == drafted and drafted in company.step_ms:
+            company.step_ms[drafted].add(ms)
+        if company.trial is None or drafted != company.trial:
+            return
+        company.left -= 1
+        if company.left <= 0:
+            self._judge(company)
+
+    def tokens_per_cycle(self, num_drafts: int) -> float:
+        """Tokens that a cycle commits with so many drafts, the model's own included."""
+        # A draft counts only where all before it stood, so what was seen of it says so already.
+        return 1.0 + sum(average.value for average in self._stood[:num_drafts])
+
+    def rates(self, num_requests: int) -> dict[int, float]:
+        """Tokens per ms and request by number of drafts, of those that were timed."""
+        timed = self._company(num_requests).step_ms.items()
+        return {c: self.tokens_per_cycle(c) / a.value for c, a in timed if a.num_observed and a.value > 0}
+
+    def _company(self, num_requests: int) -> _Company:
+        # Powers of two: 1, 2, 3-4, 5-8, ...
+        key = (num_requests - 1).bit_length()
+        if key not in self._companies:
+            self._companies[key] = _Company({c: _Average() for c in self.choices}, current=self.most)
+        return self._companies[key]
+
+    def _judge(self, company: _Company) -> None:
+        """End a trial: keep the better of the two, and be more patient when it was in vain."""
+        trial, company.trial = company.trial, None
+        timed = company.step_ms
+        before = timed[company.current]
+        assert trial is not None, "there is no trial to judge"
+        won = False
+        if timed[trial].num_observed and before.num_observed:
+            rate = self.tokens_per_cycle(trial) / max(timed[trial].value, 1e-9)
+            known = self.tokens_per_cycle(company.current) / max(before.value, 1e-9)
+            won = rate > MARGIN * known
+        if won:
+            company.current, company.patience = trial, PATIENCE
+        else:
+            company.patience = min(2 * company.patience, MAX_PATIENCE)
+        company.until_trial = company.patience
+
+
+def accepted(drafts: Sequence[int], sampled: Sequence[int]) -> tuple[int, int]:
+    """(drafts, accepted ones) of a request's step: vLLM returns the accepted drafts and one token more."""
+    num_drafts = sum(token >= 0 for token in drafts)
+    return num_drafts, min(num_drafts, max(0, len(sampled) - 1))

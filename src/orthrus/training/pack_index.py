@@ -1,0 +1,98 @@
+"""The index of a packed corpus: what its files hold, and whether they are whole."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orthrus.errors import CorruptFileError
+from orthrus.training.corpus import MOST_IDS
+
+INDEX = "pack.json"
+KIND = "orthrus-pack"
+WORD = np.dtype("<u4")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackIndex:
+    """What a packed folder holds.
+
+    num_long: dialogues longer than a row, which were left out; longest: tokens of the longest one, those
+    included. digest: of all dialogues, in order. shard_digests: of the files. base: fingerprint of the base that
+    answered, None where nobody said. sources: of the prompts. files: size and time of change of the corpus files.
+    """
+
+    row_length: int
+    num_rows: int
+    shard_rows: int
+    digest: str
+    shard_digests: tuple[str, ...]
+    dialogues: int
+    num_long: int
+    longest: int
+    largest_id: int
+    tokens: int
+    answer_tokens: int
+    domains: dict[str, int]
+    base: str | None
+    sources: tuple[str, ...]
+    files: dict[str, list[int]]
+
+
+def read_index(folder: Path) -> PackIndex:
+    """The index of a packed folder; CorruptFileError for a file that is none."""
+    file = folder / INDEX
+    try:
+        content = json.loads(file.read_bytes())
+        if content["kind"] != KIND or content["format"] != 1:
+            raise ValueError("another format")
+        values = {field.name: content[field.name] for field in fields(PackIndex)}
+        for name in ("shard_digests", "sources"):
+            values[name] = tuple(map(str, values[name]))
+        index = PackIndex(**values)
+        _check(index)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise damaged(file, "it is no index of a packed corpus") from error
+    return index
+
+
+def _check(index: PackIndex) -> None:
+    """ValueError for an index that nothing of ours wrote."""
+    counts = (
+        index.row_length,
+        index.num_rows,
+        index.shard_rows,
+        index.dialogues,
+        index.longest,
+        index.tokens,
+    )
+    free = (index.num_long, index.largest_id, index.answer_tokens)
+    sound = all(type(number) is int and 0 < number < 2**53 for number in counts)
+    sound = sound and all(type(number) is int and 0 <= number < 2**53 for number in free)
+    sound = sound and all(isinstance(part, dict) for part in (index.domains, index.files))
+    sound = sound and isinstance(index.digest, str) and (index.base is None or isinstance(index.base, str))
+    if not sound or index.largest_id >= MOST_IDS:
+        raise ValueError("wrong values")
+    if len(index.shard_digests) != math.ceil(index.num_rows / index.shard_rows):
+        raise ValueError("wrong number of shards")
+
+
+def file_digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return named(hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)))
+
+
+def shard_name(shard: int) -> str:
+    return f"rows-{shard:05d}.u32"
+
+
+def named(digest: Any) -> str:
+    return f"blake2b:{digest.hexdigest()}"
+
+
+def damaged(file: Path, what: str) -> CorruptFileError:
+    return CorruptFileError(f"{file} is damaged ({what}); delete its folder and pack the corpus again.")

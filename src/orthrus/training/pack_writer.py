@@ -1,0 +1,137 @@
+"""Packing a corpus: its dialogues, one at a time, into rows in files, and the index beside them."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import BinaryIO
+
+from orthrus.base.storage import Progress
+from orthrus.errors import UserInputError
+from orthrus.training import manifest
+from orthrus.training.corpus import MOST_IDS, Sample, corpus_files, read_corpus
+from orthrus.training.pack_index import INDEX, KIND, WORD, PackIndex, file_digest, named, shard_name
+from orthrus.training.packing import Places, Words, dialogue_words, empty_words
+
+_SHARD_WORDS = 2**26
+
+
+def pack_corpus(
+    folder: Path, target: Path, row_length: int, on_progress: Progress | None = None
+) -> PackIndex:
+    """Pack a corpus folder into `target`, an empty folder; raises as `packed`."""
+    files = stamps(folder)
+    samples = _with_progress(folder, files, on_progress)
+    facts = {"base": manifest.base_fingerprint(folder), "sources": tuple(manifest.corpus_sources(folder))}
+    return write_pack(samples, target, row_length, files=files, **facts)  # type: ignore[arg-type]
+
+
+def write_pack(
+    samples: Iterable[Sample],
+    target: Path,
+    row_length: int,
+    *,
+    base: str | None = None,
+    sources: tuple[str, ...] = (),
+    files: dict[str, list[int]] | None = None,
+) -> PackIndex:
+    """Pack dialogues into `target`, an empty folder; those longer than a row are counted and left out.
+
+    Raises UserInputError when none is left.
+    """
+    shard_rows = max(1, _SHARD_WORDS // row_length)
+    places, digest, domains = Places(row_length), hashlib.blake2b(digest_size=16), Counter[str]()
+    open_rows: dict[int, Words] = {}
+    num_long = longest = largest_id = tokens = answer_tokens = 0
+    with _Shards(target, row_length, shard_rows) as shards:
+        for sample in samples:
+            words = dialogue_words(sample)
+            digest.update(words.astype(WORD, copy=False).tobytes())
+            longest = max(longest, len(words))
+            largest_id = max(largest_id, int((words & (MOST_IDS - 1)).max()))
+            tokens, answer_tokens = tokens + len(words), answer_tokens + sample.num_answered
+            domains[sample.domain] += 1
+            if len(words) > row_length:
+                num_long += 1
+                continue
+            row, at, closed = places.place(len(words))
+            open_rows.setdefault(row, empty_words(row_length))[at : at + len(words)] = words
+            if closed is not None:
+                shards.write(closed, open_rows.pop(closed))
+        for row, words in open_rows.items():
+            shards.write(row, words)
+    if not places.num_rows:
+        raise UserInputError(f"every dialogue is longer than a row of {row_length} tokens; raise row_length.")
+    index = PackIndex(
+        row_length=row_length,
+        num_rows=places.num_rows,
+        shard_rows=shard_rows,
+        digest=named(digest),
+        shard_digests=tuple(map(file_digest, shards.files)),
+        dialogues=domains.total(),
+        num_long=num_long,
+        longest=longest,
+        largest_id=largest_id,
+        tokens=tokens,
+        answer_tokens=answer_tokens,
+        domains=dict(domains),
+        base=base,
+        sources=sources,
+        files=files or {},
+    )
+    content = {"kind": KIND, "format": 1} | asdict(index)
+    (target / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return index
+
+
+def stamps(folder: Path) -> dict[str, list[int]]:
+    """Size and time of change of every file that a packed corpus depends on."""
+    found = {}
+    for file in [*corpus_files(folder), folder / manifest.MANIFEST]:
+        if file.exists():
+            status = file.stat()
+            found[file.name] = [status.st_size, status.st_mtime_ns]
+    return found
+
+
+def _with_progress(
+    folder: Path, files: dict[str, list[int]], on_progress: Progress | None
+) -> Iterator[Sample]:
+    """The dialogues of a corpus; on_progress is told the bytes of its files."""
+    total, done = sum(size for size, _ in files.values()), 0
+
+    def begun(file: Path) -> None:
+        nonlocal done
+        if on_progress is not None:
+            on_progress(f"packing {folder}", done, total)
+        done += files.get(file.name, [0])[0]
+
+    yield from read_corpus(folder, begun)
+
+
+class _Shards:
+    """The files of rows, written in any order."""
+
+    def __init__(self, folder: Path, row_length: int, shard_rows: int) -> None:
+        self._folder, self._row_bytes, self._shard_rows = folder, row_length * WORD.itemsize, shard_rows
+        self._open: dict[int, BinaryIO] = {}
+
+    def __enter__(self) -> "_Shards":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def write(self, row: int, words_T: Words) -> None:
+        shard, at = divmod(row, self._shard_rows)
+        if shard not in self._open:
+            self._open[shard] = (self._folder / shard_name(shard)).open("wb")
+        self._open[shard].seek(at * self._row_bytes)
+        self._open[shard].write(words_T.astype(WORD, copy=False).tobytes())
+
+    @property
+    def files(self) -> list[Path]:
+        return [self._folder / shard_name(shard) for shard in sorted(self._open)]

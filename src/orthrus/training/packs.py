@@ -1,0 +1,204 @@
+"""Packed corpora on disk: rows of coded tokens in memory-mapped shards, and an index that says what they are.
+
+Layout of a packed folder: `pack.json` (the index), `rows-00000.u32`, ... (little-endian words, T a row; see
+`packing`). A corpus folder keeps its own in `packed/ROW_LENGTH`; a packed folder elsewhere stands for itself.
+"""
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from orthrus.base.outputs import storage_errors
+from orthrus.base.owned import locked_folder, replace_folder, restore_folder
+from orthrus.base.storage import Progress
+from orthrus.errors import CorruptFileError, StorageError, UserInputError
+from orthrus.training.corpus import PROMPTS
+from orthrus.training.pack_index import (
+    INDEX,
+    KIND,
+    WORD,
+    PackIndex,
+    damaged,
+    file_digest,
+    named,
+    read_index,
+    shard_name,
+)
+from orthrus.training.pack_writer import pack_corpus, stamps
+from orthrus.training.packing import PackedRow, row_of
+
+CACHE = "packed"
+
+
+class Pack(Sequence[PackedRow]):
+    """The rows of a packed folder, read from its files when they are asked for."""
+
+    def __init__(self, folder: Path, index: PackIndex, shards: Sequence[Any]) -> None:
+        self.folder, self.about, self._shards = folder, index, shards
+
+    def __len__(self) -> int:
+        return self.about.num_rows
+
+    @overload
+    def __getitem__(self, at: int) -> PackedRow: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[PackedRow]: ...
+    def __getitem__(self, at: int | slice) -> PackedRow | list[PackedRow]:
+        """Raises CorruptFileError for a row with a token id that the index does not know of."""
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        shard, row = divmod(range(len(self))[at], self.about.shard_rows)
+        found = row_of(self._shards[shard][row])
+        if int(found.token_ids_T.max()) > self.about.largest_id:
+            raise damaged(self.folder / shard_name(shard), f"row {row} has an unknown token id")
+        return found
+
+
+class Packs(Sequence[PackedRow]):
+    """The rows of several packed folders, one after the other. parts: by the names under which they were given."""
+
+    def __init__(self, parts: dict[str, Pack]) -> None:
+        self.parts = parts
+        self._packs = list(parts.values())
+        self._ends = list(accumulate(map(len, self._packs)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, at: int) -> PackedRow: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[PackedRow]: ...
+    def __getitem__(self, at: int | slice) -> PackedRow | list[PackedRow]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        at = range(len(self))[at]
+        which = bisect_right(self._ends, at)
+        return self._packs[which][at - self._ends[which]]
+
+    @property
+    def dialogues(self) -> int:
+        return sum(pack.about.dialogues for pack in self._packs)
+
+    @property
+    def digest(self) -> str:
+        """A short name for exactly these dialogues, so that a resumed run can tell that its data changed."""
+        digests = [pack.about.digest for pack in self._packs]
+        return (
+            digests[0]
+            if len(digests) == 1
+            else named(hashlib.blake2b("\n".join(digests).encode(), digest_size=16))
+        )
+
+
+def has_corpus(folder: str) -> bool:
+    """Whether there is a corpus or a packed one."""
+    path = Path(os.path.expanduser(folder))
+    return (path / PROMPTS).is_file() or (path / INDEX).is_file()
+
+
+def packed_corpora(
+    folders: Sequence[str], row_length: int, *, drop_long: bool = False, on_progress: Progress | None = None
+) -> Packs:
+    """The packed rows of corpus folders, packed first where that was not done yet. Several must be answers of one base.
+
+    Raises UserInputError when they are of different bases or one does not say of which, when dialogues are
+    longer than a row and `drop_long` does not leave them out; and as `packed`.
+    """
+    packs = {folder: packed(Path(os.path.expanduser(folder)), row_length, on_progress) for folder in folders}
+    for folder, pack in packs.items():
+        index = pack.about
+        if index.num_long and not drop_long:
+            raise UserInputError(
+                f"{index.num_long} of {index.dialogues} dialogues in {folder} are longer than a row of "
+                f"{index.row_length} tokens (the longest has {index.longest}); raise row_length, or set drop_long "
+                "to leave them out."
+            )
+        if len(folders) > 1 and index.base is None:
+            raise UserInputError(
+                f"the corpus in {folder} does not say which base answered, so it cannot be mixed with "
+                "others; make it again with `orthrus synth`."
+            )
+        if index.base != packs[folders[0]].about.base:
+            raise UserInputError(
+                f"the corpora in {folders[0]} and {folder} are answers of different bases "
+                f"({packs[folders[0]].about.base} and {index.base}); train on corpora of one base."
+            )
+    return Packs(packs)
+
+
+def packed(folder: Path, row_length: int, on_progress: Progress | None = None) -> Pack:
+    """The rows of a corpus folder, from its cache where that is fresh, else packed now; or of a packed folder.
+
+    Several processes may ask at once: one packs, the others wait. Raises UserInputError when there is no corpus, it
+    is empty, every dialogue is longer than a row, or a packed folder has rows of another length; CorruptFileError
+    when a file is damaged; StorageError when the cache cannot be written.
+    """
+    if (folder / INDEX).is_file():
+        pack = open_pack(folder)
+        if pack.about.row_length != row_length:
+            raise UserInputError(
+                f"the rows in {folder} have {pack.about.row_length} tokens, the recipe wants {row_length}; set "
+                f"row_length: {pack.about.row_length}, or pack the corpus again."
+            )
+        return pack
+    files = stamps(folder)
+    place = folder / CACHE / str(row_length)
+    if (found := _fresh(place, files)) is not None:
+        return found
+    try:
+        with storage_errors(place):
+            place.parent.mkdir(exist_ok=True)
+        with locked_folder(place.parent, "packs", wait=True):
+            if (found := _fresh(place, files)) is not None:
+                return found
+            restore_folder(place, KIND)
+            with replace_folder(place, KIND) as scratch:
+                pack_corpus(folder, scratch, row_length, on_progress)
+    except StorageError as error:
+        raise StorageError(
+            f"{error} A packed corpus may lie elsewhere: `orthrus pack {folder} --output FOLDER`, and name that "
+            "as the corpus."
+        ) from error
+    return open_pack(place)
+
+
+def open_pack(folder: Path) -> Pack:
+    """A packed folder; CorruptFileError when its index or the size of a file is not as it was written."""
+    index = read_index(folder)
+    shards = []
+    for shard in range(len(index.shard_digests)):
+        rows = min(index.shard_rows, index.num_rows - shard * index.shard_rows)
+        file = folder / shard_name(shard)
+        try:
+            if file.stat().st_size != rows * index.row_length * WORD.itemsize:
+                raise damaged(file, "its size is not that of its rows")
+            shards.append(np.memmap(file, WORD, "r", shape=(rows, index.row_length)))
+        except OSError as error:
+            raise damaged(file, error.strerror or str(error)) from error
+    return Pack(folder, index, shards)
+
+
+def check_files(pack: Pack) -> None:
+    """Read every file of a packed folder; CorruptFileError for one whose content is not as it was written."""
+    for shard, digest in enumerate(pack.about.shard_digests):
+        file = pack.folder / shard_name(shard)
+        if file_digest(file) != digest:
+            raise damaged(file, "its content is not what was written")
+
+
+def _fresh(place: Path, files: dict[str, list[int]]) -> Pack | None:
+    """The pack in a cache, unless there is none or the corpus changed since."""
+    if not (place / INDEX).is_file():
+        return None
+    try:
+        pack = open_pack(place)
+    except CorruptFileError:
+        return None
+    return pack if pack.about.files == files else None

@@ -1,0 +1,97 @@
+"""How much is drafted inside vLLM: with made-up acceptance and times, and a clock that nobody waits for."""
+
+import random
+
+import pytest
+
+from orthrus.integrations.vllm.adaptive import DraftPolicy, accepted
+
+
+class World:
+    """Steps cost what `step_ms` says of (requests, verified, drafted); each draft stands with `chance`."""
+
+    def __init__(self, chance: float, plain_ms: float, row_ms: float, draft_ms: float, seed: int = 0) -> None:
+        self.chance, self.plain_ms, self.row_ms, self.draft_ms = chance, plain_ms, row_ms, draft_ms
+        self.random = random.Random(seed)
+        self.tokens = 0
+        self.ms = 0.0
+        self.drafted_steps = self.steps = self.last = 0
+
+    def run(self, policy: DraftPolicy, steps: int, num_requests: int = 1) -> None:
+        for _ in range(steps):
+            drafts = policy.choose(num_requests)
+            for _ in range(num_requests if self.last else 0):
+                stood = 0
+                while stood < self.last and self.random.random() < self.chance:
+                    stood += 1
+                policy.see_drafts(self.last, stood)
+                self.tokens += stood
+            self.tokens += num_requests
+            ms = self.plain_ms + self.row_ms * num_requests * (1 + self.last)
+            if drafts:
+                ms += self.draft_ms + self.row_ms * num_requests * (1 + drafts)
+            policy.see_step(num_requests, self.last, drafts, ms * self.random.uniform(0.97, 1.03))
+            self.ms += ms
+            self.steps, self.drafted_steps = self.steps + 1, self.drafted_steps + bool(drafts)
+            self.last = drafts
+
+    @property
+    def over_plain(self) -> float:
+        """Speed against steps that draft nothing, of one request."""
+        return self.tokens / self.ms * (self.plain_ms + self.row_ms)
+
+
+def test_good_drafts_are_kept() -> None:
+    world = World(chance=0.8, plain_ms=20, row_ms=1, draft_ms=20)
+    world.run(DraftPolicy(7), 2000)
+    assert world.drafted_steps > 0.95 * world.steps
+    assert world.over_plain > 1.5
+
+
+def test_worthless_drafts_stop_and_cost_less_than_a_twentieth() -> None:
+    world = World(chance=0.05, plain_ms=20, row_ms=1, draft_ms=20)
+    policy = DraftPolicy(7)
+    world.run(policy, 2000)
+    assert policy.choose(1) == 0
+    assert world.over_plain > 0.95
+
+
+def test_drafting_comes_back_when_it_pays_again() -> None:
+    world = World(chance=0.02, plain_ms=20, row_ms=1, draft_ms=20)
+    policy = DraftPolicy(7)
+    world.run(policy, 300)
+    assert policy.choose(1) == 0
+    world.chance = 0.9
+    world.run(policy, 3000)
+    assert policy.rates(1)[7] > policy.rates(1)[0]
+    before = world.drafted_steps
+    world.run(policy, 100)
+    assert world.drafted_steps - before > 90
+
+
+def test_much_company_may_want_fewer_drafts_than_none() -> None:
+    """Rows that cost their full price: what one request drafts with profit, sixteen do not."""
+    world = World(chance=0.75, plain_ms=40, row_ms=4, draft_ms=10)
+    policy = DraftPolicy(7)
+    world.run(policy, 400, num_requests=1)
+    world.run(policy, 400, num_requests=16)
+    rates = policy.rates(1), policy.rates(16)
+    assert max(rates[0], key=rates[0].__getitem__) > max(rates[1], key=rates[1].__getitem__)
+
+
+def test_without_adapting_it_is_always_as_many() -> None:
+    world = World(chance=0.0, plain_ms=20, row_ms=5, draft_ms=50)
+    policy = DraftPolicy(5, adaptive=False)
+    world.run(policy, 100)
+    assert policy.choose(4) == 5
+    assert world.drafted_steps == world.steps
+
+
+@pytest.mark.parametrize(
+    ("drafts", "sampled", "expected"),
+    [([5, 6, 7], [5, 6, 9], (3, 2)), ([5], [8], (1, 0)), ([-1, -1], [8], (0, 0)), ([5, 6], [], (2, 0))],
+)
+def test_accepted_drafts_are_all_tokens_but_the_last(
+    drafts: list[int], sampled: list[int], expected: tuple[int, int]
+) -> None:
+    assert accepted(drafts, sampled) == expected

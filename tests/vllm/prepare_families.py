@@ -1,0 +1,82 @@
+"""Tiny random models of each family with a disturbed view, exported, and what our own engine does with them.
+
+python -m tests.vllm.prepare_families FOLDER; in the environment of Orthrus.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.folders import letter_tokenizer
+from tests.tiny import VOCAB, disturb_view, random_model
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from orthrus.api import Orthrus
+from orthrus.base.loading import Base, load_base
+from orthrus.base.resolve import resolve
+from orthrus.integrations.vllm.export import export_vllm
+from orthrus.model.checkpoint import fresh_view
+from orthrus.model.merged import save_merged
+
+# Heads of 32, the smallest that vLLM's attention on a CPU takes.
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# Name: the base's config, options of the fresh view, and whether to write the released layout.
+CASES: dict[str, tuple[PreTrainedConfig, dict[str, Any], bool]] = {
+    "llama": (LlamaConfig(**SHAPE, attention_bias=True), {"mask": "trained"}, False),
+    "llama-rank-4-of-one-layer": (LlamaConfig(**SHAPE), {"rank": 4, "layers": [1]}, False),
+    "qwen2": (Qwen2Config(**SHAPE), {"twins": ["q_proj", "k_proj"]}, False),
+    "qwen3": (Qwen3Config(**SHAPE, head_dim=32), {}, False),
+    "qwen3-released": (Qwen3Config(**SHAPE, head_dim=32), {}, True),
+    "mistral": (MistralConfig(**SHAPE, sliding_window=None), {}, False),
+}
+NEW_TOKENS = 40
+
+
+def bare(folder: Path) -> Base:
+    return load_base(resolve(str(folder)), device="cpu")
+
+
+def main(folder: Path) -> None:
+    oracle = {}
+    for name, (config, options, is_released) in CASES.items():
+        place = folder / name
+        random_model(config, seed=1).save_pretrained(place / "base")
+        letter_tokenizer().save_pretrained(place / "base")
+        base = bare(place / "base")
+        dual = fresh_view(base, **options)
+        disturb_view(dual, 0.15)
+        if is_released:
+            save_merged(dual, base, place / "vllm", "released")
+        else:
+            export_vllm(dual, base, place / "vllm")
+        orthrus = Orthrus(base, dual)
+        prompts = ["the cat sat", "a long walk home in the rain. and so", "Ulm", "What, no?"]
+        found = [
+            orthrus.generate(p, strategy="chain", max_new_tokens=NEW_TOKENS, ignore_eos=True, raw=True)
+            for p in prompts
+        ]
+        drafted = [cycle for one in found for cycle in one.cycles if cycle.num_drafted]
+        oracle[name] = {
+            "prompts": [base.encode_prompt(p, raw=True) for p in prompts],
+            "new_tokens": NEW_TOKENS,
+            "token_ids": [list(one.token_ids) for one in found],
+            "accepted_by_position": [sum(c.num_accepted > i for c in drafted) for i in range(6)],
+            "num_drafts": len(drafted),
+        }
+    (folder / "families.json").write_text(json.dumps(oracle))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
