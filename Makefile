@@ -11,11 +11,13 @@ VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --quiet --disable-pip-version-check install
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help demo test test-clients test-gpu test-vllm test-web check clean
+.PHONY: help demo bench test test-clients test-gpu test-vllm test-web check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   show it working on a real model (the first time: installs, fetches about 100 MB)"
+	@echo "make bench  measure the README's tables on this CPU, in less than 40 minutes when the machine is left alone"
+	@echo "            (DATA=FOLDER with gsm8k.jsonl and the other sets; else on the built-in prompts)"
 	@echo "make test   run the tests (ARGS='-k name' picks some, JOBS=1 runs them one by one)"
 	@echo "make test-clients  run OpenAI's, Anthropic's and other clients against the server"
 	@echo "make test-gpu  run the tests that need a CUDA device"
@@ -27,6 +29,17 @@ help:
 
 demo: $(VENV)/.runtime
 	@$(BIN)/orthrus demo
+
+# Three prompts of five domains, two rounds of all arms. A run that was stopped goes on; remove the files of a whole one
+# to measure anew, or leave them: they are written over.
+BENCH_SETS := $(if $(DATA),--data $(DATA) --prompts gsm8k --prompts math500 --prompts humaneval --prompts mbpp --prompts mt_bench)
+bench: $(VENV)/.runtime
+	@for dtype in float32 bfloat16 int8; do \
+		$(BIN)/orthrus bench --dtype $$dtype $(BENCH_SETS) --limit 3 --repeats 2 -n 96 \
+			--strategy chain --strategy tree --strategy auto -o benchmarks/results/readme-$$dtype-cpu.json || exit; \
+	done
+	@$(BIN)/orthrus bench report benchmarks/results/readme-*-cpu.json -o benchmarks/results/report.html
+	@$(BIN)/python benchmarks/readme_tables.py
 
 # Each worker gets one thread: workers whose threads compete for cores crawl. Tests open no sockets,
 # so the default model is fetched first.

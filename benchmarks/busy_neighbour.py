@@ -166,7 +166,7 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 def spread(values: Sequence[float]) -> dict[str, float]:
     from dataclasses import asdict
 
-    from orthrus.bench.metrics import Spread
+    from orthrus.bench.statistics import Spread
 
     return asdict(Spread.of(values))
 

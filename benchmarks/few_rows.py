@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
-from orthrus.bench.metrics import Spread
+from orthrus.bench.statistics import Spread
 from orthrus.kernels.build import load_kernels
 from orthrus.kernels.linear import fast_linear
 from orthrus.model.int8_linear import Int8Linear

@@ -23,7 +23,7 @@ from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
 from orthrus.bench.cycles import ready_request, step_cycle
-from orthrus.bench.metrics import Spread
+from orthrus.bench.statistics import Spread
 from orthrus.cli.common import check_strategies
 from orthrus.config import Strategy
 from orthrus.engine import round as round_module

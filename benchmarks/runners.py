@@ -23,7 +23,7 @@ from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
 from orthrus.bench.cycles import without_reuse
-from orthrus.bench.metrics import Spread
+from orthrus.bench.statistics import Spread
 from orthrus.engine.stock import stock_generate
 from orthrus.model.passes import Pass, causal, join, tree
 from orthrus.model.pool import SlotPool, Slots, pages_for

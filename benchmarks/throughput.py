@@ -29,8 +29,8 @@ from orthrus.base.devices import synchronize
 from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import installed_version, provenance
-from orthrus.bench.metrics import Spread
 from orthrus.bench.runner import prompts_digest
+from orthrus.bench.statistics import Spread
 from orthrus.engine.beside import EngineBeside
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32)

@@ -46,7 +46,7 @@ def test_without_a_choice_it_measures_the_default(cli: Cli, model_folder: str) -
 def test_all_means_all(cli: Cli, model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[BenchOptions] = []
 
-    def seen(orthrus: Any, options: BenchOptions, on_progress: Any) -> Any:
+    def seen(orthrus: Any, options: BenchOptions, on_progress: Any, **_: Any) -> Any:
         asked.append(options)
         raise UserInputError("seen")
 

@@ -180,7 +180,7 @@ def test_bench_options_are_checked_before_anything_loads(cli: Cli, model_folder:
             cli(command, model_folder, "--prompts", str(tmp_path / "absent.jsonl")), "absent.jsonl"
         )
         assert_refused(cli(command, model_folder, "--limit", "0"), "limit")
-    assert_refused(cli("bench", "--compare", "a.json"), "--compare")
+    assert_refused(cli("bench", "compare", "a.json"), "B.json")
     assert_refused(cli("audit", model_folder, "--against", "beam"), "--against", "beam", "stock", "plain")
 
 
@@ -196,7 +196,7 @@ def test_bench_prints_and_saves(cli: Cli, model_folder: str, tmp_path: Path) -> 
     assert (
         json.loads(cli("bench", model_folder, *SHORT, "--repeats", "1", "--json").out).keys() == saved.keys()
     )
-    compared = cli("bench", "--compare", str(file), str(file))
+    compared = cli("bench", "compare", str(file), str(file))
     assert compared.code == 0
     assert compared.out.strip()
 

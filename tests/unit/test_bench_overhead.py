@@ -9,8 +9,8 @@ from tests.tiny_orthrus import tiny_orthrus
 from torch import Tensor
 
 from orthrus.bench import overhead
-from orthrus.bench.metrics import Spread
 from orthrus.bench.overhead import DRAFTING, OverheadOptions, measure_overhead
+from orthrus.bench.statistics import Spread
 from orthrus.model.passes import Pass
 from orthrus.model.pool import SlotPool
 from orthrus.model.runner import EagerRunner

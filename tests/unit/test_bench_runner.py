@@ -1,6 +1,7 @@
 """The runner on a tiny model: all arms, interleaved, same tokens."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,14 +69,14 @@ def test_every_strategy_writes_what_plain_decoding_writes() -> None:
 
 
 def test_a_text_that_differs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = runner._decode
+    decode = runner._Bench.decode
 
-    def wrong(orthrus: Any, options: Any, job: Any) -> Any:
-        run, token_ids = decode(orthrus, options, job)
+    def wrong(self: Any, job: Any) -> Any:
         broken = job.arm == "chain" and job.repeat == 1 and job.prompt_index == 0
-        return run, (*token_ids[:-1], 0) if broken else token_ids
+        run = decode(self, job)
+        return replace(run, output="other") if broken else run
 
-    monkeypatch.setattr(runner, "_decode", wrong)
+    monkeypatch.setattr(runner._Bench, "decode", wrong)
     options = BenchOptions(
         prompts=PROMPTS[:2], temperatures=(0.0, 1.0), max_new_tokens=6, repeats=2, warmup=0
     )

@@ -1,4 +1,4 @@
-"""benchmarks/throughput.py and spec_bench.py on a tiny model: what they run, and the arithmetic of ratios."""
+"""benchmarks/throughput.py on a tiny model: what it runs, and the arithmetic of ratios."""
 
 import importlib
 import json
@@ -28,11 +28,6 @@ def loaded(name: str) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def throughput() -> Iterator[Any]:
     yield from loaded("throughput")
-
-
-@pytest.fixture(scope="module")
-def spec_bench() -> Iterator[Any]:
-    yield from loaded("spec_bench")
 
 
 @pytest.fixture
@@ -166,40 +161,3 @@ def test_llama_cpp_decodes_a_token_of_every_sequence_at_once(
     assert llama.decode_together([[5, 6], [10], [20, 21, 22]], 3) == [(7, 8, 9), (11, 12, 13), (23, 24, 25)]
     assert llama._c.sizes == [2, 1, 3, 3, 3]
     assert llama._c.freed == 5
-
-
-def test_auto_over_plain_task_by_task(spec_bench: Any, prompts: Path, tmp_path: Path) -> None:
-    output = tmp_path / "new" / "spec.json"
-    run(spec_bench, str(prompts), "--max-new-tokens", "24", "--repeats", "2", "--output", str(output))
-    report = json.loads(output.read_text())
-    assert list(report["results"]) == ["math", "chat", "all"]
-    for task, number in (("math", 3), ("chat", 2), ("all", 5)):
-        by_arm = report["results"][task]
-        assert list(by_arm) == ["ar", "auto", "auto without copies"]
-        for arm, row in by_arm.items():
-            assert row["num_prompts"] == row["num_equal"] == number
-            assert row["interval"][0] <= row["speedup"] <= row["interval"][1]
-            assert (row["speedup"] == 1.0) == (arm == "ar")
-        assert by_arm["ar"]["tokens_per_pass"] == 1.0
-    assert [len(repeats) for repeats in report["runs"]["math"]["auto"]] == [2, 2, 2]
-    run(spec_bench, str(prompts), "--quick", "--output", str(output))
-    assert [len(rows["ar"]) for rows in json.loads(output.read_text())["runs"].values()] == [1, 1]
-
-
-def test_a_speed_up_is_paired_by_prompt_and_repeat(spec_bench: Any) -> None:
-    def answers(*times: float) -> list[Any]:
-        return [spec_bench.Run("same", 11, 5, ms / 4, ms * 3 / 4) for ms in times]
-
-    # The machine was three times slower in one repeat, and that must not show.
-    task = {
-        "ar": [answers(100.0, 300.0, 100.0), answers(80.0, 80.0, 240.0)],
-        "auto": [answers(50.0, 150.0, 50.0), answers(160.0, 160.0, 480.0)],
-        "auto without copies": [answers(100.0, 300.0, 100.0), answers(80.0, 80.0, 240.0)],
-    }
-    found = spec_bench.summarise({"task": task})["task"]["auto"]
-    assert found["by_prompt"] == [2.0, 0.5]
-    assert found["speedup"] == pytest.approx(1.0)
-    assert found["decode_speedup"] == pytest.approx(1.0)
-    assert found["slower"] == 1
-    assert found["tokens_per_pass"] == 11 / 5
-    assert found["tokens_per_second"] == pytest.approx(1e3 * 22 / 310)

@@ -46,7 +46,7 @@ def encode_prompt(
             raise UserInputError("The prompt is empty: give some text to answer or continue.")
         if raw or tokenizer.chat_template is None:
             return _without_second_start(tokenizer, prompt, _token_ids(tokenizer, prompt))
-        return _apply_template(tokenizer, [{"role": "user", "content": prompt}])
+        return _apply_template(tokenizer, [{"role": "user", "content": prompt}], template_values)
     if raw:
         raise UserInputError("raw=True takes plain text, not messages: give one string.")
     messages = checked_messages(prompt)

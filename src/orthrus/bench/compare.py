@@ -10,8 +10,9 @@ from rich.table import Table
 
 from orthrus.base.markdown import markdown_table
 from orthrus.bench.layout import law
-from orthrus.bench.metrics import Row, Spread
+from orthrus.bench.metrics import Row
 from orthrus.bench.report import BenchReport, read_report
+from orthrus.bench.statistics import Interval, Spread
 
 METRICS = (
     "tokens_per_second",
@@ -22,6 +23,11 @@ METRICS = (
     "tokens_per_forward_mean",
     "rows_per_pass",
     "acceptance_rate",
+    "accepted_per_cycle",
+    "flops_per_token",
+    "bytes_per_token",
+    "joules_per_token",
+    "peak_bytes",
 )
 _SAME = {
     "model": ("model", "base_fingerprint", "dtype", "device", "attention"),
@@ -43,7 +49,7 @@ _SAME = {
 class Change:
     """One metric of one arm and domain at one temperature.
 
-    `ratio` = b / a; `clear` when the two spreads do not overlap.
+    `ratio` = b / a; `clear` when the two spreads, of speed-ups the intervals, do not overlap.
     """
 
     temperature: float
@@ -92,7 +98,12 @@ def compare_reports(
     a, b = _report(a), _report(b)
     rows_b = {_key(row): row for row in b.rows}
     pairs = [(row, rows_b[_key(row)]) for row in a.rows if _key(row) in rows_b]
-    changes = tuple(_change(*pair, metric) for pair in pairs for metric in METRICS)
+    changes = tuple(
+        _change(*pair, metric)
+        for pair in pairs
+        for metric in METRICS
+        if None not in (getattr(pair[0], metric), getattr(pair[1], metric))
+    )
     return Comparison(changes, tuple(_differences(a, b)))
 
 
@@ -109,9 +120,9 @@ def _key(row: Row) -> tuple[float, str, str]:
 def _change(a: Row, b: Row, metric: str) -> Change:
     values = getattr(a, metric), getattr(b, metric)
     clear = None
-    if isinstance(values[0], Spread):
+    if isinstance(values[0], Spread | Interval):
         clear = values[0].high < values[1].low or values[1].high < values[0].low
-    x, y = (v.median if isinstance(v, Spread) else v for v in values)
+    x, y = (v.value if isinstance(v, Spread | Interval) else v for v in values)
     return Change(*_key(a), metric, x, y, y / x if x else None, clear)
 
 
@@ -132,4 +143,8 @@ _ALIGN = "llllrrr"
 def _cells(change: Change) -> list[str]:
     ratio = "–" if change.ratio is None else f"{change.ratio:.3f}{'*' if change.clear else ''}"
     where = [law(change.temperature), change.domain, change.arm, change.metric]
-    return [*where, f"{change.a:.3f}", f"{change.b:.3f}", ratio]
+    return [*where, _number(change.a), _number(change.b), ratio]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.4g}"

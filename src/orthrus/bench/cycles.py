@@ -16,10 +16,13 @@ from orthrus.model.pool import SlotPool
 from orthrus.model.runner import Runner
 
 
-def without_reuse(orthrus: Orthrus) -> Orthrus:
-    """The same model, runner and prices; but a prompt that comes again is fed again, as other programs do it."""
+def without_reuse(orthrus: Orthrus, runner: Runner | None = None) -> Orthrus:
+    """The same model, runner and prices; but a prompt that comes again is fed again, as other programs do it.
+
+    runner: another one for its passes.
+    """
     fresh = Orthrus(orthrus.base, orthrus.dual, orthrus.engine.runner)
-    fresh.engine = EngineBeside(orthrus.engine, reuse=False)
+    fresh.engine = EngineBeside(orthrus.engine, runner, reuse=False)
     return fresh
 
 

@@ -8,7 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from orthrus.base.markdown import markdown_table
-from orthrus.bench.metrics import ALL, LEGEND, Row, Spread, Summary
+from orthrus.bench.legend import LEGEND
+from orthrus.bench.metrics import ALL, Row, Summary
+from orthrus.bench.statistics import Interval, Spread
 
 
 def law(temperature: float) -> str:
@@ -101,6 +103,18 @@ def _spread(spread: Spread, digits: int) -> str:
     return f"{spread.median:.{digits}f} ({spread.low:.{digits}f}..{spread.high:.{digits}f})"
 
 
+def _interval(found: Interval) -> str:
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def _amount(value: float | None, unit: float) -> str:
+    return "not available" if value is None else f"{value / unit:.4g}"
+
+
+def _rates(rates: Sequence[float]) -> str:
+    return " ".join(f"{rate:.2f}" for rate in rates) or "–"
+
+
 def _equality(row: Row) -> str:
     return "–" if row.equal_to_plain is None else "{}/{}".format(*row.equal_to_plain)
 
@@ -112,24 +126,31 @@ def _drafts(row: Row) -> str:
 _METRICS: dict[str, Callable[[Row], str]] = {
     "tokens_per_cycle_mean": lambda row: f"{row.tokens_per_cycle_mean:.2f}",
     "tokens_per_cycle_pooled": lambda row: f"{row.tokens_per_cycle_pooled:.2f}",
+    "tokens_per_cycle_histogram": lambda row: " ".join(map(str, row.tokens_per_cycle_histogram)) or "–",
     "tokens_per_forward_mean": lambda row: f"{row.tokens_per_forward_mean:.2f}",
     "tokens_per_forward_pooled": lambda row: f"{row.tokens_per_forward_pooled:.2f}",
     "rows_per_pass": lambda row: f"{row.rows_per_pass:.1f}",
-    "speedup_vs_stock": lambda row: _spread(row.speedup_vs_stock, 2),
-    "speedup_vs_ar": lambda row: _spread(row.speedup_vs_ar, 2),
+    "speedup_vs_stock": lambda row: _interval(row.speedup_vs_stock),
+    "speedup_vs_ar": lambda row: _interval(row.speedup_vs_ar),
     "equal_to_plain": _equality,
     "tokens_per_second": lambda row: _spread(row.tokens_per_second, 1),
     "ttft_ms": lambda row: _spread(row.ttft_ms, 0),
     "tpot_ms": lambda row: _spread(row.tpot_ms, 1),
     "acceptance_rate": _drafts,
+    "accepted_per_cycle": lambda row: f"{row.accepted_per_cycle:.2f}" if row.accepted_histogram else "–",
     "accepted_histogram": lambda row: " ".join(map(str, row.accepted_histogram)) or "–",
+    "acceptance_by_position": lambda row: _rates(row.acceptance_by_position),
+    "peak_bytes": lambda row: _amount(row.peak_bytes, 1),
+    "flops_per_token": lambda row: _amount(row.flops_per_token, 1),
+    "bytes_per_token": lambda row: _amount(row.bytes_per_token, 1),
+    "joules_per_token": lambda row: _amount(row.joules_per_token, 1),
     "tokens": lambda row: str(row.tokens),
     "passes": lambda row: str(row.passes),
     "cycles": lambda row: str(row.cycles),
 }
 _SUMMARY: dict[str, Callable[[Summary], str]] = {
-    "speedup_vs_stock_geomean": lambda line: _spread(line.speedup_vs_stock_geomean, 2),
-    "speedup_vs_ar_geomean": lambda line: _spread(line.speedup_vs_ar_geomean, 2),
+    "speedup_vs_stock_geomean": lambda line: _interval(line.speedup_vs_stock_geomean),
+    "speedup_vs_ar_geomean": lambda line: _interval(line.speedup_vs_ar_geomean),
     "worst_domain": lambda line: "{} {:.2f}".format(*line.worst_domain),
 }
 _MAIN = (
@@ -141,3 +162,10 @@ _MAIN = (
     "equal_to_plain",
 )
 _TIMES = ("tokens_per_second", "ttft_ms", "tpot_ms", "acceptance_rate")
+SHOWN = (*_MAIN, "accepted_per_cycle", "acceptance_rate", "tokens_per_second", "ttft_ms", "tpot_ms")
+"""The numbers of a row that a page shows."""
+
+
+def cells(row: Row) -> list[str]:
+    """Those of `SHOWN`, as text."""
+    return [_METRICS[name](row) for name in SHOWN]

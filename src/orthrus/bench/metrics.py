@@ -3,80 +3,15 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean, geometric_mean, median
+from statistics import fmean, median
 from typing import Any
 
-from orthrus.engine.stock import StockRun
-from orthrus.types import DecodeStats
+from orthrus.bench.arms import PLAIN, STOCK
+from orthrus.bench.records import Run, by_temperature
+from orthrus.bench.statistics import Interval, Spread
+from orthrus.bench.work import Sizes, Work
 
-STOCK, PLAIN, ALL = "stock", "ar", "all"
-
-LEGEND = {
-    "tokens": "new tokens, end-of-sequence included, summed over prompts and repeats",
-    "passes": "forward passes of the model, prefill included, both views counted",
-    "cycles": "what commits tokens once after the prefill: draft and verify, one fused pass, or one AR pass",
-    "tokens_per_cycle_mean": "mean over prompts and repeats of (tokens - 1) / cycles",
-    "tokens_per_cycle_pooled": "sum of (tokens - 1) / sum of cycles",
-    "tokens_per_forward_mean": "mean over prompts and repeats of tokens / passes",
-    "tokens_per_forward_pooled": "sum of tokens / sum of passes",
-    "rows_per_pass": "sum of rows of both views / sum of passes, both without the prefill",
-    "acceptance_rate": "accepted drafts / proposed drafts; the AR view's own tokens in neither",
-    "accepted_histogram": "how many drafting cycles accepted 0, 1, 2, ... drafts",
-    "ttft_ms": "request to first token; median (min..max) over prompts and repeats",
-    "tpot_ms": "sum of time after the first token / sum of (tokens - 1); median (min..max) over repeats",
-    "tokens_per_second": "sum of tokens / sum of time, first token included; median (min..max) over repeats",
-    "speedup_vs_stock": "time per token of the stock model's own generate / this arm's, time to first token "
-    "included, same prompts, paired by repeat; median (min..max) over repeats",
-    "speedup_vs_ar": "as above, against our plain decoding",
-    "equal_to_plain": "prompts whose tokens equal those of plain decoding in every repeat / prompts; greedy: "
-    "of the stock model, sampled: of ar with the same seed",
-    "speedup_vs_stock_geomean": "geometric mean of the domains' speedup_vs_stock, repeat by repeat; median "
-    "(min..max) over repeats",
-    "speedup_vs_ar_geomean": "as above, of speedup_vs_ar",
-    "worst_domain": "the domain with the lowest median speedup_vs_stock, and that median",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One prompt decoded once by one arm. Times in ms. `equal_to_plain` is None for sampled stock text, which
-    another random generator draws."""
-
-    arm: str
-    prompt_index: int
-    domain: str
-    repeat: int
-    temperature: float
-    num_prompt_tokens: int
-    num_tokens: int
-    num_passes: int
-    num_prefill_passes: int
-    num_rows: int
-    num_cycles: int
-    num_drafted: int
-    num_accepted: int
-    accepted_histogram: tuple[int, ...]
-    ttft_ms: float
-    decode_ms: float
-    equal_to_plain: bool | None = None
-
-    @property
-    def total_ms(self) -> float:
-        return self.ttft_ms + self.decode_ms
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """A median with the smallest and the largest value."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread":
-        listed = list(values)
-        return cls(median(listed), min(listed), max(listed)) if listed else cls(0.0, 0.0, 0.0)
+ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +27,24 @@ class Row:
     cycles: int
     tokens_per_cycle_mean: float
     tokens_per_cycle_pooled: float
+    tokens_per_cycle_histogram: tuple[int, ...]
     tokens_per_forward_mean: float
     tokens_per_forward_pooled: float
     rows_per_pass: float
     acceptance_rate: float
+    accepted_per_cycle: float
     accepted_histogram: tuple[int, ...]
+    acceptance_by_position: tuple[float, ...]
     ttft_ms: Spread
     tpot_ms: Spread
     tokens_per_second: Spread
-    speedup_vs_stock: Spread
-    speedup_vs_ar: Spread
+    speedup_vs_stock: Interval
+    speedup_vs_ar: Interval
     equal_to_plain: tuple[int, int] | None
+    peak_bytes: int | None
+    flops_per_token: float | None
+    bytes_per_token: float | None
+    joules_per_token: float | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,74 +54,25 @@ class Row:
 class Summary:
     """One arm over all domains, each domain counting as much as any other; `LEGEND` defines every field.
 
-    `worst_domain`: its name and its median speed-up against the stock model.
+    `worst_domain`: its name and its speed-up against the stock model.
     """
 
     arm: str
     temperature: float
-    speedup_vs_stock_geomean: Spread
-    speedup_vs_ar_geomean: Spread
+    speedup_vs_stock_geomean: Interval
+    speedup_vs_ar_geomean: Interval
     worst_domain: tuple[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def run_of_stats(
-    arm: str, prompt_index: int, domain: str, repeat: int, temperature: float, stats: DecodeStats
-) -> Run:
-    """A run of ours."""
-    return Run(
-        arm=arm,
-        prompt_index=prompt_index,
-        domain=domain,
-        repeat=repeat,
-        temperature=temperature,
-        num_prompt_tokens=stats.num_prompt_tokens,
-        num_tokens=stats.num_tokens,
-        num_passes=stats.num_passes,
-        num_prefill_passes=stats.num_prefill_passes,
-        num_rows=stats.num_rows,
-        num_cycles=stats.num_cycles,
-        num_drafted=stats.num_drafted,
-        num_accepted=stats.num_accepted,
-        accepted_histogram=stats.accepted_histogram,
-        ttft_ms=stats.ttft_ms,
-        decode_ms=stats.decode_ms,
-    )
-
-
-def run_of_stock(
-    prompt_index: int, domain: str, repeat: int, temperature: float, num_prompt_tokens: int, run: StockRun
-) -> Run:
-    """A run of the stock model: its prefill gives the first token, every further pass of one row one more."""
-    num_tokens = len(run.token_ids)
-    return Run(
-        arm=STOCK,
-        prompt_index=prompt_index,
-        domain=domain,
-        repeat=repeat,
-        temperature=temperature,
-        num_prompt_tokens=num_prompt_tokens,
-        num_tokens=num_tokens,
-        num_passes=num_tokens,
-        num_prefill_passes=1,
-        num_rows=num_tokens - 1,
-        num_cycles=num_tokens - 1,
-        num_drafted=0,
-        num_accepted=0,
-        accepted_histogram=(),
-        ttft_ms=run.ttft_ms,
-        decode_ms=run.decode_ms,
-    )
-
-
-def rows(runs: Sequence[Run]) -> list[Row]:
+def rows(runs: Sequence[Run], sizes: Sizes | None = None) -> list[Row]:
     """By temperature: a row per arm for the whole set, then, of several domains, one per arm and domain."""
     domains = list(dict.fromkeys(run.domain for run in runs))
     return [
-        _row(arm, domain, temperature, [run for run in part if domain in (ALL, run.domain)])
-        for temperature, part in _by_temperature(runs)
+        _row(arm, domain, temperature, [run for run in part if domain in (ALL, run.domain)], sizes)
+        for temperature, part in by_temperature(runs)
         for domain in (ALL, *(domains if len(domains) > 1 else ()))
         for arm in dict.fromkeys(run.arm for run in runs)
     ]
@@ -188,32 +81,66 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 def summaries(runs: Sequence[Run]) -> list[Summary]:
     """By temperature: a line per arm of ours over all domains."""
     found = []
-    for temperature, part in _by_temperature(runs):
+    for temperature, part in by_temperature(runs):
         by_domain: dict[str, list[Run]] = {}
         for run in part:
             by_domain.setdefault(run.domain, []).append(run)
         for arm in (a for a in dict.fromkeys(run.arm for run in part) if a != STOCK):
-            medians = {
-                domain: Spread.of(_speedups(mine, STOCK, arm)).median for domain, mine in by_domain.items()
-            }
-            worst = min(medians, key=lambda domain: medians[domain])
-            domains = list(by_domain.values())
+            ratios = {domain: speedups(mine, STOCK, arm) for domain, mine in by_domain.items()}
+            values = {domain: Interval.geometric_mean([mine]).value for domain, mine in ratios.items()}
+            worst = min(values, key=lambda domain: values[domain])
+            to_ar = [speedups(mine, PLAIN, arm) for mine in by_domain.values()]
             found.append(
                 Summary(
                     arm=arm,
                     temperature=temperature,
-                    speedup_vs_stock_geomean=_geomean_speedup(domains, STOCK, arm),
-                    speedup_vs_ar_geomean=_geomean_speedup(domains, PLAIN, arm),
-                    worst_domain=(worst, medians[worst]),
+                    speedup_vs_stock_geomean=Interval.geometric_mean(list(ratios.values())),
+                    speedup_vs_ar_geomean=Interval.geometric_mean(to_ar),
+                    worst_domain=(worst, values[worst]),
                 )
             )
     return found
 
 
-def _row(arm: str, domain: str, temperature: float, runs: Sequence[Run]) -> Row:
+def speedups(runs: Sequence[Run], slow: str, fast: str) -> list[float]:
+    """By prompt: the ratio of times per token, paired by repeat; what slowed the machine then hit both arms."""
+    times: dict[tuple[str, int, int], float] = {
+        (run.arm, run.prompt_index, run.repeat): run.total_ms / run.num_tokens
+        for run in runs
+        if run.arm in (slow, fast) and run.num_tokens
+    }
+    ratios: dict[int, list[float]] = {}
+    for (arm, prompt, repeat), ms in times.items():
+        other = times.get((slow, prompt, repeat))
+        if arm == fast and ms and other:
+            ratios.setdefault(prompt, []).append(other / ms)
+    return [median(values) for values in ratios.values()]
+
+
+def acceptance_by_position(runs: Iterable[Run]) -> tuple[float, ...]:
+    """Conditional rates by position, from 1; ends before the first position that no cycle reached."""
+    cycles = [pair for run in runs for pair in zip(run.judged, run.accepted, strict=True)]
+    rates = []
+    for position in range(1, max((judged for judged, _ in cycles), default=0) + 1):
+        reached = [a for judged, a in cycles if a >= position - 1 and judged >= position]
+        if not reached:
+            break
+        rates.append(sum(a >= position for a in reached) / len(reached))
+    return tuple(rates)
+
+
+def _row(arm: str, domain: str, temperature: float, runs: Sequence[Run], sizes: Sizes | None) -> Row:
     mine = [run for run in runs if run.arm == arm]
     repeats = [[run for run in mine if run.repeat == n] for n in sorted({run.repeat for run in mine})]
     drafted, cycles = sum(r.num_drafted for r in mine), sum(r.num_cycles for r in mine)
+    histogram = _added(r.accepted_histogram for r in mine)
+    accepted = sum(r.num_accepted for r in mine)
+    work = [r.work for r in mine if r.work is not None]
+    after_first = sum(r.num_tokens - 1 for r in mine)
+    is_known = sizes is not None and len(work) == len(mine) and after_first > 0
+    total = Work.sum(work)
+    peaks = [r.peak_bytes for r in mine if r.peak_bytes is not None]
+    joules = [r.joules for r in mine if r.joules is not None]
     return Row(
         arm=arm,
         domain=domain,
@@ -224,44 +151,34 @@ def _row(arm: str, domain: str, temperature: float, runs: Sequence[Run]) -> Row:
         cycles=cycles,
         # A run that ended with its first token has no cycle, hence no mean of its own.
         tokens_per_cycle_mean=_mean([(r.num_tokens - 1) / r.num_cycles for r in mine if r.num_cycles]),
-        tokens_per_cycle_pooled=_ratio(sum(r.num_tokens - 1 for r in mine), cycles),
+        tokens_per_cycle_pooled=_ratio(after_first, cycles),
+        tokens_per_cycle_histogram=_histogram(n for r in mine for n in r.committed),
         tokens_per_forward_mean=_mean([r.num_tokens / r.num_passes for r in mine]),
         tokens_per_forward_pooled=_ratio(sum(r.num_tokens for r in mine), sum(r.num_passes for r in mine)),
         rows_per_pass=_ratio(
             sum(r.num_rows for r in mine), sum(r.num_passes - r.num_prefill_passes for r in mine)
         ),
-        acceptance_rate=_ratio(sum(r.num_accepted for r in mine), drafted),
-        accepted_histogram=_added(r.accepted_histogram for r in mine),
+        acceptance_rate=_ratio(accepted, drafted),
+        accepted_per_cycle=_ratio(accepted, sum(histogram)),
+        accepted_histogram=histogram,
+        acceptance_by_position=acceptance_by_position(mine),
         ttft_ms=Spread.of(r.ttft_ms for r in mine),
         tpot_ms=Spread.of(
             _ratio(sum(r.decode_ms for r in part), sum(r.num_tokens - 1 for r in part)) for part in repeats
         ),
-        tokens_per_second=Spread.of(1e3 / _ms_per_token(part) for part in repeats),
-        speedup_vs_stock=Spread.of(_speedups(runs, STOCK, arm)),
-        speedup_vs_ar=Spread.of(_speedups(runs, PLAIN, arm)),
+        tokens_per_second=Spread.of(
+            _ratio(1e3 * sum(r.num_tokens for r in part), sum(r.total_ms for r in part)) for part in repeats
+        ),
+        speedup_vs_stock=Interval.geometric_mean([speedups(runs, STOCK, arm)]),
+        speedup_vs_ar=Interval.geometric_mean([speedups(runs, PLAIN, arm)]),
         equal_to_plain=_equal(mine),
+        peak_bytes=max(peaks) if peaks else None,
+        flops_per_token=sizes.flops(total) / after_first if sizes and is_known else None,
+        bytes_per_token=sizes.bytes(total) / after_first if sizes and is_known else None,
+        joules_per_token=sum(joules) / sum(r.num_tokens for r in mine)
+        if joules and len(joules) == len(mine)
+        else None,
     )
-
-
-def _by_temperature(runs: Sequence[Run]) -> list[tuple[float, list[Run]]]:
-    return [
-        (temperature, [run for run in runs if run.temperature == temperature])
-        for temperature in dict.fromkeys(run.temperature for run in runs)
-    ]
-
-
-def _speedups(runs: Sequence[Run], slow: str, fast: str) -> list[float]:
-    """Ratio of times per token, repeat by repeat: what slowed the machine down then hit both arms."""
-    ratios = []
-    for repeat in sorted({run.repeat for run in runs}):
-        pair = [[r for r in runs if r.repeat == repeat and r.arm == arm] for arm in (slow, fast)]
-        ratios.append(_ms_per_token(pair[0]) / _ms_per_token(pair[1]))
-    return ratios
-
-
-def _geomean_speedup(domains: Sequence[Sequence[Run]], slow: str, fast: str) -> Spread:
-    by_repeat = zip(*(_speedups(runs, slow, fast) for runs in domains), strict=True)
-    return Spread.of(geometric_mean(ratios) for ratios in by_repeat)
 
 
 def _equal(runs: Sequence[Run]) -> tuple[int, int] | None:
@@ -271,14 +188,15 @@ def _equal(runs: Sequence[Run]) -> tuple[int, int] | None:
     return len(prompts - {run.prompt_index for run in runs if not run.equal_to_plain}), len(prompts)
 
 
-def _ms_per_token(runs: Sequence[Run]) -> float:
-    return sum(run.total_ms for run in runs) / sum(run.num_tokens for run in runs)
-
-
 def _added(histograms: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    total: Counter[int] = Counter()
-    for histogram in histograms:
-        total.update(dict(enumerate(histogram)))
+    return _listed(sum((Counter(dict(enumerate(h))) for h in histograms), Counter[int]()))
+
+
+def _histogram(values: Iterable[int]) -> tuple[int, ...]:
+    return _listed(Counter(values))
+
+
+def _listed(total: Counter[int]) -> tuple[int, ...]:
     return tuple(total[n] for n in range(max(total) + 1)) if total else ()
 
 

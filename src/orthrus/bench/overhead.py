@@ -15,7 +15,7 @@ from orthrus.base.devices import synchronize
 from orthrus.base.markdown import markdown_table
 from orthrus.base.provenance import provenance
 from orthrus.bench.cycles import RecordingRunner, ready_request, step_cycle, whole_passes, without_reuse
-from orthrus.bench.metrics import Spread
+from orthrus.bench.statistics import Spread
 from orthrus.config import FIXED_STRATEGIES, DecodeConfig, Strategy
 from orthrus.engine.beside import EngineBeside
 from orthrus.model.passes import causal, join

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,30 +12,42 @@ from typing import Any
 from rich.console import RenderableType
 
 from orthrus.bench.layout import law, markdown, terminal
-from orthrus.bench.metrics import ALL, LEGEND, Row, Run, Summary, rows, summaries
+from orthrus.bench.legend import LEGEND
+from orthrus.bench.metrics import ALL, Row, Summary, rows, summaries
+from orthrus.bench.records import Run
+from orthrus.bench.work import Sizes
 from orthrus.errors import UserInputError
 
 KIND = "orthrus-bench"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# The second had no records of single cycles, which then are empty.
+_READABLE = (2, FORMAT_VERSION)
 
 
 @dataclass(frozen=True)
 class BenchReport:
     """Single runs, and what they were made with. `rows` and `summaries` are the numbers, `LEGEND` their
-    formulas."""
+    formulas. `is_complete`: False while the run goes on, and of one that was stopped."""
 
     runs: tuple[Run, ...]
     model: dict[str, Any]
     options: dict[str, Any]
     provenance: dict[str, Any]
+    is_complete: bool = True
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        return tuple(rows(self.runs))
+        return tuple(rows(self.runs, self.sizes))
 
     @cached_property
     def summaries(self) -> tuple[Summary, ...]:
         return tuple(summaries(self.runs))
+
+    @property
+    def sizes(self) -> Sizes | None:
+        """What rows and passes of the model take; None where that is not known."""
+        raw = self.model.get("sizes")
+        return None if raw is None else Sizes(**raw)
 
     @property
     def overall(self) -> tuple[Row, ...]:
@@ -43,35 +55,35 @@ class BenchReport:
         return tuple(row for row in self.rows if row.domain == ALL)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready and complete: rows, summaries, single runs, formulas, model, options and provenance."""
+        """JSON-ready and complete: rows, summaries, single runs, formulas, model, options and provenance.
+
+        Of a run that goes on rows and summaries are left out: they follow from the runs, and cost time.
+        """
         return {
             "kind": KIND,
             "format_version": FORMAT_VERSION,
+            "is_complete": self.is_complete,
             "model": self.model,
             "options": self.options,
             "provenance": self.provenance,
             "legend": LEGEND,
-            "rows": [row.to_dict() for row in self.rows],
-            "summaries": [summary.to_dict() for summary in self.summaries],
+            "rows": [row.to_dict() for row in (self.rows if self.is_complete else ())],
+            "summaries": [line.to_dict() for line in (self.summaries if self.is_complete else ())],
             "runs": [asdict(run) for run in self.runs],
         }
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "BenchReport":
         """The report behind `to_dict`; UserInputError when it is none, or of another format."""
-        if raw.get("kind") != KIND or raw.get("format_version") != FORMAT_VERSION:
+        if raw.get("kind") != KIND or raw.get("format_version") not in _READABLE:
             raise UserInputError("no benchmark report of this release; make one with `orthrus bench`.")
         try:
-            names = {field.name for field in fields(Run)}
-            records: list[dict[str, Any]] = [
-                {k: tuple(v) if isinstance(v, list) else v for k, v in run.items() if k in names}
-                for run in raw["runs"]
-            ]
             return cls(
-                tuple(Run(**record) for record in records),
+                tuple(map(Run.from_dict, raw["runs"])),
                 dict(raw["model"]),
                 dict(raw["options"]),
                 dict(raw["provenance"]),
+                bool(raw.get("is_complete", True)),
             )
         except (KeyError, TypeError, AttributeError) as e:
             raise UserInputError(f"the benchmark report is damaged ({e}); make it again.") from e

@@ -4,37 +4,46 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 from orthrus.api import Orthrus
 from orthrus.base.bench_prompts import BenchPrompt
 from orthrus.base.provenance import provenance
-from orthrus.bench.cycles import without_reuse
+from orthrus.bench.arms import PLAIN, STOCK, Arm
+from orthrus.bench.cycles import RecordingRunner, without_reuse
 from orthrus.bench.layout import law
-from orthrus.bench.metrics import PLAIN, STOCK, Run, run_of_stats, run_of_stock
+from orthrus.bench.machine import Energy, forget_peak, peak_bytes
+from orthrus.bench.records import About, Run, run_of_result, run_of_stock
 from orthrus.bench.report import BenchReport
-from orthrus.config import DecodeConfig, SamplingParams, Strategy
+from orthrus.bench.work import sizes_of, work_of, work_of_stock
+from orthrus.config import DecodeConfig
 from orthrus.engine.limits import check_block_size, check_prompt
 from orthrus.engine.stock import stock_generate
 from orthrus.errors import UserInputError
 
 WARMUP_TOKENS = 16
 _DEFAULTS = DecodeConfig()
+# Two parts of one run must agree in these; the time at which each began may differ.
+_SAME_MACHINE = ("git_commit", "versions", "python", "cpu", "accelerator", "threads", "device", "dtype")
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (what is running, runs done, runs in all)."""
+OnPart = Callable[[BenchReport], None]
+"""Called with the report so far, after each prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
-    """What to measure. `strategies` come on top of the arms "stock" and "ar", which always run.
+    """What to measure. `strategies` come on top of the arms "stock" and "ar", which always run; each is a name,
+    or one with settings of its own (`Arm.parse`).
 
     `warmup` rounds of all arms, 16 tokens each on the first prompt, come first and are not counted.
     Every temperature gives numbers of its own; above 0, repeat n samples with seed + n (None counts as 0).
+    `thinking`: what a chat template that asks is told of thinking aloud; None leaves it to the template.
     """
 
     prompts: Sequence[BenchPrompt]
-    strategies: tuple[Strategy, ...] = ("chain",)
+    strategies: tuple[str, ...] = ("chain",)
     temperatures: tuple[float, ...] = (0.0,)
     max_new_tokens: int = 128
     block_size: int | None = None
@@ -43,6 +52,7 @@ class BenchOptions:
     seed: int | None = 0
     repeats: int = 3
     warmup: int = 1
+    thinking: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -57,66 +67,81 @@ class BenchOptions:
         if self.warmup < 0:
             raise UserInputError(f"warmup must be 0 or more, not {self.warmup}.")
         # Checks the remaining values, in the words of a request.
-        for strategy in self.strategies:
+        for name in self.strategies:
             for temperature in self.temperatures:
-                self.config(strategy, temperature, self.seed, self.max_new_tokens)
+                self.config(name, temperature, self.seed, self.max_new_tokens)
 
     @property
     def arms(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((STOCK, PLAIN, *self.strategies)))
 
-    def config(
-        self, strategy: Strategy, temperature: float, seed: int | None, max_new_tokens: int
-    ) -> DecodeConfig:
+    def config(self, arm: str, temperature: float, seed: int | None, max_new_tokens: int) -> DecodeConfig:
         """The request of one run of ours."""
-        return DecodeConfig(
-            max_new_tokens=max_new_tokens,
-            strategy=strategy,
-            block_size=self.block_size,
-            node_budget=self.node_budget,
-            block_budget=self.block_budget,
-            sampling=SamplingParams(temperature=temperature, seed=seed),
-        )
+        common = {name: getattr(self, name) for name in ("block_size", "node_budget", "block_budget")}
+        return Arm.parse(arm).config(common, temperature, seed, max_new_tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with a digest for the prompts."""
+        settings = {k: getattr(self, k) for k in self.__slots__ if k != "prompts"}
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+        return settings | {
+            "arms": list(self.arms),
+            "num_prompts": len(self.prompts),
+            "prompts_digest": prompts_digest(self.prompts),
+        }
 
 
-def run_bench(orthrus: Orthrus, options: BenchOptions, on_progress: OnProgress | None = None) -> BenchReport:
+def run_bench(
+    orthrus: Orthrus,
+    options: BenchOptions,
+    on_progress: OnProgress | None = None,
+    *,
+    on_part: OnPart | None = None,
+    begun: BenchReport | None = None,
+    energy: Energy | None = None,
+) -> BenchReport:
     """Measure the stock model's own `generate`, our plain decoding and the strategies on the same prompts.
 
-    No arm keeps a prompt's history for its next run. No other thread may decode meanwhile. Raises
-    UserInputError for a prompt or block size that does not fit the model.
+    No arm keeps a prompt's history for its next run. No other thread may decode meanwhile.
+
+    begun: a report that `on_part` was given by a run that was stopped; what it holds is not run again. energy:
+    counts joules where the machine has counters; left out, nothing is said of energy.
+
+    Raises UserInputError for a prompt or block size that does not fit the model, and for a `begun` of other
+    settings, another model or another machine.
     """
-    orthrus = without_reuse(orthrus)
-    prompts = [orthrus.base.encode_prompt(prompt.prompt) for prompt in options.prompts]
+    recorder = RecordingRunner(orthrus.engine.runner)
+    bench = _Bench(without_reuse(orthrus, recorder), recorder, options, energy)
+    values = None if options.thinking is None else {"enable_thinking": options.thinking}
+    prompts = [orthrus.base.encode_prompt(p.prompt, template_values=values) for p in options.prompts]
     for prompt_ids in prompts:
         check_prompt(prompt_ids, orthrus.base.context_length)
-    check_block_size(orthrus.dual, options.block_size)
+    for arm in options.arms[1:]:
+        config = options.config(arm, options.temperatures[0], options.seed, options.max_new_tokens)
+        check_block_size(orthrus.dual, config.block_size)
+    about = bench.about()
+    if begun is not None:
+        _check_same(begun, about)
+    runs = list(begun.runs) if begun is not None else []
+    have = {(run.temperature, run.prompt_index, run.repeat, run.arm) for run in runs}
     jobs = _jobs(options, prompts)
-    runs: list[Run] = []
-    outputs: dict[tuple[float, int, int, str], tuple[int, ...]] = {}
-    for done, job in enumerate(jobs):
+    left = [job for job in jobs if job.warmup or job.key not in have]
+    if all(job.warmup for job in left):
+        left = []
+    for number, job in enumerate(left):
         if on_progress is not None:
-            on_progress(job.title, done, len(jobs))
-        run, token_ids = _decode(orthrus, options, job)
+            on_progress(job.title, len(jobs) - len(left) + number, len(jobs))
+        run = bench.decode(job)
         if not job.warmup:
             runs.append(run)
-            outputs[job.temperature, job.prompt_index, job.repeat, job.arm] = token_ids
+            following = left[number + 1] if number + 1 < len(left) else None
+            if on_part is not None and following and following.prompt_index != job.prompt_index:
+                on_part(replace(about, runs=tuple(runs), is_complete=False))
     if on_progress is not None:
         on_progress("done", len(jobs), len(jobs))
-    model = orthrus.describe()
-    settings = {k: getattr(options, k) for k in options.__slots__ if k != "prompts"}
-    # Lists, as they come back from JSON.
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-    return BenchReport(
-        runs=tuple(replace(run, equal_to_plain=_equal_to_plain(run, outputs)) for run in runs),
-        model=model,
-        options=settings
-        | {
-            "arms": list(options.arms),
-            "num_prompts": len(prompts),
-            "prompts_digest": prompts_digest(options.prompts),
-        },
-        provenance=provenance(device=model["device"], dtype=model["dtype"], seed=options.seed),
-    )
+    outputs = {(run.temperature, run.prompt_index, run.repeat, run.arm): run.output for run in runs}
+    finished = tuple(replace(run, equal_to_plain=_equal_to_plain(run, outputs)) for run in runs)
+    return replace(about, runs=finished, provenance=(begun or about).provenance | bench.resumed(begun))
 
 
 def prompts_digest(prompts: Sequence[BenchPrompt]) -> str:
@@ -134,6 +159,10 @@ class _Job(NamedTuple):
     temperature: float
     max_new_tokens: int
     warmup: bool
+
+    @property
+    def key(self) -> tuple[float, int, int, str]:
+        return self.temperature, self.prompt_index, self.repeat, self.arm
 
     @property
     def title(self) -> str:
@@ -164,27 +193,87 @@ def _jobs(options: BenchOptions, prompts: list[list[int]]) -> list[_Job]:
     return jobs
 
 
-def _decode(orthrus: Orthrus, options: BenchOptions, job: _Job) -> tuple[Run, tuple[int, ...]]:
-    """One run, and its tokens."""
-    seed, num_prompt_tokens = (options.seed or 0) + job.repeat, len(job.prompt_ids)
-    about = job.prompt_index, job.domain, job.repeat, job.temperature
-    if job.arm == STOCK:
-        model = orthrus.stock()
-        stock = stock_generate(
-            model,
-            job.prompt_ids,
-            max_new_tokens=min(job.max_new_tokens, orthrus.base.context_length - num_prompt_tokens),
-            eos_token_ids=orthrus.base.eos_token_ids,
-            temperature=job.temperature,
-            seed=seed,
-        )
-        return run_of_stock(*about, num_prompt_tokens, stock), stock.token_ids
-    config = options.config(cast(Strategy, job.arm), job.temperature, seed, job.max_new_tokens)
-    ours = orthrus.stream_ids(job.prompt_ids, config).drain()
-    return run_of_stats(job.arm, *about, ours.stats), ours.token_ids
+class _Bench:
+    """What all runs share."""
+
+    def __init__(
+        self, orthrus: Orthrus, recorder: RecordingRunner, options: BenchOptions, energy: Energy | None
+    ) -> None:
+        self.orthrus, self.recorder, self.options, self.energy = orthrus, recorder, options, energy
+
+    def about(self) -> BenchReport:
+        """A report without runs."""
+        model, sizes = self.orthrus.describe(), sizes_of(self.orthrus.dual)
+        made = provenance(device=model["device"], dtype=model["dtype"], seed=self.options.seed)
+        if self.energy is not None:
+            made["energy"] = self.energy.describe()
+        model["sizes"] = None if sizes is None else sizes.to_dict()
+        return BenchReport((), model, self.options.to_dict(), made)
+
+    def resumed(self, begun: BenchReport | None) -> dict[str, Any]:
+        """When it was gone on with."""
+        if begun is None:
+            return {}
+        before = begun.provenance.get("resumed", [])
+        return {"resumed": [*before, self.about().provenance["time"]]}
+
+    def decode(self, job: _Job) -> Run:
+        """One run."""
+        device, options = self.orthrus.dual.device, self.options
+        seed, num_prompt_tokens = (options.seed or 0) + job.repeat, len(job.prompt_ids)
+        forget_peak(device)
+        if self.energy is not None:
+            self.energy.start()
+        if job.arm == STOCK:
+            stock = stock_generate(
+                self.orthrus.stock(),
+                job.prompt_ids,
+                max_new_tokens=min(job.max_new_tokens, self.orthrus.base.context_length - num_prompt_tokens),
+                eos_token_ids=self.orthrus.base.eos_token_ids,
+                temperature=job.temperature,
+                seed=seed,
+            )
+            about = self._around(job, stock.token_ids)
+            return run_of_stock(
+                about, num_prompt_tokens, stock, work_of_stock(num_prompt_tokens, len(stock.token_ids))
+            )
+        config = options.config(job.arm, job.temperature, seed, job.max_new_tokens)
+        self.recorder.calls.clear()
+        stream = self.orthrus.stream_ids(job.prompt_ids, config)
+        # The first record is the prefill's: what came before it is no work of decoding.
+        next(stream)
+        first = len(self.recorder.calls)
+        result = stream.drain()
+        about = self._around(job, result.token_ids)
+        return run_of_result(job.arm, about, result, work_of(self.recorder.calls[first:]))
+
+    def _around(self, job: _Job, token_ids: Sequence[int]) -> About:
+        joules = None if self.energy is None else self.energy.stop()
+        digest = hashlib.blake2b(repr(tuple(token_ids)).encode(), digest_size=8).hexdigest()
+        peak = peak_bytes(self.orthrus.dual.device)
+        return About(job.prompt_index, job.domain, job.repeat, job.temperature, peak, joules, digest)
 
 
-def _equal_to_plain(run: Run, outputs: dict[tuple[float, int, int, str], tuple[int, ...]]) -> bool | None:
+def _check_same(begun: BenchReport, now: BenchReport) -> None:
+    """UserInputError when a run cannot go on where another stopped."""
+    for name, mine, theirs in (
+        ("options", now.options, begun.options),
+        ("model", now.model, begun.model),
+        ("machine", _machine(now), _machine(begun)),
+    ):
+        if mine != theirs:
+            changed = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+            raise UserInputError(
+                f"the unfinished run has another {name} ({', '.join(changed)}); run it as it was begun, or name a "
+                "new file."
+            )
+
+
+def _machine(report: BenchReport) -> dict[str, Any]:
+    return {name: report.provenance.get(name) for name in _SAME_MACHINE}
+
+
+def _equal_to_plain(run: Run, outputs: dict[tuple[float, int, int, str], str]) -> bool | None:
     """Greedy text against the stock model's first; sampled text against that of ar with the same seed."""
     key = run.temperature, run.prompt_index
     if run.temperature == 0.0:
@@ -193,4 +282,4 @@ def _equal_to_plain(run: Run, outputs: dict[tuple[float, int, int, str], tuple[i
         return None
     else:
         plain = outputs[*key, run.repeat, PLAIN]
-    return outputs[*key, run.repeat, run.arm] == plain
+    return run.output == plain

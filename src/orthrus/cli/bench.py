@@ -1,41 +1,72 @@
 """`orthrus bench`: the stock model against the strategies, on the same prompts."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from orthrus.cli import options
-from orthrus.cli.common import check_decode, check_strategies, load_orthrus, time_passes
+from orthrus.cli.common import check_decode, load_orthrus, time_passes
 from orthrus.cli.progress import ProgressDisplay
-from orthrus.cli.report import check_output, show_report
+from orthrus.cli.render import note, print_json
+from orthrus.cli.report import check_output, save_report, show_report
 from orthrus.config import STRATEGIES, DecodeConfig
 from orthrus.errors import UserInputError
 
+if TYPE_CHECKING:
+    from orthrus.bench import BenchReport
+
 DEFAULTS = DecodeConfig()
+_WHAT, _ENERGY_S = "What to measure", 10.0
 
 
 def bench(
     model: options.Model = None,
     named_model: options.NamedModel = None,
-    compare: Annotated[
-        tuple[Path, Path] | None,
+    suite: Annotated[
+        Literal["quick", "full", "paper"] | None,
         typer.Option(
-            help="Compare two results that --output wrote; no model is loaded.", metavar="A.json B.json"
+            help="Data sets, strategies, temperatures and lengths by one name: quick needs no files; full has the "
+            "usual sets; paper is the table of arXiv 2605.12825. Other options go before it.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
-    prompts: options.Prompts = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="built-in, a data set by name (gsm8k, math500, humaneval, mbpp, mt_bench, spec_bench and others), "
+            "or a JSONL file with prompt, messages or turns a line; may be repeated. Left out: built-in.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where NAME.jsonl of a data set is looked for. Left out, or not there: the hub.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     domain: options.Domain = None,
     limit: options.Limit = None,
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"One of {', '.join(STRATEGIES)}; may be repeated. Left out: {DEFAULTS.strategy}.",
-            metavar="NAME",
+            help=f"One of {', '.join(STRATEGIES)}, with settings of its own where wanted: chain:floor=false, "
+            f"chain:block-size=4, auto:copies=false; may be repeated. Left out: {DEFAULTS.strategy}.",
+            metavar="NAME[:SETTINGS]",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
-    strategies: Annotated[bool, typer.Option("--strategies", help="All strategies, side by side.")] = False,
-    max_new_tokens: options.MaxNewTokens = 128,
+    strategies: Annotated[
+        bool,
+        typer.Option("--strategies", help="All strategies, side by side.", rich_help_panel=_WHAT),
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", "-n", help="The longest answer. Left out: 128.", show_default=False),
+    ] = None,
     block_size: options.BlockSize = None,
     node_budget: options.NodeBudget = DEFAULTS.node_budget,
     block_budget: options.BlockBudget = DEFAULTS.block_budget,
@@ -49,7 +80,17 @@ def bench(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the first repeat, when sampling.")] = 0,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each prompt.", min=1)] = 3,
+    repeats: Annotated[
+        int | None, typer.Option(help="Timed runs of each prompt. Left out: 3.", min=1)
+    ] = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--thinking/--no-thinking",
+            help="What a chat template that asks is told of thinking aloud. Left out: nothing.",
+            show_default=False,
+        ),
+    ] = None,
     warmup: Annotated[int, typer.Option(help="Runs before the timed ones.", min=0)] = 1,
     view: options.View = "default",
     dtype: options.Dtype = None,
@@ -57,42 +98,55 @@ def bench(
     draft_vocab: options.DraftVocab = None,
     runner: options.Runner = None,
     device: options.Device = None,
-    format_: options.FormatOption = "table",
+    format_: Annotated[
+        Literal["table", "md", "json", "csv", "vllm"],
+        typer.Option(
+            "--format",
+            help="What to print on stdout; vllm: acceptance of each run in vLLM's schema.",
+            rich_help_panel="Output",
+        ),
+    ] = "table",
     json: options.FormatJson = False,
-    output: options.OutputFile = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Also write the full result as JSON to this file, after each prompt what there is so far. The same "
+            "command goes on with an unfinished one.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
 ) -> None:
-    """Measure time, passes and acceptance against the stock model.
+    """Measure time, passes, acceptance and cost against the stock model.
 
-    The stock model's own generate and our plain decoding always run beside the strategies, taking turns.
+    The stock model's own generate and our plain decoding always run beside the strategies, taking turns. `orthrus
+    bench compare` puts two results side by side, `orthrus bench report` makes a page of them.
     """
-    if compare is not None:
-        from orthrus.bench import compare_reports
-
-        if format_ == "csv":
-            raise UserInputError("a comparison has no csv form; choose table, md or json.")
-        check_output(output)
-        show_report(compare_reports(*compare), "json" if json else format_, output)
-        return
     if strategies and strategy:
         raise UserInputError("--strategies means all of them; give it or --strategy, not both.")
-    chosen_strategies = STRATEGIES if strategies else check_strategies(strategy or [DEFAULTS.strategy])
-    temperatures = tuple(dict.fromkeys(temperature or [0.0]))
+    # Not through `orthrus.bench`, whose report needs torch.
+    from orthrus.bench.arms import Arm
+    from orthrus.bench.data_sets import read_sets
+    from orthrus.bench.suites import SUITES, WITHOUT
+
+    chosen = SUITES[suite] if suite else WITHOUT
+    named: tuple[str, ...] = STRATEGIES if strategies else tuple(dict.fromkeys(strategy or ()))
+    arms = named or chosen.strategies
+    temperatures = tuple(dict.fromkeys(temperature or chosen.temperatures))
+    new_tokens = chosen.max_new_tokens if max_new_tokens is None else max_new_tokens
+    parsed = [Arm.parse(arm) for arm in arms]
+    budgets = {"block_size": block_size, "node_budget": node_budget, "block_budget": block_budget}
     for value in temperatures:
-        check_decode(
-            {
-                "max_new_tokens": max_new_tokens,
-                "block_size": block_size,
-                "node_budget": node_budget,
-                "block_budget": block_budget,
-                "temperature": value,
-                "seed": seed,
-            }
-        )
-    from orthrus.base.bench_prompts import load_prompts
+        check_decode(budgets | {"max_new_tokens": new_tokens, "temperature": value, "seed": seed})
+        for arm in parsed:
+            arm.config(budgets, value, seed, new_tokens)
+    texts = read_sets(prompts or chosen.sets, data, tuple(domain or ()), limit or chosen.limit)
     from orthrus.bench import BenchOptions, run_bench
+    from orthrus.bench.machine import Energy
 
     check_output(output)
-    chosen = load_prompts(prompts, tuple(domain or ()), limit)
+    begun = _begun(output)
     orthrus = load_orthrus(
         options.one_model(model, named_model),
         view=view,
@@ -102,19 +156,47 @@ def bench(
         runner=runner,
         device=device,
     )
-    time_passes(orthrus, chosen_strategies, temperatures)
+    time_passes(orthrus, [arm.strategy for arm in parsed], temperatures)
     settings = BenchOptions(
-        prompts=chosen,
-        strategies=chosen_strategies,
-        max_new_tokens=max_new_tokens,
+        prompts=texts,
+        strategies=arms,
+        max_new_tokens=new_tokens,
         block_size=block_size,
         node_budget=node_budget,
         block_budget=block_budget,
         temperatures=temperatures,
         seed=seed,
-        repeats=repeats,
+        repeats=repeats or chosen.repeats,
         warmup=warmup,
+        thinking=chosen.thinking if thinking is None else thinking,
     )
     with ProgressDisplay(unit="runs") as on_progress:
-        report = run_bench(orthrus, settings, on_progress)
-    show_report(report, "json" if json else format_, output)
+        report = run_bench(
+            orthrus,
+            settings,
+            on_progress,
+            on_part=None if output is None else lambda part: save_report(part, output),
+            begun=begun,
+            energy=Energy(idle_s=_ENERGY_S),
+        )
+    if format_ == "vllm" and not json:
+        from orthrus.bench.vllm_form import acceptance
+
+        if output is not None:
+            save_report(report, output)
+        print_json(acceptance(report))
+        return
+    show_report(report, "json" if json or format_ == "vllm" else format_, output)
+
+
+def _begun(output: Path | None) -> "BenchReport | None":
+    """What an earlier run of this command left unfinished."""
+    if output is None or not output.exists():
+        return None
+    from orthrus.bench import read_report
+
+    report = read_report(output)
+    if report.is_complete:
+        return None
+    note(f"going on with {output}, which holds {len(report.runs)} runs")
+    return report

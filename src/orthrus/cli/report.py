@@ -17,12 +17,17 @@ def check_output(output: Path | None) -> None:
         check_report(output)
 
 
+def save_report(report: Any, output: Path) -> None:
+    """Write the JSON file, in one step."""
+    from orthrus.base.outputs import write_text_atomic
+
+    write_text_atomic(output, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+
 def show_report(report: Any, format_: Format, output: Path | None) -> None:
     """Write the JSON file first, so that a closed pipe cannot cost it; then print."""
     if output is not None:
-        from orthrus.base.outputs import write_text_atomic
-
-        write_text_atomic(output, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        save_report(report, output)
     if format_ == "json":
         print_json(report.to_dict())
     elif format_ == "table":

@@ -1,0 +1,97 @@
+"""`orthrus bench report`: results as one page, and its plots as pictures."""
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orthrus.cli.render import note
+from orthrus.errors import UserInputError
+
+if TYPE_CHECKING:
+    from orthrus.bench.plots import Plot
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+_SECONDS = 60
+
+
+def bench_report(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help="Results of `orthrus bench --output` and of benchmarks/long_context.py, a curve of training, or "
+            "points of accuracy.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The page to write.", rich_help_panel="Output"),
+    ] = Path("report.html"),
+    plots: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also write each plot as SVG there, and as PNG where there is a Chromium to draw it.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+) -> None:
+    """Make one page of results: plots, tables, formulas and origins. It asks nothing of the network, and prints.
+
+    A file is told by its `kind`: orthrus-bench, orthrus-long-context, orthrus-training-curve (`points` of arm,
+    targets, tokens_per_cycle) or orthrus-accuracy (`points` of name, accuracy, low, high, tokens_per_second).
+    """
+    from orthrus.base.outputs import check_writable, write_text_atomic
+    from orthrus.bench.page import make_page
+
+    if output.exists() and not _is_page(output):
+        raise UserInputError(f"{output} exists already and is no page of Orthrus; name a new file.")
+    for folder in filter(None, (output.parent, plots)):
+        check_writable(folder)
+    page = make_page(files)
+    write_text_atomic(output, page.html)
+    note(f"{output}: {len(page.plots)} plots")
+    if plots is not None:
+        for plot in page.plots:
+            write_text_atomic(plots / f"{plot.key}.svg", plot.svg() + "\n")
+        browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+        if browser is None:
+            note("there is no Chromium here, so no PNG files are made")
+            return
+        for plot in page.plots:
+            _draw(browser, plot, plots / f"{plot.key}.png")
+
+
+def _is_page(file: Path) -> bool:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            return "<title>Orthrus: measured</title>" in lines.read(1000)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _draw(browser: str, plot: "Plot", target: Path) -> None:
+    """A plot as PNG, at twice its size."""
+    from orthrus.base.outputs import replace_file
+    from orthrus.bench.svg import HEIGHT, WIDTH
+
+    with tempfile.TemporaryDirectory() as folder, replace_file(target) as temporary:
+        picture, drawn = Path(folder) / "plot.svg", Path(folder) / "plot.png"
+        picture.write_text(plot.svg(), encoding="utf-8")
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--force-device-scale-factor=2"]
+        command += [
+            f"--window-size={WIDTH},{HEIGHT}",
+            f"--screenshot={drawn}",
+            f"--user-data-dir={folder}/profile",
+        ]
+        try:
+            subprocess.run([*command, picture.as_uri()], check=True, capture_output=True, timeout=_SECONDS)
+            temporary.write_bytes(drawn.read_bytes())
+        except (OSError, subprocess.SubprocessError) as error:
+            raise UserInputError(
+                f"{browser} could not draw {target.name} ({error}); leave --plots out, or take the SVG files."
+            ) from error
