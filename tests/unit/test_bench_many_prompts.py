@@ -38,9 +38,7 @@ def test_the_long_audit_goes_on_where_it_was_stopped(
 
     def load(*names: str) -> object:
         loads.append(names)
-        orthrus = tiny_orthrus()
-        orthrus.base.context_length = 2000  # type: ignore[misc]
-        return orthrus
+        return tiny_orthrus()
 
     monkeypatch.setattr(thousand_prompts.Orthrus, "load", load)
     monkeypatch.setattr(
