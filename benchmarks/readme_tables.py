@@ -30,7 +30,7 @@ NAMES = {
     "math500": "MATH-500",
     "humaneval": "HumanEval",
     "mbpp": "MBPP",
-    "mt_bench": "MT-Bench, first turns",
+    "mt_bench": "MT-Bench (first turns)",
 }
 REGION = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 DTYPES = ("float32", "bfloat16", "int8")
@@ -112,7 +112,7 @@ def caption() -> str:
     return (
         f"{report.options['num_prompts']} prompts of {', '.join(set_names(found[0][0], domains))}; greedy; at most "
         f"{report.options['max_new_tokens']} tokens; repeats: {report.options['repeats']}; "
-        f"{report.provenance['cpu']}, {report.provenance['threads']} threads "
+        f"{report.provenance['cpu']}, {report.provenance['threads']} threads\n"
         f"({', '.join(f'`{name}`' for name, _ in found)})."
     )
 

@@ -77,6 +77,12 @@ def write_model(
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_wait_for_idle_power(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`orthrus bench` measures it for ten seconds where there are counters."""
+    monkeypatch.setattr("orthrus.cli.bench._ENERGY_S", 0.0)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_model(tmp_path_factory.mktemp("models") / "tiny"))

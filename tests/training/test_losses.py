@@ -55,3 +55,9 @@ def test_weights_are_what_their_names_say():
     chance = [0.5 * 0.9 + 0.5, 0.5 * 0.5 + 0.5]
     expected = [chance[0] + chance[0] * chance[1], chance[0] * chance[1], 0.0]
     torch.testing.assert_close(position_weights("dpace", overlap, valid), torch.tensor([[expected]]))
+
+
+def test_no_rows_are_no_loss():
+    empty = torch.empty(0, dtype=torch.long)
+    losses = row_losses("kl", torch.empty(0, 8), torch.randn(4, 8), empty, empty, torch.nn.Linear(8, 5))
+    assert all(len(values_R) == 0 for values_R in losses)

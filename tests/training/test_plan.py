@@ -10,7 +10,7 @@ from tests.training.measured_step import LiveBytes, measure, step, training, wor
 from transformers import LlamaConfig
 
 from orthrus.errors import UserInputError
-from orthrus.training import losses
+from orthrus.training import losses, plan
 from orthrus.training.plan import (
     Memory,
     activation_bytes,
@@ -136,6 +136,7 @@ def assert_planned(name: str, dtype: torch.dtype, **settings: Any) -> None:
 def test_the_peak_of_a_step(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that a step makes, but for the weights: activations, logits, gradients, the backward pass."""
     monkeypatch.setattr(losses, "_CPU_SLICE", 128)
+    monkeypatch.setattr(plan, "CHUNK", 128)
     passed, batch = training("llama", dtype)
     with LiveBytes() as live:
         step(passed, batch, dtype)
@@ -165,6 +166,7 @@ def test_the_optimizer_holds_what_is_planned() -> None:
 def test_the_chunk_of_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where a chunk is compared whole."""
     monkeypatch.setattr(losses, "_CPU_SLICE", 128)
+    monkeypatch.setattr(plan, "CHUNK", 128)
     vocab, rows = 4000, 300
     head = torch.nn.Linear(8, vocab, bias=False, dtype=dtype).requires_grad_(False)
     hidden = torch.randn(rows, 8, dtype=dtype, requires_grad=True)
@@ -241,8 +243,10 @@ def test_what_to_change_first_and_no_more() -> None:
     needed = plan_run(LLAMA_8B, PAPER, H100, None).peak_bytes / GB
     assert what_to_change(wide, 8, fits(needed + 1)) == {"micro_rows": 1}
     changes = what_to_change(PAPER, 8, fits(needed - 10))
-    assert set(changes) == {"sharding"}
-    assert "num_anchors" in what_to_change(PAPER, 8, fits(45))
+    assert changes == {"activations": "layer"}
+    assert what_to_change(PAPER, 8, fits(45)) == {"activations": "layer", "sharding": "fsdp2"}
+    many = replace(PAPER, num_anchors=4096, activations="layer", sharding="fsdp2")
+    assert set(what_to_change(many, 8, fits(45))) == {"num_anchors"}
     assert what_to_change(PAPER, 8, fits(10)) == {}
 
 

@@ -36,16 +36,22 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
             "kind": "orthrus-training-curve",
             "points": [{"arm": "kl", "targets": t, "tokens_per_cycle": 2 + t / 1e5} for t in (1e4, 4e4)],
         },
-        "accuracy": {
-            "kind": "orthrus-accuracy",
-            "points": [{"name": "base", "accuracy": 0.4, "low": 0.3, "high": 0.5, "tokens_per_second": 50.0}],
+        "sceptic": {
+            "kind": "orthrus-sceptic",
+            "results": {
+                "gsm8k": {
+                    arm: {"tokens_per_pass": tokens, "accuracy": 0.4, "interval": [0.3, 0.5]}
+                    for arm, tokens in (("base", 1.0), ("orthrus", 2.0), ("unverified", 5.0))
+                }
+            },
         },
     }
     made = []
     for name, raw in raws.items():
         made.append(folder / f"{name}.json")
         made[-1].write_text(json.dumps(raw))
-    return [*made, ROOT / "benchmarks" / "results" / "long-context-avx512-cpu.json"]
+    results = ROOT / "benchmarks" / "results"
+    return [*made, results / "long-context-avx512-cpu.json", results / "audit-cpu.json"]
 
 
 class Balanced(HTMLParser):
@@ -73,7 +79,7 @@ def test_every_plot_of_the_issue_is_there(files: list[Path]) -> None:
         "break-even-greedy",
         "block-length-greedy",
         "training",
-        "accuracy",
+        "accuracy-gsm8k",
         "context",
     ]
     for plot in page.plots:
@@ -81,6 +87,7 @@ def test_every_plot_of_the_issue_is_there(files: list[Path]) -> None:
         assert root.get("aria-label") == plot.title
         assert plot.caption
         assert plot.svg() in page.html
+    assert "240 of 240" in page.html or "broken rules" in page.html
 
 
 def test_the_page_is_whole_and_alone(files: list[Path]) -> None:
@@ -110,8 +117,11 @@ def test_series_differ_without_colour() -> None:
 
 def test_what_has_no_plots_is_told(tmp_path: Path) -> None:
     other = tmp_path / "x.json"
-    other.write_text('{"kind": "orthrus-audit"}')
+    other.write_text('{"kind": "orthrus-receipt"}')
     with pytest.raises(UserInputError, match=r"x\.json is of no kind"):
+        make_page([other])
+    other.write_text('{"kind": "orthrus-training-curve"}')
+    with pytest.raises(UserInputError, match=r"x\.json is damaged"):
         make_page([other])
     with pytest.raises(UserInputError, match="cannot read"):
         make_page([tmp_path / "none.json"])

@@ -56,3 +56,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         return found
 
     return run_engine
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models of each family, exported; VLLM_FAMILIES_FOLDER keeps them from run to run."""
+    kept = os.environ.get("VLLM_FAMILIES_FOLDER")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("families")
+    if not (folder / "families.json").is_file():
+        command = [PYTHON, "-m", "tests.vllm.prepare_families", str(folder)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | QUIET | OURS, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    return folder

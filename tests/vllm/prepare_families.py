@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from tests.folders import letter_tokenizer
 from tests.tiny import VOCAB, disturb_view, random_model
+from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from orthrus.api import Orthrus
@@ -42,10 +44,33 @@ CASES: dict[str, tuple[PreTrainedConfig, dict[str, Any], bool]] = {
     "mistral": (MistralConfig(**SHAPE, sliding_window=None), {}, False),
 }
 NEW_TOKENS = 40
+# Of the sampling test: the tiny models are nearly sure of each token, and vLLM allows no more.
+TEMPERATURE = 2.0
 
 
 def bare(folder: Path) -> Base:
     return load_base(resolve(str(folder)), device="cpu")
+
+
+def exact_law(base: Base, prompt: list[int]) -> list[Tensor]:
+    """Probabilities of the first three sampled tokens at `TEMPERATURE`: (V,) of the first, (V, V) of the first two and
+    (V, V) of the second and the third, by trying every beginning."""
+    ids_V = torch.arange(VOCAB)
+
+    def next_probs(rows_BT: Tensor) -> Tensor:
+        return (base.model(rows_BT).logits[:, -1].double() / TEMPERATURE).softmax(-1)
+
+    with torch.inference_mode():
+        first_V = next_probs(torch.tensor([prompt]))[0]
+        rows = torch.cat([torch.tensor(prompt).expand(VOCAB, -1), ids_V[:, None]], dim=1)
+        second_VV = first_V[:, None] * next_probs(rows)
+        pairs_VV = torch.zeros(VOCAB, VOCAB, dtype=torch.double)
+        for first in range(VOCAB):
+            start = torch.tensor([*prompt, first]).expand(VOCAB, -1)
+            rows = torch.cat([start, ids_V[:, None]], dim=1)
+            third_VV = next_probs(rows)
+            pairs_VV += second_VV[first][:, None] * third_VV
+    return [first_V, second_VV, pairs_VV]
 
 
 def main(folder: Path) -> None:
@@ -75,6 +100,11 @@ def main(folder: Path) -> None:
             "accepted_by_position": [sum(c.num_accepted > i for c in drafted) for i in range(6)],
             "num_drafts": len(drafted),
         }
+        if name == "qwen3":
+            law = exact_law(base, oracle[name]["prompts"][0])
+            (folder / "law.json").write_text(
+                json.dumps({"temperature": TEMPERATURE, "probs": [p.tolist() for p in law]})
+            )
     (folder / "families.json").write_text(json.dumps(oracle))
 
 

@@ -1,32 +1,16 @@
 """Each family on a tiny random model: our own engine's tokens, and its drafts. One engine start each."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.vllm.conftest import OURS, PYTHON, QUIET, ROOT
 
 from orthrus.integrations.vllm.names import engine_arguments
 
 pytestmark = pytest.mark.families
 NAMES = ("llama", "llama-rank-4-of-one-layer", "qwen2", "qwen3", "qwen3-released", "mistral")
 OPTIONS = {"enforce_eager": True, "max_model_len": 256, "block_size": 32, "max_num_seqs": 4}
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    kept = os.environ.get("VLLM_FAMILIES_FOLDER")
-    folder = Path(kept) if kept else tmp_path_factory.mktemp("families")
-    if not (folder / "families.json").is_file():
-        command = [PYTHON, "-m", "tests.vllm.prepare_families", str(folder)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | QUIET | OURS, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-    return folder
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,7 +1,7 @@
 """One page of results that needs nothing beside it: plots, tables, formulas and where each number comes from."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -10,14 +10,17 @@ from typing import Any
 from orthrus.bench.layout import SHOWN, cells, law
 from orthrus.bench.legend import LEGEND
 from orthrus.bench.metrics import ALL, Row
-from orthrus.bench.plots import Plot, plots_of_accuracy, plots_of_bench, plots_of_context, plots_of_training
+from orthrus.bench.plots import Plot, plots_of_bench, plots_of_context, plots_of_sceptic, plots_of_training
 from orthrus.bench.report import KIND, BenchReport
 from orthrus.errors import UserInputError
 
-_OTHERS = {
+AUDIT = "orthrus-audit"
+_OTHERS: dict[str, Callable[[str, dict[str, Any]], Iterator[Plot]]] = {
     "orthrus-long-context": plots_of_context,
     "orthrus-training-curve": plots_of_training,
-    "orthrus-accuracy": plots_of_accuracy,
+    "orthrus-sceptic": plots_of_sceptic,
+    # An audit has a table.
+    AUDIT: lambda source, raw: iter(()),
 }
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 60rem; margin: 2rem auto;
@@ -47,20 +50,23 @@ class Page:
 def make_page(files: Sequence[Path]) -> Page:
     """Of results of `orthrus bench` and of benchmarks/, in their order.
 
-    Raises UserInputError for a file that cannot be read, and for one of a kind without plots.
+    Raises UserInputError for a file that cannot be read, and for one of another kind or without what its kind holds.
     """
     results = [(file.name, *_read(file)) for file in files]
     plots: list[Plot] = []
     sections: list[str] = []
     for source, raw, bench in results:
-        made = list(_OTHERS[raw["kind"]](source, raw) if bench is None else plots_of_bench(source, bench))
+        try:
+            made = list(_OTHERS[raw["kind"]](source, raw) if bench is None else plots_of_bench(source, bench))
+            tables = _audit(raw) if raw["kind"] == AUDIT else _tables(bench)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserInputError(f"{source} is damaged ({error!r}); make it again.") from error
         taken = {plot.key for plot in plots}
         named = Path(source).stem
         made = [p if p.key not in taken else _renamed(p, f"{p.key}-{named}") for p in made]
         plots += made
         title = f"<h2>{escape(source)}</h2>"
         figures = "".join(map(_figure, made))
-        tables = "" if bench is None else _tables(bench)
         sections.append(title + figures + tables + _origin(raw))
     legend = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in LEGEND.items())
     html = (
@@ -86,7 +92,7 @@ def _read(file: Path) -> tuple[dict[str, Any], BenchReport | None]:
             raise UserInputError(f"{file}: {error}") from error
     if kind not in _OTHERS:
         raise UserInputError(
-            f"{file} is of no kind that has plots; there are {', '.join([KIND, *_OTHERS])} ('kind' of the file)."
+            f"{file} is of no kind that a page shows; there are {', '.join([KIND, *_OTHERS])} ('kind' of the file)."
         )
     return raw, None
 
@@ -102,7 +108,9 @@ def _figure(plot: Plot) -> str:
     )
 
 
-def _tables(bench: BenchReport) -> str:
+def _tables(bench: BenchReport | None) -> str:
+    if bench is None:
+        return ""
     parts = [f"<p>{escape(bench.title)}</p>"]
     if not bench.is_complete:
         parts.append("<p><strong>This run is unfinished.</strong></p>")
@@ -123,6 +131,15 @@ def _tables(bench: BenchReport) -> str:
             ),
         ]
     return "".join(parts)
+
+
+def _audit(raw: dict[str, Any]) -> str:
+    """Whether outputs changed."""
+    head = ["strategy", "prompts", "identical", "near-ties", "broken rules"]
+    names = ("num_prompts", "num_identical", "num_near_ties", "num_broken")
+    body = [[str(s["strategy"]), *(str(s[name]) for name in names)] for s in raw["strategies"]]
+    bounds = "".join(f"<li>{escape(s['bound'])}</li>" for s in raw["strategies"] if "bound" in s)
+    return f"<p>{escape(str(raw['summary']))}</p>{_table(head, body, 1)}<ul>{bounds}</ul>"
 
 
 def _losses(rows: Sequence[Row]) -> str:

@@ -123,7 +123,7 @@ def _break_even(rows: Sequence[Row], _: BenchReport) -> _Found:
         "In brackets, and as the line of that arm: what a cycle costs, in plain passes, over all prompts. Where the "
         "line meets 1, drafting breaks even.",
         Lines(
-            Axis("tokens per cycle", 1.0),
+            Axis("tokens per cycle", 0.8),
             Axis("times plain, decoding", 0.0),
             series,
             levels=[(1.0, "break-even")],
@@ -203,24 +203,26 @@ def plots_of_training(source: str, raw: dict[str, Any]) -> Iterator[Plot]:
     )
 
 
-def plots_of_accuracy(source: str, raw: dict[str, Any]) -> Iterator[Plot]:
-    """Of `points` with `name`, `accuracy`, its interval `low` and `high`, and `tokens_per_second`."""
-    yield Plot(
-        "accuracy",
-        "Speed against accuracy",
-        "Share of right answers with its 95 % interval, and tokens per second on the same machine.",
-        source,
-        Lines(
-            Axis("tokens per second", 0.0),
-            Axis("right answers"),
-            [
-                Series(
-                    str(point["name"]),
-                    [(float(point["tokens_per_second"]), float(point["accuracy"]))],
-                    [(float(point["low"]), float(point["high"]))],
-                    is_line=False,
-                )
-                for point in raw["points"]
-            ],
-        ),
-    )
+def plots_of_sceptic(source: str, raw: dict[str, Any]) -> Iterator[Plot]:
+    """Of a result of benchmarks/sceptic.py: one plot a data set."""
+    for name, arms in raw["results"].items():
+        yield Plot(
+            f"accuracy-{name}",
+            f"Speed against accuracy ({name})",
+            "Right answers / prompts, with the 95 % interval (Clopper-Pearson); across: new tokens / passes, prompts' "
+            "passes included. unverified: the view's drafts taken as they are.",
+            source,
+            Lines(
+                Axis("tokens per pass", 0.0),
+                Axis("right answers", 0.0),
+                [
+                    Series(
+                        arm,
+                        [(row["tokens_per_pass"], row["accuracy"])],
+                        [tuple(row["interval"])],
+                        is_line=False,
+                    )
+                    for arm, row in arms.items()
+                ],
+            ),
+        )

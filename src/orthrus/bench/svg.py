@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-WIDTH, HEIGHT = 720, 400
-_LEFT, _TOP, _BOTTOM, _LEGEND = 64, 16, 52, 196
+WIDTH, HEIGHT = 780, 400
+_LEFT, _TOP, _BOTTOM, _LEGEND = 64, 16, 52, 246
 # Okabe and Ito's palette: apart for colour-blind eyes, and of different greys.
 BLACK = 4
 """The style of what sums the others up."""

@@ -23,8 +23,8 @@ def bench_report(
         list[Path],
         typer.Argument(
             metavar="FILE...",
-            help="Results of `orthrus bench --output` and of benchmarks/long_context.py, a curve of training, or "
-            "points of accuracy.",
+            help="Results of `orthrus bench` and `orthrus audit`, of benchmarks/long_context.py and sceptic.py, or a "
+            "curve of training.",
         ),
     ],
     output: Annotated[
@@ -42,8 +42,8 @@ def bench_report(
 ) -> None:
     """Make one page of results: plots, tables, formulas and origins. It asks nothing of the network, and prints.
 
-    A file is told by its `kind`: orthrus-bench, orthrus-long-context, orthrus-training-curve (`points` of arm,
-    targets, tokens_per_cycle) or orthrus-accuracy (`points` of name, accuracy, low, high, tokens_per_second).
+    A file is told by its `kind`: orthrus-bench, orthrus-audit, orthrus-long-context, orthrus-sceptic, or
+    orthrus-training-curve (`points` of arm, targets and tokens_per_cycle).
     """
     from orthrus.base.outputs import check_writable, write_text_atomic
     from orthrus.bench.page import make_page

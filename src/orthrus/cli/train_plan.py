@@ -131,6 +131,7 @@ def _report(plan: "Plan", recipe: "TrainConfig", machine: "Machine", gpu: str, n
         "recipe": {
             "batch_rows": recipe.batch_rows,
             "micro_rows": recipe.micro_rows,
+            "activations": recipe.activations,
             "sharding": recipe.sharding,
         },
     }

@@ -13,6 +13,8 @@ WEIGHTS: tuple[WeightKind, ...] = get_args(WeightKind)
 
 Head = Callable[[Tensor], Tensor]
 
+# Rows whose logits exist at a time. An accelerator reads the head once for each chunk, so it takes more of them.
+_CPU_CHUNK, CHUNK = 128, 512
 # Rows compared at a time on a CPU: what fits into its cache is done in half the time.
 _CPU_SLICE = 16
 
@@ -52,15 +54,18 @@ def row_losses(
     corpus_ids_R: Tensor,
     head: Head,
     *,
-    chunk_size: int = 128,
+    chunk_size: int | None = None,
 ) -> RowLosses:
     """Losses of draft rows against the teacher rows that they imitate.
 
     hidden_RC: the draft's final hidden states; teacher_row_R: for each the index of its row in
     teacher_hidden_TC; corpus_ids_R: the tokens that stand there. Rows are sorted by teacher row and taken
     in chunks, so each teacher row is projected once (twice where a chunk ends in it) although blocks
-    overlap, and no more than `chunk_size` rows of the vocabulary exist at a time, forward or backward.
+    overlap, and no more than `chunk_size` rows of the vocabulary exist at a time, forward or backward (None: as many
+    as suit the device).
     """
+    if chunk_size is None:
+        chunk_size = _CPU_CHUNK if hidden_RC.device.type == "cpu" else CHUNK
     order_R = teacher_row_R.argsort(stable=True)
     loss_R, overlap_R, hit_R = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden_RC[order_R],
@@ -119,9 +124,16 @@ class _ChunkedLoss(torch.autograd.Function):
         parts: list[list[Tensor]] = []
         grads: list[Tensor] = []
         slice_size = _CPU_SLICE if hidden_RC.device.type == "cpu" else chunk_size
-        for chunk in torch.arange(len(hidden_RC), device=hidden_RC.device).split(chunk_size):
-            rows_T, which_R = teacher_row_R[chunk].unique_consecutive(return_inverse=True)
-            log_p_TV = head(teacher_hidden_TC[rows_T]).float().log_softmax(-1)
+        # The device waits for the host here, and not once for every chunk.
+        rows_U, where_R = teacher_row_R.unique_consecutive(return_inverse=True)
+        num_rows = len(hidden_RC)
+        starts = range(0, max(1, num_rows), chunk_size)
+        ends = [min(start + chunk_size, num_rows) - 1 for start in starts]
+        seen = torch.stack([where_R[::chunk_size], where_R[ends]]).tolist() if num_rows else ([0], [-1])
+        for start, first, last in zip(starts, *seen, strict=True):
+            chunk = slice(start, start + chunk_size)
+            which_R = where_R[chunk] - first
+            log_p_TV = head(teacher_hidden_TC[rows_U[first : last + 1]]).float().log_softmax(-1)
             with torch.enable_grad():
                 hidden = hidden_RC[chunk].detach().requires_grad_(True)
                 logits_RV = head(hidden)

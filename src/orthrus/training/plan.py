@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from orthrus.training.losses import CHUNK
+
 GPUS: Mapping[str, tuple[float, float, int]] = {
     "a100": (312e12, 19.5e12, 80),
     "h100": (989e12, 67e12, 80),
@@ -20,8 +22,6 @@ GPUS: Mapping[str, tuple[float, float, int]] = {
 }
 """By name: operations a second without sparsity, in bfloat16 and in float32, as their maker states them, and GB."""
 BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
-CHUNK_ROWS = 128
-"""Rows of the vocabulary at a time, as in `row_losses`."""
 _FIXED_BYTES = 1_000_000_000
 _FRAGMENTED = 0.05
 _NORMS_BEFORE = 2
@@ -196,7 +196,7 @@ def activation_bytes(shape: Shape, work: Work) -> float:
 
     Q (sum of `layer_bytes` over the layers from the first that learns + 4 C + 4 of the last norm
         + 2 D c of each kind of rotary table, D being the head's size)
-    c C + 30 for each target (its gradient, its places), and of a repair head of rank r
+    c C + 22 for each target (its gradient, its places), and of a repair head of rank r
         c (2 C + 2 r), and 4 C + 4 where the twins learn as well,
     the AR pass beside it: L B T c (kv + v) of keys and values, c B T C of hidden states; with flex the keys and values
     of each layer that learns once more, and those of the block rows: 2 c kv (B T + Q); dense: masks of Q T
@@ -208,7 +208,7 @@ def activation_bytes(shape: Shape, work: Work) -> float:
     total = float(c * context_rows) * (shape.num_layers * (shape.keys + shape.values) + shape.hidden)
     if work.attention == "dense":
         total += (1 + shape.windowed) * c * rows * work.row_length
-    total += work.target_rows * (c * shape.hidden + 30.0)
+    total += work.target_rows * (c * shape.hidden + 22.0)
     if shape.repair_rank:
         repaired = c * (2.0 * shape.hidden + 2 * shape.repair_rank)
         total += work.target_rows * (repaired + (4 * shape.hidden + 4) * bool(learning))
@@ -225,7 +225,7 @@ def activation_bytes(shape: Shape, work: Work) -> float:
 
 
 def logits_bytes(shape: Shape, work: Work) -> int:
-    """The vocabulary rows of one chunk of the loss: min(128, targets) V (28 + 3 c, + 4 in bfloat16, + c where
+    """The vocabulary rows of one chunk of the loss: min(512, targets) V (28 + 3 c, + 4 in bfloat16, + c where
     logits are capped) bytes.
 
     Seven float32 numbers for each logit: the AR view's log probabilities and the same by draft row, both laws, the
@@ -234,7 +234,7 @@ def logits_bytes(shape: Shape, work: Work) -> int:
     """
     c = work.dtype_bytes
     each = 28 + (3 + shape.capped_logits) * c + 4 * (c != BYTES["float32"])
-    return round(min(CHUNK_ROWS, work.target_rows) * shape.vocab * each)
+    return round(min(CHUNK, work.target_rows) * shape.vocab * each)
 
 
 def memory(shape: Shape, work: Work, *, processes: int = 1, sharded: bool = False) -> Memory:

@@ -109,8 +109,8 @@ def _train(
         lr=config.learning_rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
-        # One pass over the weights in place of ten; parts of tensors go the ordinary way.
-        fused=not processes.sharded,
+        # One pass over the weights in place of ten.
+        fused=True,
     )
     if state.optimizer is not None:
         load_optimizer(optimizer, state.optimizer, parameters)

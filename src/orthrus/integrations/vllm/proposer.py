@@ -14,9 +14,15 @@ from orthrus.errors import UserInputError
 from orthrus.integrations.vllm.chain import walk
 from orthrus.integrations.vllm.draft_batch import DraftBatch, Drafting, Ints, draft_batch
 from orthrus.integrations.vllm.models import DraftRows, TwinnedModel
+from orthrus.integrations.vllm.scheduler import OrthrusScheduler
 from orthrus.integrations.vllm.settings import Settings
 from orthrus.integrations.vllm.versions import check_version
 from orthrus.model.view_config import ViewConfig
+
+_ALL_OPTIONS = (
+    "Orthrus needs its own worker and scheduler: pass worker_cls and scheduler_cls as docs/serving.md says, or take "
+    "all options from orthrus.integrations.vllm.names.engine_arguments()."
+)
 
 
 class OrthrusProposer:
@@ -38,6 +44,8 @@ class OrthrusProposer:
             raise UserInputError(
                 "Orthrus drafts after a step's tokens are known: leave out --async-scheduling."
             )
+        if not issubclass(vllm_config.scheduler_config.get_scheduler_cls(), OrthrusScheduler):
+            raise UserInputError(_ALL_OPTIONS)
         self.vllm_config = vllm_config
         self.settings = Settings.of(vllm_config.additional_config)
 
@@ -60,10 +68,7 @@ class OrthrusProposer:
             )
 
     def propose(self, *_: Any, **__: Any) -> list[list[int]]:
-        raise UserInputError(
-            "Orthrus needs its own worker and scheduler: pass worker_cls and scheduler_cls as docs/serving.md "
-            "says, or take all options from orthrus.integrations.vllm.names.engine_arguments()."
-        )
+        raise UserInputError(_ALL_OPTIONS)
 
     def draft(
         self,

@@ -54,7 +54,8 @@ class DraftingRunner:
         return drafts
 
     def _drafting(self, num_drafts: int, sampled_token_ids: list[list[int]]) -> list[Drafting]:
-        """The requests that draft, and how much."""
+        """The requests that draft, and how much: never into slots that are not the request's own."""
+        table = self.input_batch.block_table[0]
         found = []
         for index, tokens in enumerate(sampled_token_ids):
             # Still in its prompt: the token that was drawn is no token of the answer.
@@ -64,7 +65,9 @@ class DraftingRunner:
             limit = request.sampling_params.max_tokens if request.sampling_params is not None else None
             room = self.max_model_len if limit is None else limit - len(request.output_token_ids)
             num_known = int(self.input_batch.num_tokens_no_spec[index])
-            num = most_drafts(num_known, num_drafts, self.drafter.view.block_size, self.max_model_len, room)
+            slots = int(table.num_blocks_per_row[index]) * table.block_size
+            length = min(self.max_model_len, slots)
+            num = most_drafts(num_known, num_drafts, self.drafter.view.block_size, length, room)
             if num > 0:
                 found.append(Drafting(index, tokens[-1], num_known, num))
         return found

@@ -1,0 +1,59 @@
+"""Sampled text obeys the model's own law: thousands of draws against the law by enumeration, tiny vocabulary."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from orthrus.integrations.vllm.names import engine_arguments
+
+pytestmark = pytest.mark.families
+NUM_DRAWS = 4000
+
+
+def p_value(counts: Tensor, probs: Tensor) -> float:
+    """Of Pearson's statistic, cells with few expected draws pooled."""
+    expected = probs.flatten().double() * counts.sum()
+    counts = counts.flatten().double()
+    large = expected >= 8
+    seen = torch.cat([counts[large], counts[~large].sum()[None]])
+    wanted = torch.cat([expected[large], expected[~large].sum()[None]]).clamp_min(1e-9)
+    if wanted[-1] < 1.0:
+        seen, wanted = seen[:-1], wanted[:-1]
+    statistic = ((seen - wanted).square() / wanted).sum()
+    degrees = torch.tensor((len(seen) - 1) / 2, dtype=torch.double)
+    return float(torch.special.gammaincc(degrees, statistic / 2))
+
+
+def warmer(probs: Tensor) -> Tensor:
+    """The law at a slightly higher temperature, as a wrong sampler might draw."""
+    flat = (probs.double().clamp_min(1e-30).log() / 1.1).flatten().softmax(-1)
+    return flat.reshape(probs.shape)
+
+
+def test_tokens_that_were_drafted_are_drawn_by_the_models_own_law(families: Path, run: Any) -> None:
+    law = json.loads((families / "law.json").read_text())
+    laws = [torch.tensor(probs) for probs in law["probs"]]
+    prompt = json.loads((families / "families.json").read_text())["qwen3"]["prompts"][0]
+    sampling = {"temperature": law["temperature"], "max_tokens": 4, "ignore_eos": True, "detokenize": False}
+    options = {"enforce_eager": True, "max_model_len": 256, "block_size": 32, "max_num_seqs": 64}
+    rounds = [{"prompts": [prompt] * NUM_DRAWS, "sampling": sampling}]
+    found = run(families / "qwen3" / "vllm", rounds, **options, **engine_arguments(7, adaptive=False))
+    found = found["rounds"][0]
+    drafts = found["counters"]["vllm:spec_decode_num_drafts"]
+    # Of the drafts that are no floor's, some stood and some did not.
+    stood = found["counters"]["vllm:spec_decode_num_accepted_tokens_per_pos"]
+    assert 0.05 * drafts < stood[1] < 0.9 * drafts
+    ids_N4 = torch.tensor([ids for (ids,) in found["token_ids"]])
+    size = len(laws[0])
+    counts = [
+        torch.bincount(ids_N4[:, 0], minlength=size),
+        torch.bincount(ids_N4[:, 0] * size + ids_N4[:, 1], minlength=size**2),
+        torch.bincount(ids_N4[:, 1] * size + ids_N4[:, 2], minlength=size**2),
+    ]
+    assert min(p_value(c, probs) for c, probs in zip(counts, laws, strict=True)) > 1e-3
+    # The test has power: a law that is a little warmer would be found out.
+    assert p_value(counts[2], warmer(laws[2])) < 1e-6
