@@ -30,7 +30,7 @@ def p_value(counts: Tensor, probs: Tensor) -> float:
 
 def warmer(probs: Tensor) -> Tensor:
     """The law at a slightly higher temperature, as a wrong sampler might draw."""
-    flat = (probs.double().clamp_min(1e-30).log() / 1.1).flatten().softmax(-1)
+    flat = (probs.double().clamp_min(1e-30).log() / 1.2).flatten().softmax(-1)
     return flat.reshape(probs.shape)
 
 
