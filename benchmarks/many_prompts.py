@@ -109,7 +109,7 @@ SENTENCES = (
 LANGUAGES = ("French", "Spanish", "German", "Italian", "Portuguese", "Dutch", "Swedish")
 WRONG = (
     "{name} don't has no {thing} left.",
-    "Yesterday we goes to {place} and buyes {num} {thing}.",
+    "Yesterday we goes to {place} and buyed {num} {thing}.",
     "The {thing} is more cheaper then they was before.",
     "Me and {name} was waiting since {num} hours in {place}.",
     "Each of the {thing} have there own box, isn't it?",

@@ -64,7 +64,7 @@ def blocks(page: str) -> list[str]:
     return [
         line
         for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
         if line.strip()
     ]
 

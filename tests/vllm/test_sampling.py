@@ -34,7 +34,7 @@ def warmer(probs: Tensor) -> Tensor:
     return flat.reshape(probs.shape)
 
 
-def test_tokens_that_were_drafted_are_drawn_by_the_models_own_law(families: Path, run: Any) -> None:
+def test_sampled_tokens_are_drawn_by_the_models_own_law(families: Path, run: Any) -> None:
     law = json.loads((families / "law.json").read_text())
     laws = [torch.tensor(probs) for probs in law["probs"]]
     prompt = json.loads((families / "families.json").read_text())["qwen3"]["prompts"][0]
@@ -43,10 +43,8 @@ def test_tokens_that_were_drafted_are_drawn_by_the_models_own_law(families: Path
     rounds = [{"prompts": [prompt] * NUM_DRAWS, "sampling": sampling}]
     found = run(families / "qwen3" / "vllm", rounds, **options, **engine_arguments(7, adaptive=False))
     found = found["rounds"][0]
-    drafts = found["counters"]["vllm:spec_decode_num_drafts"]
-    # Of the drafts that are no floor's, some stood and some did not.
-    stood = found["counters"]["vllm:spec_decode_num_accepted_tokens_per_pos"]
-    assert 0.05 * drafts < stood[1] < 0.9 * drafts
+    # On a CPU vLLM verifies drafts of sampled text wrongly (see cpu.py), so there are none.
+    assert found["counters"].get("vllm:spec_decode_num_drafts", 0) == 0
     ids_N4 = torch.tensor([ids for (ids,) in found["token_ids"]])
     size = len(laws[0])
     counts = [

@@ -155,18 +155,17 @@ def packed(folder: Path, row_length: int, on_progress: Progress | None = None) -
     try:
         with storage_errors(place):
             place.parent.mkdir(exist_ok=True)
-        with locked_folder(place.parent, "packs", wait=True):
-            if (found := _fresh(place, files)) is not None:
-                return found
+    except StorageError as error:
+        raise StorageError(
+            f"{str(error).removesuffix('.')}: `orthrus pack {folder} --output FOLDER`, and name that as the corpus."
+        ) from error
+    with locked_folder(place.parent, "packs", wait=True):
+        if (found := _fresh(place, files)) is None:
             restore_folder(place, KIND)
             with replace_folder(place, KIND) as scratch:
                 pack_corpus(folder, scratch, row_length, on_progress)
-    except StorageError as error:
-        raise StorageError(
-            f"{error} A packed corpus may lie elsewhere: `orthrus pack {folder} --output FOLDER`, and name that "
-            "as the corpus."
-        ) from error
-    return open_pack(place)
+            found = open_pack(place)
+    return found
 
 
 def open_pack(folder: Path) -> Pack:

@@ -1,0 +1,49 @@
+"""`orthrus pack`: what train would do by itself, elsewhere where asked, and a check of what is packed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from .conftest import Cli, assert_refused
+from .training_files import state
+
+
+def test_a_packed_corpus_trains_as_the_corpus_does(
+    cli: Cli, recipe: str, corpus: str, tmp_path: Path
+) -> None:
+    packed = str(tmp_path / "packed")
+    made = cli("pack", corpus, "--row-length", "96", "--output", packed, "--json")
+    assert made.code == 0
+    report = json.loads(made.out)
+    assert report["path"] == packed
+    assert report["answer_tokens"] < report["tokens"] <= report["rows"] * 96
+    assert cli("pack", packed, "--json").out == made.out
+
+    settings = ("steps=2", "evaluate_prompts=0")
+    assert cli("train", recipe, *settings).code == 0
+    # The packed folder is enough.
+    other = (f"corpus={packed}", f"output={tmp_path / 'other'}")
+    assert cli("train", recipe, *settings, *other).code == 0
+    for name, tensor in state(tmp_path / "run")["view"].items():
+        assert torch.equal(state(tmp_path / "other")["view"][name], tensor)
+    provenance = json.loads((tmp_path / "other" / "view" / "view_config.json").read_text())["provenance"]
+    assert provenance["corpus"]["digest"] == report["digest"]
+    assert provenance["corpus"]["sources"] == ["prompts.jsonl"]
+
+
+def test_what_pack_refuses(cli: Cli, corpus: str, tmp_path: Path) -> None:
+    assert_refused(cli("pack", corpus), "--row-length")
+    assert_refused(cli("pack", str(tmp_path), "--row-length", "96"), "orthrus synth")
+    assert_refused(cli("pack", corpus, "--row-length", "3"), "longer than a row of 3")
+    mine = shutil.copytree(corpus, tmp_path / "mine")
+    made = cli("pack", str(mine), "--row-length", "96")
+    assert made.code == 0
+    assert "rows of 96 tokens in" in made.out
+    packed = mine / "packed" / "96"
+    assert_refused(cli("pack", str(packed), "--row-length", "96"), "packed already")
+    assert_refused(cli("pack", corpus, "--row-length", "96", "-o", str(packed)), "exists already")
+    rows = packed / "rows-00000.u32"
+    rows.write_bytes(b"\1" + rows.read_bytes()[1:])
+    assert_refused(cli("pack", str(packed)), "rows-00000.u32 is damaged")
