@@ -112,7 +112,7 @@ def test_settings_reach_the_server(cli: Cli, server: Bridge) -> None:
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     assert (body["temperature"], body["seed"], body["top_k"], body["stop"]) == (0.5, 3, 5, ["zz"])
     assert (body["logit_bias"], body["repetition_penalty"]) == ({"70": -100.0}, 1.1)
-    assert "1 turns, 12 tokens" in run.err
+    assert "1 turn, 12 tokens" in run.err
     assert "acceptance rate" in run.err
 
 

@@ -70,7 +70,7 @@ def test_a_plan_from_a_config_alone(cli: Cli, recipe: str, tmp_path: Path) -> No
 
 def test_a_run_that_does_not_fit_names_the_key(cli: Cli, recipe: str) -> None:
     tight = cli("train", recipe, "--plan", "--gpus", "8", "--gpu-memory", "80")
-    assert_refused(tight, "the run needs", "on each GPU, which has 80.0 GB; set sharding: fsdp2")
+    assert_refused(tight, "the run needs", "on each GPU, which has 80.0 GB; set activations: layer")
     # The plan is there all the same.
     assert "activations" in tight.err
     assert_refused(cli("train", recipe, "--plan", "--gpu-memory", "3"), "take GPUs with more memory")
