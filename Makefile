@@ -12,7 +12,7 @@ VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --quiet --disable-pip-version-chec
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install -c constraints.txt
 DOCS := .venv-docs
 
-.PHONY: help demo bench test test-clients test-gpu test-vllm test-web check docs clean
+.PHONY: help demo bench test test-clients test-gpu test-nodes test-vllm test-web check docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test   run the tests (ARGS='-k name' picks some, JOBS=1 runs them one by one)"
 	@echo "make test-clients  run OpenAI's, Anthropic's and other clients against the server"
 	@echo "make test-gpu  run the tests that need a CUDA device"
+	@echo "make test-nodes  train on two nodes, kill one, and bring it back"
 	@echo "make test-vllm  run Orthrus inside vLLM on the CPU (installs 3 GB)"
 	@echo "make test-web  run the tests of the server's page in a browser (CHROMIUM=PATH, if it is not $(CHROMIUM))"
 	@echo "make check  formatting, lint, types, import layers, spelling"
@@ -54,6 +55,11 @@ test: $(VENV)/.dev
 # The constraints may have brought a torch without CUDA: then every test says that it was left out.
 test-gpu: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q --color=no -m gpu -rs $(ARGS)
+
+test-nodes: export OMP_NUM_THREADS = 1
+test-nodes: export OMP_WAIT_POLICY = passive
+test-nodes: $(VENV)/.dev
+	@$(BIN)/python -m pytest -q --color=no -m nodes tests/cli/test_two_nodes.py $(ARGS)
 
 # The clients live in an environment of their own, without Orthrus.
 test-clients: $(VENV)/.dev $(CLIENTS)/.installed

@@ -76,7 +76,7 @@ def curve(both: list[Node]) -> dict[int, str]:
     return both[0].curve | both[1].curve
 
 
-@pytest.mark.slow
+@pytest.mark.nodes
 @pytest.mark.timeout(900)
 def test_a_node_that_was_killed_comes_back_and_the_run_ends_as_if_nothing_had_been(
     tmp_path: Path, corpus: str, model_folder: str
