@@ -312,7 +312,7 @@ def _line(name: str, answers: list[Answers]) -> list[str]:
 
 def _brief(seconds: float) -> str:
     """Narrow enough for three of them in 80 columns."""
-    return f"{seconds:.2f}" if seconds < 100 else f"{seconds:.0f}"
+    return f"{seconds:.2f}" if seconds < 10 else f"{seconds:.1f}" if seconds < 100 else f"{seconds:.0f}"
 
 
 def _next_commands(model: str) -> str:
