@@ -25,7 +25,7 @@ from orthrus.model.dual_view import DualView
 from orthrus.model.view_config import ViewConfig
 
 VOCAB = 61
-_COMMON = {
+COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -40,31 +40,31 @@ _COMMON = {
 _MIXED = ["full_attention", "sliding_attention"]
 
 FAMILY_CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**_COMMON),
-    "llama-tied": LlamaConfig(**_COMMON, tie_word_embeddings=True, attention_bias=True),
-    "qwen2": Qwen2Config(**_COMMON, use_sliding_window=True, sliding_window=12, layer_types=_MIXED),
-    "qwen3": Qwen3Config(**_COMMON, head_dim=16),
+    "llama": LlamaConfig(**COMMON),
+    "llama-tied": LlamaConfig(**COMMON, tie_word_embeddings=True, attention_bias=True),
+    "qwen2": Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=12, layer_types=_MIXED),
+    "qwen3": Qwen3Config(**COMMON, head_dim=16),
     "qwen3-sliding": Qwen3Config(
-        **_COMMON, head_dim=16, use_sliding_window=True, sliding_window=12, layer_types=_MIXED
+        **COMMON, head_dim=16, use_sliding_window=True, sliding_window=12, layer_types=_MIXED
     ),
-    "mistral": MistralConfig(**_COMMON, sliding_window=12),
-    "mistral-full": MistralConfig(**_COMMON, sliding_window=None),
+    "mistral": MistralConfig(**COMMON, sliding_window=12),
+    "mistral-full": MistralConfig(**COMMON, sliding_window=None),
     "gemma2": Gemma2Config(
-        **_COMMON, head_dim=16, sliding_window=12, query_pre_attn_scalar=16, tie_word_embeddings=False
+        **COMMON, head_dim=16, sliding_window=12, query_pre_attn_scalar=16, tie_word_embeddings=False
     ),
     "gemma3": Gemma3TextConfig(
-        **_COMMON,
+        **COMMON,
         head_dim=16,
         sliding_window=12,
         layer_types=_MIXED,
         query_pre_attn_scalar=16,
         tie_word_embeddings=False,
     ),
-    "phi3": Phi3Config(**_COMMON, sliding_window=12),
-    "olmo2": Olmo2Config(**_COMMON),
-    "smollm3": SmolLM3Config(**_COMMON, no_rope_layers=[1, 0], layer_types=["full_attention"] * 2),
+    "phi3": Phi3Config(**COMMON, sliding_window=12),
+    "olmo2": Olmo2Config(**COMMON),
+    "smollm3": SmolLM3Config(**COMMON, no_rope_layers=[1, 0], layer_types=["full_attention"] * 2),
     "qwen3-moe": Qwen3MoeConfig(
-        **_COMMON, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+        **COMMON, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
     ),
 }
 

@@ -243,7 +243,7 @@ def test_bitsandbytes(tmp_path: Path, bits: int, monkeypatch: pytest.MonkeyPatch
     from transformers import BitsAndBytesConfig, LlamaConfig
 
     # Its groups of 64 weights need a wider model.
-    wide = LlamaConfig(**{**tiny._COMMON, "hidden_size": 64, "intermediate_size": 128})
+    wide = LlamaConfig(**{**tiny.COMMON, "hidden_size": 64, "intermediate_size": 128})
     monkeypatch.setitem(tiny.FAMILY_CONFIGS, "wide", wide)
     base = save_base(tmp_path / "base", "wide")
     config = BitsAndBytesConfig(

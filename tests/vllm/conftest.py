@@ -21,17 +21,23 @@ OURS = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
 Run = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    kept = os.environ.get("VLLM_TEST_FOLDER")
-    folder = Path(kept) if kept else tmp_path_factory.mktemp("vllm")
-    if not (folder / "oracle.json").is_file():
-        command = [PYTHON, "-m", "tests.vllm.prepare", str(folder)]
+def prepared(module: str, result: str, kept: str | None, made: Path) -> Path:
+    """The folder that `kept` names, else the new one, with what `module` writes; `result`: its last file."""
+    folder = Path(kept) if kept else made
+    if not (folder / result).is_file():
+        command = [PYTHON, "-m", module, str(folder)]
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | QUIET | OURS, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-4000:]
     return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model, exported, and an oracle; VLLM_TEST_FOLDER keeps them from run to run."""
+    kept = os.environ.get("VLLM_TEST_FOLDER")
+    return prepared("tests.vllm.prepare", "oracle.json", kept, tmp_path_factory.mktemp("vllm"))
 
 
 @pytest.fixture(scope="session")
@@ -62,11 +68,5 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny models of each family, exported; VLLM_FAMILIES_FOLDER keeps them from run to run."""
     kept = os.environ.get("VLLM_FAMILIES_FOLDER")
-    folder = Path(kept) if kept else tmp_path_factory.mktemp("families")
-    if not (folder / "families.json").is_file():
-        command = [PYTHON, "-m", "tests.vllm.prepare_families", str(folder)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | QUIET | OURS, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+    made = tmp_path_factory.mktemp("families")
+    return prepared("tests.vllm.prepare_families", "families.json", kept, made)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tests.folders import letter_tokenizer
-from tests.tiny import VOCAB, disturb_view, random_model
+from tests.tiny import COMMON, VOCAB, disturb_view, random_model
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
@@ -22,18 +22,7 @@ from orthrus.model.checkpoint import fresh_view
 from orthrus.model.merged import save_merged
 
 # Heads of 32, the smallest that vLLM's attention on a CPU takes.
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+SHAPE: dict[str, Any] = COMMON | {"hidden_size": 128, "intermediate_size": 96}
 # Name: the base's config, options of the fresh view, and whether to write the released layout.
 CASES: dict[str, tuple[PreTrainedConfig, dict[str, Any], bool]] = {
     "llama": (LlamaConfig(**SHAPE, attention_bias=True), {"mask": "trained"}, False),

@@ -1,5 +1,6 @@
 """The arms of a benchmark: a strategy by name, with settings of its own where it has some."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,3 +60,17 @@ class Arm:
             sampling=sampling,
             **keywords,
         )
+
+
+def check_rounds(repeats: int, warmup: int, **arms: Sequence[Any]) -> None:
+    """Raises UserInputError where something is measured twice, no round is counted, or a number is negative.
+
+    arms: what the rounds go through, by name.
+    """
+    for name, values in arms.items():
+        if len(set(values)) < len(values):
+            raise UserInputError(f"the {name} hold one twice; give each once.")
+    if repeats < 1:
+        raise UserInputError(f"repeats must be at least 1, not {repeats}.")
+    if warmup < 0:
+        raise UserInputError(f"warmup must be 0 or more, not {warmup}.")

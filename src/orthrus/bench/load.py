@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+from orthrus.bench.arms import check_rounds
 from orthrus.bench.load_client import Ask, LoadClient, served_model
 from orthrus.bench.load_report import LoadReport, load_report
 from orthrus.bench.load_runs import Level, Run, check, run_once, salted
@@ -53,13 +54,7 @@ class LoadOptions:
         for name in ("asks", "levels", "strategies"):
             if not getattr(self, name):
                 raise UserInputError(f"there is nothing to measure: {name} is empty; give at least one.")
-        for name in ("levels", "strategies"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise UserInputError(f"the {name} hold one twice; give each once.")
-        if self.repeats < 1:
-            raise UserInputError(f"repeats must be at least 1, not {self.repeats}.")
-        if self.warmup < 0:
-            raise UserInputError(f"warmup must be 0 or more, not {self.warmup}.")
+        check_rounds(self.repeats, self.warmup, levels=self.levels, strategies=self.strategies)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without prompts and key."""

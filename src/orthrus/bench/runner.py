@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from orthrus.api import Orthrus
 from orthrus.base.bench_prompts import BenchPrompt
 from orthrus.base.provenance import provenance
-from orthrus.bench.arms import PLAIN, STOCK, Arm
+from orthrus.bench.arms import PLAIN, STOCK, Arm, check_rounds
 from orthrus.bench.cycles import RecordingRunner, without_reuse
 from orthrus.bench.layout import law
 from orthrus.bench.machine import Energy, forget_peak, peak_bytes
@@ -59,13 +59,9 @@ class BenchOptions:
             raise UserInputError("there is nothing to measure; give at least one prompt.")
         if not self.temperatures:
             raise UserInputError("there is nothing to measure; give at least one temperature.")
-        for name in ("strategies", "temperatures"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise UserInputError(f"the {name} hold one twice; give each once.")
-        if self.repeats < 1:
-            raise UserInputError(f"repeats must be at least 1, not {self.repeats}.")
-        if self.warmup < 0:
-            raise UserInputError(f"warmup must be 0 or more, not {self.warmup}.")
+        check_rounds(
+            self.repeats, self.warmup, strategies=self.strategies, temperatures=self.temperatures
+        )
         # Checks the remaining values, in the words of a request.
         for name in self.strategies:
             for temperature in self.temperatures:

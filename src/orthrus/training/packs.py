@@ -6,6 +6,7 @@ Layout of a packed folder: `pack.json` (the index), `rows-00000.u32`, ... (littl
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -36,7 +37,23 @@ from orthrus.training.packing import PackedRow, row_of
 CACHE = "packed"
 
 
-class Pack(Sequence[PackedRow]):
+class _Rows(Sequence[PackedRow], ABC):
+    """Rows that are read when they are asked for, one by one."""
+
+    @overload
+    def __getitem__(self, at: int) -> PackedRow: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[PackedRow]: ...
+    def __getitem__(self, at: int | slice) -> PackedRow | list[PackedRow]:
+        places = range(len(self))[at]
+        return self._row(places) if isinstance(places, int) else [self._row(place) for place in places]
+
+    @abstractmethod
+    def _row(self, at: int) -> PackedRow:
+        """Row `at`, from 0."""
+
+
+class Pack(_Rows):
     """The rows of a packed folder, read from its files when they are asked for."""
 
     def __init__(self, folder: Path, index: PackIndex, shards: Sequence[Any]) -> None:
@@ -45,22 +62,16 @@ class Pack(Sequence[PackedRow]):
     def __len__(self) -> int:
         return self.about.num_rows
 
-    @overload
-    def __getitem__(self, at: int) -> PackedRow: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[PackedRow]: ...
-    def __getitem__(self, at: int | slice) -> PackedRow | list[PackedRow]:
+    def _row(self, at: int) -> PackedRow:
         """Raises CorruptFileError for a row with a token id that the index does not know of."""
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
-        shard, row = divmod(range(len(self))[at], self.about.shard_rows)
+        shard, row = divmod(at, self.about.shard_rows)
         found = row_of(self._shards[shard][row])
         if int(found.token_ids_T.max()) > self.about.largest_id:
             raise damaged(self.folder / shard_name(shard), f"row {row} has an unknown token id")
         return found
 
 
-class Packs(Sequence[PackedRow]):
+class Packs(_Rows):
     """The rows of several packed folders, one after the other. parts: by the names under which they were given."""
 
     def __init__(self, parts: dict[str, Pack]) -> None:
@@ -71,14 +82,7 @@ class Packs(Sequence[PackedRow]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    @overload
-    def __getitem__(self, at: int) -> PackedRow: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[PackedRow]: ...
-    def __getitem__(self, at: int | slice) -> PackedRow | list[PackedRow]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
-        at = range(len(self))[at]
+    def _row(self, at: int) -> PackedRow:
         which = bisect_right(self._ends, at)
         return self._packs[which][at - self._ends[which]]
 
