@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from tests.docs.pages import code_blocks
 from tests.tiny_orthrus import tiny_orthrus
 
 from orthrus.cli.app import app
@@ -60,10 +61,9 @@ def documented() -> dict[str, set[str]]:
 
 
 def blocks(page: str) -> list[str]:
-    text = (ROOT / page).read_text(encoding="utf-8")
     return [
         line
-        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+        for block in code_blocks(ROOT / page, "bash")
         for line in block.replace("\\\n", " ").splitlines()
         if line.strip()
     ]
