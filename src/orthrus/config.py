@@ -10,6 +10,8 @@ from orthrus.errors import UserInputError
 
 Strategy = Literal["ar", "chain", "tree", "fused", "fused_tree", "auto"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+DRAFTING = ("strategy", "block_size", "floor", "node_budget", "block_budget", "copies")
+"""Settings of a request that say how it drafts, which changes no text."""
 FIXED_STRATEGIES: tuple[Strategy, ...] = tuple(s for s in STRATEGIES if s != "auto")
 """Those that decode every cycle alike."""
 Baseline = Literal["stock", "plain"]

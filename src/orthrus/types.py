@@ -91,6 +91,11 @@ class DecodeStats:
         return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
 
     @property
+    def seconds(self) -> float:
+        """Time to first token + decoding time."""
+        return (self.ttft_ms + self.decode_ms) / 1e3
+
+    @property
     def tokens_per_second(self) -> float:
         """New tokens / (time to first token + decoding time)."""
         total_ms = self.ttft_ms + self.decode_ms

@@ -1,17 +1,15 @@
 """`orthrus verify`: an answer of a server, saved to a file and made again."""
 
-import asyncio
 import copy
 import json
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+from tests.server.conftest import run, serving
 
 from orthrus.api import Orthrus
 from orthrus.audit.receipts import digest
-from orthrus.server.app import create_app
 
 from .conftest import Cli, assert_refused
 
@@ -20,22 +18,14 @@ def answer_of(folder: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
     """What a server of that model answers."""
 
     async def ask() -> dict[str, Any]:
-        app = create_app(lambda: Orthrus.load(folder, view="fresh"))
-        async with app.router.lifespan_context(app):
-            await app.state.service.loaded.wait()
-            transport = httpx.ASGITransport(app=app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                asked = {
-                    "orthrus": {"strategy": "chain", "receipt": True},
-                    "seed": 3,
-                    "max_tokens": 12,
-                } | body
-                response = await client.post(path, json=asked)
+        asked = {"orthrus": {"strategy": "chain", "receipt": True}, "seed": 3, "max_tokens": 12} | body
+        async with serving(Orthrus.load(folder, view="fresh")) as client:
+            response = await client.post(path, json=asked)
         assert response.status_code == 200, response.text
         found: dict[str, Any] = response.json()
         return found
 
-    return asyncio.run(ask())
+    return run(ask)
 
 
 @pytest.fixture(scope="module")

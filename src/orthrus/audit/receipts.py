@@ -12,7 +12,7 @@ from typing import Any
 from orthrus.api import Orthrus
 from orthrus.audit.plain import Answered, PlainReplay
 from orthrus.base.provenance import installed_version
-from orthrus.config import DecodeConfig, Grammar, SamplingParams
+from orthrus.config import DRAFTING, DecodeConfig, Grammar, SamplingParams
 from orthrus.errors import UserInputError
 
 KIND, FORMAT = "orthrus-receipt", 1
@@ -20,7 +20,6 @@ _PACKAGES = ("orthrus-lm", "torch", "transformers")
 _GRAMMARS = "llguidance"
 _DECIDING = ("max_new_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos")
 """With the grammar and the sampling, the settings that the text is a function of."""
-_DRAFTING = ("strategy", "block_size", "floor", "node_budget", "block_budget", "copies")
 _ABOUT = ("name", "base_fingerprint", "dtype", "device", "runner")
 
 
@@ -82,7 +81,7 @@ def _text_part(text: Answered) -> dict[str, Any]:
     settings |= asdict(config.sampling)
     return {
         "settings": settings,
-        "drafting": {name: getattr(config, name) for name in _DRAFTING},
+        "drafting": {name: getattr(config, name) for name in DRAFTING},
         "prompt_ids": text.prompt_ids,
         "prompt_digest": digest(text.prompt_ids),
         "token_ids": list(text.token_ids),
@@ -146,7 +145,7 @@ def _read_text(part: Any) -> Answered:
     grammar = settings.pop("grammar")
     config = DecodeConfig(
         **{name: settings[name] for name in _DECIDING} | {"stop": tuple(settings["stop"])},
-        **{name: drafting[name] for name in _DRAFTING},
+        **{name: drafting[name] for name in DRAFTING},
         grammar=None if grammar is None else Grammar(**grammar),
         sampling=SamplingParams(**sampling),
     )

@@ -59,9 +59,7 @@ class BenchOptions:
             raise UserInputError("there is nothing to measure; give at least one prompt.")
         if not self.temperatures:
             raise UserInputError("there is nothing to measure; give at least one temperature.")
-        check_rounds(
-            self.repeats, self.warmup, strategies=self.strategies, temperatures=self.temperatures
-        )
+        check_rounds(self.repeats, self.warmup, strategies=self.strategies, temperatures=self.temperatures)
         # Checks the remaining values, in the words of a request.
         for name in self.strategies:
             for temperature in self.temperatures:

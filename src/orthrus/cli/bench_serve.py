@@ -6,12 +6,10 @@ from typing import Annotated
 import typer
 
 from orthrus.cli import options
-from orthrus.cli.common import UNEXPECTED, check_strategies
+from orthrus.cli.common import UNEXPECTED, check_strategies, need_serve
 from orthrus.cli.progress import ProgressDisplay
 from orthrus.cli.report import check_output, show_report
-from orthrus.cli.serve import KEY_VARIABLE
 from orthrus.config import STRATEGIES
-from orthrus.errors import MissingExtraError
 
 _SERVER, _LOAD, _REQUESTS = "Server", "Load", "Requests"
 DEFAULT_CONCURRENCY = (1, 8)
@@ -34,7 +32,9 @@ def bench_serve(
     api_key: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY", help=f"The server's key. Left out: {KEY_VARIABLE}.", rich_help_panel=_SERVER
+            metavar="KEY",
+            help=f"The server's key. Left out: {options.KEY_VARIABLE}.",
+            rich_help_panel=_SERVER,
         ),
     ] = None,
     timeout: Annotated[
@@ -147,12 +147,7 @@ def bench_serve(
     For any server in OpenAI's form; the figures stand as `vllm bench serve` prints them. Needs
     `pip install "orthrus-lm[serve]"`. Exit status 1 means that an answer differs from the same request alone.
     """
-    try:
-        import httpx  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            'the load test needs the package httpx; run `pip install "orthrus-lm[serve]"`.'
-        ) from error
+    need_serve("the load test", "httpx")
     arms = check_strategies(strategy) if strategy else (None,)
     from orthrus.base.bench_prompts import load_prompts
     from orthrus.bench.load import LoadOptions, run_load
@@ -165,7 +160,7 @@ def bench_serve(
     settings = LoadOptions(
         url=url,
         model=model,
-        api_key=api_key or os.environ.get(KEY_VARIABLE) or None,
+        api_key=api_key or os.environ.get(options.KEY_VARIABLE) or None,
         timeout=timeout,
         asks=asks_of(load_prompts(prompts, tuple(domain or ()), limit), requests, max_tokens or [64]),
         levels=[*(Level(concurrency=n) for n in concurrency or ()), *(Level(rate=r) for r in rate or ())],

@@ -19,7 +19,6 @@ from orthrus.errors import OrthrusError, UserInputError
 from orthrus.types import GenerationResult
 
 QUOTES = '"""'
-KEY_VARIABLE = "ORTHRUS_API_KEY"
 _SERVER = "Server"
 
 
@@ -62,8 +61,8 @@ def chat(
         str | None,
         typer.Option(
             metavar="KEY",
-            help=f"The server's key. Others see a command's arguments: {KEY_VARIABLE} in the environment does the "
-            "same.",
+            help=f"The server's key. Others see a command's arguments: {options.KEY_VARIABLE} in the environment "
+            "does the same.",
             rich_help_panel=_SERVER,
             show_default=False,
         ),
@@ -120,7 +119,7 @@ def chat(
         if given := [n for n, value in load.items() if value not in (None, "default")]:
             name = given[0].replace("_", "-").removesuffix("-implementation")
             raise UserInputError(f"--{name} is the server's to choose; drop it, or --url.")
-        partner = ServerPartner(url, api_key or os.environ.get(KEY_VARIABLE), chosen)
+        partner = ServerPartner(url, api_key or os.environ.get(options.KEY_VARIABLE), chosen)
     if compare:
         partner.check_compare()
     if color:
@@ -230,7 +229,7 @@ def _compare(state: ChatState, asked: Messages, decode: dict[str, Any], answer: 
     plain = answering.result
     if interrupt.happened:
         return
-    ours_s, plain_s = (_seconds(r) for r in (answer, plain))
+    ours_s, plain_s = (r.stats.seconds for r in (answer, plain))
     is_same = (plain.token_ids, plain.text) == (answer.token_ids, answer.text)
     what = "tokens" if answer.token_ids else "text"
     note(
@@ -239,10 +238,6 @@ def _compare(state: ChatState, asked: Messages, decode: dict[str, Any], answer: 
         f"{decode['strategy']}: {ours_s:.2f} s for {answer.stats.num_tokens} in "
         f"{counted(answer.stats.num_passes, 'pass')}"
     )
-
-
-def _seconds(result: GenerationResult) -> float:
-    return (result.stats.ttft_ms + result.stats.decode_ms) / 1e3
 
 
 def _header(partner: Partner) -> None:

@@ -92,7 +92,7 @@ def _stats(state: ChatState, rest: str) -> None:
     stats = [r.stats for r in state.results]
     num_tokens, num_passes = sum(s.num_tokens for s in stats), sum(s.num_passes for s in stats)
     num_drafted, num_accepted = sum(s.num_drafted for s in stats), sum(s.num_accepted for s in stats)
-    seconds = sum(s.ttft_ms + s.decode_ms for s in stats) / 1e3
+    seconds = sum(s.seconds for s in stats)
     note(
         f"{counted(len(stats), 'turn')}, {counted(num_tokens, 'token')} in {seconds:.2f} s · "
         f"tokens per forward {_ratio(num_tokens, num_passes):.2f} = {num_tokens} / {counted(num_passes, 'pass')} · "

@@ -11,9 +11,11 @@ from urllib.parse import urlsplit
 
 from orthrus.base.event_stream import event_data
 from orthrus.cli.chat_partner import Answering, Messages
+from orthrus.cli.common import need_serve
+from orthrus.cli.options import KEY_VARIABLE
 from orthrus.cli.render import DraftMarker
 from orthrus.config import DecodeConfig
-from orthrus.errors import MissingExtraError, OrthrusError, UserInputError
+from orthrus.errors import OrthrusError, UserInputError
 from orthrus.types import Cycle, DecodeStats, FinishReason, GenerationResult
 
 if TYPE_CHECKING:
@@ -244,12 +246,9 @@ def _event(data: str, url: str) -> dict[str, Any]:
 
 
 def _client(api_key: str | None) -> "httpx.Client":
-    try:
-        import httpx
-    except ImportError as error:
-        raise MissingExtraError(
-            'a chat with a server needs the package httpx; run `pip install "orthrus-lm[serve]"`.'
-        ) from error
+    need_serve("a chat with a server", "httpx")
+    import httpx
+
     if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
         raise UserInputError("the API key must be printable ASCII; check --api-key.")
     headers = {} if not api_key else {"authorization": f"Bearer {api_key}"}
@@ -275,7 +274,7 @@ def _check_status(response: "httpx.Response") -> None:
         told = _told(_object(response.json()))
     except ValueError:
         told = response.reason_phrase
-    hint = "; give --api-key, or ORTHRUS_API_KEY" if response.status_code in (401, 403) else ""
+    hint = f"; give --api-key, or {KEY_VARIABLE}" if response.status_code in (401, 403) else ""
     raise UserInputError(f"{response.url} answers {response.status_code}: {told.rstrip('.')}{hint}.")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
+from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +18,7 @@ import typer
 from orthrus.base.text import printable
 from orthrus.cli.progress import ProgressDisplay
 from orthrus.config import FIXED_STRATEGIES, STRATEGIES, DecodeConfig, SamplingParams, Strategy
-from orthrus.errors import OrthrusError, OrthrusWarning, UserInputError
+from orthrus.errors import MissingExtraError, OrthrusError, OrthrusWarning, UserInputError
 
 if TYPE_CHECKING:
     from orthrus.api import Orthrus
@@ -147,6 +148,17 @@ def time_passes(
         with ProgressDisplay(quiet=quiet, unit="rounds") as on_progress:
             stage = f"timing {'greedy' if greedy else 'sampled'} passes, once on this machine"
             orthrus.time_passes(partial(on_progress, stage), greedy=greedy)
+
+
+def need_serve(what: str, *packages: str) -> None:
+    """Raises MissingExtraError unless these packages of the extra `serve` are there; what: that which needs them."""
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise MissingExtraError(
+                f'{what} needs the package {error.name}; run `pip install "orthrus-lm[serve]"`.'
+            ) from error
 
 
 def check_decode(decode: dict[str, Any]) -> None:

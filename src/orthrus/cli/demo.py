@@ -57,10 +57,10 @@ class Answer:
 
     def first_difference(self, other: "Answer") -> int | None:
         """Index of the first token that differs; None when all are the same."""
+        from orthrus.audit.explain import first_difference
+
         a, b = self.token_ids, other.token_ids
-        if a == b:
-            return None
-        return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        return None if a == b else first_difference(a, b)
 
     def to_dict(self) -> dict[str, Any]:
         return {"token_ids": list(self.token_ids), "num_passes": self.num_passes, "seconds": self.seconds}
@@ -216,8 +216,7 @@ def _decode(
 
 
 def _answer(result: GenerationResult) -> Answer:
-    stats = result.stats
-    return Answer(result.token_ids, stats.num_passes, (stats.ttft_ms + stats.decode_ms) / 1e3)
+    return Answer(result.token_ids, result.stats.num_passes, result.stats.seconds)
 
 
 def _introduce(orthrus: "Orthrus", trained: bool) -> None:

@@ -43,7 +43,7 @@ def recipe_page() -> str:
     hints = get_type_hints(TrainConfig)
     lines = [RECIPE_HEAD, "| key | values | default |", "| --- | --- | --- |"]
     for field in fields(TrainConfig):
-        lines.append(f"| `{field.name}` | {_kind(hints[field.name])} | {_yaml(field.default)} |")
+        lines.append(f"| `{field.name}` | {_kind(hints[field.name])} | {_default(field.default)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -57,8 +57,8 @@ def _kind(hint: Any) -> str:
     return _KINDS[hint]
 
 
-def _yaml(value: Any) -> str:
-    if value is None:
+def _default(value: Any) -> str:
+    if value is None or value == [] or value == {}:
         return ""
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
@@ -70,12 +70,11 @@ def _yaml(value: Any) -> str:
 def http_page() -> str:
     """The paths of the server and the fields of their requests, as Markdown."""
     from orthrus.server.app import create_app
-    from orthrus.server.settings import ServeConfig
 
     def never() -> Any:
         raise AssertionError("no model is loaded to write this page")
 
-    schema = create_app(never, ServeConfig(audit_share=0.5)).openapi()
+    schema = create_app(never).openapi()
     parts = [HTTP_HEAD, "## Paths\n", "| path | method | what it does |", "| --- | --- | --- |"]
     bodies: dict[str, list[str]] = {}
     for path, methods in schema["paths"].items():
@@ -107,15 +106,9 @@ def _model(name: str, model: dict[str, Any], paths: list[str]) -> Iterator[str]:
         yield fill(" ".join(model["description"].split()), width=120) + "\n"
     yield "| field | values | default |\n| --- | --- | --- |"
     for field, about in model["properties"].items():
-        default = "required" if field in model.get("required", ()) else _json(about.get("default"))
+        default = "required" if field in model.get("required", ()) else _default(about.get("default"))
         yield f"| `{field}` | {_values(about)} | {default} |"
     yield ""
-
-
-def _json(value: Any) -> str:
-    if value is None or value == [] or value == {}:
-        return ""
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def _values(about: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from orthrus.base.prompt_files import FilePrompt, read_prompt_file
 from orthrus.cli.common import load_orthrus, time_passes
 from orthrus.cli.progress import ProgressDisplay
 from orthrus.cli.render import counted, note
+from orthrus.config import DRAFTING
 from orthrus.errors import UserInputError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 AHEAD = 8
 """Requests that may be answered before the first open one is, times the concurrency."""
-_DRAFTING = ("strategy", "block_size", "node_budget", "block_budget", "floor", "copies")
 
 
 def generate_file(
@@ -50,7 +50,7 @@ def generate_file(
     about = {
         "model": model,
         "load": {name: load.get(name) for name in ("revision", "dtype", "runner")},
-        "decode": {name: value for name, value in decode.items() if name not in _DRAFTING},
+        "decode": {name: value for name, value in decode.items() if name not in DRAFTING},
         "raw": raw,
     }
     keys = [_key(about, index, prompt) for index, prompt in enumerate(asked)]

@@ -10,6 +10,8 @@ from orthrus.errors import UserInputError
 
 _MODEL, _DECODING, _OUTPUT = "Model", "Decoding", "Output"
 
+KEY_VARIABLE = "ORTHRUS_API_KEY"
+"""The environment's variable for a server's key, here and there."""
 MODEL_HELP = "A hub id, a folder, a GGUF file, or 'default' (SmolLM2-135M-Instruct)."
 
 Model = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} Left out: default.", show_default=False)]

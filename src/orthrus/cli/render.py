@@ -47,9 +47,8 @@ def note(text: str) -> None:
 def footer(stats: DecodeStats, finish_reason: str) -> str:
     """Two lines of statistics; a ratio stands beside the numbers that it is made of. One line where a server
     tells no passes."""
-    seconds = (stats.ttft_ms + stats.decode_ms) / 1e3
     times = (
-        f"{counted(stats.num_tokens, 'token')} in {seconds:.2f} s ({finish_reason}) · "
+        f"{counted(stats.num_tokens, 'token')} in {stats.seconds:.2f} s ({finish_reason}) · "
         f"{stats.tokens_per_second:.1f} tokens/s · first token after {stats.ttft_ms:.0f} ms"
     )
     if not stats.num_passes:

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orthrus.cli import options
-from orthrus.cli.common import load_orthrus, time_passes
+from orthrus.cli.common import load_orthrus, need_serve, time_passes
 from orthrus.cli.render import note
-from orthrus.errors import MissingExtraError, UserInputError
+from orthrus.errors import UserInputError
 
 if TYPE_CHECKING:
     from orthrus.api import Orthrus
 
 _SERVER, _LIMITS = "Server", "Limits"
-KEY_VARIABLE = "ORTHRUS_API_KEY"
 
 
 def serve(
@@ -37,8 +36,8 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="KEY",
-            help=f"A key that clients must send; may be repeated. Others see a command's arguments: {KEY_VARIABLE} "
-            "in the environment does the same.",
+            help=f"A key that clients must send; may be repeated. Others see a command's arguments: "
+            f"{options.KEY_VARIABLE} in the environment does the same.",
             rich_help_panel=_SERVER,
         ),
     ] = None,
@@ -138,19 +137,12 @@ def serve(
     Needs `pip install "orthrus-lm[serve]"`. See docs/serving.md.
     """
     chosen = options.one_model(model, named_model)
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            f'the server needs the package {error.name}; run `pip install "orthrus-lm[serve]"`.'
-        ) from error
+    need_serve("the server", "fastapi", "prometheus_client", "uvicorn")
     from orthrus.engine.engine import EngineConfig
     from orthrus.server.run import serve as run
     from orthrus.server.settings import ServeConfig
 
-    keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
+    keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get(options.KEY_VARIABLE)]))
     config = ServeConfig(
         names=tuple(name or ()),
         any_model=any_model,

@@ -104,9 +104,11 @@ def _train(recipe: Path, overrides: list[str] | None, *, quiet: bool, json: bool
     from orthrus.training.packs import packed_corpora
     from orthrus.training.recipe_file import load_recipe
     from orthrus.training.run_folder import check_run_folder, run_folder
+    from orthrus.training.trackers import wanted
 
     # What costs nothing is checked before the model is loaded.
     config = load_recipe(recipe, overrides)
+    wanted(config.trackers)
     # Of several processes under torchrun, only the first one writes.
     first = os.environ.get("RANK", "0") == "0"
     if first:
@@ -115,10 +117,7 @@ def _train(recipe: Path, overrides: list[str] | None, *, quiet: bool, json: bool
         rows = packed_corpora(
             config.corpus, config.row_length, drop_long=config.drop_long, on_progress=on_progress
         )
-    from orthrus.training.trackers import wanted
     from orthrus.training.trainer import train as run_training
-
-    wanted(config.trackers)
 
     run = _Run(config, rows, quiet=quiet)
     with run_folder(config.output_folder, is_main=run.is_main) as held:

@@ -120,6 +120,11 @@ class Request:
         return len(self.prompt_ids) + len(self.token_ids)
 
     @property
+    def is_answer(self) -> bool:
+        """Whether the request has ended with an answer, whole or as far as its limits let it."""
+        return self.failure is None and self.finish in ("stop", "length", "deadline")
+
+    @property
     def anchor_id(self) -> int:
         return self.token_ids[-1] if self.token_ids else self.prompt_ids[-1]
 

@@ -19,12 +19,16 @@ class ItemShape(ABC):
         yield from self._grow(Piece(cycle.text) if self._reader is None else self._reader.feed(cycle.text))
 
     def end(self, index: int) -> Iterator[bytes]:
-        if self._reader is not None:
-            yield from self._grow(self._reader.flush())
+        yield from self._rest()
         yield from self._finish()
 
     def close(self) -> Iterator[bytes]:
         return iter(())
+
+    def _rest(self) -> Iterator[bytes]:
+        """What was held back of the text."""
+        if self._reader is not None:
+            yield from self._grow(self._reader.flush())
 
     def _grow(self, piece: Piece) -> Iterator[bytes]:
         if piece.content:

@@ -97,8 +97,7 @@ class LiveAudit(Collector):
 
     def offer(self, call: Call, index: int, request: Request) -> None:
         """An answer has ended; some are chosen, by a hash of the request's id and a running number."""
-        is_whole = request.failure is None and request.finish in ("stop", "length", "deadline")
-        if not self.share or not is_whole or not request.token_ids:
+        if not self.share or not request.is_answer or not request.token_ids:
             return
         request_id = "" if call.origin is None else call.origin.request_id
         if not is_chosen(request_id, next(self._numbers), self.share):

@@ -1,6 +1,7 @@
 """Answers in the shape of OpenAI's /v1/responses, whole and as events."""
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from orthrus.server.call_reader import CallPiece
@@ -31,12 +32,8 @@ class ResponsesShape(ItemShape):
             yield self._event(f"response.{kind}", response=self._response("in_progress"))
 
     def _finish(self) -> Iterator[bytes]:
-        if not self._items:
-            yield from self._open_text()
-        is_whole = self._is_whole
-        yield from self._close_item("completed" if is_whole else "incomplete")
-        status = "completed" if is_whole else "incomplete"
-        yield self._event(f"response.{status}", response=self._response(status))
+        yield from self._close_items()
+        yield self._event(f"response.{self._status}", response=self._response(self._status))
 
     def failed(self, error: ApiError) -> Iterator[bytes]:
         told = {"code": error.code or "server_error", "message": error.message}
@@ -44,18 +41,22 @@ class ResponsesShape(ItemShape):
         yield self._event("response.failed", response=self._response("failed") | {"error": told})
 
     def whole(self) -> dict[str, Any]:
-        for _ in self._written_at_once():
+        # The items are what the events leave behind.
+        grown = (self.add(0, cycle) for cycle in self._about.texts[0].cycles)
+        for _ in chain(*grown, self._rest(), self._close_items()):
             pass
-        return self._response("completed" if self._is_whole else "incomplete")
+        return self._response(self._status)
 
-    def _written_at_once(self) -> Iterator[bytes]:
-        for cycle in self._about.texts[0].cycles:
-            yield from self.add(0, cycle)
-        yield from self.end(0)
+    def _close_items(self) -> Iterator[bytes]:
+        """The last item ends; an answer without a text and a call has an empty text."""
+        if not self._items:
+            yield from self._open_text()
+        yield from self._close_item(self._status)
 
     @property
-    def _is_whole(self) -> bool:
-        return finish_reason(self._about.texts[0].finish) == "stop"
+    def _status(self) -> str:
+        """Of the finished answer."""
+        return "completed" if finish_reason(self._about.texts[0].finish) == "stop" else "incomplete"
 
     def _grow_text(self, text: str) -> Iterator[bytes]:
         if self._open is None or self._open["type"] != "message":

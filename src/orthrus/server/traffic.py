@@ -18,9 +18,9 @@ from orthrus.decoding.stats import summarise
 from orthrus.engine.request import Request
 from orthrus.errors import StorageError, UserInputError
 from orthrus.server.calls import Call
+from orthrus.server.figures import Told
 from orthrus.server.prompts import chat_turns
 from orthrus.server.schemas import Message
-from orthrus.types import Cycle
 
 log = logging.getLogger("orthrus.server")
 MOST_WAITING = 256
@@ -35,10 +35,7 @@ class _Line:
     orthrus: Orthrus
     request_id: str
     messages: Sequence[Message]
-    cycles: tuple[Cycle, ...]
-    strategy: str
-    num_prompt_tokens: int
-    num_cached: int
+    told: Told
 
 
 class TrafficLog:
@@ -65,19 +62,11 @@ class TrafficLog:
     def offer(self, orthrus: Orthrus, call: Call, request: Request) -> None:
         """An answer has ended; in the event loop."""
         origin = call.origin
-        if origin is None or origin.messages is None or request.failure is not None:
+        if origin is None or origin.messages is None or not request.is_answer:
             return
-        if request.finish not in ("stop", "length", "deadline"):
-            return
-        line = _Line(
-            orthrus,
-            origin.request_id,
-            origin.messages,
-            tuple(request.cycles),
-            request.config.strategy,
-            len(request.prompt_ids),
-            request.num_cached,
-        )
+        num_prompt_tokens, strategy = len(request.prompt_ids), request.config.strategy
+        told = Told(num_prompt_tokens, strategy, list(request.cycles), request.num_cached)
+        line = _Line(orthrus, origin.request_id, origin.messages, told)
         try:
             self._lines.put_nowait(line)
         except queue.Full:
@@ -146,21 +135,21 @@ def _content(line: _Line) -> dict[str, Any] | None:
         return None
     turns = checked_messages(chat_turns(line.orthrus, line.messages))
     messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-    stats = summarise(line.num_prompt_tokens, line.cycles, line.num_cached)
-    ids = [token_id for cycle in line.cycles for token_id in cycle.token_ids]
-    text = "".join(cycle.text for cycle in line.cycles)
-    if text.strip() and ids[-1] in line.orthrus.base.eos_token_ids:
+    told = line.told
+    stats = summarise(told.num_prompt_tokens, told.cycles, told.num_cached)
+    ids = [token_id for cycle in told.cycles for token_id in cycle.token_ids]
+    if told.text.strip() and ids[-1] in line.orthrus.base.eos_token_ids:
         # A last message of the assistant was continued.
         begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
-        messages.append({"role": "assistant", "content": begun + text})
+        messages.append({"role": "assistant", "content": begun + told.text})
     elif messages[-1]["role"] == "assistant":
         messages.pop()
     return {
         "messages": messages,
         "request_id": line.request_id,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "finish_reason": line.cycles[-1].finish_reason,
-        "strategy": line.strategy,
+        "finish_reason": told.finish,
+        "strategy": told.strategy,
         "num_tokens": stats.num_tokens,
         "num_cycles": stats.num_cycles,
         "num_drafted": stats.num_drafted,

@@ -18,14 +18,12 @@ from orthrus.training.packing import Places, Words, dialogue_words, empty_words
 _SHARD_WORDS = 2**26
 
 
-def pack_corpus(
-    folder: Path, target: Path, row_length: int, on_progress: Progress | None = None
-) -> PackIndex:
+def pack_corpus(folder: Path, target: Path, row_length: int, on_progress: Progress | None = None) -> None:
     """Pack a corpus folder into `target`, an empty folder; raises as `packed`."""
     files = stamps(folder)
     samples = _with_progress(folder, files, on_progress)
-    facts = {"base": manifest.base_fingerprint(folder), "sources": tuple(manifest.corpus_sources(folder))}
-    return write_pack(samples, target, row_length, files=files, **facts)  # type: ignore[arg-type]
+    base, sources = manifest.base_fingerprint(folder), tuple(manifest.corpus_sources(folder))
+    write_pack(samples, target, row_length, base=base, sources=sources, files=files)
 
 
 def write_pack(
