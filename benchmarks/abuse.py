@@ -12,22 +12,21 @@ import os
 import random
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
+from own_server import HOST, Server, served
 
+from orthrus.base.event_stream import event_data
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
 
-HOST, MAX_BODY, CONCURRENT, PATIENCE = "127.0.0.1", 65_536, 16, 120.0
+MAX_BODY, CONCURRENT, PATIENCE = 65_536, 16, 120.0
 CHAT = "/v1/chat/completions"
 PROMPTS = (
     "Why is the sky blue?",
@@ -46,52 +45,24 @@ LEGEND = {
 }
 
 
-@dataclass
-class Server:
-    """A server process; `stop` ends it."""
+def memory_mb(server: Server) -> float:
+    return float(psutil.Process(server.process.pid).memory_info().rss) / 2**20
 
-    options: list[str]
-    port: int = field(init=False)
-    process: subprocess.Popen[bytes] = field(init=False)
-    seconds: float = field(init=False)
 
-    def __post_init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "orthrus.cli.app", "serve", "--port", str(self.port), *self.options]
-        start = time.monotonic()
-        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while asyncio.run(status_of(self.port, get("/ready"))) != "200":
-            if self.process.poll() is not None or time.monotonic() - start > 300:
-                raise typer.BadParameter("the server does not start: run `orthrus serve` to see why")
-            time.sleep(0.05)
-        self.seconds = time.monotonic() - start
-
-    def memory_mb(self) -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+)", status)
-        return int(found[1]) / 1024 if found else 0.0
-
-    def figures(self) -> dict[str, float]:
-        """Of /metrics: what is still in use."""
-        names = {
-            "running": "orthrus_num_requests_running",
-            "waiting": "orthrus_num_requests_waiting",
-            "used": "orthrus_kv_cache_usage_perc",
-        }
-        for _ in range(100):
-            page = asyncio.run(exchange(self.port, get("/metrics"))).decode()
-            told = {key: float(re.search(rf"^{name} (\S+)$", page, re.M)[1]) for key, name in names.items()}  # type: ignore[index]
-            if not any(told.values()):
-                break
-            time.sleep(0.1)
-        return told
-
-    def stop(self, kind: signal.Signals = signal.SIGTERM) -> int:
-        """The exit code."""
-        self.process.send_signal(kind)
-        return self.process.wait(60)
+def figures(server: Server) -> dict[str, float]:
+    """Of /metrics: what is still in use."""
+    names = {
+        "running": "orthrus_num_requests_running",
+        "waiting": "orthrus_num_requests_waiting",
+        "used": "orthrus_kv_cache_usage_perc",
+    }
+    for _ in range(100):
+        page = asyncio.run(exchange(server.port, get("/metrics"))).decode()
+        told = {key: float(re.search(rf"^{name} (\S+)$", page, re.M)[1]) for key, name in names.items()}  # type: ignore[index]
+        if not any(told.values()):
+            break
+        time.sleep(0.1)
+    return told
 
 
 def get(path: str) -> bytes:
@@ -131,14 +102,16 @@ async def exchange(port: int, request: bytes, half_close: bool = False, pause: f
         writer.close()
 
 
-async def status_of(port: int, request: bytes, **how: Any) -> str:
+async def answered(port: int, request: bytes, **how: Any) -> tuple[str, bytes]:
+    """(what became of a request, the response)."""
     try:
         response = await exchange(port, request, **how)
     except TimeoutError:
-        return "late"
+        return "late", b""
     except OSError:
-        return "lost"
-    return response[9:12].decode("ascii", "replace") if response.startswith(b"HTTP/1.1 ") else "lost"
+        return "lost", b""
+    is_http = response.startswith(b"HTTP/1.1 ")
+    return response[9:12].decode("ascii", "replace") if is_http else "lost", response
 
 
 async def leave(port: int, request: bytes, num_bytes: int, seconds: float) -> str:
@@ -190,7 +163,7 @@ class Abuser:
         kind = rng.choices(("broken", "leaving", "good"), (0.75, 0.13, 0.12))[0]
         if kind == "broken":
             kind = rng.choice([*self.broken])
-            self.count(kind, await status_of(port, self.broken[kind]()))
+            self.count(kind, (await answered(port, self.broken[kind]()))[0])
         elif kind == "leaving":
             long = asked(rng, stream=rng.random() < 0.5, max_tokens=200)
             long["messages"][0]["content"] *= rng.choice((1, 60))
@@ -205,21 +178,14 @@ class Abuser:
         how = rng.choice(("whole", "stream", "slow reader", "half closed"))
         body = asked(rng, stream=how in ("stream", "slow reader"))
         pause = 0.01 if how == "slow reader" else 0.0
-        try:
-            response = await exchange(port, post(json.dumps(body).encode()), how == "half closed", pause)
-        except TimeoutError:
-            self.count(how, "late")
-            return
-        except OSError:
-            self.count(how, "lost")
-            return
-        outcome = response[9:12].decode("ascii", "replace") if response.startswith(b"HTTP/1.1 ") else "lost"
+        request = post(json.dumps(body).encode())
+        outcome, response = await answered(port, request, half_close=how == "half closed", pause=pause)
         # A client that closes half of its socket may be taken for one that has left.
         if how == "half closed" and outcome == "lost":
             outcome = "gone"
-        self.count(how, outcome)
         if outcome == "200" and body["stream"] and b"data: [DONE]" not in response:
             outcome = "cut"
+        self.count(how, outcome)
         ids = token_ids(response) if outcome == "200" else None
         if ids is not None and ids != self.plain[body["messages"][0]["content"], body["seed"]]:
             self.num_different += 1
@@ -239,7 +205,7 @@ def token_ids(response: bytes) -> list[int] | None:
     body = response.partition(b"\r\n\r\n")[2].decode()
     if "data: " not in body:
         return list(json.loads(body[body.index("{") : body.rindex("}") + 1])["choices"][0]["token_ids"])
-    events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: {")]
+    events = [json.loads(data) for data in event_data([body]) if data.startswith("{")]
     if any("error" in event for event in events):
         return None
     return [i for event in events for choice in event["choices"] for i in choice.get("token_ids", ())]
@@ -278,7 +244,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="300 requests: a rehearsal.")] = False,
 ) -> None:
     requests = 300 if quick else requests
-    base = ["--dtype", dtype, "--max-body", str(MAX_BODY), "--quiet"]
+    base = ["--dtype", dtype, "--max-body", str(MAX_BODY)]
     report: dict[str, Any] = {"kind": "orthrus-abuse", "legend": LEGEND, "requests": requests, "phases": {}}
 
     def note(name: str, abuser: Abuser, **more: Any) -> None:
@@ -286,28 +252,31 @@ def main(
         report["phases"][name] = {"answers": counts, "different": abuser.num_different} | more
         typer.echo(f"{name}: {json.dumps(report['phases'][name])}", err=True)
 
-    server = Server([*base, "--max-running", "8", "--max-queue", "64"])
-    plain = plain_answers(server.port)
-    abuser = Abuser(seed, plain)
-    asyncio.run(abuser.many(server.port, requests // 5))
-    memory = [server.memory_mb()]
-    asyncio.run(abuser.many(server.port, requests * 7 // 10))
-    memory.append(server.memory_mb())
-    note("many kinds", abuser, **server.figures(), memory_mb=memory)
-    abuser = Abuser(seed + 1, plain)
-    note("SIGTERM under load", abuser, exit_code=under_load(server, abuser, signal.SIGTERM))
+    with served([*base, "--max-running", "8", "--max-queue", "64"]) as server:
+        plain = plain_answers(server.port)
+        abuser = Abuser(seed, plain)
+        asyncio.run(abuser.many(server.port, requests // 5))
+        memory = [memory_mb(server)]
+        asyncio.run(abuser.many(server.port, requests * 7 // 10))
+        memory.append(memory_mb(server))
+        note("many kinds", abuser, **figures(server), memory_mb=memory)
+        abuser = Abuser(seed + 1, plain)
+        note("SIGTERM under load", abuser, exit_code=under_load(server, abuser, signal.SIGTERM))
 
-    server = Server([*base, "--max-running", "8", "--max-queue", "1", "--max-slots", "512"])
-    abuser = Abuser(seed + 2, plain)
-    asyncio.run(abuser.many(server.port, requests // 10))
-    note("queue of one, 512 slots", abuser, **server.figures())
-    abuser = Abuser(seed + 3, plain)
-    code = under_load(server, abuser, signal.SIGKILL)
-    server = Server(base)
-    note("SIGKILL under load", abuser, exit_code=code, restart_s=server.seconds)
-    abuser = Abuser(seed + 4, plain)
-    asyncio.run(abuser.many(server.port, min(100, requests)))
-    note("after the restart", abuser, **server.figures(), exit_code=server.stop())
+    with served([*base, "--max-running", "8", "--max-queue", "1", "--max-slots", "512"]) as server:
+        abuser = Abuser(seed + 2, plain)
+        asyncio.run(abuser.many(server.port, requests // 10))
+        note("queue of one, 512 slots", abuser, **figures(server))
+        abuser = Abuser(seed + 3, plain)
+        code = under_load(server, abuser, signal.SIGKILL)
+
+    with served(base) as server:
+        note("SIGKILL under load", abuser, exit_code=code, restart_s=server.start_s)
+        abuser = Abuser(seed + 4, plain)
+        asyncio.run(abuser.many(server.port, min(100, requests)))
+        told = figures(server)
+        server.process.terminate()
+        note("after the restart", abuser, **told, exit_code=server.process.wait(60))
 
     report["provenance"] = provenance(device="cpu", dtype=dtype, seed=seed)
     path = output or Path(__file__).parent / "results" / "abuse-cpu.json"

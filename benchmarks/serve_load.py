@@ -9,21 +9,14 @@ alone. Other servers (`--rival NAME=URL`, running already) get the same loads. L
 """
 
 import json
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from statistics import median
-from types import FrameType
 from typing import Annotated, Any
 
-import httpx
 import typer
+from own_server import served
 
 from orthrus.base.bench_prompts import BenchPrompt, load_prompts
 from orthrus.base.outputs import write_text_atomic
@@ -33,7 +26,6 @@ from orthrus.bench.load_client import Ask
 from orthrus.bench.load_layout import summary
 from orthrus.bench.load_report import LEGEND
 from orthrus.bench.load_runs import Level
-from orthrus.cli.common import KILLS, handling, leaving
 
 CONCURRENCY = (1, 4, 8, 16, 32)
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.25)
@@ -41,7 +33,6 @@ ARMS = ("ar", "auto")
 KINDS = {"short chat": 48, "long prompt": 16, "long answer": 192, "shared prompt": 48}
 """Kind of request: the most tokens of its answer."""
 SEEDS_APART = 10_000
-LONGEST_START_S = 900.0
 SYSTEM = (
     "You are the assistant of a small public library. Answer in plain words and in at most five sentences. "
     "Never invent titles, authors, prices or opening hours; say that you do not know, and whom to ask. "
@@ -73,47 +64,6 @@ def _ask(kind: str, prompts: list[BenchPrompt], index: int, share: float) -> Ask
         many = "\n".join(f"- {each}" for each in (texts[start:] + texts[:start])[:20])
         messages[0]["content"] = f"Questions of today:\n{many}\nWhich of them is the hardest? Answer briefly."
     return Ask(messages, max(2, round(KINDS[kind] * share)), kind)
-
-
-@contextmanager
-def served(model: str, dtype: str, more: list[str]) -> Iterator[str]:
-    """The address of `orthrus serve`, once it is ready; it is ended afterwards."""
-    port = _free_port()
-    command = [sys.executable, "-m", "orthrus.cli.app", "serve", "--model", model, "--dtype", dtype]
-    with (
-        # As an exception, so that no server is left behind.
-        handling(KILLS, _leave),
-        tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen([*command, "--port", str(port), "--quiet", *more], stderr=log) as process,
-    ):
-        try:
-            url = f"http://127.0.0.1:{port}"
-            until = time.monotonic() + LONGEST_START_S
-            while not _is_ready(url):
-                if process.poll() is not None or time.monotonic() > until:
-                    log.seek(0)
-                    raise RuntimeError(f"the server did not start:\n{log.read()[-2000:]}")
-                time.sleep(0.5)
-            yield url
-        finally:
-            process.terminate()
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    raise leaving(number)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready", timeout=5.0, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def main(
@@ -211,10 +161,11 @@ def main(
                 row |= {"arm": name if where != address else row["arm"]} | more
                 report["rows"].append(row)
         report["provenance"] = provenance(device="cpu", dtype=dtype, seed=seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(path, json.dumps(report, indent=2) + "\n")
 
-    with served(model, dtype, serve or []) if url is None else _there(url) as address:
+    with ExitStack() as stack:
+        options = ["--model", model, "--dtype", dtype, *(serve or [])]
+        address = stack.enter_context(served(options)).url if url is None else url
         for level in levels:
             measure(address, Level(concurrency=level), max(requests, 3 * level if not quick else level))
         plain_rates = [row["requests_per_second"] for row in report["rows"] if row["arm"] == "ar"]
@@ -237,11 +188,6 @@ def _rival(pair: str) -> tuple[str, str]:
     if not (name and found and url) or name in ARMS:
         raise typer.BadParameter(f"{pair!r} is not NAME=URL, with a name of its own")
     return name, url
-
-
-@contextmanager
-def _there(url: str) -> Iterator[str]:
-    yield url
 
 
 class _Told:

@@ -21,7 +21,8 @@ def script() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield importlib.import_module("serve_load")
-    sys.modules.pop("serve_load", None)
+    for name in ("serve_load", "own_server"):
+        sys.modules.pop(name, None)
 
 
 def run(script: Any, *args: str) -> None:
@@ -74,11 +75,12 @@ def test_both_arms_at_every_load_and_a_rival(
 
 
 def test_a_server_that_does_not_start_is_shown(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "_is_ready", lambda url: False)
-    monkeypatch.setattr(script, "_free_port", lambda: 9)
+    own_server = sys.modules["own_server"]
+    monkeypatch.setattr(own_server, "_is_ready", lambda url: False)
+    monkeypatch.setattr(own_server, "_free_port", lambda: 9)
     with (
         pytest.raises(RuntimeError, match=r"did not start:\nerror: .*--drain"),
-        script.served("default", "float32", ["--drain", "-1"]),
+        script.served(["--model", "default", "--dtype", "float32", "--drain", "-1"]),
     ):
         pass
 
