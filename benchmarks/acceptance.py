@@ -5,7 +5,6 @@ Pairs of strategy and file that the result has already are not measured again: t
 where it was interrupted, and one with further strategies or files adds them.
 """
 
-import hashlib
 import json
 import re
 import sys
@@ -21,6 +20,7 @@ from orthrus.base.fingerprint import fingerprint
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
 from orthrus.bench.cycles import without_reuse
+from orthrus.bench.records import output_digest
 from orthrus.bench.runner import prompts_digest
 from orthrus.cli.common import check_strategies
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
@@ -151,7 +151,7 @@ def _counts(result: GenerationResult) -> dict[str, Any]:
         "rows": s.num_rows,
         "drafted": s.num_drafted,
         "accepted": s.num_accepted,
-        "output": hashlib.blake2b(repr(result.token_ids).encode(), digest_size=8).hexdigest(),
+        "output": output_digest(result.token_ids),
     }
 
 

@@ -62,7 +62,6 @@ def main(
     for name in dtypes:
         report["results"] += measure(reference, name, sets, max_new_tokens, repeats)
         report["provenance"] = provenance(device="cpu", dtype=", ".join(dtypes), seed=None)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(path, json.dumps(report, indent=2) + "\n")
     for row in report["results"]:
         typer.echo(

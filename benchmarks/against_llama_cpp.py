@@ -6,12 +6,11 @@ number of threads, Orthrus every combination of the options given. Needs llama-c
 "orthrus-lm[llama-cpp]"`; see llama_side.py for compilers that break it). Leave the machine alone meanwhile.
 """
 
-import hashlib
 import inspect
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product, takewhile
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -21,12 +20,14 @@ import typer
 from llama_side import Decode, LlamaSide, Run, best_threads, default_gguf, usable_cores
 
 from orthrus.api import Orthrus, decode_config
+from orthrus.audit.explain import first_difference
 from orthrus.base.bench_prompts import load_prompts
 from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import installed_version, provenance
 from orthrus.base.storage import sha256_file
 from orthrus.bench.cycles import without_reuse
+from orthrus.bench.records import output_digest
 from orthrus.bench.runner import prompts_digest
 
 LLAMA = "llama.cpp"
@@ -140,7 +141,6 @@ def main(
         "runs": {name: [[kept(run) for run in row] for row in rows] for name, rows in runs.items()},
     }
     target = output or Path(__file__).parent / "results" / "llama-cpp-cpu.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(target, json.dumps(report, indent=2) + "\n")
     typer.echo(table(results))
     line = {name: round(row["decode_ratio"]["median"], 3) for name, row in results.items() if name != LLAMA}
@@ -149,8 +149,7 @@ def main(
 
 def kept(run: Run) -> dict[str, Any]:
     """What the report keeps of a run: its times, and a digest of its tokens."""
-    digest = hashlib.blake2b(repr(run.token_ids).encode(), digest_size=8).hexdigest()
-    return {"output": digest, "ttft_ms": run.ttft_ms, "decode_ms": run.decode_ms}
+    return {"output": output_digest(run.token_ids), "ttft_ms": run.ttft_ms, "decode_ms": run.decode_ms}
 
 
 def named(pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -221,7 +220,9 @@ def summarise(runs: dict[str, list[list[Run]]]) -> dict[str, dict[str, Any]]:
                     ]
                 )
             row["first_difference"] = [
-                first_difference(mine[0].token_ids, other[0].token_ids)
+                None
+                if mine[0].token_ids == other[0].token_ids
+                else first_difference(mine[0].token_ids, other[0].token_ids)
                 for mine, other in zip(ours, theirs, strict=True)
             ]
             row["num_equal"] = row["first_difference"].count(None)
@@ -240,12 +241,6 @@ def spread(values: list[float]) -> dict[str, Any]:
         "largest": max(values),
         "by_prompt": values,
     }
-
-
-def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """Index of the first token that differs; None when all are equal."""
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False)))
-    return None if same == len(ours) == len(theirs) else same
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

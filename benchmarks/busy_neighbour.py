@@ -74,7 +74,6 @@ def main(
     arms = [Arm(order, source) for source in sources for order in ORDERS]
     report = measure(arms, model, dtype, max_new_tokens, repeats)
     path = output or Path(__file__).parent / "results" / f"busy-neighbour-{dtype}-cpu.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, json.dumps(report, indent=2) + "\n")
     typer.echo(to_markdown(report))
     line = {

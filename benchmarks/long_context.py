@@ -83,7 +83,6 @@ def main(
     report = build_report(orthrus, cases, warmup, {"repeats": repeats, "warmup": warmup}, seed)
     kind = report["model"]["device"].split(":")[0]
     path = output or Path(__file__).parent / "results" / f"long-context-{kind}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, json.dumps(report, indent=2) + "\n")
     typer.echo(to_markdown(report))
     line = {

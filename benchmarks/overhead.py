@@ -25,7 +25,6 @@ def main(
     report = measure_overhead(orthrus, options, lambda what: typer.echo(what, err=True))
     kind = report.model["device"].split(":")[0]
     path = output or Path(__file__).parent / "results" / f"overhead-{kind}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, json.dumps(report.to_dict(), indent=2) + "\n")
     typer.echo(report.to_markdown())
     line = {check.name: round(check.value, 4) for check in report.checks}

@@ -54,7 +54,6 @@ def main(
         "provenance": provenance(device=device, dtype=dtype, seed=None),
     }
     path = output or Path(__file__).parent / "results" / f"peak-memory-{device}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, json.dumps(report, indent=2) + "\n")
     rows = [[arm, f"{r['peak_bytes'] / 1e6:.0f}", f"{r['over_base']:.2f}"] for arm, r in results.items()]
     typer.echo(markdown_table(["", "peak MB", "over the plain base"], rows))

@@ -7,6 +7,7 @@ A table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`, 
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -61,6 +62,7 @@ def with_tables(text: str) -> str:
     return REGION.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[4]}", text)
 
 
+@cache
 def measured(dtype: str) -> tuple[str, BenchReport]:
     """The result of `make bench` in a precision, or that of the release before it."""
     before = "" if dtype == "float32" else f"{dtype}-"

@@ -123,7 +123,6 @@ def main(
         "first_token_s": [first_token_s(model, view) for _ in range(starts + bool(starts))][1:],
     }
     path = output or Path(__file__).parent / "results" / f"runners-{about['device'].split(':')[0]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, json.dumps(report, indent=2) + "\n")
     typer.echo(to_markdown(report))
     typer.echo(

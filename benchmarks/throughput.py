@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -24,6 +23,7 @@ from llama_side import LlamaSide, best_threads, default_gguf, usable_cores
 from transformers import GenerationConfig
 
 from orthrus.api import Orthrus, decode_config
+from orthrus.audit.explain import first_difference
 from orthrus.base.bench_prompts import BenchPrompt, load_prompts
 from orthrus.base.devices import synchronize
 from orthrus.base.markdown import markdown_table
@@ -173,7 +173,6 @@ def main(
         )
         kind = about["device"].split(":")[0]
         path = output or Path(__file__).parent / "results" / f"throughput-{kind}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(path, json.dumps(report, indent=2) + "\n")
         del orthrus, arms
     if side is not None:
@@ -262,10 +261,7 @@ def row(
     plain = answers["ar", levels[0]]
     found["num_equal"] = sum(a == b for a, b in zip(answers[name, level], plain, strict=True))
     found["first_difference"] = [
-        None
-        if a == b
-        else sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-        for a, b in zip(answers[name, level], plain, strict=True)
+        None if a == b else first_difference(a, b) for a, b in zip(answers[name, level], plain, strict=True)
     ]
     found["output"] = hashlib.blake2b(repr(answers[name, level]).encode(), digest_size=8).hexdigest()
     num_passes = passes[name, level]

@@ -3,14 +3,12 @@
 Leave the machine alone meanwhile; --quick rehearses.
 """
 
-import hashlib
 import json
 import time
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import median
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from arms import Answer, Arm, compiled_stock, llama_cpp, ours, stock
@@ -21,9 +19,11 @@ from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import check_report, write_text_atomic
 from orthrus.base.provenance import installed_version, provenance
 from orthrus.bench.cycles import without_reuse
+from orthrus.bench.records import output_digest
 from orthrus.bench.runner import prompts_digest
+from orthrus.bench.statistics import Interval
 
-STOCK, NUM_DRAWS, SETTLE_S = "stock generate", 10_000, 0.02
+STOCK, SETTLE_S = "stock generate", 0.02
 LEGEND = {
     "speedup": "whole time of stock generate / of the arm, same prompt and repeat; median over repeats; geometric "
     "mean over prompts; interval: 95 % of a bootstrap over prompts (10,000 draws, seed 0)",
@@ -112,14 +112,12 @@ def summary(mine: list[list[Answer]], base: list[list[Answer]]) -> dict[str, Any
         median(b.total_ms / m.total_ms for m, b in zip(some, others, strict=True))
         for some, others in zip(mine, base, strict=True)
     ]
-    logs = np.log(ratios)
-    drawn = np.random.default_rng(0).integers(0, len(logs), (NUM_DRAWS, len(logs)))
-    low, high = np.exp(np.quantile(logs[drawn].mean(-1), [0.025, 0.975])).tolist()
+    found = Interval.geometric_mean([ratios])
     passes = [answer.num_passes for row in mine for answer in row]
     tokens = sum(len(answer.token_ids) for row in mine for answer in row)
     return {
-        "speedup": geometric_mean(ratios),
-        "interval": [low, high],
+        "speedup": found.value,
+        "interval": [found.low, found.high],
         "tokens_per_second": median(
             1e3 * sum(len(row[i].token_ids) for row in mine) / sum(row[i].total_ms for row in mine)
             for i in range(len(mine[0]))
@@ -135,7 +133,7 @@ def summary(mine: list[list[Answer]], base: list[list[Answer]]) -> dict[str, Any
 
 
 def kept(answer: Answer) -> dict[str, Any]:
-    digest = hashlib.blake2b(repr(answer.token_ids).encode(), digest_size=8).hexdigest()
+    digest = output_digest(answer.token_ids)
     return {"tokens": len(answer.token_ids), "ttft_ms": round(answer.ttft_ms, 3),
             "total_ms": round(answer.total_ms, 3), "passes": answer.num_passes, "output": digest}  # fmt: skip
 

@@ -9,9 +9,10 @@ from types import MethodType
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
+from transformers import StaticCache
 
 from orthrus.api import Orthrus, decode_config
+from orthrus.engine.stock import stock_generate
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,24 +30,13 @@ Arm = Callable[[list[int], int], Answer]
 """Continues token ids by so many new ones, whatever ends a text."""
 
 
-class _FirstToken(StoppingCriteria):
-    """Stops nothing; notes when the first tokens were there."""
-
-    def __init__(self) -> None:
-        self.at = 0.0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        self.at = self.at or time.perf_counter()
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
 def stock(orthrus: Orthrus, **settings: Any) -> Arm:
     """The stock model's `generate`. settings: of its GenerationConfig, such as prompt_lookup_num_tokens."""
     model: Any = orthrus.stock()
     passes = _count_passes(model)
 
     def run(prompt_ids: list[int], num_new: int) -> Answer:
-        return _generate(model, passes, prompt_ids, num_new, settings, {})
+        return _answer(model, passes, prompt_ids, num_new, **settings)
 
     return run
 
@@ -67,7 +57,7 @@ def compiled_stock(orthrus: Orthrus, longest: int) -> Arm:
 
     def run(prompt_ids: list[int], num_new: int) -> Answer:
         cache.reset()
-        return _generate(model, passes, prompt_ids, num_new, {}, {"past_key_values": cache})
+        return _answer(model, passes, prompt_ids, num_new, cache=cache)
 
     return run
 
@@ -83,33 +73,10 @@ def _count_passes(model: Any) -> list[int]:
     return passes
 
 
-def _generate(
-    model: Any,
-    passes: list[int],
-    prompt_ids: list[int],
-    num_new: int,
-    settings: dict[str, Any],
-    more: dict[str, Any],
-) -> Answer:
-    ids_1T = torch.tensor([prompt_ids], device=model.device)
-    clock = _FirstToken()
-    config = GenerationConfig(
-        max_new_tokens=num_new, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True, **settings
-    )
-    before, model.generation_config, passes[0] = model.generation_config, config, 0
-    try:
-        start = time.perf_counter()
-        found = model.generate(
-            ids_1T,
-            attention_mask=torch.ones_like(ids_1T),
-            stopping_criteria=StoppingCriteriaList([clock]),
-            **more,
-        )
-        end = time.perf_counter()
-    finally:
-        model.generation_config = before
-    new_ids = tuple(found[0, len(prompt_ids) :].tolist())
-    return Answer(new_ids, (clock.at - start) * 1e3, (end - start) * 1e3, passes[0])
+def _answer(model: Any, passes: list[int], prompt_ids: list[int], num_new: int, **options: Any) -> Answer:
+    passes[0] = 0
+    run = stock_generate(model, prompt_ids, max_new_tokens=num_new, eos_token_ids=frozenset(), **options)
+    return Answer(run.token_ids, run.ttft_ms, run.ttft_ms + run.decode_ms, passes[0])
 
 
 def ours(orthrus: Orthrus, strategy: str) -> Arm:

@@ -85,7 +85,7 @@ def _one(name: str, folder: Path | None, domains: Sequence[str], limit: int | No
             f"the data set {name} is in no form that the hub gives as prompts; write it to {name}.jsonl, with "
             "'prompt' and 'domain' on each line, and name its folder with --data."
         )
-    return _from_hub(replace(data, name=name), limit)
+    return _from_hub(data, limit)
 
 
 def _from_hub(data: DataSet, limit: int | None) -> list[BenchPrompt]:

@@ -9,7 +9,9 @@ from rich.table import Table
 
 from orthrus.base.markdown import markdown_table
 from orthrus.bench.legend import LEGEND
+from orthrus.bench.machine import NOT_AVAILABLE
 from orthrus.bench.metrics import ALL, Row, Summary
+from orthrus.bench.records import by_temperature
 from orthrus.bench.statistics import Interval, Spread
 
 
@@ -74,12 +76,8 @@ def _parts(
     rows: Sequence[Row], summaries: Sequence[Summary]
 ) -> Iterator[tuple[float, list[Row], list[Summary]]]:
     """(temperature, its rows, its summaries)."""
-    for temperature in dict.fromkeys(row.temperature for row in rows):
-        yield (
-            temperature,
-            [row for row in rows if row.temperature == temperature],
-            [line for line in summaries if line.temperature == temperature],
-        )
+    for temperature, part in by_temperature(rows):
+        yield temperature, part, [line for line in summaries if line.temperature == temperature]
 
 
 def _domains(rows: Sequence[Row]) -> list[str]:
@@ -108,7 +106,7 @@ def _interval(found: Interval) -> str:
 
 
 def _amount(value: float | None, unit: float) -> str:
-    return "not available" if value is None else f"{value / unit:.4g}"
+    return NOT_AVAILABLE if value is None else f"{value / unit:.4g}"
 
 
 def _rates(rates: Sequence[float]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from orthrus.bench.arms import PLAIN, STOCK
 from orthrus.bench.records import Run, by_temperature
-from orthrus.bench.statistics import Interval, Spread
+from orthrus.bench.statistics import Interval, Spread, geometric_mean
 from orthrus.bench.work import Sizes, Work
 
 ALL = "all"
@@ -87,7 +87,7 @@ def summaries(runs: Sequence[Run]) -> list[Summary]:
             by_domain.setdefault(run.domain, []).append(run)
         for arm in (a for a in dict.fromkeys(run.arm for run in part) if a != STOCK):
             ratios = {domain: speedups(mine, STOCK, arm) for domain, mine in by_domain.items()}
-            values = {domain: Interval.geometric_mean([mine]).value for domain, mine in ratios.items()}
+            values = {domain: geometric_mean([mine]) for domain, mine in ratios.items()}
             worst = min(values, key=lambda domain: values[domain])
             to_ar = [speedups(mine, PLAIN, arm) for mine in by_domain.values()]
             found.append(

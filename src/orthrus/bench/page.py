@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from orthrus.bench.arms import PLAIN, STOCK
 from orthrus.bench.layout import SHOWN, cells, law
 from orthrus.bench.legend import LEGEND
+from orthrus.bench.machine import NOT_AVAILABLE
 from orthrus.bench.metrics import ALL, Row
 from orthrus.bench.plots import Plot, plots_of_bench, plots_of_context, plots_of_sceptic, plots_of_training
+from orthrus.bench.records import by_temperature
 from orthrus.bench.report import KIND, BenchReport
 from orthrus.errors import UserInputError
 
@@ -63,7 +66,7 @@ def make_page(files: Sequence[Path]) -> Page:
             raise UserInputError(f"{source} is damaged ({error!r}); make it again.") from error
         taken = {plot.key for plot in plots}
         named = Path(source).stem
-        made = [p if p.key not in taken else _renamed(p, f"{p.key}-{named}") for p in made]
+        made = [p if p.key not in taken else replace(p, key=f"{p.key}-{named}") for p in made]
         plots += made
         title = f"<h2>{escape(source)}</h2>"
         figures = "".join(map(_figure, made))
@@ -97,10 +100,6 @@ def _read(file: Path) -> tuple[dict[str, Any], BenchReport | None]:
     return raw, None
 
 
-def _renamed(plot: Plot, key: str) -> Plot:
-    return Plot(key, plot.title, plot.caption, plot.source, plot.drawing)
-
-
 def _figure(plot: Plot) -> str:
     return (
         f'<figure id="{escape(plot.key, quote=True)}"><h3>{escape(plot.title)}</h3>{plot.svg()}'
@@ -114,8 +113,7 @@ def _tables(bench: BenchReport | None) -> str:
     parts = [f"<p>{escape(bench.title)}</p>"]
     if not bench.is_complete:
         parts.append("<p><strong>This run is unfinished.</strong></p>")
-    for temperature in dict.fromkeys(row.temperature for row in bench.rows):
-        rows = [row for row in bench.rows if row.temperature == temperature]
+    for temperature, rows in by_temperature(bench.rows):
         overall = [row for row in rows if row.domain == ALL]
         named = law(temperature)
         body = [[row.domain, row.arm, *cells(row)] for row in rows]
@@ -147,7 +145,7 @@ def _losses(rows: Sequence[Row]) -> str:
     slower = [
         f"{row.arm} on {row.domain} ({row.speedup_vs_ar.value:.2f})"
         for row in rows
-        if row.domain != ALL and row.arm not in ("stock", "ar") and row.speedup_vs_ar.value < 1.0
+        if row.domain != ALL and row.arm not in (STOCK, PLAIN) and row.speedup_vs_ar.value < 1.0
     ]
     if not slower:
         return "No strategy is slower than plain decoding in any domain."
@@ -155,20 +153,20 @@ def _losses(rows: Sequence[Row]) -> str:
 
 
 def _costs(overall: Sequence[Row]) -> Iterable[list[str]]:
-    plain = next((row for row in overall if row.arm == "ar"), None)
+    plain = next((row for row in overall if row.arm == PLAIN), None)
     for row in overall:
         yield [
             row.arm,
             *_amount(row.flops_per_token, None if plain is None else plain.flops_per_token),
             *_amount(row.bytes_per_token, None if plain is None else plain.bytes_per_token),
-            "not available" if row.joules_per_token is None else f"{row.joules_per_token:.2f}",
-            "not available" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}",
+            NOT_AVAILABLE if row.joules_per_token is None else f"{row.joules_per_token:.2f}",
+            NOT_AVAILABLE if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}",
         ]
 
 
 def _amount(value: float | None, plain: float | None) -> tuple[str, str]:
     if value is None or not plain:
-        return "not available", "–"
+        return NOT_AVAILABLE, "–"
     return f"{value / 1e9:.3f}", f"{value / plain:.2f}"
 
 

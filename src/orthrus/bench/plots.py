@@ -8,6 +8,7 @@ from typing import Any
 from orthrus.bench.arms import PLAIN, STOCK, Arm
 from orthrus.bench.layout import law
 from orthrus.bench.metrics import ALL, Row
+from orthrus.bench.records import by_temperature
 from orthrus.bench.report import BenchReport
 from orthrus.bench.suites import PAPER_CYCLE
 from orthrus.bench.svg import BLACK, COLOURS, Axis, Bar, Bars, Lines, Series
@@ -37,8 +38,7 @@ class Plot:
 
 def plots_of_bench(source: str, report: BenchReport) -> Iterator[Plot]:
     """The plots that one benchmark has the data for, greedy first."""
-    for temperature in dict.fromkeys(row.temperature for row in report.rows):
-        rows = [row for row in report.rows if row.temperature == temperature]
+    for temperature, rows in by_temperature(report.rows):
         named = law(temperature)
         for make in (_waterfall, _positions, _break_even, _block_lengths):
             plot = make(rows, report)

@@ -1,13 +1,22 @@
 """The raw record of one answer: what every number of a report is computed from, and nothing else."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from orthrus.bench.arms import STOCK
 from orthrus.bench.work import Work
 from orthrus.engine.stock import StockRun
 from orthrus.types import Cycle, GenerationResult
+
+
+class _AtTemperature(Protocol):
+    @property
+    def temperature(self) -> float: ...
+
+
+_Measured = TypeVar("_Measured", bound=_AtTemperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +134,16 @@ def run_of_stock(about: About, num_prompt_tokens: int, run: StockRun, work: Work
     )
 
 
-def by_temperature(runs: Sequence[Run]) -> list[tuple[float, list[Run]]]:
-    """Runs apart by temperature, in the order in which temperatures first come."""
+def output_digest(token_ids: Sequence[int]) -> str:
+    """A short name for exactly these tokens: 16 hex digits."""
+    return hashlib.blake2b(repr(tuple(token_ids)).encode(), digest_size=8).hexdigest()
+
+
+def by_temperature(measured: Sequence[_Measured]) -> list[tuple[float, list[_Measured]]]:
+    """Runs, or rows of them, apart by temperature, in the order in which temperatures first come."""
     return [
-        (temperature, [run for run in runs if run.temperature == temperature])
-        for temperature in dict.fromkeys(run.temperature for run in runs)
+        (temperature, [each for each in measured if each.temperature == temperature])
+        for temperature in dict.fromkeys(each.temperature for each in measured)
     ]
 
 

@@ -13,7 +13,7 @@ from orthrus.bench.arms import PLAIN, STOCK, Arm, check_rounds
 from orthrus.bench.cycles import RecordingRunner, without_reuse
 from orthrus.bench.layout import law
 from orthrus.bench.machine import Energy, forget_peak, peak_bytes
-from orthrus.bench.records import About, Run, run_of_result, run_of_stock
+from orthrus.bench.records import About, Run, output_digest, run_of_result, run_of_stock
 from orthrus.bench.report import BenchReport
 from orthrus.bench.work import sizes_of, work_of, work_of_stock
 from orthrus.config import DecodeConfig
@@ -116,6 +116,8 @@ def run_bench(
     about = bench.about()
     if begun is not None:
         _check_same(begun, about)
+        resumed = [*begun.provenance.get("resumed", []), about.provenance["time"]]
+        about = replace(about, provenance=begun.provenance | {"resumed": resumed})
     runs = list(begun.runs) if begun is not None else []
     have = {(run.temperature, run.prompt_index, run.repeat, run.arm) for run in runs}
     jobs = _jobs(options, prompts)
@@ -135,7 +137,7 @@ def run_bench(
         on_progress("done", len(jobs), len(jobs))
     outputs = {(run.temperature, run.prompt_index, run.repeat, run.arm): run.output for run in runs}
     finished = tuple(replace(run, equal_to_plain=_equal_to_plain(run, outputs)) for run in runs)
-    return replace(about, runs=finished, provenance=(begun or about).provenance | bench.resumed(begun))
+    return replace(about, runs=finished)
 
 
 def prompts_digest(prompts: Sequence[BenchPrompt]) -> str:
@@ -204,13 +206,6 @@ class _Bench:
         model["sizes"] = None if sizes is None else sizes.to_dict()
         return BenchReport((), model, self.options.to_dict(), made)
 
-    def resumed(self, begun: BenchReport | None) -> dict[str, Any]:
-        """When it was gone on with."""
-        if begun is None:
-            return {}
-        before = begun.provenance.get("resumed", [])
-        return {"resumed": [*before, self.about().provenance["time"]]}
-
     def decode(self, job: _Job) -> Run:
         """One run."""
         device, options = self.orthrus.dual.device, self.options
@@ -243,9 +238,8 @@ class _Bench:
 
     def _around(self, job: _Job, token_ids: Sequence[int]) -> About:
         joules = None if self.energy is None else self.energy.stop()
-        digest = hashlib.blake2b(repr(tuple(token_ids)).encode(), digest_size=8).hexdigest()
-        peak = peak_bytes(self.orthrus.dual.device)
-        return About(job.prompt_index, job.domain, job.repeat, job.temperature, peak, joules, digest)
+        peak, output = peak_bytes(self.orthrus.dual.device), output_digest(token_ids)
+        return About(job.prompt_index, job.domain, job.repeat, job.temperature, peak, joules, output)
 
 
 def _check_same(begun: BenchReport, now: BenchReport) -> None:

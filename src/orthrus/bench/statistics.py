@@ -45,13 +45,22 @@ class Interval:
 
         The interval holds 95 % of bootstrap draws (10,000, seed 0), which take prompts anew within each group.
         """
-        logs = [np.log(np.asarray(group, dtype=np.float64)) for group in groups if len(group)]
-        if not logs:
+        if not (logs := _logs(groups)):
             return cls(0.0, 0.0, 0.0)
         rng = np.random.default_rng(0)
         means = np.mean([_drawn_means(rng, values) for values in logs], axis=0)
         low, high = np.exp(np.percentile(means, _PERCENTILES))
-        return cls(float(np.exp(np.mean([values.mean() for values in logs]))), float(low), float(high))
+        return cls(geometric_mean(groups), float(low), float(high))
+
+
+def geometric_mean(groups: Sequence[Sequence[float]]) -> float:
+    """Of groups of ratios: geometric mean within a group, then over groups; 0 where there are no ratios."""
+    logs = _logs(groups)
+    return float(np.exp(np.mean([values.mean() for values in logs]))) if logs else 0.0
+
+
+def _logs(groups: Sequence[Sequence[float]]) -> list[NDArray[np.float64]]:
+    return [np.log(np.asarray(group, dtype=np.float64)) for group in groups if len(group)]
 
 
 def _drawn_means(rng: np.random.Generator, values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -175,7 +175,7 @@ def bench(
             orthrus,
             settings,
             on_progress,
-            on_part=None if output is None else lambda part: save_report(part, output),
+            on_part=None if output is None else lambda part: save_report(part, output, indent=None),
             begun=begun,
             energy=Energy(idle_s=_ENERGY_S),
         )

@@ -17,11 +17,11 @@ def check_output(output: Path | None) -> None:
         check_report(output)
 
 
-def save_report(report: Any, output: Path) -> None:
-    """Write the JSON file, in one step."""
+def save_report(report: Any, output: Path, *, indent: int | None = 2) -> None:
+    """Write the JSON file, in one step; without an indent it is several times smaller and quicker to write."""
     from orthrus.base.outputs import write_text_atomic
 
-    write_text_atomic(output, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    write_text_atomic(output, json.dumps(report.to_dict(), indent=indent, ensure_ascii=False) + "\n")
 
 
 def show_report(report: Any, format_: Format, output: Path | None) -> None:

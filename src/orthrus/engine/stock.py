@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -38,15 +39,18 @@ def stock_generate(
     temperature: float = 0.0,
     seed: int = 0,
     processor: LogitsProcessor | None = None,
+    cache: Cache | None = None,
+    **settings: Any,
 ) -> StockRun:
     """Decode with the model's own `generate`, its default cache, and no sampling filter but the temperature.
 
-    processor: changes each token's scores before `generate` chooses. Give it the model of `Orthrus.stock()`:
-    with twins inside it would not be the stock model.
+    processor: changes each token's scores before `generate` chooses. cache: an empty one to use in place of the
+    default. settings: further ones of its GenerationConfig, such as prompt_lookup_num_tokens. Give it the model of
+    `Orthrus.stock()`: with twins inside it would not be the stock model.
     """
     ids_1T = torch.tensor([prompt_ids], device=model.device)
     clock = _FirstToken(ids_1T.device)
-    config = _config(max_new_tokens, eos_token_ids, temperature)
+    config = _config(max_new_tokens, eos_token_ids, temperature, settings)
     with _own_generation_config(model, config), _seeded(seed, ids_1T.device):
         synchronize(ids_1T.device)
         start = perf_counter()
@@ -57,6 +61,7 @@ def stock_generate(
             attention_mask=torch.ones_like(ids_1T),
             stopping_criteria=StoppingCriteriaList([clock]),
             logits_processor=LogitsProcessorList([] if processor is None else [processor]),
+            **({} if cache is None else {"past_key_values": cache}),
         )[0, len(prompt_ids) :].tolist()
         end = perf_counter()
     return StockRun(tuple(new_ids), (clock.at - start) * 1e3, (end - clock.at) * 1e3)
@@ -76,11 +81,14 @@ class _FirstToken(StoppingCriteria):
         return self._go_on_1
 
 
-def _config(max_new_tokens: int, eos_token_ids: frozenset[int], temperature: float) -> GenerationConfig:
+def _config(
+    max_new_tokens: int, eos_token_ids: frozenset[int], temperature: float, settings: dict[str, Any]
+) -> GenerationConfig:
     eos = sorted(eos_token_ids)
     law: dict[str, Any] = {"do_sample": False}
     if temperature > 0.0:
         law = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    law |= settings
     return GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=eos or None, pad_token_id=eos[0] if eos else 0, **law
     )
