@@ -6,23 +6,13 @@ from torch import Tensor
 
 from orthrus.model.passes import Pass
 from orthrus.model.pool import SlotPool
-from orthrus.model.runner import Runner
+from orthrus.model.runner import RunnerAround
 
 
-class TwoSteps:
+class TwoSteps(RunnerAround):
     """A runner whose draft passes run twice: the surer half of the first guesses fills the block's masks,
     and the second pass decides the others. Greedy, one request, strategy `chain`. All else is the runner's own.
     """
-
-    def __init__(self, runner: Runner) -> None:
-        self.name, self.dual, self.repair_tables = runner.name, runner.dual, runner.repair_tables
-        self._runner = runner
-
-    def new_pool(self, num_pages: int) -> SlotPool:
-        return self._runner.new_pool(num_pages)
-
-    def head(self, hidden_RC: Tensor, *, drafts: bool = False) -> Tensor:
-        return self._runner.head(hidden_RC, drafts=drafts)
 
     def hidden(self, p: Pass, pool: SlotPool) -> Tensor:
         """Hidden states of the pass; of a draft pass, those of the step that decided each row."""

@@ -254,7 +254,8 @@ def test_the_distance_tells_samples_apart_by_prompt() -> None:
         permuted_P = pair.permuted(2000, torch_generator)
         assert abs(float(permuted_P.mean())) < 3e-3
         assert (p_value(pair.distance(), permuted_P) < 0.001) == is_far
-    assert same.biased(1.0, torch_generator) > same.biased(0.3, torch_generator) > same.distance()
+    drawn_1N = torch.rand(1, 40, generator=torch_generator)
+    assert same.biased(drawn_1N < 1.0) > same.biased(drawn_1N < 0.3) > same.distance()
 
 
 def test_counts_of_a_text() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tests.folders import letter_tokenizer
 from tests.tiny import COMMON, VOCAB, disturb_view, random_model
+from tests.vllm.prepare import oracle_of
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
@@ -77,18 +78,7 @@ def main(folder: Path) -> None:
             export_vllm(dual, base, place / "vllm")
         orthrus = Orthrus(base, dual)
         prompts = ["the cat sat", "a long walk home in the rain. and so", "Ulm", "What, no?"]
-        found = [
-            orthrus.generate(p, strategy="chain", max_new_tokens=NEW_TOKENS, ignore_eos=True, raw=True)
-            for p in prompts
-        ]
-        drafted = [cycle for one in found for cycle in one.cycles if cycle.num_drafted]
-        oracle[name] = {
-            "prompts": [base.encode_prompt(p, raw=True) for p in prompts],
-            "new_tokens": NEW_TOKENS,
-            "token_ids": [list(one.token_ids) for one in found],
-            "accepted_by_position": [sum(c.num_accepted > i for c in drafted) for i in range(6)],
-            "num_drafts": len(drafted),
-        }
+        oracle[name] = oracle_of(orthrus, prompts, NEW_TOKENS, raw=True)
         if name == "qwen3":
             law = exact_law(base, oracle[name]["prompts"][0])
             (folder / "law.json").write_text(

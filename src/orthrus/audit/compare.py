@@ -4,7 +4,7 @@ The baseline is the stock model's own `generate`, or plain decoding by the same 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
@@ -215,13 +215,7 @@ def _mismatch(
         our_token=tokens[1],
         baseline_text=texts[0],
         our_text=texts[1],
-        gap=found.gap,
-        noise=found.noise,
-        drift=found.drift,
-        residue=found.residue,
-        noise_by_shape=dict(found.noise_by_shape),
-        verdict=found.verdict,
-        reason=found.reason,
+        **asdict(found),
     )
 
 

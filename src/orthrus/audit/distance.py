@@ -27,44 +27,48 @@ class Pair:
     def of(cls, first: Sequence[str], second: Sequence[str], biased: str) -> "Pair":
         assert len(first) == len(second), "both samples are of one size"
         codes_NL = torch.tensor([_codes(text) for text in (*first, *second, biased)])
-        kernel_NN = torch.stack([(codes_NL == codes_L).float().mean(-1) for codes_L in codes_NL])
+        kernel_NN = torch.stack([(codes_NL == codes_L).double().mean(-1) for codes_L in codes_NL])
         return cls(kernel_NN, len(first))
 
-    def distance(self, members: Tensor | None = None) -> float:
-        """Of the first sample and the second one. members_N: which texts stand in the second one's place."""
-        num = self.num
-        first_N = torch.arange(num)
-        second_N = torch.arange(num, 2 * num) if members is None else members
-        within = self._mean_of_others(first_N) + self._mean_of_others(second_N)
-        return within - 2 * float(self.kernel_NN[first_N][:, second_N].mean())
-
-    def _mean_of_others(self, members_N: Tensor) -> float:
-        """The mean likeness of two different draws, which may be the same text."""
-        block_NN = self.kernel_NN[members_N][:, members_N]
-        return float(block_NN.sum() - block_NN.diagonal().sum()) / (self.num * (self.num - 1))
+    def distance(self) -> float:
+        """Of the first sample and the second one."""
+        first_M, second_M = self._counts()
+        return float(self._distances(first_M[None], second_M[None]))
 
     def permuted(self, num_permutations: int, generator: torch.Generator) -> Tensor:
         """The distance under random labels, distances_P."""
-        num = self.num
-        kernel_NN = self.kernel_NN[:-1, :-1].clone()
-        kernel_NN.fill_diagonal_(0.0)
+        num, both_M = self.num, sum(self._counts())
         found = []
         for start in range(0, num_permutations, _TOGETHER):
             size = min(_TOGETHER, num_permutations - start)
             order_PN = torch.rand(size, 2 * num, generator=generator).argsort(-1)
-            first_PN = torch.zeros(size, 2 * num).scatter(1, order_PN[:, :num], 1.0)
-            sums_PN = first_PN @ kernel_NN
-            inside_P = (sums_PN * first_PN).sum(-1)
-            across_P = (sums_PN * (1 - first_PN)).sum(-1)
-            other_P = kernel_NN.sum() - inside_P - 2 * across_P
-            found.append((inside_P + other_P) / (num * (num - 1)) - 2 * across_P / num**2)
+            first_PM = torch.zeros(size, 2 * num + 1, dtype=torch.float64).scatter(1, order_PN[:, :num], 1.0)
+            found.append(self._distances(first_PM, both_M - first_PM))
         return torch.cat(found)
 
-    def biased(self, share: float, generator: torch.Generator) -> float:
-        """The distance once each text of the second sample is the biased one with this probability."""
-        members_N = torch.arange(self.num, 2 * self.num)
-        is_hit_N = torch.rand(self.num, generator=generator) < share
-        return self.distance(torch.where(is_hit_N, torch.tensor(2 * self.num), members_N))
+    def biased(self, hits_BN: Tensor) -> Tensor:
+        """The distance once those texts of the second sample are the biased one, distances_B. hits_BN: bool."""
+        hit_BN = hits_BN.double()
+        second_BM = torch.cat([torch.zeros_like(hit_BN), 1.0 - hit_BN, hit_BN.sum(-1, keepdim=True)], -1)
+        return self._distances(self._counts()[0][None], second_BM)
+
+    def _counts(self) -> tuple[Tensor, Tensor]:
+        """How often each text stands in the first sample, and in the second one: (first_M, second_M)."""
+        place_M = torch.arange(2 * self.num + 1)
+        is_first_M = place_M < self.num
+        return is_first_M.double(), (~is_first_M & (place_M < 2 * self.num)).double()
+
+    def _distances(self, first_PM: Tensor, second_PM: Tensor) -> Tensor:
+        """Of samples in which each text stands so often, distances_P."""
+        across_P = ((second_PM @ self.kernel_NN) * first_PM).sum(-1)
+        within_P = self._means_of_others(first_PM) + self._means_of_others(second_PM)
+        return within_P - 2 * across_P / self.num**2
+
+    def _means_of_others(self, counts_PM: Tensor) -> Tensor:
+        """The mean likeness of two different draws, which may be the same text."""
+        sums_P = ((counts_PM @ self.kernel_NN) * counts_PM).sum(-1)
+        alone_P = (counts_PM * self.kernel_NN.diagonal()).sum(-1)
+        return (sums_P - alone_P) / (self.num * (self.num - 1))
 
 
 def p_value(distance: float, permuted_P: Tensor) -> float:

@@ -6,7 +6,7 @@ baseline alone: were logits of our drafting a part of it, a corrupt cache would 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Literal
 
@@ -41,7 +41,7 @@ class Judgement:
     noise: float | None = None
     drift: float | None = None
     residue: float | None = None
-    noise_by_shape: tuple[tuple[str, float], ...] = ()
+    noise_by_shape: dict[str, float] = field(default_factory=dict)
 
 
 def first_difference(baseline_ids: Sequence[int], our_ids: Sequence[int]) -> int:
@@ -117,7 +117,7 @@ def judge(
             reason = (
                 f"our own scores are highest for token {int(our_scores_V.argmax())}, which was not committed"
             )
-    return Judgement(verdict, reason, gap, noise, drift, residue, tuple(changes.items()))
+    return Judgement(verdict, reason, gap, noise, drift, residue, changes)
 
 
 def _largest_change(scores_V: Tensor, reference_V: Tensor, candidates_N: Tensor) -> float:

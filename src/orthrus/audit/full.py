@@ -18,7 +18,16 @@ from orthrus.audit.answers import Answers
 from orthrus.audit.chances import CONFIDENCE, holm
 from orthrus.audit.distance import Pair, p_value
 from orthrus.audit.full_report import ArmResult, FullReport, LawTest, Power
-from orthrus.audit.law import LEAST_EXPECTED, Found, PromptLaw, chi_square, power, prompt_law, smallest_bias
+from orthrus.audit.law import (
+    LEAST_EXPECTED,
+    Found,
+    PromptLaw,
+    chi_square,
+    noncentrality,
+    power,
+    prompt_law,
+    smallest_bias,
+)
 from orthrus.audit.texts import text_counts, text_ratios
 from orthrus.config import Baseline, DecodeConfig, SamplingParams, Strategy
 from orthrus.errors import UserInputError
@@ -26,7 +35,8 @@ from orthrus.types import GenerationResult
 
 OnStage = Callable[[str, int, int], None]
 SIGNIFICANCE, POWER = 1e-3, 0.95
-BIASES = (0.05, 0.1, 0.2, 0.4, 0.8)
+BIASES = (0.1, 0.2, 0.4, 0.8)
+"""Whose power is told beside that of the planted one."""
 NUM_CONTROLS = 200
 _OTHER_TEXTS = 10**6
 """Added to seeds of the answers whose length and variety are compared."""
@@ -204,7 +214,7 @@ class _Full:
             return chi_square(laws, [[result.token_ids for result in mine] for mine in samples], depth)
 
         floor, mine = test(plain), {strategy: test(samples) for strategy, samples in ours.items()}
-        settings = (laws, depth, options.draws, floor.degrees, self._level)
+        settings = (noncentrality(laws, depth, options.draws), floor.degrees, self._level)
         return LawTest(
             name=f"chi-square, depth {depth}",
             statistics={strategy: found.statistic for strategy, found in mine.items()},
@@ -214,7 +224,7 @@ class _Full:
             floor_p=floor.p_value,
             control_bias=options.bias,
             control_p=test(control).p_value,
-            powers=tuple(Power(bias, power(*settings, bias)) for bias in (options.bias, *BIASES[1:])),
+            powers=tuple(Power(bias, power(*settings, bias)) for bias in (options.bias, *BIASES)),
             smallest_bias=smallest_bias(*settings, POWER),
         )
 
@@ -234,7 +244,7 @@ class _Full:
         well below the level."""
         generator = torch.Generator().manual_seed(self._options.seed)
         num = math.ceil(4 / self._level)
-        total_P = torch.zeros(num)
+        total_P = torch.zeros(num, dtype=torch.float64)
         for index, pair in enumerate(pairs):
             self._on_stage("permutations", index, len(pairs))
             total_P += pair.permuted(num, generator)
@@ -258,10 +268,12 @@ class _Full:
         generator = torch.Generator().manual_seed(self._options.seed + 1)
         threshold = float(permuted_P.quantile(1 - self._level))
         powers, controls = [], {}
-        for bias in (self._options.bias, *BIASES[1:]):
-            found = [sum(pair.biased(bias, generator) for pair in pairs) for _ in range(NUM_CONTROLS)]
-            powers.append(Power(bias, sum(distance > threshold for distance in found) / NUM_CONTROLS))
-            controls[bias] = found[0]
+        for bias in (self._options.bias, *BIASES):
+            drawn_CPN = torch.rand(NUM_CONTROLS, len(pairs), pairs[0].num, generator=generator)
+            found_C = sum(pair.biased(drawn_CPN[:, i] < bias) for i, pair in enumerate(pairs))
+            assert isinstance(found_C, torch.Tensor), "there is a prompt"
+            powers.append(Power(bias, int((found_C > threshold).sum()) / NUM_CONTROLS))
+            controls[bias] = float(found_C[0])
         seen = next((each.bias for each in powers if each.power >= POWER), None)
         planted = powers[-1].bias if seen is None else seen
         return LawTest(

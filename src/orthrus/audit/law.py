@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from orthrus.api import Orthrus
-from orthrus.audit.chances import as_row, bisect, chi2_power, chi2_tail
+from orthrus.audit.chances import as_row, bisect, chi2_power, chi2_tail, chi2_threshold, noncentral_tail
 from orthrus.audit.shapes import continuation_logits
 from orthrus.config import Baseline, SamplingParams
 from orthrus.decoding.sampling import filtered_probs
@@ -88,34 +88,34 @@ def chi_square(laws: Sequence[PromptLaw], draws: Sequence[Sequence[Prefix]], dep
     return Found(statistic, degrees)
 
 
-def noncentrality(laws: Sequence[PromptLaw], depth: int, num_draws: int, bias: float) -> float:
-    """Of draws of which a share `bias` is the greedy text: n times the sum over cells of (q - p)^2 / p."""
+def noncentrality(laws: Sequence[PromptLaw], depth: int, num_draws: int) -> float:
+    """Of draws that are all the greedy text: n times the sum over cells of (q - p)^2 / p.
+
+    Where a share `bias` of the draws is the greedy text, bias^2 times as much.
+    """
     total = 0.0
     for law in laws:
         cells = law.by_depth[depth - 1]
         greedy = [float(law.greedy_ids[:depth] == prefix) for prefix in cells]
         masses, hits = _pooled(cells, greedy, num_draws, of_all=1.0)
         masses_N = as_row(masses)
-        total += num_draws * float(((bias * (as_row(hits) - masses_N)) ** 2 / masses_N).sum())
+        total += num_draws * float(((as_row(hits) - masses_N) ** 2 / masses_N).sum())
     return total
 
 
-def power(
-    laws: Sequence[PromptLaw], depth: int, num_draws: int, degrees: int, significance: float, bias: float
-) -> float:
-    """How often the test finds that a share `bias` of the draws is the greedy text."""
+def power(largest: float, degrees: int, significance: float, bias: float) -> float:
+    """How often the test finds that a share `bias` of the draws is the greedy text; largest: `noncentrality`."""
     if not degrees:
         return 0.0
-    return chi2_power(significance, degrees, noncentrality(laws, depth, num_draws, bias))
+    return chi2_power(significance, degrees, largest * bias**2)
 
 
-def smallest_bias(
-    laws: Sequence[PromptLaw], depth: int, num_draws: int, degrees: int, significance: float, wanted: float
-) -> float | None:
+def smallest_bias(largest: float, degrees: int, significance: float, wanted: float) -> float | None:
     """The least share of greedy texts that the test finds with this power; None where it finds none."""
-    if power(laws, depth, num_draws, degrees, significance, 1.0) < wanted:
+    if power(largest, degrees, significance, 1.0) < wanted:
         return None
-    return bisect(lambda bias: power(laws, depth, num_draws, degrees, significance, bias) >= wanted, 0.0, 1.0)
+    threshold = chi2_threshold(significance, degrees)
+    return bisect(lambda bias: noncentral_tail(threshold, degrees, largest * bias**2) >= wanted, 0.0, 1.0)
 
 
 def _pooled(

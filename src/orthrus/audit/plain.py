@@ -35,7 +35,7 @@ class PlainReplay:
     """
 
     def __init__(self, orthrus: Orthrus, answered: Answered) -> None:
-        self._orthrus, self._answered = orthrus, answered
+        self._answered = answered
         config, num_tokens = answered.config, len(answered.token_ids)
         most = config.max_new_tokens if answered.finish == "stop" else max(num_tokens, 1)
         plain = replace(

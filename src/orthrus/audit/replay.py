@@ -11,7 +11,7 @@ from orthrus.config import DecodeConfig
 from orthrus.engine.beside import EngineBeside
 from orthrus.model.passes import Part, Pass
 from orthrus.model.pool import SlotPool
-from orthrus.model.runner import Runner
+from orthrus.model.runner import Runner, RunnerAround
 
 
 class Chunk(NamedTuple):
@@ -49,27 +49,24 @@ def replay_ours(
     return replay
 
 
-class _Watched:
+class _Watched(RunnerAround):
     """A runner that keeps what its passes, of one request, compute for the token after `text`."""
 
     def __init__(self, runner: Runner, text: list[int]) -> None:
-        self.name, self.dual, self.repair_tables = runner.name, runner.dual, runner.repair_tables
+        super().__init__(runner)
         self.replay = OurReplay()
-        self._runner, self._text = runner, text
+        self._text = text
         self._part: Part | None = None
-
-    def new_pool(self, num_pages: int) -> SlotPool:
-        return self._runner.new_pool(num_pages)
 
     def hidden(self, p: Pass, pool: SlotPool) -> Tensor:
         (span,) = p.spans
         self._part = span.part if span.part.num_ar else None
         if self._part is not None:
             self.replay.chunks.append(Chunk(span.length, p.num_rows, []))
-        return self._runner.hidden(p, pool)
+        return super().hidden(p, pool)
 
     def head(self, hidden_RC: Tensor, *, drafts: bool = False) -> Tensor:
-        logits_RV = self._runner.head(hidden_RC, drafts=drafts)
+        logits_RV = super().head(hidden_RC, drafts=drafts)
         if not drafts and (part := self._part) is not None:
             self._part = None
             # Judged rows come first; rows of blocks may be projected with them.

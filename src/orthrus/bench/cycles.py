@@ -13,7 +13,7 @@ from orthrus.engine.request import Request
 from orthrus.errors import UserInputError
 from orthrus.model.passes import Pass
 from orthrus.model.pool import SlotPool
-from orthrus.model.runner import Runner
+from orthrus.model.runner import Runner, RunnerAround
 
 
 def without_reuse(orthrus: Orthrus, runner: Runner | None = None) -> Orthrus:
@@ -63,24 +63,20 @@ class Call:
     projected: list[tuple[int, bool]]
 
 
-class RecordingRunner:
+class RecordingRunner(RunnerAround):
     """A runner that notes what is run through it. It calls the very same code as the one it wraps."""
 
     def __init__(self, runner: Runner) -> None:
-        self.name, self.dual, self.repair_tables = runner.name, runner.dual, runner.repair_tables
+        super().__init__(runner)
         self.calls: list[Call] = []
-        self._runner = runner
-
-    def new_pool(self, num_pages: int) -> SlotPool:
-        return self._runner.new_pool(num_pages)
 
     def hidden(self, p: Pass, pool: SlotPool) -> Tensor:
         self.calls.append(Call(p, []))
-        return self._runner.hidden(p, pool)
+        return super().hidden(p, pool)
 
     def head(self, hidden_RC: Tensor, *, drafts: bool = False) -> Tensor:
         self.calls[-1].projected.append((len(hidden_RC), drafts))
-        return self._runner.head(hidden_RC, drafts=drafts)
+        return super().head(hidden_RC, drafts=drafts)
 
     @torch.inference_mode()
     def replay(self, pool: SlotPool) -> None:

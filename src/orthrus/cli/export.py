@@ -1,5 +1,6 @@
 """`orthrus export vllm`: write a folder that another engine loads."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -45,13 +46,8 @@ def export_vllm(
         source, quiet=quiet, view=view, dtype=dtype, runner="eager", device="cpu", revision=revision
     )
     config = export.export_vllm(orthrus.dual, orthrus.base, out_folder)
-    words = command_line(config.block_size - 1)
-    command = " ".join(["vllm", "serve", str(out_folder), *(_quoted(word) for word in words)])
+    command = shlex.join(["vllm", "serve", str(out_folder), *command_line(config.block_size - 1)])
     if json:
         print_json({"path": str(out_folder), "block_size": config.block_size, "command": command})
     else:
         out(f"wrote {out_folder} (K = {config.block_size})\nserve it on a CPU with\n{command}\n")
-
-
-def _quoted(word: str) -> str:
-    return f"'{word}'" if word.startswith("{") else word

@@ -13,11 +13,10 @@ from itertools import accumulate
 from math import exp
 from typing import Literal, NamedTuple
 
+from orthrus.decoding.average import MEMORY, Average
 from orthrus.decoding.cost_table import joint_guesses
 from orthrus.decoding.prices import Prices
 
-MEMORY = 0.85
-"""Weight of the past in a moving average, for each new observation."""
 MARGIN = 1.05
 """Drafting must promise this much more than plain decoding before it is taken up or kept."""
 PATIENCE, MAX_PATIENCE = 24, 192
@@ -38,19 +37,6 @@ TRUSTED = 2.0
 
 Left = Literal["fresh", "late", "none"]
 """The draft that a verification leaves: of a block where the path ended, of one further back, or none."""
-
-
-@dataclass(slots=True)
-class _Average:
-    """A moving average; what it starts with counts as few observations, so the first ones weigh more."""
-
-    value: float
-    num_observed: int = 1
-
-    def add(self, observed: float) -> None:
-        self.num_observed += 1
-        weight = max(1 - MEMORY, 1 / self.num_observed)
-        self.value += weight * (observed - self.value)
 
 
 @dataclass(slots=True)
@@ -81,8 +67,8 @@ class _Length:
     """Blocks of one length: what their drafts promise, with as many nodes as drafting would verify."""
 
     num_guesses: int
-    promised: _Average
-    num_nodes: _Average
+    promised: Average
+    num_nodes: Average
 
     @property
     def rows(self) -> int:
@@ -108,13 +94,13 @@ class Policy:
     own_head: bool = False
     _lengths: list[_Length] = field(init=False)
     _length: _Length = field(init=False)
-    _late: _Average = field(init=False)
-    _left: _Average = field(default_factory=lambda: _Average(0.9))
-    _hits: list[_Average] = field(init=False)
+    _late: Average = field(init=False)
+    _left: Average = field(default_factory=lambda: Average(0.9))
+    _hits: list[Average] = field(init=False)
     _fresh_trust: _Ratio = field(default_factory=_Ratio)
     _late_trust: _Ratio = field(default_factory=_Ratio)
     _offers: list[_Offer] = field(default_factory=list)
-    _block_trust: _Average = field(default_factory=lambda: _Average(1.0))
+    _block_trust: Average = field(default_factory=lambda: Average(1.0))
     _plain_tokens: int = 0
     _patience: int = PATIENCE
     _pass_ms: dict[tuple[int, int, int, int, int], float] = field(default_factory=dict)
@@ -126,11 +112,11 @@ class Policy:
     def __post_init__(self) -> None:
         sizes = [n for n in LENGTHS if n < self.most_guesses]
         self._lengths = [
-            _Length(n, _Average(_expected(n), NUM_PROMISED), _Average(1.0 + n))
+            _Length(n, Average(_expected(n), NUM_PROMISED), Average(1.0 + n))
             for n in (*sizes, self.most_guesses)
         ]
-        self._late = _Average(LATE_SHARE * _expected(self.most_guesses))
-        self._hits = [_Average(1.0 - 0.8**m) for m in range(self.max_blocks + 1)]
+        self._late = Average(LATE_SHARE * _expected(self.most_guesses))
+        self._hits = [Average(1.0 - 0.8**m) for m in range(self.max_blocks + 1)]
         self._choose_length()
 
     def among(self, num_requests: int, num_prompt_rows: int = 0) -> None:

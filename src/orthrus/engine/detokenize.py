@@ -53,30 +53,26 @@ class Detokenizer:
 class AnswerText:
     """Detokenising and stop strings, token by token, so that a stop string cuts the ids too.
 
-    Special tokens are no part of the text, but stop strings that hold their names are found. Stop strings that are
-    complete before the text has `min_tokens` tokens are text.
+    Special tokens are no part of the text, but stop strings that hold their names are found.
     Raises UserInputError for stop strings without a tokenizer.
     """
 
-    def __init__(self, tokenizer: Decoder | None, stop: tuple[str, ...], *, min_tokens: int = 0) -> None:
+    def __init__(self, tokenizer: Decoder | None, stop: tuple[str, ...]) -> None:
         if tokenizer is None and stop:
             raise UserInputError("stop strings need a tokenizer; pass tokenizer=... or drop them.")
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._special = special_tokens(tokenizer) if stop else {}
         self._stop = StopStrings(stop)
-        self._min_tokens, self._num_tokens = min_tokens, 0
 
     @property
     def stop_string(self) -> str | None:
         """The stop string that ended the text."""
         return self._stop.matched
 
-    def push(self, token_id: int) -> tuple[str, bool]:
-        """The text that may be shown now, and whether a stop string is complete."""
+    def push(self, token_id: int, *, may_end: bool = True) -> tuple[str, bool]:
+        """The text that may be shown now, and whether a stop string is complete that this token may end."""
         if self._detokenizer is None:
             return "", False
-        self._num_tokens += 1
-        may_end = self._num_tokens >= self._min_tokens
         shown, complete = self._stop.push(self._detokenizer.push(token_id), may_end=may_end)
         name = self._special.get(token_id)
         if name is None or complete:

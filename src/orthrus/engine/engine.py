@@ -120,7 +120,7 @@ class Engine:
             rules=LogitRules(
                 config.sampling, dual.vocab_size, dual.device, min_tokens=config.min_tokens, end_ids=ends
             ),
-            text=AnswerText(tokenizer, config.stop, min_tokens=config.min_tokens),
+            text=AnswerText(tokenizer, config.stop),
             slots=Slots(self.scheduler.pool),
             seed=randbits(63) if seed is None else seed,
             block_size=block_size,

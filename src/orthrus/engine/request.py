@@ -176,7 +176,8 @@ class Request:
     def _ended(self, token_id: int) -> FinishReason | None:
         """Why the answer ends with this token, if it does; a stop comes before the limit."""
         assert self.step is not None
-        piece, complete = self.text.push(token_id)
+        may_end = len(self.token_ids) >= self.config.min_tokens
+        piece, complete = self.text.push(token_id, may_end=may_end)
         self.step.text += piece
         finish: FinishReason | None = "stop" if complete else None
         finish = finish or self.stop.finish_reason(token_id, len(self.token_ids))

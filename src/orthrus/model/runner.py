@@ -39,6 +39,23 @@ class Runner(Protocol):
         ...
 
 
+class RunnerAround:
+    """A runner that hands all on to another one; subclasses watch or change what they need to."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.name, self.dual, self.repair_tables = runner.name, runner.dual, runner.repair_tables
+        self._runner = runner
+
+    def new_pool(self, num_pages: int) -> SlotPool:
+        return self._runner.new_pool(num_pages)
+
+    def hidden(self, p: Pass, pool: SlotPool) -> Tensor:
+        return self._runner.hidden(p, pool)
+
+    def head(self, hidden_RC: Tensor, *, drafts: bool = False) -> Tensor:
+        return self._runner.head(hidden_RC, drafts=drafts)
+
+
 class EagerRunner:
     """The stock transformers forward, over twins, with attention span by span. For any device and dtype.
 

@@ -22,7 +22,7 @@ from orthrus.engine.beside import EngineBeside
 from orthrus.engine.request import Request
 from orthrus.model.passes import Pass
 from orthrus.model.pool import SlotPool
-from orthrus.model.runner import Runner
+from orthrus.model.runner import Runner, RunnerAround
 from orthrus.server.calls import Call
 
 log = logging.getLogger("orthrus.server")
@@ -205,13 +205,7 @@ def _evidence(chosen: _Chosen, replay: PlainReplay, judged: Judgement) -> dict[s
         "first_shown": first,
         "plain_ids": list(plain_ids[first : position + AROUND + 1]),
         "our_ids": list(our_ids[first : position + AROUND + 1]),
-        "verdict": judged.verdict,
-        "reason": judged.reason,
-        "gap": judged.gap,
-        "noise": judged.noise,
-        "drift": judged.drift,
-        "residue": judged.residue,
-        "noise_by_shape": dict(judged.noise_by_shape),
+        **asdict(judged),
     }
 
 
@@ -219,20 +213,14 @@ class _WorkCame(Exception):  # noqa: N818  (no error: a pass gives way)
     """Somebody waits for an answer."""
 
 
-class _GivingWay:
+class _GivingWay(RunnerAround):
     """A runner that runs no pass while there is work: raises `_WorkCame` instead."""
 
     def __init__(self, runner: Runner, has_work: Callable[[], bool]) -> None:
-        self.name, self.dual, self.repair_tables = runner.name, runner.dual, runner.repair_tables
-        self._runner, self._has_work = runner, has_work
-
-    def new_pool(self, num_pages: int) -> SlotPool:
-        return self._runner.new_pool(num_pages)
+        super().__init__(runner)
+        self._has_work = has_work
 
     def hidden(self, p: Pass, pool: SlotPool) -> Tensor:
         if self._has_work():
             raise _WorkCame
-        return self._runner.hidden(p, pool)
-
-    def head(self, hidden_RC: Tensor, *, drafts: bool = False) -> Tensor:
-        return self._runner.head(hidden_RC, drafts=drafts)
+        return super().hidden(p, pool)

@@ -10,8 +10,8 @@ at once after any pause. None of this can change a text.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-WEIGHT = 0.15
-"""Of a new observation in a moving average, once there are as many."""
+from orthrus.decoding.average import Average
+
 RUN = 4
 """Steps that a choice on trial gets; the first is no cycle yet, for it verifies what was drafted before."""
 PATIENCE, MAX_PATIENCE = 48, 1536
@@ -21,20 +21,10 @@ MARGIN = 1.03
 
 
 @dataclass(slots=True)
-class _Average:
-    value: float = 0.0
-    num_observed: int = 0
-
-    def add(self, observed: float) -> None:
-        self.num_observed += 1
-        self.value += max(WEIGHT, 1 / self.num_observed) * (observed - self.value)
-
-
-@dataclass(slots=True)
 class _Company:
     """What is known for steps of about as many requests: times in ms by the number of drafts."""
 
-    step_ms: dict[int, _Average]
+    step_ms: dict[int, Average]
     current: int
     trial: int | None = None
     left: int = 0
@@ -51,13 +41,13 @@ class DraftPolicy:
     most: int
     adaptive: bool = True
     choices: tuple[int, ...] = field(init=False)
-    _stood: list[_Average] = field(init=False)
+    _stood: list[Average] = field(init=False)
     _companies: dict[int, _Company] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Drafting much, little, and not at all.
         self.choices = tuple(dict.fromkeys((self.most, (self.most + 1) // 2, 0)))
-        self._stood = [_Average() for _ in range(self.most)]
+        self._stood = [Average(0.0, num_observed=0) for _ in range(self.most)]
 
     def choose(self, num_requests: int) -> int:
         """Drafts for each request of the step that comes."""
@@ -101,27 +91,28 @@ class DraftPolicy:
 
     def rates(self, num_requests: int) -> dict[int, float]:
         """Tokens per ms and request by number of drafts, of those that were timed."""
-        timed = self._company(num_requests).step_ms.items()
+        return self._rates(self._company(num_requests))
+
+    def _rates(self, company: _Company) -> dict[int, float]:
+        timed = company.step_ms.items()
         return {c: self.tokens_per_cycle(c) / a.value for c, a in timed if a.num_observed and a.value > 0}
 
     def _company(self, num_requests: int) -> _Company:
         # Powers of two: 1, 2, 3-4, 5-8, ...
         key = (num_requests - 1).bit_length()
         if key not in self._companies:
-            self._companies[key] = _Company({c: _Average() for c in self.choices}, current=self.most)
+            self._companies[key] = _Company(
+                {c: Average(0.0, num_observed=0) for c in self.choices}, current=self.most
+            )
         return self._companies[key]
 
     def _judge(self, company: _Company) -> None:
         """End a trial: keep the better of the two, and be more patient when it was in vain."""
         trial, company.trial = company.trial, None
-        timed = company.step_ms
-        before = timed[company.current]
         assert trial is not None, "there is no trial to judge"
-        won = False
-        if timed[trial].num_observed and before.num_observed:
-            rate = self.tokens_per_cycle(trial) / max(timed[trial].value, 1e-9)
-            known = self.tokens_per_cycle(company.current) / max(before.value, 1e-9)
-            won = rate > MARGIN * known
+        rates = self._rates(company)
+        known = rates.get(company.current)
+        won = known is not None and trial in rates and rates[trial] > MARGIN * known
         if won:
             company.current, company.patience = trial, PATIENCE
         else:

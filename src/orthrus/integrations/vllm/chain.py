@@ -4,6 +4,7 @@ Shapes: D guessing rows of all requests, N requests, M candidates of a row, C hi
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def walk(
         return [[] for _ in num_guesses]
     width = 1 if change is None else min(WIDTH, logits_DV.shape[-1])
     best_DM, ids_DM = logits_DV.float().topk(width, dim=-1)
-    firsts = [sum(num_guesses[:i]) for i in range(len(num_guesses))]
+    firsts = [0, *accumulate(num_guesses)][:-1]
     chosen_NT = torch.zeros(len(num_guesses), most, dtype=torch.long, device=logits_DV.device)
     parents_N = parent_ids_N.clone()
     for step in range(most):

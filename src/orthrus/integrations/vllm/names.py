@@ -9,16 +9,12 @@ PACKAGE = "orthrus.integrations.vllm"
 CONFIG_KEY = "orthrus"
 """Where config.json keeps the view's settings, and vLLM's `additional_config` ours."""
 
-MODELS = {
-    "OrthrusLlamaForCausalLM": "OrthrusLlama",
-    "OrthrusQwen2ForCausalLM": "OrthrusQwen2",
-    "OrthrusQwen3ForCausalLM": "OrthrusQwen3",
-    "OrthrusMistralForCausalLM": "OrthrusMistral",
-    # The released layout, which is a Qwen3 model.
-    "OrthrusLM": "OrthrusQwen3",
+_FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral")
+# The released layout is a Qwen3 model.
+MODELS = {f"Orthrus{family}ForCausalLM": f"Orthrus{family}" for family in _FAMILIES} | {
+    "OrthrusLM": "OrthrusQwen3"
 }
 """Architectures of config.json, and our classes."""
-_FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral")
 
 
 def architecture_of(family: str) -> str:

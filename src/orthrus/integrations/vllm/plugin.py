@@ -3,7 +3,7 @@
 import logging
 
 from orthrus.integrations.vllm.names import MODELS, PACKAGE
-from orthrus.integrations.vllm.versions import installed_version, refusal
+from orthrus.integrations.vllm.versions import refusal, vllm_version
 
 logger = logging.getLogger("vllm.orthrus")
 
@@ -13,7 +13,7 @@ def register() -> None:
     of others, who only have Orthrus installed, go on as they are."""
     from vllm import ModelRegistry
 
-    if (problem := refusal(installed_version())) is not None:
+    if (problem := refusal(vllm_version())) is not None:
         logger.warning("Orthrus stays away: %s", problem)
         return
     for architecture, name in MODELS.items():

@@ -109,13 +109,14 @@ class OrthrusProposer:
     ) -> DraftRows:
         device = common.block_table_tensor.device
         num_ar = batch.num_ar_rows
-        slots_R = torch.from_numpy(batch.slots_R).to(device)
-        num_requests = len(batch.requests)
+        slots_R = torch.from_numpy(batch.slots_R).to(device, common.slot_mapping.dtype)
+        owners_N = torch.tensor([r.index for r in batch.requests], device=device)
+        table_NB = common.block_table_tensor[owners_N]
         ar = None
         if num_ar:
-            starts = np.arange(num_requests + 1)
-            ar = self._context(batch, starts, slots_R[:num_ar], common, attn_groups, causal=True)
-        blocks = self._context(batch, batch.starts_N1, slots_R[num_ar:], common, attn_groups, causal=False)
+            starts = np.arange(len(batch.requests) + 1)
+            ar = self._context(batch, starts, slots_R[:num_ar], table_NB, attn_groups, causal=True)
+        blocks = self._context(batch, batch.starts_N1, slots_R[num_ar:], table_NB, attn_groups, causal=False)
         return DraftRows(
             token_ids_R=torch.from_numpy(batch.token_ids_R).to(device),
             positions_R=torch.from_numpy(batch.positions_R).to(device),
@@ -130,7 +131,7 @@ class OrthrusProposer:
         batch: DraftBatch,
         starts_N1: Ints,
         slots_Q: Tensor,
-        common: CommonAttentionMetadata,
+        table_NB: Tensor,
         attn_groups: Sequence[Any],
         *,
         causal: bool,
@@ -139,7 +140,6 @@ class OrthrusProposer:
         device = slots_Q.device
         sizes_N = np.diff(starts_N1)
         lengths_N = np.array([r.num_known - 1 for r in batch.requests]) + sizes_N
-        owners_N = torch.tensor([r.index for r in batch.requests], device=device)
         starts = torch.from_numpy(starts_N1.astype(np.int32))
         lengths = torch.from_numpy(lengths_N.astype(np.int32))
         metadata = CommonAttentionMetadata(
@@ -150,8 +150,8 @@ class OrthrusProposer:
             num_actual_tokens=int(starts_N1[-1]),
             max_query_len=int(sizes_N.max()),
             max_seq_len=int(lengths_N.max()),
-            block_table_tensor=common.block_table_tensor[owners_N],
-            slot_mapping=slots_Q.to(common.slot_mapping.dtype),
+            block_table_tensor=table_NB,
+            slot_mapping=slots_Q,
             causal=causal,
             seq_lens_cpu_upper_bound=lengths,
         )

