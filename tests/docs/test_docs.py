@@ -26,8 +26,6 @@ from orthrus.training.recipe import TrainConfig
 ROOT = Path(__file__).parents[2]
 OUTSIDE = ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG")
 PAGES = sorted([*(ROOT / f"{name}.md" for name in OUTSIDE), *(ROOT / "docs").rglob("*.md")])
-# Made from the help of the commands, which terminals wrap.
-UNWRAPPED = {"cli.md"}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -190,8 +188,7 @@ def prose(page: Path) -> list[str]:
 def test_the_readme_is_short_and_lines_of_prose_too():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
     for page in PAGES:
-        if page.name not in UNWRAPPED:
-            assert [line for line in prose(page) if len(line) > 120] == [], page.name
+        assert [line for line in prose(page) if len(line) > 120] == [], page.name
 
 
 def test_each_page_says_first_what_it_is_for():

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from orthrus.cli.app import app
-from orthrus.cli.docs_reference import PAGES
+from orthrus.cli.docs_reference import PAGES, wrapped
 
 PAGE = Path("docs", "cli.md")
 HEAD = """# Command line
@@ -45,9 +45,8 @@ def _section(name: str, command: Any, level: int) -> Iterator[str]:
     words = ["COMMAND"] if is_group else [_placeholder(p) for p in positional]
     yield f"{'#' * level} {name}\n"
     yield f"    {' '.join([name, '[OPTIONS]', *words])}\n"
-    yield " ".join((command.help or "").split("\n\n")[0].split()) + "\n"
-    for paragraph in (command.help or "").split("\n\n")[1:]:
-        yield " ".join(paragraph.split()) + "\n"
+    for paragraph in (command.help or "").split("\n\n"):
+        yield wrapped(paragraph) + "\n"
     for title, parameters in (("argument", positional), ("option", optional)):
         if parameters:
             yield f"| {title} | meaning | default |\n| --- | --- | --- |"

@@ -98,12 +98,17 @@ def http_page() -> str:
     return "\n".join(parts)
 
 
+def wrapped(paragraph: str) -> str:
+    """A paragraph of prose in lines of at most 120 characters."""
+    return fill(" ".join(paragraph.split()), width=120, break_long_words=False, break_on_hyphens=False)
+
+
 def _model(name: str, model: dict[str, Any], paths: list[str]) -> Iterator[str]:
     yield f"## {name}\n"
     if paths:
         yield f"The body of {', '.join(f'`{path}`' for path in paths)}.\n"
     if "description" in model and not model["description"].startswith("POST "):
-        yield fill(" ".join(model["description"].split()), width=120) + "\n"
+        yield wrapped(model["description"]) + "\n"
     yield "| field | values | default |\n| --- | --- | --- |"
     for field, about in model["properties"].items():
         default = "required" if field in model.get("required", ()) else _default(about.get("default"))
