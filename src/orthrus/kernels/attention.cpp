@@ -22,8 +22,8 @@ namespace {
 
 using namespace orthrus;
 // Slots whose keys are turned at once; vectors of a value, and rows, that are summed at once.
-constexpr int kKeyVectors = 3, kValueVectors = 4, kValueRows = kRows * 3 / 4;
-constexpr int64_t kSlots = kKeyVectors * kLanes, kMostQueries = 96;
+constexpr int64_t kSlots = kVectors * kLanes, kMostQueries = 96;
+constexpr int kValueVectors = kLanes > 8 ? 4 : kVectors, kValueRows = kLanes > 8 ? 6 : kRows;
 // Slots of a page (`model/pool.py` has the same number): whole vectors, so that a square of keys lies in one page.
 constexpr int64_t kPage = 64;
 constexpr float kNever = -std::numeric_limits<float>::infinity();
@@ -154,7 +154,7 @@ void score(
   for (int64_t first = 0; first < slots; first += kSlots) {
     turned(head, start + first, std::min(kSlots, slots - first), keys.get());
     evenly(queries.num, kRows, [&](int64_t q, int64_t rows_here) {
-      multiply_rows<kRows, kKeyVectors>(
+      multiply_rows<kRows, kVectors>(
           rows_here, queries.numbers + q * head.key_size, head.key_size, keys.get(), kSlots, head.key_size,
           scores + q * padded + first, padded);
     });
@@ -187,15 +187,15 @@ void score(
 float exponentials(float* scores, int64_t padded, Floats most) {
   constexpr float kOne = 1 << 28;
   // So many of them fit into 32 bits.
-  constexpr int64_t kVectors = 4;
+  constexpr int64_t kFit = 4;
   // Below it weights are zero; and within it a number's exponential depends on no other one's, on any processor.
   constexpr float kLeast = -87.0f;
   float largest = most[0];
   for (int i = 1; i < kLanes; ++i) largest = std::max(largest, static_cast<float>(most[i]));
   VectorOf<int64_t>::type sums = {};
-  for (int64_t first = 0; first < padded; first += kVectors * kLanes) {
+  for (int64_t first = 0; first < padded; first += kFit * kLanes) {
     Ints part = {};
-    for (int64_t s = first; s < std::min(first + kVectors * kLanes, padded); s += kLanes) {
+    for (int64_t s = first; s < std::min(first + kFit * kLanes, padded); s += kLanes) {
       const Floats below = floats(scores + s) - largest;
       Floats weight = exponential(below < kLeast ? all(kLeast) : below);
       weight = below >= kLeast ? weight : Floats{};

@@ -53,9 +53,9 @@ inline Ints add_pairs(Ints sum, Ints a, Ints b) {
 #elif defined(__AVXVNNI__) && !defined(__AVX512F__)
   return bits<Ints>(_mm256_dpwssd_avx_epi32(bits<__m256i>(sum), bits<__m256i>(a), bits<__m256i>(b)));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-  sum += bits<Ints>(_mm256_madd_epi16(bits<__m256i>(a), bits<__m256i>(b)));
-  // GCC would collect many products before it adds them, for which there are too few registers.
-  asm("" : "+v"(sum));
+  // Left to itself GCC would collect many products before it adds them, for which there are too few registers.
+  Ints product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "x"(b));
   return sum;
 #else
   return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);

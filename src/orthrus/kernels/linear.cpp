@@ -32,7 +32,6 @@
 namespace {
 
 using namespace orthrus;
-constexpr int kVectors = 3;
 constexpr int64_t kPlainWidth = kLanes * kVectors;
 constexpr int64_t kTileNumberBytes = 4;
 constexpr int64_t kBfloat16Beside = 2, kBfloat16Width = ORTHRUS_BFLOAT16_DOTS ? kDotWidth : kPlainWidth;
@@ -141,19 +140,31 @@ void products_of(const std::vector<Side>& sides, const Target<Out>& to, const Mu
 constexpr int64_t kPanelRows = 64, kPanelBytes = 24576;
 
 // Rows x times a block of weights, by panels of its inputs where the block does not stay in the caches. Every sum goes
-// on from panel to panel in the order of the inputs. next: what is wanted afterwards, `share` bytes of it.
+// on from panel to panel in the order of the inputs. Pairs of bfloat16 that serve several parts of the rows are widened
+// once, panel by panel. next: what is wanted afterwards, `share` bytes of it.
 template <int kBeside, typename T>
 void multiply_block(
     const float* x, int64_t rows, int64_t inputs, const T* weight, float* sums, const char* next, int64_t share) {
-  constexpr int64_t kWhole = kPanelBytes / (kPlainWidth * sizeof(T)) / kBeside * kBeside;
+  constexpr int64_t kWhole = kPanelBytes / (kPlainWidth * sizeof(float)) / kBeside * kBeside;
   const int64_t parts = (rows + kRows - 1) / kRows;
-  const int64_t panel = parts == 1 || inputs <= 3 * kWhole ? inputs : kWhole;
+  const bool widens = kBeside == 2 && parts > 1;
+  const int64_t panel = parts == 1 ? inputs : kWhole;
+  alignas(kCacheLine) float wide[kBeside == 2 ? kWhole * kPlainWidth : 1];
   for (int64_t k = 0; k < inputs; k += panel) {
     const int64_t size = std::min(panel, inputs - k), wanted = share * size / inputs / parts;
+    const T* here = weight + k * kPlainWidth;
+    if constexpr (kBeside == 2)
+      if (widens) widen_pairs<kVectors>(here, size, wide);
     evenly(rows, kRows, [&](int64_t first, int64_t num) {
-      multiply_rows<kRows, kVectors, kBeside>(
-          num, x + first * inputs + k, inputs, weight + k * kPlainWidth, kPlainWidth, size, sums + first * kPlainWidth,
-          kPlainWidth, next, wanted / size, k > 0);
+      const auto go = [&](auto beside, const auto* from) {
+        multiply_rows<kRows, kVectors, decltype(beside)::value>(
+            num, x + first * inputs + k, inputs, from, kPlainWidth, size, sums + first * kPlainWidth, kPlainWidth, next,
+            wanted / size, k > 0);
+      };
+      if (widens)
+        go(std::integral_constant<int, 1>{}, wide);
+      else
+        go(std::integral_constant<int, kBeside>{}, here);
       next += wanted;
     });
   }

@@ -14,10 +14,12 @@
 
 namespace orthrus {
 
+// Numbers of a vector; rows and vectors of columns whose sums stay in the registers. Of 16 registers 6 by 2
+// leave enough for weights and x.
 #ifdef __AVX512F__
-constexpr int kLanes = 16, kRows = 8;
+constexpr int kLanes = 16, kRows = 8, kVectors = 3;
 #else
-constexpr int kLanes = 8, kRows = 4;
+constexpr int kLanes = 8, kRows = 6, kVectors = 2;
 #endif
 constexpr int64_t kCacheLine = 64;
 
@@ -117,6 +119,17 @@ inline void store(Floats value, c10::BFloat16* to) {
   std::memcpy(to, &narrow, sizeof(narrow));
 }
 
+// sum + a * b, rounded once, with the sum and both numbers in registers. Of 16 of them GCC makes poor use: it would
+// read a weight from memory again for each row, and keep sums there.
+inline Floats add_product(Floats sum, Floats a, Floats b) {
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  return sum;
+#else
+  return multiply_add(a, b, sum);
+#endif
+}
+
 // The places of two vectors that one takes from both, so that squares of kWidth numbers change places.
 template <int kWidth, bool second, int... kPlaces>
 inline Floats exchanged(Floats a, Floats b, std::integer_sequence<int, kPlaces...>) {
@@ -160,6 +173,19 @@ void with_known(int64_t rows, const Part& part) {
 inline Floats first_of(Ints pairs) { return bits<Floats>(pairs << 16); }
 inline Floats second_of(Ints pairs) { return bits<Floats>(pairs & -65536); }
 
+// Pairs of bfloat16 (inputs / 2, kV vectors of numbers, 2), widened to (inputs, kV vectors of numbers).
+template <int kV>
+inline void widen_pairs(const c10::BFloat16* from, int64_t inputs, float* to) {
+  for (int64_t k = 0; k < inputs; k += 2)
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v, from += 2 * kLanes, to += kLanes) {
+      const Ints pairs = read<Ints>(from);
+      write(first_of(pairs), to);
+      write(second_of(pairs), to + kV * kLanes);
+      if (v == kV - 1) to += kV * kLanes;
+    }
+}
+
 // Rows x (kM, inputs) times weight (inputs, kV vectors of numbers), each sum in the order of the inputs: it is
 // the same to the last bit whatever rows and columns are beside it, and a zero in x changes nothing.
 // kBeside 2: weights are bfloat16 (inputs / 2, kV vectors of numbers, 2), which one read widens for two inputs.
@@ -179,7 +205,7 @@ void multiply(
 #pragma GCC unroll 8
     for (int m = 0; m < kM; ++m) {
       const Floats a = all(x[m * x_step + k]);
-      for (int v = 0; v < kV; ++v) acc[m][v] = multiply_add(a, w[v], acc[m][v]);
+      for (int v = 0; v < kV; ++v) acc[m][v] = add_product(acc[m][v], a, w[v]);
     }
   };
   const auto add = [&](int64_t k) {
