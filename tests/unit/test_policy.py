@@ -87,15 +87,32 @@ def test_where_rows_are_free_everything_is_drafted() -> None:
     assert decider.num_blocks(24, [0.4, 0.3, 0.2, 0.1]) == 3
 
 
-def test_where_rows_are_dear_decoding_is_plain_but_for_a_chance_now_and_then() -> None:
+def test_where_drafts_can_never_win_none_is_made() -> None:
     decider = policy(STEEP)
+    assert not any(decider.wants_draft() for _ in range(2000))
+    assert nodes(decider, [log(0.5)] * 24) == 0
+
+
+def test_where_drafts_fall_decoding_is_plain_but_for_a_chance_now_and_then() -> None:
+    decider = policy(MIDDLE)
+    for _ in range(40):
+        verify(decider, [log(0.6), log(0.4)], 0)
     chances = [i for i in range(2000) if decider.wants_draft() and _waste(decider)]
     assert chances[0] == PATIENCE
     gaps = [b - a for a, b in pairwise(chances)]
     assert gaps == sorted(gaps)
     assert gaps[-1] == MAX_PATIENCE + 1
     assert len(chances) / 2000 < 0.01
-    assert nodes(decider, [log(0.5)] * 24) == 0
+
+
+def test_there_is_no_chance_while_the_company_makes_drafts_dear() -> None:
+    decider = policy(Prices(table((10.0, 12.0, 15.0, 60.0, 124.0), (0.1, 0.2, 0.3, 0.4, 0.5))))
+    for _ in range(40):
+        verify(decider, [log(0.6), log(0.4)], 0)
+    decider.among(16)
+    assert not any(decider.wants_draft() for _ in range(2000))
+    decider.among(1)
+    assert decider.wants_draft()
 
 
 def _waste(decider: Policy) -> bool:

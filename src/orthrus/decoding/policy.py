@@ -20,7 +20,8 @@ from orthrus.decoding.prices import Prices
 MARGIN = 1.05
 """Drafting must promise this much more than plain decoding before it is taken up or kept."""
 PATIENCE, MAX_PATIENCE = 24, 192
-"""Plain tokens before drafting gets another chance; doubled whenever the chance was wasted."""
+"""Plain tokens before drafting gets another chance; doubled whenever the chance was wasted. There is none where
+even a draft that fares as first expected would not pay: in company all requests wait for one that tries."""
 GOES_ON, NUM_PROMISED, LATE_SHARE = 0.7, 2, 0.6
 """Chance that a guess stands where those before it did, expected before a draft was made; how many drafts
 that counts for; and the part of what a draft promises that a late one does: so a request starts by drafting,
@@ -174,7 +175,10 @@ class Policy:
 
     def wants_draft(self) -> bool:
         """Whether a draft pass is to be made now, where there is no draft."""
-        if self.draft_rate > MARGIN * self.plain_rate or self._plain_tokens >= self._patience:
+        plain_rate = MARGIN * self.plain_rate
+        if self.draft_rate > plain_rate:
+            return True
+        if self._plain_tokens >= self._patience and self._hoped_rate() > plain_rate:
             return True
         self._plain_tokens += 1
         return False
@@ -331,6 +335,14 @@ class Policy:
             best = _best(rates)
             self._choices[self._company] = self._lengths[best], rates[best]
         self._length, self._draft_rate = self._choices[self._company]
+
+    def _hoped_rate(self) -> float:
+        """Tokens a millisecond of drafts that fare as first expected."""
+        return max(
+            (2.0 + _expected(n.num_guesses))
+            / (self.pass_ms(0, 1, n) + self.pass_ms(n.num_guesses, 0, n) + self.costs.draft_ms)
+            for n in self._lengths
+        )
 
     def _worth(self, *, late: bool) -> float:
         """Tokens that a draft at hand is worth: it saves the draft pass, but also the one token which that
