@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 from orthrus.base.loading import Base
 from orthrus.base.storage import Progress
 from orthrus.config import DecodeConfig, Grammar, SamplingParams, Strategy
-from orthrus.decoding.cost_table import CostTable
 from orthrus.decoding.grammar import GrammarCompiler, GrammarState
-from orthrus.engine.costs import OnMeasure
+from orthrus.engine.costs import Costs, OnMeasure
 from orthrus.engine.engine import Engine, EngineConfig
 from orthrus.engine.request import Request
 from orthrus.engine.runners import chosen_runner, make_runner
@@ -184,13 +183,12 @@ class Orthrus:
         """A conversation that remembers its turns; keywords are the defaults of each turn."""
         return Conversation(self, system, decode)
 
-    def time_passes(self, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
+    def time_passes(self, on_measure: OnMeasure | None = None) -> Costs:
         """What passes cost on this machine, which `auto` decides by: timed once (some seconds), then kept.
 
-        Called when the first `auto` request is handed in, where it has not been before; sampled passes are
-        timed apart.
+        Called when the first `auto` request is handed in, where it has not been before.
         """
-        return self.engine.costs(on_measure, greedy=greedy)
+        return self.engine.costs(on_measure)
 
     def warm_up(self) -> None:
         """Run a few tokens, so that the first request does not pay for lazy initialisation."""

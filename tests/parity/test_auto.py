@@ -37,7 +37,7 @@ def decode(
         assert orthrus.dual.repair is not None
         with torch.no_grad():
             orthrus.dual.repair.out.weight.normal_(0.0, head, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr("orthrus.engine.engine.pass_costs", lambda *_, **__: table)
+    monkeypatch.setattr("orthrus.engine.engine.pass_costs", lambda *_: costs.Costs(table, table))
     config = DecodeConfig(max_new_tokens=60, strategy=strategy, ignore_eos=True, sampling=sampling)  # type: ignore[arg-type]
     return orthrus.stream_ids(PROMPT, config).drain()
 
@@ -96,21 +96,24 @@ def test_costs_are_timed_by_the_first_starts_and_kept_on_disk(timed: list[list[c
     runner = tiny_orthrus().engine.runner
     first = costs.pass_costs(runner)
     assert [len(rounds) for rounds in timed] == [costs.REPEATS]
-    assert first == costs.cost_table(timed[0])
-    assert first.rows == costs.ROWS
-    assert list(first.body_ms) == sorted(first.body_ms)
-    assert all(ms > 0 for ms in first.body_ms + first.head_ms)
+    assert first == costs.costs_of(timed[0])
+    for table in first:
+        assert table.rows == costs.ROWS
+        assert list(table.body_ms) == sorted(table.body_ms)
+        assert all(ms > 0 for ms in table.body_ms + table.head_ms)
     later = [costs.pass_costs(tiny_orthrus().engine.runner) for _ in range(8)]
     assert [len(rounds) for rounds in timed[1:]] == [1] * (costs.ENOUGH - costs.REPEATS)
-    assert later[-1] == later[-2] == costs.cost_table(list(chain.from_iterable(timed)))
+    assert later[-1] == later[-2] == costs.costs_of(list(chain.from_iterable(timed)))
 
 
-def test_drawing_tokens_is_timed_apart(timed: list[list[costs.Round]]) -> None:
+def test_drawing_tokens_is_timed_in_the_same_rounds(timed: list[list[costs.Round]]) -> None:
     engine = tiny_orthrus().engine
     for greedy in (True, False, False, True):
-        engine.costs(greedy=greedy)
-    assert len(timed) == 2
-    assert len([*(costs.cache_dir() / "costs").iterdir()]) == 2
+        engine.prices(greedy=greedy)
+    assert len(timed) == 1
+    greedy_costs, sampled_costs = engine.costs()
+    assert greedy_costs.body_ms == sampled_costs.body_ms
+    assert sum(sampled_costs.head_ms) > sum(greedy_costs.head_ms)
 
 
 @pytest.mark.parametrize("content", ["{", '{"rounds": []}', '{"rounds": [{"head 1": 1.0}]}'])
@@ -118,4 +121,4 @@ def test_a_table_that_cannot_be_read_is_measured_anew(content: str, timed: list[
     costs.pass_costs(tiny_orthrus().engine.runner)
     (file,) = (costs.cache_dir() / "costs").iterdir()
     file.write_text(content)
-    assert costs.pass_costs(tiny_orthrus().engine.runner) == costs.cost_table(timed[1])
+    assert costs.pass_costs(tiny_orthrus().engine.runner) == costs.costs_of(timed[1])

@@ -10,6 +10,7 @@ from tests.unit.test_policy import FLAT
 from tests.ways import WAYS
 
 from orthrus.config import DecodeConfig, SamplingParams
+from orthrus.engine.costs import Costs
 from orthrus.engine.runners import make_runner
 from orthrus.model.dual_view import DualView
 from orthrus.model.runner import EagerRunner, Runner
@@ -63,7 +64,7 @@ def check_every_way(runner: Runner, params: SamplingParams, expected: tuple[int,
 
 @pytest.fixture(autouse=True)
 def made_up_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orthrus.engine.engine.pass_costs", lambda *_, **__: FLAT)
+    monkeypatch.setattr("orthrus.engine.engine.pass_costs", lambda *_: Costs(FLAT, FLAT))
 
 
 @pytest.mark.parametrize("where", WHERE)

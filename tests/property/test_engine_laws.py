@@ -15,6 +15,7 @@ from tests.tiny import tiny_dual, tiny_prompt
 from tests.unit.test_policy import FLAT, MIDDLE
 
 from orthrus.config import STRATEGIES, DecodeConfig, SamplingParams
+from orthrus.engine.costs import Costs
 from orthrus.engine.engine import Engine
 from orthrus.engine.request import Request
 from orthrus.engine.runners import make_runner
@@ -153,9 +154,7 @@ def check_company(
 
 @pytest.fixture(autouse=True)
 def made_up_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "orthrus.engine.engine.pass_costs", lambda *_, greedy=True, **__: (FLAT, MIDDLE)[greedy]
-    )
+    monkeypatch.setattr("orthrus.engine.engine.pass_costs", lambda *_: Costs(greedy=MIDDLE, sampled=FLAT))
 
 
 @cache

@@ -14,6 +14,10 @@ TRUE_MS = {
     "head 8": 1.5,
     "head 16": 2.0,
     "draft": 1.0,
+    "sampled head 1": 2.0,
+    "sampled head 8": 3.0,
+    "sampled head 16": 4.0,
+    "sampled draft": 1.5,
 }
 
 
@@ -26,6 +30,9 @@ def test_a_table_holds_what_was_timed() -> None:
     assert (table.draft_rows, table.draft_pass_ms) == ((2, 8), (11.0, 13.0))
     assert table.draft_ms == 1.0
     assert BESIDE == 8
+    sampled = cost_table([TRUE_MS], greedy=False)
+    assert (sampled.head_ms, sampled.draft_ms) == ((2.0, 3.0, 4.0), 1.5)
+    assert sampled.body_ms == table.body_ms
 
 
 def test_drift_of_the_machine_cancels() -> None:

@@ -156,7 +156,7 @@ def bench(
         runner=runner,
         device=device,
     )
-    time_passes(orthrus, [arm.strategy for arm in parsed], temperatures)
+    time_passes(orthrus, [arm.strategy for arm in parsed])
     settings = BenchOptions(
         prompts=texts,
         strategies=arms,

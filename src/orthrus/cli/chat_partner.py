@@ -65,7 +65,7 @@ class LocalPartner:
         """options: as `Orthrus.load` takes them."""
         orthrus = load_orthrus(model, quiet=quiet, **options)
         partner = cls(orthrus)
-        time_passes(orthrus, [decode["strategy"]], [decode["temperature"]], quiet=quiet)
+        time_passes(orthrus, [decode["strategy"]], quiet=quiet)
         return partner
 
     def answer(self, messages: Messages, decode: dict[str, Any]) -> Answering:

@@ -134,20 +134,11 @@ def load_orthrus(model: str, *, quiet: bool = False, **options: Any) -> "Orthrus
     return orthrus
 
 
-def time_passes(
-    orthrus: "Orthrus",
-    strategies: Iterable[str],
-    temperatures: Iterable[float] = (0.0,),
-    *,
-    quiet: bool = False,
-) -> None:
+def time_passes(orthrus: "Orthrus", strategies: Iterable[str], *, quiet: bool = False) -> None:
     """Make sure that the costs which `auto` decides by are known, and say so while they are measured."""
-    if "auto" not in strategies:
-        return
-    for greedy in sorted({temperature == 0.0 for temperature in temperatures}):
+    if "auto" in strategies:
         with ProgressDisplay(quiet=quiet, unit="rounds") as on_progress:
-            stage = f"timing {'greedy' if greedy else 'sampled'} passes, once on this machine"
-            orthrus.time_passes(partial(on_progress, stage), greedy=greedy)
+            orthrus.time_passes(partial(on_progress, "timing passes, once on this machine"))
 
 
 def need_serve(what: str, *packages: str) -> None:

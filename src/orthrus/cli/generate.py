@@ -144,7 +144,7 @@ def generate(
         )
         return
     orthrus = load_orthrus(model, quiet=quiet, **load)
-    time_passes(orthrus, [strategy], [temperature], quiet=quiet)
+    time_passes(orthrus, [strategy], quiet=quiet)
     tokens = orthrus.stream(text if system is None else _messages(system, text), raw=raw, **decode)
     marker = DraftMarker(orthrus.base.tokenizer) if color and not json else None
     if marker is not None and not quiet:

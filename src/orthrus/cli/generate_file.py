@@ -66,7 +66,7 @@ def generate_file(
                 note(f"{output} has all {num_done} answers already")
             return
         orthrus = load_orthrus(model, quiet=quiet, **load)
-        time_passes(orthrus, [decode["strategy"]], [decode["temperature"]], quiet=quiet)
+        time_passes(orthrus, [decode["strategy"]], quiet=quiet)
         ids = _encoded(orthrus, prompts, asked, raw)
         started, num_tokens = perf_counter(), 0
         with ProgressDisplay(quiet=quiet, unit="prompts") as on_progress, _Appender(output, end) as out:

@@ -179,7 +179,7 @@ def serve(
             revision=revision,
             engine=EngineConfig(max_slots=max_slots, max_running=max_running),
         )
-        time_passes(orthrus, ["auto"], [0.0, 1.0], quiet=quiet)
+        time_passes(orthrus, ["auto"], quiet=quiet)
         orthrus.warm_up()
         if not quiet:
             print(f"Orthrus answers at http://{host}:{port}/v1", file=sys.stderr)

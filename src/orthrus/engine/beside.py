@@ -3,8 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from orthrus.decoding.cost_table import CostTable
-from orthrus.engine.costs import OnMeasure
+from orthrus.engine.costs import Costs, OnMeasure
 from orthrus.engine.engine import Engine
 from orthrus.model.runner import Runner
 
@@ -21,6 +20,6 @@ class EngineBeside(Engine):
         self._other = engine
         self._stepping = engine._stepping
 
-    def _cost_table(self, on_measure: OnMeasure | None, greedy: bool) -> CostTable:
+    def _timed(self, on_measure: OnMeasure | None) -> Costs:
         """The other engine's: this machine has been timed."""
-        return self._other.costs(on_measure, greedy=greedy)
+        return self._other.costs(on_measure)

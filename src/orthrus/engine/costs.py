@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
@@ -39,12 +40,14 @@ DRAFT_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
 """Rows of a block that is drafted alone, as far as blocks go, and one as long as they go."""
 HISTORY = 256
 """Committed tokens that timed passes read: about as many as in the middle of an answer."""
-TABLE_VERSION = 10
+TABLE_VERSION = 11
 """Of what a stored table means: raised when passes come to do more, or less, beside their layers."""
 TREE = 24
 """Nodes of the tree whose making is timed with a draft's."""
 PLAIN_RUN = 3
 """Passes of one row that run before a round's others."""
+WARM_ROWS = 32
+"""The largest passes of the round that warms up."""
 REPEATS, ENOUGH = 5, 10
 """Rounds of the first measurement, and in all, of which each later start adds one: a machine that was busy
 when it was timed shows its true costs in the next starts."""
@@ -53,32 +56,44 @@ OnMeasure = Callable[[int, int], None]
 """Called with (rounds done, rounds in all) while passes are timed."""
 
 Round = dict[str, float]
-"""Milliseconds of what is timed: `body 8+16` of 8 AR rows and 16 block rows, `head 8`, `draft`."""
+"""Milliseconds of what is timed: `body 8+16` of 8 AR rows and 16 block rows, `head 8` and `draft` of greedy requests,
+`sampled head 8` and `sampled draft` of others."""
 
 
-def pass_costs(runner: Runner, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
-    """The cost table of this runner here: from the cache folder, or measured now (a few seconds).
+class Costs(NamedTuple):
+    """The cost tables of greedy and of sampled decoding: drawing a token costs more than taking the best."""
 
-    The first starts after that add a round each. Sampled decoding has a table of its own, since drawing a
-    token costs more than taking the best.
+    greedy: CostTable
+    sampled: CostTable
+
+
+def pass_costs(runner: Runner, on_measure: OnMeasure | None = None) -> Costs:
+    """The cost tables of this runner here: from the cache folder, or measured now (a few seconds).
+
+    The first starts after that add a round each.
     """
-    key = _key(runner, greedy)
+    key = _key(runner)
     file = _file(key)
     rounds = _read(file)
     if len(rounds) < ENOUGH:
         repeats = 1 if rounds else REPEATS
-        rounds = rounds + time_rounds(runner, on_measure, greedy=greedy, repeats=repeats)
+        rounds = rounds + time_rounds(runner, on_measure, repeats=repeats)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomic(file, json.dumps({"key": key, "rounds": rounds}, indent=1) + "\n")
         except (StorageError, OSError):
             # A machine without a writable cache measures again next time.
             pass
-    return cost_table(rounds)
+    return costs_of(rounds)
 
 
-def cost_table(rounds: Sequence[Round]) -> CostTable:
-    """The table of timed rounds, all of the same passes: medians, of rounds brought to one speed.
+def costs_of(rounds: Sequence[Round]) -> Costs:
+    """The tables of timed rounds."""
+    return Costs(cost_table(rounds), cost_table(rounds, greedy=False))
+
+
+def cost_table(rounds: Sequence[Round], *, greedy: bool = True) -> CostTable:
+    """A table of timed rounds, all of the same passes: medians, of rounds brought to one speed.
 
     A machine that drifts slows all passes of a round alike; that cancels. The least of each pass would not
     do: a plain pass, which waits for memory, has more to gain from a quiet moment than one of many rows.
@@ -92,21 +107,22 @@ def cost_table(rounds: Sequence[Round]) -> CostTable:
     draft_rows = sorted(block for n, block in bodies if n == 1 and block)
     block_rows = sorted(block for n, block in bodies if n == BESIDE and block)
     alone_ms = ms[f"body {BESIDE}+0"]
+    kind = "" if greedy else "sampled "
     return CostTable(
         rows=tuple(rows),
         body_ms=_ascending([ms[f"body {n}+0"] for n in rows]),
-        head_ms=_ascending([ms[f"head {n}"] for n in rows]),
+        head_ms=_ascending([ms[f"{kind}head {n}"] for n in rows]),
         block_rows=tuple(block_rows),
         block_ms=_ascending([max(0.0, ms[f"body {BESIDE}+{n}"] - alone_ms) for n in block_rows]),
         draft_rows=tuple(draft_rows),
         draft_pass_ms=_ascending([ms[f"body 1+{n}"] for n in draft_rows]),
-        draft_ms=ms["draft"],
+        draft_ms=ms[f"{kind}draft"],
     )
 
 
 @torch.inference_mode()
 def time_rounds(
-    runner: Runner, on_measure: OnMeasure | None = None, *, greedy: bool = True, repeats: int = REPEATS
+    runner: Runner, on_measure: OnMeasure | None = None, *, repeats: int = REPEATS
 ) -> list[Round]:
     """Time passes of several numbers of rows after `HISTORY` tokens, in several rounds; one more warms up.
 
@@ -116,8 +132,8 @@ def time_rounds(
     dual = runner.dual
     size = dual.config.block_size
     pool = runner.new_pool(pages_for(HISTORY + max(ROWS) + max(BLOCKS) * size))
-    request = _timed_request(dual, Slots(pool), greedy)
-    slots = request.slots
+    slots = Slots(pool)
+    requests = {"": _timed_request(dual, slots, 0.0), "sampled ": _timed_request(dual, slots, 1.0)}
     slots.reserve(HISTORY + max(ROWS) + max(BLOCKS) * size)
     ids = [i % dual.vocab_size for i in range(max(HISTORY, *ROWS))]
     for start in range(0, HISTORY, 64):
@@ -141,32 +157,37 @@ def time_rounds(
         clock = _Clock(dual.device)
         # A plain pass follows plain passes, which leave its weights in the caches; others take turns.
         for (n, block), part in [next(iter(parts.items()))] * PLAIN_RUN + list(parts.items()):
+            if done == 0 and n > WARM_ROWS:
+                continue
             with clock(f"body {n}+{block}"):
                 hidden_RC = runner.hidden(join([(part, slots)], dual.device), pool)
-            if not block:
-                with clock(f"head {n}"):
+            if block:
+                continue
+            # Rows of a tree share positions, and noise once made is kept.
+            positions = [HISTORY + 1 + i % size for i in range(n)]
+            for kind, request in requests.items():
+                with clock(f"{kind}head {n}"):
                     logits_RV = runner.head(hidden_RC)
-                    # Rows of a tree share positions, and noise once made is kept.
-                    positions = [HISTORY + 1 + i % size for i in range(n)]
                     choose(logits_RV, [Judged(request, slice(0, n), positions, [[] for _ in range(n)])])
-        with clock("draft"):
-            # And what comes with one: a tree, the part that verifies it, an accepted path to be gathered.
-            rows = slice(0, num_guesses)
-            hidden_DC = hidden_RC[rows]
-            joint = dual.draft_head is None
-            logits_DV = logits_RV[rows] if joint else runner.head(hidden_DC, drafts=True)
-            (drafts,) = rank(runner, hidden_DC, logits_DV, [Guessed(request, rows, HISTORY + 1)])
-            nodes = best_first_tree(drafts, TREE)
-            tree([ids[0], *nodes.token_ids], nodes.parents)
-            slots.compact(sorted({0, nodes.num_nodes}))
-        slots.length = HISTORY
+        for kind, request in requests.items():
+            with clock(f"{kind}draft"):
+                # And what comes with one: a tree, the part that verifies it, an accepted path to be gathered.
+                rows = slice(0, num_guesses)
+                hidden_DC = hidden_RC[rows]
+                joint = dual.draft_head is None
+                logits_DV = logits_RV[rows] if joint else runner.head(hidden_DC, drafts=True)
+                (drafts,) = rank(runner, hidden_DC, logits_DV, [Guessed(request, rows, HISTORY + 1)])
+                nodes = best_first_tree(drafts, TREE)
+                tree([ids[0], *nodes.token_ids], nodes.parents)
+                slots.compact(sorted({0, nodes.num_nodes}))
+            slots.length = HISTORY
         rounds.append(clock.round())
     return rounds[1:]
 
 
-def _timed_request(dual: DualView, slots: Slots, greedy: bool) -> Request:
+def _timed_request(dual: DualView, slots: Slots, temperature: float) -> Request:
     """A request without text, whose choices and drafts are timed."""
-    config = DecodeConfig(sampling=SamplingParams(temperature=0.0 if greedy else 1.0, seed=0))
+    config = DecodeConfig(sampling=SamplingParams(temperature=temperature, seed=0))
     return Request(
         prompt_ids=[0],
         config=config,
@@ -205,7 +226,7 @@ def _ascending(values: list[float]) -> tuple[float, ...]:
     return tuple(accumulate(reversed(values), min))[::-1]
 
 
-def _key(runner: Runner, greedy: bool) -> dict[str, object]:
+def _key(runner: Runner) -> dict[str, object]:
     """All that a cost may depend on."""
     dual = runner.dual
     config = dual.base.config
@@ -217,7 +238,6 @@ def _key(runner: Runner, greedy: bool) -> dict[str, object]:
         "base": dual.config.base_fingerprint or config.to_json_string(),
         "view": [dual.config.layers, dual.config.twins, dual.config.rank, dual.config.block_size],
         "repair": dual.config.repair_rank,
-        "greedy": greedy,
         "table": TABLE_VERSION,
         "dtype": str(dual.dtype),
         "drafts": [dual.draft_precision, None if dual.draft_ids_N is None else len(dual.draft_ids_N)],
@@ -236,7 +256,7 @@ def _read(file: Path) -> list[Round]:
         rounds = json.loads(file.read_text(encoding="utf-8"))["rounds"]
         rounds = [{str(name): float(ms) for name, ms in each.items()} for each in rounds]
         # Raises where something is missing.
-        cost_table(rounds)
+        costs_of(rounds)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
         return []
     return rounds

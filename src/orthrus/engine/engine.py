@@ -18,13 +18,12 @@ from orthrus.base.families import context_length
 from orthrus.base.memory import available_bytes
 from orthrus.config import DecodeConfig
 from orthrus.decoding.copies import CopyIndex
-from orthrus.decoding.cost_table import CostTable
 from orthrus.decoding.grammar import GrammarState
 from orthrus.decoding.policy import Policy
 from orthrus.decoding.prices import Prices
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.stopping import StopRules, end_ids
-from orthrus.engine.costs import OnMeasure, pass_costs
+from orthrus.engine.costs import Costs, OnMeasure, pass_costs
 from orthrus.engine.detokenize import AnswerText, Decoder
 from orthrus.engine.limits import check_block_size, check_prompt, check_token_ids
 from orthrus.engine.prefix import PrefixStore
@@ -65,6 +64,7 @@ class Engine:
         self._stepping, self._inbox_lock = RLock(), Lock()
         self._inbox: list[Request] = []
         self._scheduler: Scheduler | None = None
+        self._costs: Costs | None = None
         self._prices: dict[bool, Prices] = {}
 
     @property
@@ -286,25 +286,26 @@ class Engine:
             request.failure = error
             return None
 
-    def costs(self, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> CostTable:
-        """What passes cost on this machine, which `auto` decides by: timed once (some seconds), then kept.
-
-        Sampled decoding has a table of its own.
-        """
-        return self.prices(on_measure, greedy=greedy).costs
-
-    def prices(self, on_measure: OnMeasure | None = None, *, greedy: bool = True) -> Prices:
-        """`costs`, as they have turned out since."""
+    def costs(self, on_measure: OnMeasure | None = None) -> Costs:
+        """What passes cost on this machine, which `auto` decides by: timed once (some seconds), then kept."""
         # What is known needs no lock: a busy engine lets go of it for moments only.
-        if greedy not in self._prices:
+        if self._costs is None:
             with self._stepping:
-                if greedy not in self._prices:
-                    self._prices[greedy] = Prices(self._cost_table(on_measure, greedy))
+                if self._costs is None:
+                    self._costs = self._timed(on_measure)
+        return self._costs
+
+    def prices(self, *, greedy: bool) -> Prices:
+        """`costs` of greedy or of sampled decoding, as they have turned out since."""
+        if greedy not in self._prices:
+            costs = self.costs()
+            with self._stepping:
+                self._prices.setdefault(greedy, Prices(costs.greedy if greedy else costs.sampled))
         return self._prices[greedy]
 
-    def _cost_table(self, on_measure: OnMeasure | None, greedy: bool) -> CostTable:
+    def _timed(self, on_measure: OnMeasure | None) -> Costs:
         """What prices start from: measured here, unless that has been done."""
-        return pass_costs(self.runner, on_measure, greedy=greedy)
+        return pass_costs(self.runner, on_measure)
 
     def _num_pages(self) -> int:
         dual, most = self.runner.dual, self.config.max_slots
