@@ -119,8 +119,8 @@ inline void store(Floats value, c10::BFloat16* to) {
   std::memcpy(to, &narrow, sizeof(narrow));
 }
 
-// sum + a * b, rounded once, with the sum and both numbers in registers. Of 16 of them GCC makes poor use: it would
-// read a weight from memory again for each row, and keep sums there.
+// sum + a * b, rounded once, with all three in registers. Left to itself GCC reads a weight from memory again for each
+// row, and keeps sums there, where there are 16 registers.
 inline Floats add_product(Floats sum, Floats a, Floats b) {
 #if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
   asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
@@ -176,13 +176,12 @@ inline Floats second_of(Ints pairs) { return bits<Floats>(pairs & -65536); }
 // Pairs of bfloat16 (inputs / 2, kV vectors of numbers, 2), widened to (inputs, kV vectors of numbers).
 template <int kV>
 inline void widen_pairs(const c10::BFloat16* from, int64_t inputs, float* to) {
-  for (int64_t k = 0; k < inputs; k += 2)
+  for (int64_t k = 0; k < inputs; k += 2, from += 2 * kV * kLanes, to += 2 * kV * kLanes)
 #pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v, from += 2 * kLanes, to += kLanes) {
-      const Ints pairs = read<Ints>(from);
-      write(first_of(pairs), to);
-      write(second_of(pairs), to + kV * kLanes);
-      if (v == kV - 1) to += kV * kLanes;
+    for (int v = 0; v < kV; ++v) {
+      const Ints pairs = read<Ints>(from + 2 * v * kLanes);
+      write(first_of(pairs), to + v * kLanes);
+      write(second_of(pairs), to + (kV + v) * kLanes);
     }
 }
 
