@@ -106,6 +106,7 @@ class Policy:
     _patience: int = PATIENCE
     _pass_ms: dict[tuple[int, int, int, int, int], float] = field(default_factory=dict)
     _choices: dict[tuple[int, int], tuple[_Length, float]] = field(default_factory=dict)
+    _hopes: dict[tuple[int, int], float] = field(default_factory=dict)
     _draft_rate: float = field(init=False)
     _company: tuple[int, int] = (1, 0)
     _version: int = 0
@@ -131,6 +132,7 @@ class Policy:
         if self.costs.version != self._version:
             self._pass_ms.clear()
             self._choices.clear()
+            self._hopes.clear()
         elif company == self._company:
             return
         self._company, self._version = company, self.costs.version
@@ -175,10 +177,8 @@ class Policy:
 
     def wants_draft(self) -> bool:
         """Whether a draft pass is to be made now, where there is no draft."""
-        plain_rate = MARGIN * self.plain_rate
-        if self.draft_rate > plain_rate:
-            return True
-        if self._plain_tokens >= self._patience and self._hoped_rate() > plain_rate:
+        least = MARGIN * self.plain_rate
+        if self.draft_rate > least or (self._plain_tokens >= self._patience and self._hoped_rate() > least):
             return True
         self._plain_tokens += 1
         return False
@@ -337,12 +337,17 @@ class Policy:
         self._length, self._draft_rate = self._choices[self._company]
 
     def _hoped_rate(self) -> float:
-        """Tokens a millisecond of drafts that fare as first expected."""
-        return max(
-            (2.0 + _expected(n.num_guesses))
-            / (self.pass_ms(0, 1, n) + self.pass_ms(n.num_guesses, 0, n) + self.costs.draft_ms)
-            for n in self._lengths
-        )
+        """Tokens a millisecond of drafts that fare as first expected. It depends on prices and company alone."""
+        if self._company not in self._hopes:
+            self._hopes[self._company] = max(
+                self._two_pass_rate(n, _expected(n.num_guesses), n.num_guesses) for n in self._lengths
+            )
+        return self._hopes[self._company]
+
+    def _two_pass_rate(self, length: _Length, num_stand: float, num_nodes: int) -> float:
+        """Tokens a millisecond of a draft pass and a verification that leaves no draft; num_stand: drafts."""
+        verify_ms = self.pass_ms(num_nodes, 0, length) + self.costs.draft_ms
+        return (2.0 + num_stand) / (self.pass_ms(0, 1, length) + verify_ms)
 
     def _worth(self, *, late: bool) -> float:
         """Tokens that a draft at hand is worth: it saves the draft pass, but also the one token which that
@@ -361,11 +366,11 @@ class Policy:
 
     def _steady_rate(self, length: _Length, num_blocks: int) -> float:
         """A verification with so many blocks, and a draft pass where it leaves nothing."""
-        fresh = self._num_fresh(length)
-        draft_ms = self.pass_ms(0, 1, length)
-        verify_ms = self.pass_ms(round(length.num_nodes.value), num_blocks, length) + self.costs.draft_ms
+        fresh, num_nodes = self._num_fresh(length), round(length.num_nodes.value)
         if not num_blocks:
-            return (2.0 + fresh) / (draft_ms + verify_ms)
+            return self._two_pass_rate(length, fresh, num_nodes)
+        draft_ms = self.pass_ms(0, 1, length)
+        verify_ms = self.pass_ms(num_nodes, num_blocks, length) + self.costs.draft_ms
         hit = self._hits[num_blocks].value
         # Of a single guess nothing is left once it has been decided.
         late = (1.0 - hit) * self._left.value if length.num_guesses > 1 else 0.0

@@ -40,7 +40,7 @@ DRAFT_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
 """Rows of a block that is drafted alone, as far as blocks go, and one as long as they go."""
 HISTORY = 256
 """Committed tokens that timed passes read: about as many as in the middle of an answer."""
-TABLE_VERSION = 11
+TABLE_VERSION = 12
 """Of what a stored table means: raised when passes come to do more, or less, beside their layers."""
 TREE = 24
 """Nodes of the tree whose making is timed with a draft's."""
@@ -56,8 +56,8 @@ OnMeasure = Callable[[int, int], None]
 """Called with (rounds done, rounds in all) while passes are timed."""
 
 Round = dict[str, float]
-"""Milliseconds of what is timed: `body 8+16` of 8 AR rows and 16 block rows, `head 8` and `draft` of greedy requests,
-`sampled head 8` and `sampled draft` of others."""
+"""Milliseconds of what is timed: `body 8+16` of 8 AR rows and 16 block rows, `head 8` of their projection, and of a
+greedy or a sampled request `greedy choice 8` and `greedy draft`."""
 
 
 class Costs(NamedTuple):
@@ -107,16 +107,16 @@ def cost_table(rounds: Sequence[Round], *, greedy: bool = True) -> CostTable:
     draft_rows = sorted(block for n, block in bodies if n == 1 and block)
     block_rows = sorted(block for n, block in bodies if n == BESIDE and block)
     alone_ms = ms[f"body {BESIDE}+0"]
-    kind = "" if greedy else "sampled "
+    kind = "greedy" if greedy else "sampled"
     return CostTable(
         rows=tuple(rows),
         body_ms=_ascending([ms[f"body {n}+0"] for n in rows]),
-        head_ms=_ascending([ms[f"{kind}head {n}"] for n in rows]),
+        head_ms=_ascending([ms[f"head {n}"] + ms[f"{kind} choice {n}"] for n in rows]),
         block_rows=tuple(block_rows),
         block_ms=_ascending([max(0.0, ms[f"body {BESIDE}+{n}"] - alone_ms) for n in block_rows]),
         draft_rows=tuple(draft_rows),
         draft_pass_ms=_ascending([ms[f"body 1+{n}"] for n in draft_rows]),
-        draft_ms=ms[f"{kind}draft"],
+        draft_ms=ms[f"{kind} draft"],
     )
 
 
@@ -133,7 +133,7 @@ def time_rounds(
     size = dual.config.block_size
     pool = runner.new_pool(pages_for(HISTORY + max(ROWS) + max(BLOCKS) * size))
     slots = Slots(pool)
-    requests = {"": _timed_request(dual, slots, 0.0), "sampled ": _timed_request(dual, slots, 1.0)}
+    requests = {"greedy": _timed_request(dual, slots, 0.0), "sampled": _timed_request(dual, slots, 1.0)}
     slots.reserve(HISTORY + max(ROWS) + max(BLOCKS) * size)
     ids = [i % dual.vocab_size for i in range(max(HISTORY, *ROWS))]
     for start in range(0, HISTORY, 64):
@@ -163,14 +163,15 @@ def time_rounds(
                 hidden_RC = runner.hidden(join([(part, slots)], dual.device), pool)
             if block:
                 continue
+            with clock(f"head {n}"):
+                logits_RV = runner.head(hidden_RC)
             # Rows of a tree share positions, and noise once made is kept.
             positions = [HISTORY + 1 + i % size for i in range(n)]
             for kind, request in requests.items():
-                with clock(f"{kind}head {n}"):
-                    logits_RV = runner.head(hidden_RC)
+                with clock(f"{kind} choice {n}"):
                     choose(logits_RV, [Judged(request, slice(0, n), positions, [[] for _ in range(n)])])
         for kind, request in requests.items():
-            with clock(f"{kind}draft"):
+            with clock(f"{kind} draft"):
                 # And what comes with one: a tree, the part that verifies it, an accepted path to be gathered.
                 rows = slice(0, num_guesses)
                 hidden_DC = hidden_RC[rows]

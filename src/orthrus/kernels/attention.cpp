@@ -216,16 +216,10 @@ void weigh(
     int64_t num, const float* weights, int64_t padded, const T* values, int64_t step, int64_t count, int64_t width,
     float* sums, bool onward) {
   for (int64_t d = 0; d < width; d += kValueVectors * kLanes) {
-    const auto part = [&](auto vectors) {
+    with_known<kValueVectors>(std::min<int64_t>(kValueVectors, (width - d) / kLanes), [&](auto vectors) {
       multiply_rows<kValueRows, decltype(vectors)::value>(
           num, weights, padded, values + d, step, count, sums + d, width, nullptr, 0, onward);
-    };
-    switch (std::min<int64_t>(kValueVectors, (width - d) / kLanes)) {
-      case 4: part(std::integral_constant<int, 4>{}); break;
-      case 3: part(std::integral_constant<int, 3>{}); break;
-      case 2: part(std::integral_constant<int, 2>{}); break;
-      default: part(std::integral_constant<int, 1>{});
-    }
+    });
   }
 }
 

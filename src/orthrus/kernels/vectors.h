@@ -119,8 +119,8 @@ inline void store(Floats value, c10::BFloat16* to) {
   std::memcpy(to, &narrow, sizeof(narrow));
 }
 
-// sum + a * b, rounded once, with all three in registers. Left to itself GCC reads a weight from memory again for each
-// row, and keeps sums there, where there are 16 registers.
+// sum + a * b, rounded once, with all three in registers. Of 16 registers GCC makes poor use: it would read a weight
+// from memory again for each row, and keep sums there.
 inline Floats add_product(Floats sum, Floats a, Floats b) {
 #if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
   asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
