@@ -26,6 +26,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/measured.md")
 LLAMA = "against-llama-cpp-avx512-cpu.json"
 MISSING = "not measured"
+NO_INT8 = "none"
+"""transformers has no int8 for processors; our int8 linears, run by it, are no rival."""
 NAMES = {
     "gsm8k": "GSM8K",
     "math500": "MATH-500",
@@ -64,10 +66,8 @@ def with_tables(text: str) -> str:
 
 @cache
 def measured(dtype: str) -> tuple[str, BenchReport]:
-    """The result of `make bench` in a precision, or that of the release before it."""
-    before = "" if dtype == "float32" else f"{dtype}-"
-    names = (f"readme-{dtype}-cpu.json", f"bench-{before}avx512-cpu.json")
-    name = next(name for name in names if (RESULTS / name).is_file())
+    """The result of `make bench` in a precision."""
+    name = f"readme-{dtype}-cpu.json"
     return name, read_report(RESULTS / name)
 
 
@@ -98,6 +98,8 @@ def measured_table() -> str:
         speeds = [f"{rows[arm].tokens_per_second.median:.0f}" for arm in (STOCK, PLAIN, "auto")]
         auto = over_stock(report)["auto"]
         interval = f"{auto.value:.2f} [{auto.low:.2f}, {auto.high:.2f}]"
+        if dtype == "int8":
+            speeds[0] = interval = NO_INT8
         span = f"{min(over_plain):.2f} to {max(over_plain):.2f}"
         lines.append([dtype, *speeds, interval, span, llama.pop(dtype, MISSING)])
     lines += [[dtype, *[MISSING] * 5, ratios] for dtype, ratios in llama.items()]
@@ -112,17 +114,16 @@ def caption() -> str:
     report = found[0][1]
     domains = dict.fromkeys(run.domain for run in report.runs)
     return (
-        f"{report.options['num_prompts']} prompts of {', '.join(set_names(found[0][0], domains))}; greedy; at most "
+        f"{report.options['num_prompts']} prompts of {', '.join(set_names(domains))}; greedy; at most "
         f"{report.options['max_new_tokens']} tokens; repeats: {report.options['repeats']}; "
         f"{report.provenance['cpu']}, {report.provenance['threads']} threads\n"
         f"({', '.join(f'`{name}`' for name, _ in found)})."
     )
 
 
-def set_names(file: str, domains: Iterable[str]) -> list[str]:
-    """How domains are called. Before sets had names, a file of five of them called MATH-500 by its kind."""
-    names = {**NAMES, "math": "MATH-500"} if file.startswith("bench-") else NAMES
-    return [names.get(domain, domain) for domain in domains]
+def set_names(domains: Iterable[str]) -> list[str]:
+    """How the sets are called."""
+    return [NAMES.get(domain, domain) for domain in domains]
 
 
 def over_llama() -> dict[str, str]:
@@ -138,14 +139,15 @@ def over_llama() -> dict[str, str]:
 
 
 def over_stock_table() -> str:
-    """Every arm over the stock model, in three precisions."""
-    found = {dtype: over_stock(measured(dtype)[1]) for dtype in DTYPES}
+    """Every arm over the stock model, where it has the precision too."""
+    found = {dtype: over_stock(measured(dtype)[1]) for dtype in DTYPES if dtype != "int8"}
     arms = list(dict.fromkeys(arm for each in found.values() for arm in each))
     lines = [
         [dtype, *(f"{each[arm].value:.2f}" if arm in each else MISSING for arm in arms)]
         for dtype, each in found.items()
     ]
-    return markdown_table(["", *("plain" if arm == PLAIN else f"`{arm}`" for arm in arms)], lines) + "\n"
+    table = markdown_table(["", *("plain" if arm == PLAIN else f"`{arm}`" for arm in arms)], lines)
+    return f"{table}\n\n{caption()}\n"
 
 
 def over_plain_table() -> str:
@@ -158,7 +160,7 @@ def over_plain_table() -> str:
             values = by_domain(report, arm)
             cells = (f"{values[d]:.2f}" if d in values else MISSING for d in domains)
             lines.append([f"{dtype}, `{arm}`", *cells])
-    return markdown_table(["", *set_names(next(iter(found.values()))[0], domains)], lines) + "\n"
+    return markdown_table(["", *set_names(domains)], lines) + "\n"
 
 
 def strategies_table() -> str:

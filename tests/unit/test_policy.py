@@ -7,7 +7,7 @@ from math import exp, log
 import pytest
 
 from orthrus.decoding.cost_table import CostTable
-from orthrus.decoding.policy import MAX_PATIENCE, PATIENCE, Left, Policy
+from orthrus.decoding.policy import Left, Policy
 from orthrus.decoding.prices import Prices
 
 ROWS = (1, 8, 16, 32, 64)
@@ -32,10 +32,10 @@ def policy(costs: CostTable | Prices, max_nodes: int = 24, max_blocks: int = 3) 
     return Policy(costs, most_guesses=6, max_nodes=max_nodes, max_blocks=max_blocks)
 
 
-def nodes(decider: Policy, log_probs: list[float], *, late: bool = False, trying: bool = False) -> int:
+def nodes(decider: Policy, log_probs: list[float], *, stale: bool = False, trying: bool = False) -> int:
     """Of a chain, and of further nodes as deep as its last one."""
     depths = [min(i, 6) for i in range(1, len(log_probs) + 1)]
-    return decider.num_nodes(log_probs, depths, 6, late=late, trying=trying)
+    return decider.num_nodes(log_probs, depths, 6, stale=stale, trying=trying)
 
 
 def verify(
@@ -44,12 +44,12 @@ def verify(
     num_accepted: int,
     block_probs: Sequence[float] = (),
     *,
-    late: bool = False,
+    stale: bool = False,
     left: Left = "none",
 ) -> None:
     """All nodes of a tree, whatever the policy would have taken."""
-    nodes(decider, log_probs, late=late, trying=True)
-    decider.observe(log_probs, num_accepted, block_probs, late=late, left=left)
+    nodes(decider, log_probs, stale=stale, trying=True)
+    decider.observe(log_probs, num_accepted, block_probs, stale=stale, left=left)
 
 
 def test_costs_interpolate_and_extrapolate() -> None:
@@ -98,10 +98,10 @@ def test_where_drafts_fall_decoding_is_plain_but_for_a_chance_now_and_then() -> 
     for _ in range(40):
         verify(decider, [log(0.6), log(0.4)], 0)
     chances = [i for i in range(2000) if decider.wants_draft() and _waste(decider)]
-    assert chances[0] == PATIENCE
+    assert chances[0] == Policy.PATIENCE
     gaps = [b - a for a, b in pairwise(chances)]
     assert gaps == sorted(gaps)
-    assert gaps[-1] == MAX_PATIENCE + 1
+    assert gaps[-1] == Policy.MOST_PATIENCE + 1
     assert len(chances) / 2000 < 0.01
 
 
@@ -124,15 +124,15 @@ def _waste(decider: Policy) -> bool:
 def test_nodes_maximise_tokens_less_the_worth_of_their_time(costs: CostTable) -> None:
     decider = policy(costs)
     for accepted in (0, 1, 4, 2, 6, 0, 0, 3):
-        late = accepted > 3
-        trust = (decider._late_trust if late else decider._fresh_trust).value
+        stale = accepted > 3
+        trust = (decider._stale_trust if stale else decider._fresh_trust).value
         log_probs = [log(0.7) + log(0.6) * (i // 3) for i in range(24)]
         for trying, rate in ((False, decider.rate()), (True, decider.draft_rate)):
             values = [sum(trust * exp(p) for p in log_probs[:n]) - rate * costs(1 + n) for n in range(25)]
             best = max(range(25), key=values.__getitem__)
-            assert nodes(decider, log_probs, late=late, trying=trying) == best
+            assert nodes(decider, log_probs, stale=stale, trying=trying) == best
         left: Left = "fresh" if accepted > 1 else "none"
-        decider.observe(log_probs[:6], accepted, [0.3], late=late, left=left)
+        decider.observe(log_probs[:6], accepted, [0.3], stale=stale, left=left)
 
 
 def chain_of(decider: Policy, stands: float) -> list[float]:
@@ -144,9 +144,9 @@ def drafted(decider: Policy, stands: float) -> None:
     """A fresh draft that keeps what it promises."""
     log_probs = chain_of(decider, stands)
     depths = range(1, len(log_probs) + 1)
-    num_nodes = decider.num_nodes(log_probs, depths, len(log_probs), late=False, trying=True)
+    num_nodes = decider.num_nodes(log_probs, depths, len(log_probs), stale=False, trying=True)
     num_accepted = round(sum(exp(p) for p in log_probs[:num_nodes]))
-    decider.observe(log_probs[:num_nodes], num_accepted, [], late=False, left="none")
+    decider.observe(log_probs[:num_nodes], num_accepted, [], stale=False, left="none")
 
 
 def test_blocks_are_long_where_rows_are_free_and_short_where_guesses_fall() -> None:
@@ -185,10 +185,10 @@ def test_blocks_grow_again_where_guesses_come_to_stand() -> None:
     assert short < 4 < decider.block_size
 
 
-def test_late_drafts_do_not_tell_how_many_nodes_fresh_ones_need() -> None:
+def test_stale_drafts_do_not_tell_how_many_nodes_fresh_ones_need() -> None:
     mixed, fresh = policy(FLAT), policy(FLAT)
     for _ in range(100):
-        verify(mixed, [log(0.8)], 1, late=True, left="late")
+        verify(mixed, [log(0.8)], 1, stale=True, left="stale")
         for decider in (mixed, fresh):
             verify(decider, [log(0.8) * i for i in range(1, 7)], 3)
     assert [n.num_nodes.value for n in mixed._lengths] == [n.num_nodes.value for n in fresh._lengths]
@@ -222,54 +222,54 @@ def test_blocks_that_are_never_met_are_left_out() -> None:
     assert decider.num_blocks(4, ends) == 3
     for _ in range(30):
         verify(decider, [log(0.8)], 3, ends, left="none")
-        verify(decider, [log(0.8)], 0, ends, late=True, left="none")
-    assert not decider.keeps_late()
+        verify(decider, [log(0.8)], 0, ends, stale=True, left="none")
+    assert not decider.keeps_stale()
     assert decider.num_blocks(4, ends) == 0
 
 
-def test_one_block_is_enough_where_late_drafts_stand_as_well_as_fresh_ones() -> None:
+def test_one_block_is_enough_where_stale_drafts_stand_as_well_as_fresh_ones() -> None:
     decider = policy(FLAT)
     ends = [0.3, 0.3, 0.2, 0.2]
     assert decider.num_blocks(4, ends) > 1
     for _ in range(40):
-        verify(decider, [log(0.8)] * 3, 2, ends[:1], late=True, left="late")
+        verify(decider, [log(0.8)] * 3, 2, ends[:1], stale=True, left="stale")
         verify(decider, [log(0.8)] * 3, 2, ends[:1], left="fresh")
-    assert decider.keeps_late()
+    assert decider.keeps_stale()
     assert decider.num_blocks(4, ends) == 1
 
 
-def test_late_drafts_that_fall_are_not_kept() -> None:
+def test_stale_drafts_that_fall_are_not_kept() -> None:
     decider = policy(FLAT)
-    assert decider.keeps_late()
+    assert decider.keeps_stale()
     for _ in range(20):
         verify(decider, [log(0.8)] * 3, 4, [0.5], left="fresh")
-        verify(decider, [log(0.8)] * 3, 0, [0.5], late=True, left="late")
-    assert not decider.keeps_late()
+        verify(decider, [log(0.8)] * 3, 0, [0.5], stale=True, left="stale")
+    assert not decider.keeps_stale()
 
 
-def test_late_drafts_get_another_chance() -> None:
+def test_stale_drafts_get_another_chance() -> None:
     decider = policy(FLAT)
     for _ in range(5):
-        verify(decider, [log(0.8)] * 3, 0, [0.5], late=True, left="late")
+        verify(decider, [log(0.8)] * 3, 0, [0.5], stale=True, left="stale")
         verify(decider, [log(0.8)] * 3, 3, [0.5], left="fresh")
-    assert not decider.keeps_late()
+    assert not decider.keeps_stale()
     tried = 0
-    while not decider.keeps_late():
+    while not decider.keeps_stale():
         verify(decider, [log(0.8)] * 3, 3, [0.5], left="fresh")
         tried += 1
         assert tried < 200
     assert tried > 1
 
 
-def test_late_drafts_that_promised_little_get_another_chance_too() -> None:
+def test_stale_drafts_that_promised_little_get_another_chance_too() -> None:
     decider = policy(FLAT)
     for _ in range(3):
-        verify(decider, [log(0.05)] * 3, 0, [0.5], late=True, left="late")
+        verify(decider, [log(0.05)] * 3, 0, [0.5], stale=True, left="stale")
     for _ in range(3):
         verify(decider, [log(0.95)] * 7, 6, [0.5], left="fresh")
-    assert not decider.keeps_late()
+    assert not decider.keeps_stale()
     tried = 0
-    while not decider.keeps_late():
+    while not decider.keeps_stale():
         verify(decider, [log(0.9)] * 4, 4, [0.5], left="fresh")
         tried += 1
         assert tried < 50

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from orthrus.integrations.vllm.adaptive import DraftPolicy, accepted
+from orthrus.integrations.vllm.step_times import StepTimes
 
 
 class World:
@@ -30,22 +31,24 @@ class World:
             ms = self.plain_ms + self.row_ms * num_requests * (1 + self.last)
             if drafts:
                 ms += self.draft_ms + self.row_ms * num_requests * (1 + drafts)
-            policy.see_step(num_requests, self.last, drafts, ms * self.random.uniform(0.97, 1.03))
+            seen_ms = ms * self.random.uniform(0.97, 1.03)
+            rows = num_requests * (1 + drafts) if drafts else 0
+            policy.see_rows(num_requests * (1 + self.last), rows, seen_ms)
+            policy.see_step(num_requests, self.last, drafts, seen_ms)
             self.ms += ms
             self.steps, self.drafted_steps = self.steps + 1, self.drafted_steps + bool(drafts)
             self.last = drafts
 
-    @property
-    def over_plain(self) -> float:
-        """Speed against steps that draft nothing, of one request."""
-        return self.tokens / self.ms * (self.plain_ms + self.row_ms)
+    def over_plain(self, num_requests: int = 1) -> float:
+        """Speed against steps that draft nothing, of so many requests."""
+        return self.tokens / self.ms * (self.plain_ms / num_requests + self.row_ms)
 
 
 def test_good_drafts_are_kept() -> None:
     world = World(chance=0.8, plain_ms=20, row_ms=1, draft_ms=20)
     world.run(DraftPolicy(7), 2000)
     assert world.drafted_steps > 0.95 * world.steps
-    assert world.over_plain > 1.5
+    assert world.over_plain() > 1.5
 
 
 def test_worthless_drafts_stop_and_cost_less_than_a_twentieth() -> None:
@@ -53,14 +56,14 @@ def test_worthless_drafts_stop_and_cost_less_than_a_twentieth() -> None:
     policy = DraftPolicy(7)
     world.run(policy, 2000)
     assert policy.choose(1) == 0
-    assert world.over_plain > 0.95
+    assert world.over_plain() > 0.95
 
 
 def test_drafting_comes_back_when_it_pays_again() -> None:
     world = World(chance=0.02, plain_ms=20, row_ms=1, draft_ms=20)
     policy = DraftPolicy(7)
     world.run(policy, 300)
-    assert policy.choose(1) == 0
+    assert world.drafted_steps < 40
     world.chance = 0.9
     world.run(policy, 3000)
     assert policy.rates(1)[7] > policy.rates(1)[0]
@@ -77,6 +80,28 @@ def test_much_company_may_want_fewer_drafts_than_none() -> None:
     world.run(policy, 400, num_requests=16)
     rates = policy.rates(1), policy.rates(16)
     assert max(rates[0], key=rates[0].__getitem__) > max(rates[1], key=rates[1].__getitem__)
+
+
+def test_with_much_company_no_trial_is_made_that_could_not_pay() -> None:
+    """A trial among sixteen takes as long as thirty plain steps here, and two hundred steps are all there is."""
+    world = World(chance=0.75, plain_ms=40, row_ms=8, draft_ms=10)
+    policy = DraftPolicy(7)
+    world.run(policy, 60, num_requests=1)
+    for num_requests in (4, 8, 16):
+        world.tokens, world.ms = 0, 0.0
+        world.run(policy, 200, num_requests)
+        assert world.over_plain(num_requests) > 0.97
+
+
+def test_times_of_steps_not_seen_follow_from_their_rows() -> None:
+    times = StepTimes()
+    assert times.of_drafts(1, 7) is None
+    for _ in range(20):
+        for requests, drafts in ((1, 7), (2, 3), (4, 7), (1, 0), (3, 0)):
+            ar, block = requests * (1 + drafts), requests * (1 + drafts) if drafts else 0
+            times.see(ar, block, 40 + 2 * ar + (10 + 3 * block if drafts else 0))
+    assert times.of_drafts(16, 0) == pytest.approx(40 + 2 * 16, rel=0.05)
+    assert times.of_drafts(16, 7) == pytest.approx(50 + 5 * 128, rel=0.05)
 
 
 def test_without_adapting_it_is_always_as_many() -> None:

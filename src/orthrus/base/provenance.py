@@ -61,11 +61,12 @@ def git_state(package: Path = Path(__file__).parents[1]) -> tuple[str | None, bo
     """(commit, dirty) of the checkout that `package` runs from; (None, None) when it is installed.
 
     An environment may lie inside somebody else's repository: only a checkout with this very package counts.
+    Results that were just measured do not make it dirty.
     """
     top = _git(package, "rev-parse", "--show-toplevel")
     if top is None or (Path(top) / "src" / package.name).resolve() != package.resolve():
         return None, None
-    status = _git(package, "status", "--porcelain")
+    status = _git(package, "status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
     return _git(package, "rev-parse", "--verify", "HEAD"), None if status is None else bool(status)
 
 

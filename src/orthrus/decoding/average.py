@@ -1,9 +1,11 @@
-"""A moving average whose first observations weigh more."""
+"""Moving averages: of values, whose first observations weigh more, and of what came of what was promised."""
 
 from dataclasses import dataclass
 
 MEMORY = 0.85
 """Weight of the past in a moving average, for each new observation."""
+TRUSTED = 2.0
+"""How many accepted drafts, all of them promised, a ratio starts from: a few say little about promises."""
 
 
 @dataclass(slots=True)
@@ -17,3 +19,19 @@ class Average:
         self.num_observed += 1
         weight = max(1 - MEMORY, 1 / self.num_observed)
         self.value += weight * (observed - self.value)
+
+
+@dataclass(slots=True)
+class Ratio:
+    """What came true of what was promised, as moving sums that start from, and return to, as much of both."""
+
+    came: float = TRUSTED
+    promised: float = TRUSTED
+
+    @property
+    def value(self) -> float:
+        return self.came / self.promised
+
+    def add(self, came: float, promised: float) -> None:
+        self.came = MEMORY * self.came + (1 - MEMORY) * TRUSTED + came
+        self.promised = MEMORY * self.promised + (1 - MEMORY) * TRUSTED + promised

@@ -1,6 +1,6 @@
 """What `auto` wants of the next pass: whatever the policy finds worth its time.
 
-Drafts come from several sources: the view's blocks, fresh and late; copies of what followed the last tokens
+Drafts come from several sources: the view's blocks, fresh and stale; copies of what followed the last tokens
 where they stood before; tokens that a grammar forces. Copies and forced tokens cost no draft pass.
 """
 
@@ -26,7 +26,7 @@ def adaptive_work(request: Request, dual: DualView) -> Work:
     assert policy is not None
     copy = copied(request)
     request.block_size = policy.block_size
-    is_due = request.drafts is None or (request.late and not policy.keeps_late())
+    is_due = request.drafts is None or (request.stale and not policy.keeps_stale())
     if is_due and may_draft(request, dual, floor=True):
         # A copy that makes more of its time than a draft would spares the draft pass.
         promised = list(accumulate(map(exp, accumulate(_log_probs(request, copy)))))
@@ -47,13 +47,13 @@ def adaptive_verify(request: Request, dual: DualView, copy: Copy, *, trying: boo
     num_guesses = 0 if request.drafts is None else len(request.drafts)
     if request.drafts is not None:
         num_nodes = policy.num_nodes(
-            drafts.log_probs, drafts.depths(), num_guesses, late=request.late, trying=trying
+            drafts.log_probs, drafts.depths(), num_guesses, stale=request.stale, trying=trying
         )
         drafts = drafts.first(num_nodes)
     is_view, has_view = [True] * drafts.num_nodes, drafts.num_nodes > 0
     if copy.token_ids:
         drafts, is_view = with_chain(drafts, copy.token_ids, _log_probs(request, copy))
-        num_nodes = policy.worth(drafts.log_probs, is_view, late=request.late)
+        num_nodes = policy.worth(drafts.log_probs, is_view, stale=request.stale)
         drafts, is_view = drafts.first(num_nodes), is_view[:num_nodes]
         has_view = any(is_view)
     if not drafts.num_nodes:
@@ -61,7 +61,7 @@ def adaptive_verify(request: Request, dual: DualView, copy: Copy, *, trying: boo
     rows: list[int] = []
     if has_view:
         num_blocks = policy.num_blocks(drafts.num_nodes, drafts.end_probs())
-        rows = block_rows(drafts, num_blocks, request.room - 3, at_root=policy.keeps_late())
+        rows = block_rows(drafts, num_blocks, request.room - 3, at_root=policy.keeps_stale())
     request.block_size = policy.block_size
     kind = "fused_tree" if rows else "tree"
     return verify_work(request, dual, kind, drafts, rows, is_view=is_view, copy=copy)  # type: ignore[arg-type]
@@ -74,10 +74,10 @@ def observe(request: Request, work: Work) -> None:
     if not any(work.is_view):
         return
     ends = work.tree.end_probs()
-    left: Left = "none" if request.drafts is None else "late" if request.late else "fresh"
+    left: Left = "none" if request.drafts is None else "stale" if request.stale else "fresh"
     log_probs = [p for p, is_view in zip(work.tree.log_probs, work.is_view, strict=True) if is_view]
     num_stood = sum(step.is_draft) - step.num_copied
-    policy.observe(log_probs, num_stood, [ends[row] for row in work.block_rows], late=work.late, left=left)
+    policy.observe(log_probs, num_stood, [ends[row] for row in work.block_rows], stale=work.stale, left=left)
 
 
 def copied(request: Request) -> Copy:

@@ -41,12 +41,13 @@ from orthrus.types import Cycle
 class EngineConfig:
     """Limits of an engine. max_slots: memory for keys and values, in tokens; None takes a fifth of what is
     available, at most 32 whole contexts. chunk: rows of prompts in one pass. max_running: requests that run at
-    once. reuse: keep pages of earlier requests for later ones that begin alike."""
+    once. reuse: keep pages of earlier requests for later ones that begin alike. policy: decides for `auto`."""
 
     max_slots: int | None = None
     chunk: int = 256
     max_running: int = 64
     reuse: bool = True
+    policy: type[Policy] = Policy
 
 
 class Engine:
@@ -320,7 +321,7 @@ class Engine:
         if config.strategy != "auto":
             return None
         dual = self.runner.dual
-        return Policy(
+        return self.config.policy(
             self.prices(greedy=config.sampling.greedy),
             dual.config.num_guesses(block_size),
             config.node_budget,

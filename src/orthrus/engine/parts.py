@@ -63,7 +63,7 @@ def verify_work(
         tuple(rows),
         size,
         num_guesses,
-        late=request.late and request.drafts is not None,
+        stale=request.stale and request.drafts is not None,
         is_view=tuple([True] * drafts.num_nodes if is_view is None else is_view),
         copy=copy,
         masks_QV=masks_QV,

@@ -24,7 +24,7 @@ class Work:
     """What a request wants of the next pass.
 
     kind: of the cycle that the pass belongs to. tree: drafts to be verified. block_rows: AR rows at which
-    diffusion blocks are anchored, block_size rows each, of which num_guesses count. late: the drafts' block
+    diffusion blocks are anchored, block_size rows each, of which num_guesses count. stale: the drafts' block
     had not seen all of the text. is_view: per node, whether the diffusion view proposed it. copy: what copying
     proposes here, verified or not. masks_QV: what a grammar allows after each judged row. without_floor: the
     paper's draft pass, a block without an AR row. is_last: of a prompt's chunks, or any other work.
@@ -36,7 +36,7 @@ class Work:
     block_rows: tuple[int, ...] = ()
     block_size: int = 0
     num_guesses: int = 0
-    late: bool = False
+    stale: bool = False
     is_view: tuple[bool, ...] = ()
     copy: Copy = NO_COPY
     masks_QV: Tensor | None = None
@@ -74,7 +74,7 @@ class Request:
 
     The anchor, its last known token, is not in the cache yet: it stands at position slots.length once the
     prompt has been fed. block_size: rows of the blocks that are drafted next. drafts: what the diffusion view
-    proposes after the anchor, None where it has not been asked; late: their block stood further back, so it
+    proposes after the anchor, None where it has not been asked; stale: their block stood further back, so it
     has not seen all of the text before them. next_work: the second half of a cycle, decided with the first.
     should_stop sees all new token ids after every single token. deadline: in seconds of `time.monotonic`.
     began: when it first ran, by the same clock. closed: nothing more will come, and `cycles` is complete.
@@ -99,7 +99,7 @@ class Request:
     deadline: float | None = None
     token_ids: list[int] = field(default_factory=list)
     drafts: Candidates | None = None
-    late: bool = False
+    stale: bool = False
     next_work: Work | None = None
     step: Step | None = None
     cycles: list[Cycle] = field(default_factory=list)

@@ -148,7 +148,7 @@ class Scheduler:
         """Free a running request's pages; it keeps its tokens and comes back before its equals who wait."""
         self.running.remove(request)
         request.slots.free()
-        request.drafts, request.late, request.next_work, request.prefix = None, False, None, None
+        request.drafts, request.stale, request.next_work, request.prefix = None, False, None, None
         request.noise.clear()
         request.num_preempted += 1
         before = [i for i, r in enumerate(self.waiting) if r.config.priority >= request.config.priority]

@@ -92,7 +92,7 @@ def settle(
     observe_copy(request, work.copy, token_ids[:num_taken])
     request.slots.compact(rows[:num_taken])
     request.drafts = None if request.drafts is None else request.drafts.after(token_ids)
-    request.late = request.drafts is not None
+    request.stale = request.drafts is not None
     if request.finish is not None:
         return None
     step.rejected_ids += rejected_ids(work.tree, path)
@@ -101,7 +101,7 @@ def settle(
 
 def settle_draft(request: Request, candidates: Candidates, num_known: int) -> None:
     """Take what the serving block guesses; num_known: of its guesses, how many had been decided already."""
-    request.drafts, request.late = candidates, num_known > 0
+    request.drafts, request.stale = candidates, num_known > 0
 
 
 def end_pass(request: Request, dual: DualView, work: Work) -> bool:
@@ -115,7 +115,7 @@ def end_pass(request: Request, dual: DualView, work: Work) -> bool:
             work_after = adaptive_verify(request, dual, copied(request), trying=True)
             if work_after is None:
                 # The draft pass has decided a token; without a draft worth verifying, that is all.
-                request.policy.observe([], 0, [], late=False, left="none")
+                request.policy.observe([], 0, [], stale=False, left="none")
                 return True
         else:
             work_after = _verify(request, dual, fixed_plan(request.config, request.block_size))

@@ -2,15 +2,19 @@
 
 A cycle commits 1 + the accepted drafts for each request. What D drafts bring is the mean number of them that
 stood; what they cost is the time of steps that verified D drafts and drafted D more, kept by the number of
-requests that share a step. The best rate wins; what has not been tried for a while gets another chance, ever
-more rarely while it keeps losing. The diffusion view reads the served model's own cache, so drafting resumes
-at once after any pause. None of this can change a text.
+requests that share a step. The best rate wins. What has not been tried for a while gets another chance, ever
+more rarely while it keeps losing. With many requests a trial costs as much as many plain steps, so one is made
+only where drafts that fare as first expected would pay, by the times of the steps seen so far. The diffusion
+view reads the served model's own cache, so drafting resumes at once after any pause. None of this can change a
+text.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from orthrus.decoding.average import Average
+from orthrus.decoding.block_lengths import first_expected
+from orthrus.integrations.vllm.step_times import StepTimes
 
 RUN = 4
 """Steps that a choice on trial gets; the first is no cycle yet, for it verifies what was drafted before."""
@@ -43,10 +47,11 @@ class DraftPolicy:
     choices: tuple[int, ...] = field(init=False)
     _stood: list[Average] = field(init=False)
     _companies: dict[int, _Company] = field(default_factory=dict)
+    _times: StepTimes = field(default_factory=StepTimes)
 
     def __post_init__(self) -> None:
-        # Drafting much, little, and not at all.
-        self.choices = tuple(dict.fromkeys((self.most, (self.most + 1) // 2, 0)))
+        # Drafting much, not at all, and little: what the second takes is cheap to learn.
+        self.choices = tuple(dict.fromkeys((self.most, 0, (self.most + 1) // 2)))
         self._stood = [Average(0.0, num_observed=0) for _ in range(self.most)]
 
     def choose(self, num_requests: int) -> int:
@@ -57,14 +62,40 @@ class DraftPolicy:
         if company.trial is None:
             company.until_trial -= 1
             unknown = [c for c in self.choices if company.step_ms[c].num_observed == 0]
-            if unknown and unknown[0] != company.current:
-                company.trial = unknown[0]
-            elif not unknown and company.until_trial <= 0:
+            if unknown:
+                # What runs is to be timed first.
+                if company.current not in unknown:
+                    self._try(company, unknown[0], num_requests)
+            elif company.until_trial <= 0:
                 others = [c for c in self.choices if c != company.current]
-                company.trial = others[company.next_trial % len(others)]
                 company.next_trial += 1
-            company.left = RUN
+                self._try(company, others[company.next_trial % len(others)], num_requests)
         return company.current if company.trial is None else company.trial
+
+    def _try(self, company: _Company, choice: int, num_requests: int) -> None:
+        """Begin a trial, unless even a lucky one would be lost."""
+        company.left = RUN
+        ms = self._expected_ms(company, choice, num_requests)
+        if choice == 0 or ms is None:
+            company.trial = choice
+            return
+        hoped = max(self.tokens_per_cycle(choice), 1.0 + first_expected(choice)) / ms
+        if hoped > MARGIN * max(self._rates(company).values(), default=0.0):
+            company.trial = choice
+        else:
+            # What is known of an untried choice is what was expected of it.
+            company.step_ms[choice].add(ms)
+            company.until_trial = company.patience = min(2 * company.patience, MAX_PATIENCE)
+
+    def _expected_ms(self, company: _Company, choice: int, num_requests: int) -> float | None:
+        """Of a step that drafts and verifies so many: as timed, or else by its rows; None where nothing says."""
+        if company.step_ms[choice].num_observed:
+            return company.step_ms[choice].value
+        return self._times.of_drafts(num_requests, choice)
+
+    def see_rows(self, num_ar_rows: int, num_draft_rows: int, ms: float) -> None:
+        """The time of any step, with parts of prompts or without."""
+        self._times.see(num_ar_rows, num_draft_rows, ms)
 
     def see_drafts(self, num_drafts: int, num_accepted: int) -> None:
         """What became of one request's drafts."""
@@ -102,9 +133,20 @@ class DraftPolicy:
         key = (num_requests - 1).bit_length()
         if key not in self._companies:
             self._companies[key] = _Company(
-                {c: Average(0.0, num_observed=0) for c in self.choices}, current=self.most
+                {c: Average(0.0, num_observed=0) for c in self.choices},
+                current=self._first_choice(num_requests),
             )
         return self._companies[key]
+
+    def _first_choice(self, num_requests: int) -> int:
+        """What promises most by the times of steps with fewer or more requests; most drafts where none is known."""
+        rates = {}
+        for choice in self.choices:
+            ms = self._times.of_drafts(num_requests, choice)
+            if ms is None:
+                return self.most
+            rates[choice] = self.tokens_per_cycle(choice) / ms
+        return max(rates, key=rates.__getitem__)
 
     def _judge(self, company: _Company) -> None:
         """End a trial: keep the better of the two, and be more patient when it was in vain."""

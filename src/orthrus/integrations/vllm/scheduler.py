@@ -42,7 +42,10 @@ class OrthrusScheduler(Scheduler):
             index = found.req_id_to_index.get(request_id)
             if index is not None and found.sampled_token_ids:
                 self.policy.see_drafts(*accepted(drafts, found.sampled_token_ids[index]))
-        # A step with a part of a prompt in it says nothing about others.
+        num_drafted = planned.num_spec_tokens_to_schedule
+        num_drafting = sum(map(bool, found.sampled_token_ids or ())) if num_drafted else 0
+        self.policy.see_rows(sum(scheduled.values()), num_drafting * (1 + num_drafted), ms)
+        # What a choice takes is known from steps without a part of a prompt.
         verified = Counter(
             len(planned.scheduled_spec_decode_tokens.get(request_id, ())) for request_id in scheduled
         )
@@ -50,4 +53,4 @@ class OrthrusScheduler(Scheduler):
             usual, count = verified.most_common(1)[0]
             # Requests about to end draft fewer.
             if 4 * count >= 3 * len(scheduled):
-                self.policy.see_step(len(scheduled), usual, planned.num_spec_tokens_to_schedule, ms)
+                self.policy.see_step(len(scheduled), usual, num_drafted, ms)

@@ -84,7 +84,7 @@ def test_what_the_nearest_block_on_the_path_guessed_beyond_its_end(
         return
     assert request.drafts is not None
     assert len(request.drafts) == num_rows - num_known
-    assert request.late == (num_known > 1)
+    assert request.stale == (num_known > 1)
 
     oracle = Rows(dual)
     oracle.feed(PROMPT + own[:block_row])
@@ -114,7 +114,7 @@ def test_what_the_nearest_block_on_the_path_guessed_beyond_its_end(
 def test_of_two_blocks_on_the_path_the_nearer_one_counts() -> None:
     dual, own = view("plain"), the_models_own(8)
     nodes = DraftTree([*own[1:4], 3], [0, 1, 2, 0], [-0.1] * 4)
-    for blocks, num_left, late in (
+    for blocks, num_left, stale in (
         ([0, 3, 4], SIZE - 2, False),
         ([0, 2, 4], SIZE - 3, True),
         ([0, 4], SIZE - 5, True),
@@ -122,4 +122,4 @@ def test_of_two_blocks_on_the_path_the_nearer_one_counts() -> None:
         request = verified(dual, nodes, blocks)
         assert request.cycles[-1].num_accepted == 3
         assert request.drafts is not None
-        assert (len(request.drafts), request.late) == (num_left, late)
+        assert (len(request.drafts), request.stale) == (num_left, stale)

@@ -1,0 +1,233 @@
+"""What each part of `auto`'s policy is worth: python benchmarks/policy_ablation.py FILE.jsonl ... [--help]
+
+Every arm takes one part away, and answers the same prompts. An arm is judged by the milliseconds that the machine's
+cost table names for its passes, not by the clock: no arm suffers from the moment at which it ran, and one run
+is enough. Copies are off, so that the view's drafts alone are seen.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import Tensor
+
+from orthrus.api import Orthrus, decode_config
+from orthrus.base.bench_prompts import load_prompts
+from orthrus.base.markdown import markdown_table
+from orthrus.base.outputs import check_report, write_text_atomic
+from orthrus.base.provenance import provenance
+from orthrus.bench.runner import prompts_digest
+from orthrus.decoding.average import Ratio
+from orthrus.decoding.cost_table import CostTable, joint_guesses
+from orthrus.decoding.policy import Policy
+from orthrus.decoding.prices import Prices
+from orthrus.engine.engine import Engine, EngineConfig
+from orthrus.model.passes import Pass
+from orthrus.model.pool import SlotPool
+
+LEGEND = {
+    "tokens_per_second": "new tokens / seconds that the cost table names for passes and drafts, without prompts",
+    "to_policy": "tokens_per_second / that of the policy as it is, same prompts, dtype and concurrency",
+    "to_plain": "tokens_per_second / that of plain decoding, likewise",
+    "tokens_per_pass": "new tokens / passes that decoded",
+}
+
+
+class TableAlone(Prices):
+    """Prices that do not follow the machine."""
+
+    def observe(self, num_ar: int, num_block: int, num_projected: int, measured_ms: float) -> None:
+        """Nothing is learnt."""
+
+
+class Priced(Engine):
+    """An engine that adds up what the table names for its passes. prices: of the machine, timed before."""
+
+    def __init__(self, other: Engine, policy: type[Policy], concurrency: int) -> None:
+        config = EngineConfig(reuse=False, max_running=concurrency, policy=policy)
+        super().__init__(other.runner, config, observers=[self._add])
+        self.table: CostTable = other.costs().greedy
+        self.fixed = TableAlone(self.table)
+        self.ms, self.num_passes = 0.0, 0
+
+    def prices(self, *, greedy: bool) -> Prices:
+        """The same for greedy and for sampled decoding."""
+        return self.fixed
+
+    def _add(self, p: Pass, pool: SlotPool, hidden_RC: Tensor) -> None:
+        dual, table = self.runner.dual, self.table
+        parts = [span.part for span in p.spans]
+        # Of a prompt's chunk one row at most is judged. What decodes beside one costs the difference.
+        num_prompt_rows = sum(part.num_ar for part in parts if len(part.judged) < part.num_ar)
+        num_blocks = sum(
+            (part.num_rows - part.num_ar) // part.block_size for part in parts if part.block_size
+        )
+        num_guesses = sum(
+            (part.num_rows - part.num_ar) // part.block_size * dual.config.num_guesses(part.block_size)
+            for part in parts
+            if part.block_size
+        )
+        num_projected = joint_guesses(num_guesses, own_head=dual.draft_head is not None)
+        if p.num_ar_rows == num_prompt_rows:
+            return
+        ms = table(p.num_ar_rows, p.num_rows - p.num_ar_rows, num_projected) + num_blocks * table.draft_ms
+        self.ms += ms - (table(num_prompt_rows) if num_prompt_rows else 0.0)
+        self.num_passes += 1
+
+
+class NoMargin(Policy):
+    MARGIN = 1.0
+
+
+class SamePatience(Policy):
+    MOST_PATIENCE = Policy.PATIENCE
+
+
+class TriesWhateverItCosts(Policy):
+    def _hoped_rate(self) -> float:
+        return float("inf")
+
+
+class OneLength(Policy):
+    LENGTHS = ()
+
+
+class ThreeLengths(Policy):
+    LENGTHS = (2, 6)
+
+
+class NoStaleDrafts(Policy):
+    def keeps_stale(self) -> bool:
+        """Never."""
+        return False
+
+
+class StaleAsFresh(Policy):
+    STALE_SHARE = 1.0
+
+
+class NoShare(Policy):
+    SHARED = 1.0
+
+
+class Certain(Ratio):
+    """Promises are believed as they are."""
+
+    def add(self, came: float, promised: float) -> None:
+        """Nothing is learnt."""
+
+
+class BelievesFresh(Policy):
+    def __post_init__(self) -> None:
+        self._fresh_trust = Certain()
+        super().__post_init__()
+
+
+class BelievesStale(Policy):
+    def __post_init__(self) -> None:
+        self._stale_trust = Certain()
+        super().__post_init__()
+
+
+class NoBlocksBeside(Policy):
+    def num_blocks(self, num_nodes: int, end_probs: Sequence[float]) -> int:
+        """None: every draft has a pass of its own."""
+        return 0
+
+
+ARMS: dict[str, type[Policy]] = {
+    "policy": Policy,
+    "no margin": NoMargin,
+    "patience never doubles": SamePatience,
+    "tries although none can pay": TriesWhateverItCosts,
+    "whole blocks only": OneLength,
+    "three lengths": ThreeLengths,
+    "stale drafts thrown away": NoStaleDrafts,
+    "stale drafts promise as much at first": StaleAsFresh,
+    "rows of company at the table's price": NoShare,
+    "fresh promises believed": BelievesFresh,
+    "stale promises believed": BelievesStale,
+    "no blocks beside drafts": NoBlocksBeside,
+}
+
+
+def main(
+    files: Annotated[list[Path], typer.Argument(help="JSONL files of prompts.")],
+    output: Annotated[Path, typer.Option(help="JSON file to write.")],
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="May be repeated. Left out: bfloat16, int8.")
+    ] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, help="May be repeated. Left out: 1, 4.")
+    ] = None,
+    per_file: Annotated[int, typer.Option(min=1, help="The first prompts of each file.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 96,
+) -> None:
+    """Run all arms, print a table, and write the file after each dtype."""
+    check_report(output)
+    prompts = [prompt for file in files for prompt in load_prompts(file)[:per_file]]
+    report: dict[str, Any] = {
+        "kind": "orthrus-policy-ablation",
+        "legend": LEGEND,
+        "options": {"files": [f.name for f in files], "per_file": per_file, "max_new_tokens": max_new_tokens},
+        "prompts": prompts_digest(prompts),
+        "results": [],
+    }
+    for name in dtype or ["bfloat16", "int8"]:
+        orthrus = Orthrus.load("default", dtype=name)
+        ids = [orthrus.base.encode_prompt(prompt.prompt) for prompt in prompts]
+        report["provenance"] = provenance(device="cpu", dtype=name, seed=None)
+        for level in concurrency or [1, 4]:
+            report["results"] += measured(orthrus, ids, name, level, max_new_tokens)
+            write_text_atomic(output, json.dumps(report, indent=1) + "\n")
+    keys = ("dtype", "concurrency", "arm", "tokens_per_second", "to_policy", "to_plain", "tokens_per_pass")
+    typer.echo(markdown_table(list(keys), [[str(r[key]) for key in keys] for r in report["results"]]))
+
+
+def measured(
+    orthrus: Orthrus, prompts: list[list[int]], dtype: str, concurrency: int, num_new: int
+) -> list[dict[str, Any]]:
+    """All arms at one concurrency; every text must be plain decoding's."""
+    plain, expected = answered(orthrus, Policy, "ar", prompts, concurrency, num_new)
+    found = []
+    for arm, policy in ARMS.items():
+        engine, texts = answered(orthrus, policy, "auto", prompts, concurrency, num_new)
+        assert texts == expected, f"{arm} changed a text"
+        rate, plain_rate = (len(prompts) * num_new / e.ms * 1e3 for e in (engine, plain))
+        base = found[0]["tokens_per_second"] if found else rate
+        found.append(
+            {
+                "dtype": dtype,
+                "concurrency": concurrency,
+                "arm": arm,
+                "tokens_per_second": round(rate, 2),
+                "to_policy": round(rate / base, 4),
+                "to_plain": round(rate / plain_rate, 4),
+                "tokens_per_pass": round(len(prompts) * num_new / engine.num_passes, 3),
+            }
+        )
+        typer.echo(f"{dtype}, {concurrency} at a time, {arm}: {found[-1]['to_policy']}", err=True)
+    return found
+
+
+def answered(
+    orthrus: Orthrus,
+    policy: type[Policy],
+    strategy: str,
+    prompts: list[list[int]],
+    concurrency: int,
+    num_new: int,
+) -> tuple[Priced, list[list[int]]]:
+    """All prompts, so many at a time."""
+    engine = Priced(orthrus.engine, policy, concurrency)
+    config = decode_config(strategy=strategy, max_new_tokens=num_new, ignore_eos=True, copies=False)  # type: ignore[arg-type]
+    requests = [engine.submit(ids, config, eos_token_ids=frozenset()) for ids in prompts]
+    while not all(request.closed for request in requests):
+        engine.step()
+    return engine, [request.token_ids for request in requests]
+
+
+if __name__ == "__main__":
+    typer.run(main)
