@@ -25,7 +25,7 @@ help:
 	@echo "make test-nodes  train on two nodes, kill one, and bring it back"
 	@echo "make test-vllm  run Orthrus inside vLLM on the CPU (installs 3 GB)"
 	@echo "make test-web  run the tests of the server's page in a browser (CHROMIUM=PATH, if it is not $(CHROMIUM))"
-	@echo "make check  formatting, lint, types, import layers, spelling"
+	@echo "make check  formatting, lint, types, import layers, spelling, and the site of the documentation"
 	@echo "make docs   build the site of the documentation into site/, and check its links"
 	@echo "make clean  remove the virtual environment and everything that was built"
 	@echo "PYTHON=python3.12 chooses the interpreter (3.11 or newer)"
@@ -99,7 +99,7 @@ test-web:
 	fi
 
 check: export NO_COLOR = 1
-check: $(VENV)/.dev
+check: $(VENV)/.dev docs
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary

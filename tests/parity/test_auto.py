@@ -37,7 +37,7 @@ def decode(
         assert orthrus.dual.repair is not None
         with torch.no_grad():
             orthrus.dual.repair.out.weight.normal_(0.0, head, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr("orthrus.engine.engine.pass_costs", lambda *_: costs.Costs(table, table))
+    monkeypatch.setattr("orthrus.engine.engine.pass_costs", lambda *_, **__: costs.Costs(table, table))
     config = DecodeConfig(max_new_tokens=60, strategy=strategy, ignore_eos=True, sampling=sampling)  # type: ignore[arg-type]
     return orthrus.stream_ids(PROMPT, config).drain()
 
@@ -104,6 +104,12 @@ def test_costs_are_timed_by_the_first_starts_and_kept_on_disk(timed: list[list[c
     later = [costs.pass_costs(tiny_orthrus().engine.runner) for _ in range(8)]
     assert [len(rounds) for rounds in timed[1:]] == [1] * (costs.ENOUGH - costs.REPEATS)
     assert later[-1] == later[-2] == costs.costs_of(list(chain.from_iterable(timed)))
+
+
+def test_a_start_in_a_hurry_takes_what_was_timed_before(timed: list[list[costs.Round]]) -> None:
+    first = costs.pass_costs(tiny_orthrus().engine.runner, add_round=False)
+    assert costs.pass_costs(tiny_orthrus().engine.runner, add_round=False) == first
+    assert len(timed) == 1
 
 
 def test_drawing_tokens_is_timed_in_the_same_rounds(timed: list[list[costs.Round]]) -> None:

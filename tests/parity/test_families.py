@@ -220,7 +220,7 @@ def test_a_view_of_k_2_with_floor_has_no_draft_left_and_says_so(
     strategy: Strategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The anchor's AR row decides what the only draft would: every cycle is a plain one."""
-    monkeypatch.setattr("orthrus.engine.engine.pass_costs", lambda *_: Costs(FLAT, FLAT))
+    monkeypatch.setattr("orthrus.engine.engine.pass_costs", lambda *_, **__: Costs(FLAT, FLAT))
     dual = tiny_dual("llama", disturb=0.15, block_size=2)
     result = decode(dual, PROMPTS[0], DecodeConfig(max_new_tokens=NUM_NEW, strategy=strategy, copies=False))
     assert result.token_ids == stock_texts("llama")[0]

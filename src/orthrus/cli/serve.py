@@ -177,7 +177,7 @@ def serve(
             runner=runner,
             device=device,
             revision=revision,
-            engine=EngineConfig(max_slots=max_slots, max_running=max_running),
+            engine=EngineConfig(max_slots=max_slots, max_running=max_running, add_round=False),
         )
         time_passes(orthrus, ["auto"], quiet=quiet)
         orthrus.warm_up()

@@ -67,15 +67,15 @@ class Costs(NamedTuple):
     sampled: CostTable
 
 
-def pass_costs(runner: Runner, on_measure: OnMeasure | None = None) -> Costs:
+def pass_costs(runner: Runner, on_measure: OnMeasure | None = None, *, add_round: bool = True) -> Costs:
     """The cost tables of this runner here: from the cache folder, or measured now (a few seconds).
 
-    The first starts after that add a round each.
+    add_round: the first starts after that add a round each; a start that is in a hurry does not.
     """
     key = _key(runner)
     file = _file(key)
     rounds = _read(file)
-    if len(rounds) < ENOUGH:
+    if not rounds or (add_round and len(rounds) < ENOUGH):
         repeats = 1 if rounds else REPEATS
         rounds = rounds + time_rounds(runner, on_measure, repeats=repeats)
         try:

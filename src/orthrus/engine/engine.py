@@ -41,13 +41,15 @@ from orthrus.types import Cycle
 class EngineConfig:
     """Limits of an engine. max_slots: memory for keys and values, in tokens; None takes a fifth of what is
     available, at most 32 whole contexts. chunk: rows of prompts in one pass. max_running: requests that run at
-    once. reuse: keep pages of earlier requests for later ones that begin alike. policy: decides for `auto`."""
+    once. reuse: keep pages of earlier requests for later ones that begin alike. policy: decides for `auto`.
+    add_round: see `pass_costs`."""
 
     max_slots: int | None = None
     chunk: int = 256
     max_running: int = 64
     reuse: bool = True
     policy: type[Policy] = Policy
+    add_round: bool = True
 
 
 class Engine:
@@ -306,7 +308,7 @@ class Engine:
 
     def _timed(self, on_measure: OnMeasure | None) -> Costs:
         """What prices start from: measured here, unless that has been done."""
-        return pass_costs(self.runner, on_measure)
+        return pass_costs(self.runner, on_measure, add_round=self.config.add_round)
 
     def _num_pages(self) -> int:
         dual, most = self.runner.dual, self.config.max_slots
