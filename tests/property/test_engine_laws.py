@@ -154,7 +154,9 @@ def check_company(
 
 @pytest.fixture(autouse=True)
 def made_up_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orthrus.engine.engine.pass_costs", lambda *_, **__: Costs(greedy=MIDDLE, sampled=FLAT))
+    monkeypatch.setattr(
+        "orthrus.engine.engine.pass_costs", lambda *_, **__: Costs(greedy=MIDDLE, sampled=FLAT)
+    )
 
 
 @cache
