@@ -2,11 +2,13 @@
 
 Every arm takes one part away, and answers the same prompts. An arm is judged by the milliseconds that the machine's
 cost table names for its passes, not by the clock: no arm suffers from the moment at which it ran, and one run
-is enough. Copies are off, so that the view's drafts alone are seen.
+is enough. With --machine the table is one that is made up: decisions and their prices are then those of such a
+machine, whatever this one takes. Copies are off, so that the view's drafts alone are seen.
 """
 
 import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +28,7 @@ from orthrus.decoding.prices import Prices
 from orthrus.engine.engine import Engine, EngineConfig
 from orthrus.model.passes import Pass
 from orthrus.model.pool import SlotPool
+from orthrus.model.runner import Runner
 
 LEGEND = {
     "tokens_per_second": "new tokens / seconds that the cost table names for passes and drafts, without prompts",
@@ -33,6 +36,24 @@ LEGEND = {
     "to_plain": "tokens_per_second / that of plain decoding, likewise",
     "tokens_per_pass": "new tokens / passes that decoded",
 }
+
+
+_ROWS = (1, 8, 16, 32, 64, 128)
+
+
+def _made_up(*body_ms: float) -> CostTable:
+    """Block rows cost what AR rows do; the head a tenth of the body."""
+    added = tuple(ms - body_ms[0] for ms in body_ms)
+    head_ms = tuple(ms / 10 for ms in body_ms)
+    block_rows = tuple(n - 1 for n in _ROWS)
+    return CostTable(_ROWS, body_ms, head_ms, block_rows[1:], added[1:], block_rows, body_ms, 0.2)
+
+
+MACHINES = {
+    "flat": _made_up(10.0, 10.1, 10.2, 10.4, 10.8, 12.0),
+    "middle": _made_up(10.0, 10.9, 12.5, 17.0, 28.0, 52.0),
+}
+"""flat: rows cost next to nothing, as on a GPU with memory to spare. middle: as with AVX-512 in float32."""
 
 
 class TableAlone(Prices):
@@ -43,13 +64,12 @@ class TableAlone(Prices):
 
 
 class Priced(Engine):
-    """An engine that adds up what the table names for its passes. prices: of the machine, timed before."""
+    """An engine that adds up what the table names for its passes. prices: of the table, for good."""
 
-    def __init__(self, other: Engine, policy: type[Policy], concurrency: int) -> None:
+    def __init__(self, runner: Runner, table: CostTable, policy: type[Policy], concurrency: int) -> None:
         config = EngineConfig(reuse=False, max_running=concurrency, policy=policy)
-        super().__init__(other.runner, config, observers=[self._add])
-        self.table: CostTable = other.costs().greedy
-        self.fixed = TableAlone(self.table)
+        super().__init__(runner, config, observers=[self._add])
+        self.table, self.fixed = table, TableAlone(table)
         self.ms, self.num_passes = 0.0, 0
 
     def prices(self, *, greedy: bool) -> Prices:
@@ -162,6 +182,10 @@ def main(
     concurrency: Annotated[
         list[int] | None, typer.Option(min=1, help="May be repeated. Left out: 1, 4.")
     ] = None,
+    machine: Annotated[
+        list[str] | None,
+        typer.Option(help=f"May be repeated: measured, {', '.join(MACHINES)}. Left out: measured."),
+    ] = None,
     per_file: Annotated[int, typer.Option(min=1, help="The first prompts of each file.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 96,
 ) -> None:
@@ -179,28 +203,48 @@ def main(
         orthrus = Orthrus.load("default", dtype=name)
         ids = [orthrus.base.encode_prompt(prompt.prompt) for prompt in prompts]
         report["provenance"] = provenance(device="cpu", dtype=name, seed=None)
-        for level in concurrency or [1, 4]:
-            report["results"] += measured(orthrus, ids, name, level, max_new_tokens)
+        for kind, level in product(machine or ["measured"], concurrency or [1, 4]):
+            table = MACHINES[kind] if kind in MACHINES else orthrus.time_passes().greedy
+            runner = orthrus.engine.runner
+            for result in measured(runner, table, ids, level, max_new_tokens):
+                report["results"].append({"dtype": name, "machine": kind, "concurrency": level} | result)
             write_text_atomic(output, json.dumps(report, indent=1) + "\n")
-    keys = ("dtype", "concurrency", "arm", "tokens_per_second", "to_policy", "to_plain", "tokens_per_pass")
+    keys = (
+        "dtype",
+        "machine",
+        "concurrency",
+        "arm",
+        "tokens_per_second",
+        "to_policy",
+        "to_plain",
+        "tokens_per_pass",
+    )
     typer.echo(markdown_table(list(keys), [[str(r[key]) for key in keys] for r in report["results"]]))
 
 
 def measured(
-    orthrus: Orthrus, prompts: list[list[int]], dtype: str, concurrency: int, num_new: int
+    runner: Runner, table: CostTable, prompts: list[list[int]], concurrency: int, num_new: int
 ) -> list[dict[str, Any]]:
     """All arms at one concurrency; every text must be plain decoding's."""
-    plain, expected = answered(orthrus, Policy, "ar", prompts, concurrency, num_new)
-    found = []
+
+    def answered(policy: type[Policy], strategy: str) -> tuple[Priced, list[list[int]]]:
+        engine = Priced(runner, table, policy, concurrency)
+        config = decode_config(strategy=strategy, max_new_tokens=num_new, ignore_eos=True, copies=False)  # type: ignore[arg-type]
+        requests = [engine.submit(ids, config, eos_token_ids=frozenset()) for ids in prompts]
+        while not all(request.closed for request in requests):
+            engine.step()
+        return engine, [request.token_ids for request in requests]
+
+    plain, expected = answered(Policy, "ar")
+    found: list[dict[str, Any]] = []
+    base = 0.0
     for arm, policy in ARMS.items():
-        engine, texts = answered(orthrus, policy, "auto", prompts, concurrency, num_new)
+        engine, texts = answered(policy, "auto")
         assert texts == expected, f"{arm} changed a text"
         rate, plain_rate = (len(prompts) * num_new / e.ms * 1e3 for e in (engine, plain))
-        base = found[0]["tokens_per_second"] if found else rate
+        base = base or rate
         found.append(
             {
-                "dtype": dtype,
-                "concurrency": concurrency,
                 "arm": arm,
                 "tokens_per_second": round(rate, 2),
                 "to_policy": round(rate / base, 4),
@@ -208,25 +252,8 @@ def measured(
                 "tokens_per_pass": round(len(prompts) * num_new / engine.num_passes, 3),
             }
         )
-        typer.echo(f"{dtype}, {concurrency} at a time, {arm}: {found[-1]['to_policy']}", err=True)
+        typer.echo(f"{concurrency} at a time, {arm}: {found[-1]['to_policy']}", err=True)
     return found
-
-
-def answered(
-    orthrus: Orthrus,
-    policy: type[Policy],
-    strategy: str,
-    prompts: list[list[int]],
-    concurrency: int,
-    num_new: int,
-) -> tuple[Priced, list[list[int]]]:
-    """All prompts, so many at a time."""
-    engine = Priced(orthrus.engine, policy, concurrency)
-    config = decode_config(strategy=strategy, max_new_tokens=num_new, ignore_eos=True, copies=False)  # type: ignore[arg-type]
-    requests = [engine.submit(ids, config, eos_token_ids=frozenset()) for ids in prompts]
-    while not all(request.closed for request in requests):
-        engine.step()
-    return engine, [request.token_ids for request in requests]
 
 
 if __name__ == "__main__":
