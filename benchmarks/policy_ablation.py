@@ -21,7 +21,7 @@ from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import check_report, write_text_atomic
 from orthrus.base.provenance import provenance
 from orthrus.bench.runner import prompts_digest
-from orthrus.decoding.average import Ratio
+from orthrus.decoding.average import MEMORY, TRUSTED, Ratio
 from orthrus.decoding.cost_table import CostTable, joint_guesses
 from orthrus.decoding.policy import Policy
 from orthrus.decoding.prices import Prices
@@ -145,6 +145,29 @@ class BelievesFresh(Policy):
         super().__post_init__()
 
 
+class Patient(Ratio):
+    """Promises are corrected slowly, by four times as many drafts."""
+
+    def add(self, came: float, promised: float) -> None:
+        """Moving sums with a longer memory, which begin with more."""
+        if self.promised == self.came == TRUSTED:
+            self.came = self.promised = 4 * TRUSTED
+        memory = 1 - (1 - MEMORY) / 4
+        self.came = memory * self.came + (1 - memory) * 4 * TRUSTED + came
+        self.promised = memory * self.promised + (1 - memory) * 4 * TRUSTED + promised
+
+
+class CorrectsSlowly(Policy):
+    def __post_init__(self) -> None:
+        self._fresh_trust, self._stale_trust = Patient(), Patient()
+        super().__post_init__()
+
+
+class Together(CorrectsSlowly):
+    MARGIN = 1.0
+    STALE_SHARE = 1.0
+
+
 class BelievesStale(Policy):
     def __post_init__(self) -> None:
         self._stale_trust = Certain()
@@ -170,6 +193,8 @@ ARMS: dict[str, type[Policy]] = {
     "fresh promises believed": BelievesFresh,
     "stale promises believed": BelievesStale,
     "no blocks beside drafts": NoBlocksBeside,
+    "promises corrected slowly": CorrectsSlowly,
+    "slowly, no margin, stale drafts promise as much at first": Together,
 }
 
 
@@ -186,10 +211,12 @@ def main(
         list[str] | None,
         typer.Option(help=f"May be repeated: measured, {', '.join(MACHINES)}. Left out: measured."),
     ] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="May be repeated. Left out: all.")] = None,
     per_file: Annotated[int, typer.Option(min=1, help="The first prompts of each file.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 96,
 ) -> None:
-    """Run all arms, print a table, and write the file after each dtype."""
+    """Run the arms, print a table, and write the file after each level."""
+    arms = {name: ARMS[name] for name in ["policy", *(arm or list(ARMS)[1:])]}
     check_report(output)
     prompts = [prompt for file in files for prompt in load_prompts(file)[:per_file]]
     report: dict[str, Any] = {
@@ -206,7 +233,7 @@ def main(
         for kind, level in product(machine or ["measured"], concurrency or [1, 4]):
             table = MACHINES[kind] if kind in MACHINES else orthrus.time_passes().greedy
             runner = orthrus.engine.runner
-            for result in measured(runner, table, ids, level, max_new_tokens):
+            for result in measured(runner, table, arms, ids, level, max_new_tokens):
                 report["results"].append({"dtype": name, "machine": kind, "concurrency": level} | result)
             write_text_atomic(output, json.dumps(report, indent=1) + "\n")
     keys = (
@@ -223,7 +250,12 @@ def main(
 
 
 def measured(
-    runner: Runner, table: CostTable, prompts: list[list[int]], concurrency: int, num_new: int
+    runner: Runner,
+    table: CostTable,
+    arms: dict[str, type[Policy]],
+    prompts: list[list[int]],
+    concurrency: int,
+    num_new: int,
 ) -> list[dict[str, Any]]:
     """All arms at one concurrency; every text must be plain decoding's."""
 
@@ -238,7 +270,7 @@ def measured(
     plain, expected = answered(Policy, "ar")
     found: list[dict[str, Any]] = []
     base = 0.0
-    for arm, policy in ARMS.items():
+    for arm, policy in arms.items():
         engine, texts = answered(policy, "auto")
         assert texts == expected, f"{arm} changed a text"
         rate, plain_rate = (len(prompts) * num_new / e.ms * 1e3 for e in (engine, plain))
