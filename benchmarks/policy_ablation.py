@@ -97,8 +97,12 @@ class Priced(Engine):
         self.num_passes += 1
 
 
-class NoMargin(Policy):
-    MARGIN = 1.0
+class Margin(Policy):
+    """Drafting must promise a twentieth more than plain decoding."""
+
+    @property
+    def plain_rate(self) -> float:
+        return 1.05 * super().plain_rate
 
 
 class SamePatience(Policy):
@@ -124,8 +128,12 @@ class NoStaleDrafts(Policy):
         return False
 
 
-class StaleAsFresh(Policy):
-    STALE_SHARE = 1.0
+class DistrustsStale(Policy):
+    """At first stale drafts are expected to promise a little more than half of what fresh ones do."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._stale.value *= 0.6
 
 
 class NoShare(Policy):
@@ -163,11 +171,6 @@ class CorrectsSlowly(Policy):
         super().__post_init__()
 
 
-class Together(CorrectsSlowly):
-    MARGIN = 1.0
-    STALE_SHARE = 1.0
-
-
 class BelievesStale(Policy):
     def __post_init__(self) -> None:
         self._stale_trust = Certain()
@@ -182,19 +185,18 @@ class NoBlocksBeside(Policy):
 
 ARMS: dict[str, type[Policy]] = {
     "policy": Policy,
-    "no margin": NoMargin,
+    "a margin of 1.05": Margin,
     "patience never doubles": SamePatience,
     "tries although none can pay": TriesWhateverItCosts,
     "whole blocks only": OneLength,
     "three lengths": ThreeLengths,
     "stale drafts thrown away": NoStaleDrafts,
-    "stale drafts promise as much at first": StaleAsFresh,
+    "stale drafts distrusted at first": DistrustsStale,
     "rows of company at the table's price": NoShare,
     "fresh promises believed": BelievesFresh,
     "stale promises believed": BelievesStale,
     "no blocks beside drafts": NoBlocksBeside,
     "promises corrected slowly": CorrectsSlowly,
-    "slowly, no margin, stale drafts promise as much at first": Together,
 }
 
 

@@ -31,18 +31,14 @@ class Policy:
     alone shows little where little is verified); by number of blocks, how often the text went on exactly
     where one of them stood; and how often a stale draft was left where it did not.
 
-    MARGIN: drafting must promise this much more than plain decoding before it is taken up or kept. PATIENCE:
-    plain tokens before drafting gets another chance, doubled up to MOST_PATIENCE whenever the chance was wasted.
-    STALE_SHARE: the part of what a fresh draft promises that a stale one is expected to promise at first.
-    SHARED: how much more the rows that are added to a pass of several requests count than the table says: a
+    PATIENCE: plain tokens before drafting gets another chance, doubled up to MOST_PATIENCE whenever the chance
+    was wasted. SHARED: how much more the rows that are added to a pass of several requests count than the table says: a
     request's draft costs time beside the pass too, and what one request adds, all wait for. LENGTHS: see
     `block_lengths`. `benchmarks/policy_ablation.py` shows what each of them is worth.
     """
 
-    MARGIN: ClassVar[float] = 1.05
     PATIENCE: ClassVar[int] = 24
     MOST_PATIENCE: ClassVar[int] = 192
-    STALE_SHARE: ClassVar[float] = 0.6
     SHARED: ClassVar[float] = 1.25
     LENGTHS: ClassVar[tuple[int, ...]] = LENGTHS
 
@@ -72,7 +68,7 @@ class Policy:
     def __post_init__(self) -> None:
         self._lengths = block_lengths(self.most_guesses, self.LENGTHS)
         self._patience = self.PATIENCE
-        self._stale = Average(self.STALE_SHARE * first_expected(self.most_guesses))
+        self._stale = Average(first_expected(self.most_guesses))
         self._hits = [Average(1.0 - 0.8**m) for m in range(self.max_blocks + 1)]
         self._choose_length()
 
@@ -132,8 +128,8 @@ class Policy:
 
     def wants_draft(self) -> bool:
         """Whether a draft pass is to be made now, where there is no draft."""
-        least = self.MARGIN * self.plain_rate
-        if self.draft_rate > least or (self._plain_tokens >= self._patience and self._hoped_rate() > least):
+        plain = self.plain_rate
+        if self.draft_rate > plain or (self._plain_tokens >= self._patience and self._hoped_rate() > plain):
             return True
         self._plain_tokens += 1
         return False
@@ -238,12 +234,11 @@ class Policy:
             if not self.keeps_stale():
                 # One bad stale draft must not be the last: what is not tried is slowly trusted again.
                 self._stale_trust.add(0.0, 0.0)
-                stale_promise = self.STALE_SHARE * self._length.promised.value
-                self._stale.value += (1 - MEMORY) * (stale_promise - self._stale.value)
+                self._stale.value += (1 - MEMORY) * (self._length.promised.value - self._stale.value)
         self._choices.clear()
         self._choose_length()
         if self._plain_tokens >= self._patience:
-            worth = self.draft_rate > self.MARGIN * self.plain_rate
+            worth = self.draft_rate > self.plain_rate
             self._patience = self.PATIENCE if worth else min(2 * self._patience, self.MOST_PATIENCE)
         self._plain_tokens = 0
 
