@@ -3,21 +3,25 @@
 from dataclasses import dataclass
 
 MEMORY = 0.85
-"""Weight of the past in a moving average, for each new observation."""
+"""Weight of the past in a moving average, for each new observation, unless it says otherwise."""
 TRUSTED = 2.0
 """How many accepted drafts, all of them promised, a ratio starts from: a few say little about promises."""
 
 
 @dataclass(slots=True)
 class Average:
-    """A moving average; what it starts with counts as few observations, so the first ones weigh more."""
+    """A moving average; what it starts with counts as few observations, so the first ones weigh more.
+
+    memory: weight of the past, for each new observation.
+    """
 
     value: float
     num_observed: int = 1
+    memory: float = MEMORY
 
     def add(self, observed: float) -> None:
         self.num_observed += 1
-        weight = max(1 - MEMORY, 1 / self.num_observed)
+        weight = max(1 - self.memory, 1 / self.num_observed)
         self.value += weight * (observed - self.value)
 
 

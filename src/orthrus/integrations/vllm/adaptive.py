@@ -22,6 +22,8 @@ PATIENCE, MAX_PATIENCE = 48, 1536
 """Steps until something other than the best is tried again; doubled whenever the trial was lost."""
 MARGIN = 1.03
 """How much better another choice must be to take over."""
+MEMORY = 0.99
+"""Of the share of drafts that stand: many requests bring many observations, and few of them say little."""
 
 
 @dataclass(slots=True)
@@ -52,7 +54,7 @@ class DraftPolicy:
     def __post_init__(self) -> None:
         # Drafting much, not at all, and little: what the second takes is cheap to learn.
         self.choices = tuple(dict.fromkeys((self.most, 0, (self.most + 1) // 2)))
-        self._stood = [Average(0.0, num_observed=0) for _ in range(self.most)]
+        self._stood = [Average(0.0, num_observed=0, memory=MEMORY) for _ in range(self.most)]
 
     def choose(self, num_requests: int) -> int:
         """Drafts for each request of the step that comes."""
@@ -109,6 +111,8 @@ class DraftPolicy:
         company = self._company(num_requests)
         if verified == drafted and drafted in company.step_ms:
             company.step_ms[drafted].add(ms)
+        if company.trial is None:
+            self._switch(company)
         if company.trial is None or drafted != company.trial:
             return
         company.left -= 1
@@ -147,6 +151,13 @@ class DraftPolicy:
                 return self.most
             rates[choice] = self.tokens_per_cycle(choice) / ms
         return max(rates, key=rates.__getitem__)
+
+    def _switch(self, company: _Company) -> None:
+        """Take what has become clearly better than the current choice, without waiting for a trial of it."""
+        rates = self._rates(company)
+        best = max(rates, key=rates.__getitem__, default=company.current)
+        if company.current in rates and rates[best] > MARGIN * rates[company.current]:
+            company.current = best
 
     def _judge(self, company: _Company) -> None:
         """End a trial: keep the better of the two, and be more patient when it was in vain."""

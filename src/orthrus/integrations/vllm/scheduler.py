@@ -2,7 +2,7 @@
 
 from collections import Counter
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -10,6 +10,15 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from orthrus.integrations.vllm.adaptive import DraftPolicy, accepted
 from orthrus.integrations.vllm.settings import Settings
 from orthrus.integrations.vllm.versions import check_version
+
+
+class _Step(NamedTuple):
+    """Rows of a step's two passes, requests by how many drafts they verified, and drafts that each was asked for."""
+
+    num_rows: int
+    num_draft_rows: int
+    verified: Counter[int]
+    num_drafted: int
 
 
 class OrthrusScheduler(Scheduler):
@@ -24,33 +33,48 @@ class OrthrusScheduler(Scheduler):
         settings = Settings.of(self.vllm_config.additional_config)
         self.policy = DraftPolicy(self.num_spec_tokens, settings.adaptive)
         self._started = 0.0
+        self._pending: _Step | None = None
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        # Drafts are made after a step's tokens have been returned: a step lasts until the next one begins.
+        if self._pending is not None and self.running:
+            self._see(self._pending, (perf_counter() - self._started) * 1e3)
+        self._pending = None
+        self._started = perf_counter()
         output = super().schedule(throttle_prefills)
         output.num_spec_tokens_to_schedule = self.policy.choose(len(output.num_scheduled_tokens))
-        self._started = perf_counter()
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         if scheduler_output.num_scheduled_tokens:
-            self._learn(scheduler_output, model_runner_output, (perf_counter() - self._started) * 1e3)
+            self._pending = self._step(scheduler_output, model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
 
-    def _learn(self, planned: SchedulerOutput, found: Any, ms: float) -> None:
+    def _step(self, planned: SchedulerOutput, found: Any) -> _Step:
+        """What the step did; what became of its drafts is noted at once."""
         scheduled = planned.num_scheduled_tokens
+        sampled = found.sampled_token_ids or ()
         for request_id, drafts in planned.scheduled_spec_decode_tokens.items():
             index = found.req_id_to_index.get(request_id)
-            if index is not None and found.sampled_token_ids:
-                self.policy.see_drafts(*accepted(drafts, found.sampled_token_ids[index]))
-        num_drafted = planned.num_spec_tokens_to_schedule
-        num_drafting = sum(map(bool, found.sampled_token_ids or ())) if num_drafted else 0
-        self.policy.see_rows(sum(scheduled.values()), num_drafting * (1 + num_drafted), ms)
-        # What a choice takes is known from steps without a part of a prompt.
+            if index is not None and sampled:
+                self.policy.see_drafts(*accepted(drafts, sampled[index]))
         verified = Counter(
             len(planned.scheduled_spec_decode_tokens.get(request_id, ())) for request_id in scheduled
         )
-        if sum(scheduled.values()) == sum(count * (1 + drafts) for drafts, count in verified.items()):
-            usual, count = verified.most_common(1)[0]
+        num_drafted = planned.num_spec_tokens_to_schedule
+        return _Step(
+            num_rows=sum(scheduled.values()),
+            num_draft_rows=sum(map(bool, sampled)) * (1 + num_drafted) if num_drafted else 0,
+            verified=verified,
+            num_drafted=num_drafted,
+        )
+
+    def _see(self, step: _Step, ms: float) -> None:
+        self.policy.see_rows(step.num_rows, step.num_draft_rows, ms)
+        num_requests = step.verified.total()
+        # What a choice takes is known from steps without a part of a prompt.
+        if step.num_rows == sum(count * (1 + drafts) for drafts, count in step.verified.items()):
+            usual, count = step.verified.most_common(1)[0]
             # Requests about to end draft fewer.
-            if 4 * count >= 3 * len(scheduled):
-                self.policy.see_step(len(scheduled), usual, num_drafted, ms)
+            if 4 * count >= 3 * num_requests:
+                self.policy.see_step(num_requests, usual, step.num_drafted, ms)
