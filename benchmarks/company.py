@@ -59,7 +59,7 @@ def long_prompt(
         # Other beginnings, so that nothing is found in the store of pages.
         long = [1 + repeat, *ids[1:]]
         times: list[float] = []
-        alone = orthrus.submit([5, *long[1:]], decode_config(strategy="auto", max_new_tokens=1))
+        alone = orthrus.submit([100 + repeat, *long[1:]], decode_config(strategy="auto", max_new_tokens=1))
         while not alone.closed:
             start = time.perf_counter()
             engine.step()
