@@ -64,7 +64,7 @@ def check_every_way(runner: Runner, params: SamplingParams, expected: tuple[int,
 
 @pytest.fixture(autouse=True)
 def made_up_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orthrus.engine.engine.pass_costs", lambda *_: Costs(FLAT, FLAT))
+    monkeypatch.setattr("orthrus.engine.engine.pass_costs", lambda *_, **__: Costs(FLAT, FLAT))
 
 
 @pytest.mark.parametrize("where", WHERE)
