@@ -36,8 +36,6 @@ LEGEND = {
     "to_plain": "tokens_per_second / that of plain decoding, likewise",
     "tokens_per_pass": "new tokens / passes that decoded",
 }
-
-
 _ROWS = (1, 8, 16, 32, 64, 128)
 
 
@@ -56,20 +54,13 @@ MACHINES = {
 """flat: rows cost next to nothing, as on a GPU with memory to spare. middle: as with AVX-512 in float32."""
 
 
-class TableAlone(Prices):
-    """Prices that do not follow the machine."""
-
-    def observe(self, num_ar: int, num_block: int, num_projected: int, measured_ms: float) -> None:
-        """Nothing is learnt."""
-
-
 class Priced(Engine):
-    """An engine that adds up what the table names for its passes. prices: of the table, for good."""
+    """An engine that adds up what the table names for its passes. Its prices do not follow the machine."""
 
     def __init__(self, runner: Runner, table: CostTable, policy: type[Policy], concurrency: int) -> None:
         config = EngineConfig(reuse=False, max_running=concurrency, policy=policy)
         super().__init__(runner, config, observers=[self._add])
-        self.table, self.fixed = table, TableAlone(table)
+        self.table, self.fixed = table, Prices(table)
         self.ms, self.num_passes = 0.0, 0
 
     def prices(self, *, greedy: bool) -> Prices:
@@ -81,14 +72,12 @@ class Priced(Engine):
         parts = [span.part for span in p.spans]
         # Of a prompt's chunk one row at most is judged. What decodes beside one costs the difference.
         num_prompt_rows = sum(part.num_ar for part in parts if len(part.judged) < part.num_ar)
-        num_blocks = sum(
-            (part.num_rows - part.num_ar) // part.block_size for part in parts if part.block_size
-        )
-        num_guesses = sum(
-            (part.num_rows - part.num_ar) // part.block_size * dual.config.num_guesses(part.block_size)
+        blocks = [
+            ((part.num_rows - part.num_ar) // part.block_size, dual.config.num_guesses(part.block_size))
             for part in parts
             if part.block_size
-        )
+        ]
+        num_blocks, num_guesses = sum(n for n, _ in blocks), sum(n * guesses for n, guesses in blocks)
         num_projected = joint_guesses(num_guesses, own_head=dual.draft_head is not None)
         if p.num_ar_rows == num_prompt_rows:
             return
@@ -153,21 +142,12 @@ class BelievesFresh(Policy):
         super().__post_init__()
 
 
-class Patient(Ratio):
-    """Promises are corrected slowly, by four times as many drafts."""
-
-    def add(self, came: float, promised: float) -> None:
-        """Moving sums with a longer memory, which begin with more."""
-        if self.promised == self.came == TRUSTED:
-            self.came = self.promised = 4 * TRUSTED
-        memory = 1 - (1 - MEMORY) / 4
-        self.came = memory * self.came + (1 - memory) * 4 * TRUSTED + came
-        self.promised = memory * self.promised + (1 - memory) * 4 * TRUSTED + promised
-
-
 class CorrectsSlowly(Policy):
+    """Promises are corrected over four times as many drafts."""
+
     def __post_init__(self) -> None:
-        self._fresh_trust, self._stale_trust = Patient(), Patient()
+        memory, start = 1 - (1 - MEMORY) / 4, 4 * TRUSTED
+        self._fresh_trust, self._stale_trust = Ratio(memory, start), Ratio(memory, start)
         super().__post_init__()
 
 

@@ -27,7 +27,7 @@ PAGES = ("README.md", "docs/measured.md")
 LLAMA = "against-llama-cpp-avx512-cpu.json"
 MISSING = "not measured"
 NO_INT8 = "none"
-"""transformers has no int8 for processors; our int8 linears, run by it, are no rival."""
+"""transformers has no int8 of its own on a CPU, and our int8 linears, run by it, are no rival."""
 NAMES = {
     "gsm8k": "GSM8K",
     "math500": "MATH-500",

@@ -1,6 +1,6 @@
 """Moving averages: of values, whose first observations weigh more, and of what came of what was promised."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MEMORY = 0.85
 """Weight of the past in a moving average, for each new observation, unless it says otherwise."""
@@ -27,15 +27,23 @@ class Average:
 
 @dataclass(slots=True)
 class Ratio:
-    """What came true of what was promised, as moving sums that start from, and return to, as much of both."""
+    """What came true of what was promised, as moving sums that start from, and return to, as much of both.
 
-    came: float = TRUSTED
-    promised: float = TRUSTED
+    memory: weight of the past, for each new observation. start: what both sums start from.
+    """
+
+    memory: float = MEMORY
+    start: float = TRUSTED
+    came: float = field(init=False)
+    promised: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.came = self.promised = self.start
 
     @property
     def value(self) -> float:
         return self.came / self.promised
 
     def add(self, came: float, promised: float) -> None:
-        self.came = MEMORY * self.came + (1 - MEMORY) * TRUSTED + came
-        self.promised = MEMORY * self.promised + (1 - MEMORY) * TRUSTED + promised
+        self.came = self.memory * self.came + (1 - self.memory) * self.start + came
+        self.promised = self.memory * self.promised + (1 - self.memory) * self.start + promised

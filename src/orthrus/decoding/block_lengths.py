@@ -37,7 +37,7 @@ class BlockLength:
         return 1 + self.num_guesses
 
 
-def block_lengths(most_guesses: int, lengths: Sequence[int] = LENGTHS) -> list[BlockLength]:
+def block_lengths(most_guesses: int, lengths: Sequence[int]) -> list[BlockLength]:
     """The lengths to choose from, shortest first, with what is expected of them at first."""
     sizes = [n for n in lengths if n < most_guesses]
     return [

@@ -31,10 +31,10 @@ class Policy:
     alone shows little where little is verified); by number of blocks, how often the text went on exactly
     where one of them stood; and how often a stale draft was left where it did not.
 
-    PATIENCE: plain tokens before drafting gets another chance, doubled up to MOST_PATIENCE whenever the chance
-    was wasted. SHARED: how much more the rows that are added to a pass of several requests count than the table says: a
-    request's draft costs time beside the pass too, and what one request adds, all wait for. LENGTHS: see
-    `block_lengths`. `benchmarks/policy_ablation.py` shows what each of them is worth.
+    PATIENCE: plain tokens before drafting gets another chance; doubled, up to MOST_PATIENCE, whenever the chance
+    was wasted. SHARED: how much more the rows that are added to a pass of several requests count than the table
+    says, because a request's draft costs time beside the pass too, and all requests wait for it. LENGTHS: see
+    `block_lengths`. `benchmarks/policy_ablation.py` measures what each of them is worth.
     """
 
     PATIENCE: ClassVar[int] = 24

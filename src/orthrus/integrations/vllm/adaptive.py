@@ -97,7 +97,8 @@ class DraftPolicy:
 
     def see_rows(self, num_ar_rows: int, num_draft_rows: int, ms: float) -> None:
         """The time of any step, with parts of prompts or without."""
-        self._times.see(num_ar_rows, num_draft_rows, ms)
+        if self.adaptive:
+            self._times.see(num_ar_rows, num_draft_rows, ms)
 
     def see_drafts(self, num_drafts: int, num_accepted: int) -> None:
         """What became of one request's drafts."""
@@ -156,21 +157,23 @@ class DraftPolicy:
         """Take what has become clearly better than the current choice, without waiting for a trial of it."""
         rates = self._rates(company)
         best = max(rates, key=rates.__getitem__, default=company.current)
-        if company.current in rates and rates[best] > MARGIN * rates[company.current]:
+        if _beats(rates, best, company.current):
             company.current = best
 
     def _judge(self, company: _Company) -> None:
         """End a trial: keep the better of the two, and be more patient when it was in vain."""
         trial, company.trial = company.trial, None
         assert trial is not None, "there is no trial to judge"
-        rates = self._rates(company)
-        known = rates.get(company.current)
-        won = known is not None and trial in rates and rates[trial] > MARGIN * known
-        if won:
+        if _beats(self._rates(company), trial, company.current):
             company.current, company.patience = trial, PATIENCE
         else:
             company.patience = min(2 * company.patience, MAX_PATIENCE)
         company.until_trial = company.patience
+
+
+def _beats(rates: dict[int, float], choice: int, current: int) -> bool:
+    """Whether a choice is clearly better than the current one; not where one of them has not been timed."""
+    return choice in rates and current in rates and rates[choice] > MARGIN * rates[current]
 
 
 def accepted(drafts: Sequence[int], sampled: Sequence[int]) -> tuple[int, int]:
