@@ -26,6 +26,17 @@ OPENINGS: dict[str, tuple[str, ...]] = {
         "Write a ", "Write a short story about ", "Write an email ", "Compose ", "Draft a ", "Describe ",
     ),
     "summary": ("Summarize the following text: ", "Summarize: ", "Rewrite the following paragraph: "),
+    "translation": (
+        "Translate German to English: ", "Translate to French: ", "Translate this sentence into Spanish: ",
+        "Translate English to German: ", "Translate the following text from French to English: ",
+    ),
+    "questions": (
+        "Who was ", "Where is ", "When did ", "What is the name of ", "Which ", "Who wrote ", "What year did ",
+    ),
+    "reading": (
+        "Read the passage and answer the question.\n\nPassage: ", "Context: ", "Answer the question from the text.\n\n",
+        "Extract all names and dates from this text: ",
+    ),
 }  # fmt: skip
 _MARK = "\u241f"
 
@@ -51,7 +62,7 @@ def self_prompts(
     counts: dict[str, int],
     *,
     seed: int,
-    max_tokens: int = 120,
+    max_tokens: int = 240,
     min_words: int = 4,
 ) -> Iterator[tuple[str, str]]:
     """Yield (text, domain) for `counts[domain]` attempts each; cut, short and repetitive ones are dropped."""
