@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from orthrus.errors import MissingExtraError, UserInputError
-from orthrus.training.dataset_prompts import first_user_turn, open_dataset
+from orthrus.training.dataset_prompts import open_dataset, user_turns
 
 
 @pytest.fixture(autouse=True)
@@ -32,30 +32,30 @@ SHARED = [
 
 
 @pytest.mark.parametrize(
-    ("record", "text"),
+    ("record", "turns"),
     [
-        ({"prompt": "Why?", "messages": SHARED[:1]}, "Why?"),
-        ({"question": "Why?", "answer": "So."}, "Why?"),
-        ({"instruction": "Why?", "input": "", "output": "So."}, "Why?"),
-        ({"instruction": "Translate.", "input": "Why?"}, "Translate.\n\nWhy?"),
-        ({"turns": ["Why?", "And then?"]}, "Why?"),
-        ({"messages": MESSAGES}, "Why?"),
-        ({"conversations": SHARED}, "Why?"),
+        ({"prompt": "Why?", "messages": SHARED[:1]}, ("Why?",)),
+        ({"question": "Why?", "answer": "So."}, ("Why?",)),
+        ({"instruction": "Why?", "input": "", "output": "So."}, ("Why?",)),
+        ({"instruction": "Translate.", "input": "Why?"}, ("Translate.\n\nWhy?",)),
+        ({"turns": ["Why?", "And then?"]}, ("Why?", "And then?")),
+        ({"messages": MESSAGES}, ("Why?",)),
+        ({"conversations": SHARED}, ("Why?",)),
         # As trainers of preferences store them.
-        ({"prompt": MESSAGES, "chosen": SHARED}, "Why?"),
+        ({"prompt": MESSAGES, "chosen": SHARED}, ("Why?",)),
     ],
 )
-def test_the_usual_shapes(tmp_path: Path, record: dict[str, Any], text: str) -> None:
+def test_the_usual_shapes(tmp_path: Path, record: dict[str, Any], turns: tuple[str, ...]) -> None:
     found = open_dataset(write_jsonl(tmp_path / "set", record), None, "train")
-    assert found.texts(None, 0) == found.texts(1, 0) == [text]
+    assert found.turns(None, 0) == found.turns(1, 0) == [turns]
     assert found.column == next(iter(record))
     assert found.revision
 
 
 def test_messages_stored_by_column_and_what_holds_no_turn() -> None:
-    assert first_user_turn({"role": ["system", "user"], "content": ["x", "Why?"]}) == "Why?"
+    assert user_turns({"role": ["system", "user"], "content": ["x", "Why?"]}) == ("Why?",)
     for nothing in (None, "  ", [], {}, 3, [3], MESSAGES[:1], [{"role": "user", "content": None}]):
-        assert first_user_turn(nothing) is None
+        assert user_turns(nothing) == ()
 
 
 def test_parquet_is_read_and_only_what_is_needed(tmp_path: Path) -> None:
@@ -63,17 +63,17 @@ def test_parquet_is_read_and_only_what_is_needed(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "set" / "train-00000-of-00001.parquet"))
     found = open_dataset(str(tmp_path / "set"), None, "train")
-    assert found.texts(None, 0) == ["One?", "Three?"]
+    assert found.turns(None, 0) == [("One?",), ("Three?",)]
     assert [list(row) for row in found.rows] == [["question"]] * 3
 
 
 def test_a_count_is_drawn_with_the_seed(tmp_path: Path) -> None:
     folder = write_jsonl(tmp_path / "set", *({"prompt": f"Number {i}?"} for i in range(40)))
 
-    def draw(count: int | None, seed: int) -> list[str]:
-        return open_dataset(folder, None, "train").texts(count, seed)
+    def draw(count: int | None, seed: int) -> list[tuple[str, ...]]:
+        return open_dataset(folder, None, "train").turns(count, seed)
 
-    assert draw(None, 1) == [f"Number {i}?" for i in range(40)]
+    assert draw(None, 1) == [(f"Number {i}?",) for i in range(40)]
     assert draw(5, 1) == draw(5, 1) != draw(5, 2)
     assert draw(5, 1) != draw(None, 1)[:5]
     assert sorted(draw(99, 1)) == sorted(draw(None, 1))
@@ -95,10 +95,10 @@ def test_what_cannot_be_used_is_said_in_one_sentence(tmp_path: Path) -> None:
         open_dataset("nobody/nothing", None, "train")
     silent = write_jsonl(tmp_path / "silent", {"messages": MESSAGES[:1]})
     with pytest.raises(UserInputError, match="holds a user turn in its column 'messages'"):
-        open_dataset(silent, None, "train").texts(None, 0)
+        open_dataset(silent, None, "train").turns(None, 0)
     (tmp_path / "set" / "train.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": ')
     with pytest.raises(UserInputError, match="cannot be read"):
-        open_dataset(folder, None, "train").texts(None, 0)
+        open_dataset(folder, None, "train").turns(None, 0)
 
 
 def test_an_unknown_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

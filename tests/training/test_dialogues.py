@@ -52,7 +52,7 @@ def say(dialogue: Dialogue, text: str, *, finished: bool = True, most_tokens: in
 
 
 def test_given_turns_are_asked_one_after_the_other_and_read_as_the_template_writes_them() -> None:
-    dialogue = begin(BASE, ["Hi there", "And then?"], "chat")
+    dialogue = begin(BASE.encode_prompt("Hi there"), ["And then?"], "chat")
     assert text_of(dialogue.prompt_ids) == "U Hi there</s> A "
     dialogue = say(dialogue, "Hello")
     messages = [
@@ -71,7 +71,7 @@ def test_given_turns_are_asked_one_after_the_other_and_read_as_the_template_writ
 
 
 def test_the_model_writes_the_turns_that_are_missing() -> None:
-    dialogue = say(begin(BASE, ["Hi there"], "chat", num_turns=2), "Hello")
+    dialogue = say(begin(BASE.encode_prompt("Hi there"), [], "chat", num_turns=2), "Hello")
     assert dialogue.side == "user"
     assert text_of(dialogue.prompt_ids) == "U Hi there</s> A Hello</s> U "
     dialogue = say(dialogue, "What is new")
@@ -83,7 +83,7 @@ def test_the_model_writes_the_turns_that_are_missing() -> None:
 
 
 def test_no_more_turns_are_asked_than_are_wanted() -> None:
-    dialogue = say(begin(BASE, ["One", "Two", "Three"], "chat", num_turns=1), "Hello")
+    dialogue = say(begin(BASE.encode_prompt("One"), ["Two", "Three"], "chat", num_turns=1), "Hello")
     assert dialogue.side is None
     sample = dialogue.sample()
     assert sample == Sample(tuple(dialogue.first_ids), (*ids("Hello"), END), "chat")
@@ -97,7 +97,7 @@ def test_no_more_turns_are_asked_than_are_wanted() -> None:
 def test_an_answer_after_which_nobody_would_go_on_ends_the_dialogue(
     said: str, finished: bool, most_tokens: int
 ) -> None:
-    dialogue = begin(BASE, ["Hi there", "And then?"], "chat", num_turns=5)
+    dialogue = begin(BASE.encode_prompt("Hi there"), ["And then?"], "chat", num_turns=5)
     dialogue = say(dialogue, said, finished=finished, most_tokens=most_tokens)
     assert dialogue.side is None
     assert (dialogue.sample() is None) == (said != "Hello")
@@ -107,7 +107,7 @@ def test_an_answer_after_which_nobody_would_go_on_ends_the_dialogue(
     ("said", "finished"), [("Go on", False), ("x", True), ("", True), ("Hi Hi " * 8, True)]
 )
 def test_a_poor_turn_of_the_user_ends_the_dialogue_before_it(said: str, finished: bool) -> None:
-    dialogue = say(begin(BASE, ["Hi there"], "chat", num_turns=3), "Hello")
+    dialogue = say(begin(BASE.encode_prompt("Hi there"), [], "chat", num_turns=3), "Hello")
     dialogue = say(dialogue, said, finished=finished)
     assert dialogue.side is None
     sample = dialogue.sample()
@@ -116,7 +116,7 @@ def test_a_poor_turn_of_the_user_ends_the_dialogue_before_it(said: str, finished
 
 
 def test_blocks_train_answers_alone() -> None:
-    dialogue = begin(BASE, ["Hi there"], "chat", num_turns=2)
+    dialogue = begin(BASE.encode_prompt("Hi there"), [], "chat", num_turns=2)
     for text in ("Hello you", "What is new", "Nothing new"):
         dialogue = say(dialogue, text)
     sample = dialogue.sample()

@@ -17,7 +17,7 @@ from orthrus.errors import OrthrusError
 from orthrus.training import manifest
 from orthrus.training.corpus import read_source
 from orthrus.training.packs import packed_corpora
-from orthrus.training.prompt_sources import read_prompt_texts
+from orthrus.training.prompt_sources import read_prompts_of
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.recipe_file import load_recipe
 from orthrus.training.run_folder import STATE_FILE, check_run_folder
@@ -140,7 +140,7 @@ def test_lines_of_a_corpus_that_are_no_records(tmp_path: Path, line: bytes) -> N
     with pytest.raises(OrthrusError, match="line 1"):
         read_source(tmp_path / "source-00.jsonl")
     with pytest.raises(OrthrusError):
-        read_prompt_texts(tmp_path / "source-00.jsonl")
+        read_prompts_of(tmp_path / "source-00.jsonl")
 
 
 def test_a_truncated_shard_a_mark_and_folders_in_the_place_of_files(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from orthrus.errors import UserInputError
 from orthrus.training.corpus import Unseen, normalised
-from orthrus.training.prompt_sources import read_prompt_texts
+from orthrus.training.prompt_sources import read_prompts_of
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.recipe_file import load_recipe
 from orthrus.training.trainer import rows_of_step
@@ -25,10 +25,10 @@ def test_a_prompt_file_that_is_no_text_is_refused(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(UserInputError, match="UTF-8"):
-        read_prompt_texts(file)
+        read_prompts_of(file)
     file.write_text('{"messages": [{"role": "system", "content": "abc"}]}')
     with pytest.raises(UserInputError, match="line 1: no user turn"):
-        read_prompt_texts(file)
+        read_prompts_of(file)
 
 
 def test_any_seed_that_fits_gives_rows():

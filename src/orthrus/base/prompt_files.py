@@ -13,11 +13,15 @@ _KEYS = ("prompt", "messages", "turns")
 
 @dataclass(frozen=True, slots=True)
 class FilePrompt:
-    """`prompt`: text (one user turn) or chat messages. `domain` None: the line has none. `line`: from 1."""
+    """`prompt`: text (one user turn) or chat messages. `domain` None: the line has none. `line`: from 1.
+
+    more_turns: the user turns behind the first one, of a line with `turns`.
+    """
 
     prompt: str | list[dict[str, str]]
     domain: str | None
     line: int
+    more_turns: tuple[str, ...] = ()
 
 
 def is_domain(value: object) -> bool:
@@ -27,7 +31,7 @@ def is_domain(value: object) -> bool:
 
 def read_prompt_file(path: Path) -> list[FilePrompt]:
     """The prompts of a JSONL file: `prompt` (text), `messages` (role and content each) or `turns` (a list of
-    texts, of which only the first is asked) on each line, and optionally `domain`.
+    user texts) on each line, and optionally `domain`.
 
     Raises UserInputError for a file that cannot be read or holds no prompts, and for a bad line, named.
     """
@@ -73,12 +77,12 @@ def _prompt(record: Any, line: int) -> FilePrompt:
     value = record[given[0]]
     if given[0] == "messages":
         return FilePrompt(_messages(value), domain, line)
-    if given[0] == "turns":
-        value = value[0] if isinstance(value, list) and value else None
-    if not isinstance(value, str) or not value.strip():
+    turns = value if given[0] == "turns" else [value]
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
         raise UserInputError(f"'{given[0]}' must hold some text.")
-    _require_text(value)
-    return FilePrompt(value, domain, line)
+    for turn in turns:
+        _require_text(turn)
+    return FilePrompt(turns[0], domain, line, tuple(turns[1:]))
 
 
 def _require_text(value: str) -> None:

@@ -92,5 +92,5 @@ def _from_hub(data: DataSet, limit: int | None) -> list[BenchPrompt]:
     from orthrus.training.dataset_prompts import open_dataset
 
     assert data.hub is not None
-    texts = open_dataset(data.hub, data.config, data.split).texts(None, 0)[:limit]
-    return [BenchPrompt(text + data.suffix, data.name) for text in texts]
+    turns = open_dataset(data.hub, data.config, data.split).turns(None, 0)[:limit]
+    return [BenchPrompt(first + data.suffix, data.name) for first, *_ in turns]

@@ -45,8 +45,8 @@ def synth(
         list[str] | None,
         typer.Option(
             metavar="DOMAIN=COUNT",
-            help="Let the model make prompts itself: math, code, chat, writing, summary or another name; "
-            "may be repeated. Without any source: 200 of each of the five.",
+            help="Let the model make prompts itself: math, code, chat, writing, summary, translation, questions, "
+            "reading or another name; may be repeated. Without any source: 200 of each of the first five.",
         ),
     ] = None,
     suffix: Annotated[
@@ -61,6 +61,14 @@ def synth(
         typer.Option(
             metavar="FILE",
             help="JSONL whose prompts must not occur; may be repeated. The built-in bench prompts never do.",
+        ),
+    ] = None,
+    turns: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Answers of each dialogue: the model writes the user turns that are missing. Left out: one answer "
+            "to each user turn of the prompts.",
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="The longest answer.")] = 256,
@@ -100,6 +108,7 @@ def synth(
     config = SynthConfig(
         sources=parse_sources(prompts or [], dataset or [], self_prompts or [], suffix or []),
         held_out=tuple(str(file) for file in held_out or ()),
+        turns=turns,
         greedy_share=greedy_share,
         temperature=temperature,
         max_new_tokens=max_new_tokens,

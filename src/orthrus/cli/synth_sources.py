@@ -57,10 +57,10 @@ def check_sources(config: "SynthConfig", folder: Path) -> None:
     """
     from orthrus.training.corpus import source_path
     from orthrus.training.dataset_prompts import open_dataset
-    from orthrus.training.prompt_sources import read_prompt_texts
+    from orthrus.training.prompt_sources import read_prompts_of
 
     for file in (*(s.file for s in config.sources if s.file), *config.held_out):
-        read_prompt_texts(Path(file))
+        read_prompts_of(Path(file))
     for number, source in enumerate(config.sources):
         if source.dataset is not None and not source_path(folder, number).is_file():
             open_dataset(source.dataset, source.config, source.split)

@@ -2,9 +2,9 @@
 
 Layout of a corpus folder: `manifest.json` (provenance), `source-00.jsonl`, ... (one {"prompt", "domain"} a
 line, a file for each source of prompts), `prompts.jsonl` (one {"prompt_ids", "domain", "prompt"} a line: what
-is left of all sources, and the text that the ids hold), `answers-00000.jsonl`, ... (one {"prompt",
-"answer_ids", "finished"} a line; of dialogues of several turns with "spans" besides; without ids, and with
-"left_out", where a server's answer could not be kept).
+is left of all sources, and the text that the ids hold), `answers-00000.jsonl`, ... (one {"prompt", "answer_ids",
+"finished"} a line; of dialogues of several turns with "spans" besides; without ids, and with "left_out", where a
+server's answer could not be kept). A prompt's "turns" are the user turns behind its first.
 """
 
 import json
@@ -67,6 +67,11 @@ class Unseen:
         self._seen.add(key)
         return True
 
+    def holds_out(self, text: str) -> bool:
+        """Whether a later turn of a dialogue repeats a held-out text; short ones like "Why?" are everybody's."""
+        key = normalised(text)
+        return any(held in key for held in self._held_out)
+
 
 def write_jsonl(file: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write a whole JSONL file in one step."""
@@ -100,16 +105,23 @@ def _record(line: bytes, file: Path, number: int) -> dict[str, Any]:
 
 
 def read_source(file: Path) -> list[dict[str, Any]]:
-    """The texts of one source, each {"prompt", "domain"}; CorruptFileError names file and line."""
+    """The texts of one source, each {"prompt", "domain"} and perhaps "turns"; CorruptFileError names file and line."""
     records = list(read_jsonl(file))
     for number, record in enumerate(records, 1):
         if not isinstance(record.get("prompt"), str) or not is_domain(record.get("domain")):
             raise _damaged(file, number, "has no texts 'prompt' and 'domain'")
+        _check_turns(record, file, number)
     return records
 
 
+def _check_turns(record: dict[str, Any], file: Path, number: int) -> None:
+    turns = record.get("turns", [])
+    if not isinstance(turns, list) or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise _damaged(file, number, "has 'turns' that are not a list of texts")
+
+
 def read_prompts(folder: Path) -> Iterator[dict[str, Any]]:
-    """The prompts of a corpus, each {"prompt_ids", "domain"} and, of most, "prompt", their text.
+    """The prompts of a corpus, each {"prompt_ids", "domain"} and, of most, "prompt", their text, and "turns".
 
     CorruptFileError names file and line.
     """
@@ -121,6 +133,7 @@ def read_prompts(folder: Path) -> Iterator[dict[str, Any]]:
             raise _damaged(file, number, "has no text 'domain'")
         if not isinstance(record.get("prompt", ""), str):
             raise _damaged(file, number, "has a 'prompt' that is no text")
+        _check_turns(record, file, number)
         yield record
 
 

@@ -1,4 +1,4 @@
-"""Prompts from data sets of the Hugging Face hub, or of a local folder: the first user turn of each row."""
+"""Prompts from data sets of the Hugging Face hub, or of a local folder: the user turns of each row."""
 
 import re
 from collections.abc import Iterator
@@ -35,8 +35,8 @@ class DatasetRows:
     column: str
     rows: Any
 
-    def texts(self, count: int | None, seed: int) -> list[str]:
-        """`count` prompts drawn with `seed`, or all of them in order; rows without a user turn do not count.
+    def turns(self, count: int | None, seed: int) -> list[tuple[str, ...]]:
+        """The user turns of `count` rows drawn with `seed`, or of all in order; rows without a user turn do not count.
 
         Raises UserInputError when there is none, or the data set cannot be read to the end.
         """
@@ -44,7 +44,7 @@ class DatasetRows:
             rows = self.rows
             if count is not None:
                 rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS)
-            found = list(islice(filter(None, (_text(row, self.column) for row in rows)), count))
+            found = list(islice(filter(None, (_turns(row, self.column) for row in rows)), count))
         if not found:
             raise UserInputError(
                 f"no row of the data set {self.name} holds a user turn in its column '{self.column}'; name "
@@ -88,25 +88,27 @@ def open_dataset(name: str, config: str | None, split: str) -> DatasetRows:
     return DatasetRows(name, str(builder.hash), column, rows.select_columns(wanted))
 
 
-def first_user_turn(value: Any) -> str | None:
-    """The first user turn of text, a list of turns, or messages (role and content, or from and value)."""
+def user_turns(value: Any) -> tuple[str, ...]:
+    """The user turns of text, a list of turns, or messages (role and content, or from and value)."""
     if isinstance(value, dict):
         # Some data sets store messages by column.
         value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=False)]
-    turns = value if isinstance(value, list) else [value]
-    for turn in turns:
+    found = []
+    for turn in value if isinstance(value, list) else [value]:
         if isinstance(turn, dict):
             said = turn.get("content", turn.get("value"))
             turn = said if str(turn.get("role", turn.get("from"))).lower() in _USERS else None
         if isinstance(turn, str) and turn.strip():
-            return turn
-    return None
+            found.append(turn)
+    return tuple(found)
 
 
-def _text(row: dict[str, Any], column: str) -> str | None:
-    text = first_user_turn(row.get(column))
+def _turns(row: dict[str, Any], column: str) -> tuple[str, ...]:
+    turns = user_turns(row.get(column))
     more = row.get(_INPUT)
-    return f"{text}\n\n{more}" if text and isinstance(more, str) and more.strip() else text
+    if turns and isinstance(more, str) and more.strip():
+        return (f"{turns[0]}\n\n{more}", *turns[1:])
+    return turns
 
 
 @contextmanager

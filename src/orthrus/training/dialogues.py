@@ -5,7 +5,7 @@ what came. A dialogue is one run of token ids, so the base never reads its own a
 again: what it wrote is what the next turn, and training, sees.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -92,20 +92,20 @@ def turn_template(base: Base) -> TurnTemplate:
     return TurnTemplate(to_user, to_answer)
 
 
-def begin(base: Base, turns: Sequence[str], domain: str, *, num_turns: int | None = None) -> Dialogue:
-    """A dialogue that opens with the first of `turns`.
+def begin(
+    first_ids: Sequence[int], more_turns: Sequence[str], domain: str, *, num_turns: int | None = None
+) -> Dialogue:
+    """A dialogue that opens with a user turn, given through the chat template, and goes on with `more_turns`.
 
     num_turns: how many answers it is to have: given turns beyond it are left out, and turns that are missing
-    the model writes itself. None: one answer for each given turn. Raises UserInputError without a turn.
+    the model writes itself. None: one answer for each given turn.
     """
-    if not turns:
-        raise UserInputError("a dialogue needs a user turn to open with.")
-    number = len(turns) if num_turns is None else num_turns
+    number = 1 + len(more_turns) if num_turns is None else num_turns
     return Dialogue(
-        first_ids=tuple(base.encode_prompt(turns[0])),
+        first_ids=tuple(first_ids),
         domain=domain,
-        given=tuple(turns[1:number]),
-        num_own=max(0, number - len(turns)),
+        given=tuple(more_turns[: number - 1]),
+        num_own=max(0, number - 1 - len(more_turns)),
     )
 
 
@@ -152,16 +152,16 @@ def user_said(
     *,
     finished: bool,
     most_tokens: int,
-    seen: Collection[str] = (),
+    refused: Callable[[str], bool] = lambda _: False,
 ) -> Dialogue:
     """The dialogue after the model wrote the user's next turn itself.
 
-    It ends where that turn was cut off, is hardly a text, goes round in circles or is one of `seen`.
+    It ends where that turn was cut off, is hardly a text, goes round in circles or is refused.
     """
     assert dialogue.side == "user"
     words = _without_end(token_ids, base)
     text = str(base.tokenizer.decode(words, skip_special_tokens=True)).strip()
-    poor = len(text.split()) < _MIN_WORDS or is_repetitive(words) or text in seen
+    poor = len(text.split()) < _MIN_WORDS or is_repetitive(words) or refused(text)
     if not finished or poor:
         return replace(dialogue, side=None)
     ids = (*dialogue.ids, *words, *_encoded(base, template.to_answer))

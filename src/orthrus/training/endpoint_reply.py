@@ -49,7 +49,8 @@ def request_body(question: Question, form: Form, model: str, max_new_tokens: int
         return body | {"prompt": question.prompt_ids}
     if question.text is None:
         raise UserInputError(
-            "this server takes chat messages only, so it cannot make prompts; give --prompts or --dataset."
+            "this server takes chat messages only, so it can neither make prompts nor go on in a dialogue; give "
+            "--prompts or --dataset, and --turns 1."
         )
     return body | {"messages": [{"role": "user", "content": question.text}]}
 

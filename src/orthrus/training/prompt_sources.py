@@ -3,16 +3,23 @@
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from orthrus.base.loading import Base
 from orthrus.base.prompt_files import FilePrompt, is_domain, read_prompt_file
 from orthrus.errors import UserInputError
 from orthrus.training.answers import Answerer
-from orthrus.training.dataset_prompts import first_user_turn, open_dataset
+from orthrus.training.dataset_prompts import open_dataset, user_turns
 from orthrus.training.self_prompts import self_prompts
 
 NO_DOMAIN = "other"
+
+
+class Prompt(NamedTuple):
+    """The user turns of a dialogue, at least one, and the domain that they count to."""
+
+    turns: tuple[str, ...]
+    domain: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,32 +44,33 @@ class PromptSource:
 
 def gather_prompts(
     source: PromptSource, base: Base, answerer: Answerer, *, seed: int
-) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """((text, domain) of each prompt, facts for the manifest). Raises UserInputError as the readers do."""
+) -> tuple[list[Prompt], dict[str, Any]]:
+    """(the prompts, facts for the manifest). Raises UserInputError as the readers do."""
     if source.file is not None:
-        texts = read_prompt_texts(Path(source.file), source.domain)
-        Random(seed).shuffle(texts)
-        return texts[: source.count], {"file": source.file}
+        prompts = read_prompts_of(Path(source.file), source.domain)
+        Random(seed).shuffle(prompts)
+        return prompts[: source.count], {"file": source.file}
     if source.dataset is not None:
         found = open_dataset(source.dataset, source.config, source.split)
         domain = source.domain or NO_DOMAIN
         facts = {"dataset": source.dataset, "config": source.config, "split": source.split}
         facts |= {"revision": found.revision, "column": found.column}
-        return [(text, domain) for text in found.texts(source.count, seed)], facts
+        return [Prompt(turns, domain) for turns in found.turns(source.count, seed)], facts
     counts = {source.domain or "chat": source.count or 0}
-    return list(self_prompts(base, answerer, counts, seed=seed)), {"file": None}
+    made = self_prompts(base, answerer, counts, seed=seed)
+    return [Prompt((text,), domain) for text, domain in made], {"file": None}
 
 
-def read_prompt_texts(file: Path, domain: str | None = None) -> list[tuple[str, str]]:
-    """(text, domain) of each line of a JSONL file; of messages, the first user turn only.
+def read_prompts_of(file: Path, domain: str | None = None) -> list[Prompt]:
+    """The prompt on each line of a JSONL file; of messages, the user turns only.
 
     Raises UserInputError naming file and line for anything else, and for a file without prompts.
     """
-    return [(_user_text(file, p), domain or p.domain or NO_DOMAIN) for p in read_prompt_file(file)]
+    return [Prompt(_user_turns(file, p), domain or p.domain or NO_DOMAIN) for p in read_prompt_file(file)]
 
 
-def _user_text(file: Path, prompt: FilePrompt) -> str:
-    text = first_user_turn(prompt.prompt)
-    if text is None:
+def _user_turns(file: Path, prompt: FilePrompt) -> tuple[str, ...]:
+    turns = user_turns(prompt.prompt)
+    if not turns:
         raise UserInputError(f"{file}, line {prompt.line}: no user turn; add one to 'messages'.")
-    return text
+    return (*turns, *prompt.more_turns)

@@ -1,7 +1,8 @@
 """Fill a corpus folder: gather prompts once, then answer them shard by shard; a stopped run goes on."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from random import Random
 from time import monotonic
@@ -15,7 +16,7 @@ from orthrus.decoding.noise import choice_seed
 from orthrus.errors import UserInputError
 from orthrus.model.twin import stock
 from orthrus.training import manifest
-from orthrus.training.answers import Answer, Answerer, Question
+from orthrus.training.answers import Answerer, Question
 from orthrus.training.corpus import (
     PROMPTS,
     Unseen,
@@ -25,19 +26,24 @@ from orthrus.training.corpus import (
     source_path,
     write_jsonl,
 )
-from orthrus.training.prompt_sources import PromptSource, gather_prompts, read_prompt_texts
-from orthrus.training.self_prompts import is_repetitive
+from orthrus.training.dialogue_rounds import Rounds
+from orthrus.training.dialogues import begin
+from orthrus.training.prompt_sources import PromptSource, gather_prompts, read_prompts_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SynthConfig:
     """How a corpus is made; stored in its manifest, and a folder only goes on with the same settings.
 
-    greedy_share: part of the prompts answered greedily, the rest sampled at `temperature`.
+    turns: answers of each dialogue: given user turns are asked, and the model writes those that are missing;
+    None asks those that are given. greedy_share: part of the dialogues answered greedily, the rest sampled at
+    `temperature`. max_prompt_tokens: what an answer may follow, earlier turns included; a dialogue that reached
+    it gets no further turn.
     """
 
     sources: tuple[PromptSource, ...]
     held_out: tuple[str, ...] = ()
+    turns: int | None = None
     greedy_share: float = 0.5
     temperature: float = 0.8
     top_p: float = 0.95
@@ -51,6 +57,8 @@ class SynthConfig:
         for name in ("max_new_tokens", "max_prompt_tokens", "batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise UserInputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.turns is not None and self.turns < 1:
+            raise UserInputError(f"turns must be at least 1, not {self.turns}.")
         if not 0 <= self.greedy_share <= 1:
             raise UserInputError(f"greedy_share must lie between 0 and 1, not {self.greedy_share}.")
         if self.temperature <= 0:
@@ -105,8 +113,10 @@ def synthesise(
         )
     report = on_progress or (lambda _: None)
     _begin(folder, config, base, answerer)
+    held_out = [prompt.turns[0] for file in config.held_out for prompt in read_prompts_of(Path(file))]
+    unseen = Unseen([*held_out, *keep_out])
     if not (folder / PROMPTS).is_file():
-        write_jsonl(folder / PROMPTS, _gather(base, answerer, config, folder, report, keep_out))
+        write_jsonl(folder / PROMPTS, _gather(base, answerer, config, folder, report, unseen))
     prompts = list(read_prompts(folder))
     size = config.shard_size
     shards = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
@@ -117,8 +127,8 @@ def synthesise(
         manifest.note_servers(folder, facts)
     meter = _Meter(report, len(prompts), sum(len(shard) for _, shard in todo))
     for index, shard in todo:
-        answers = _answer(answerer, config, prompts, shard, meter)
-        write_jsonl(shard_path(folder, index), answers)
+        rounds = Rounds(base, answerer, config.max_new_tokens, _most_tokens(base, config), unseen.holds_out)
+        write_jsonl(shard_path(folder, index), _answer(rounds, config, prompts, shard, meter))
         meter.end_shard(len(shard))
 
 
@@ -131,8 +141,8 @@ class _Meter:
         self._timed, self._seconds, self._started = 0, 0.0, monotonic()
         self._tell()
 
-    def answered(self, num_tokens: int) -> None:
-        self._done += 1
+    def answered(self, num_tokens: int, over: bool) -> None:
+        self._done += over
         self._num_tokens += num_tokens
         self._tell()
 
@@ -155,26 +165,29 @@ def _gather(
     config: SynthConfig,
     folder: Path,
     report: OnSynth,
-    keep_out: Iterable[str],
+    unseen: Unseen,
 ) -> list[dict[str, Any]]:
     """All sources' prompts, filtered and shuffled; each source is stored when done, so none is made twice."""
-    held_out = [text for file in config.held_out for text, _ in read_prompt_texts(Path(file))]
-    unseen = Unseen([*held_out, *keep_out])
-    longest = min(config.max_prompt_tokens, base.context_length - config.max_new_tokens)
+    longest = _most_tokens(base, config)
     found: list[dict[str, Any]] = []
     for number, source in enumerate(config.sources):
         report(SynthProgress("prompts", number, len(config.sources)))
         part = source_path(folder, number)
         if not part.is_file():
-            texts, facts = gather_prompts(source, base, answerer, seed=config.seed + number)
+            gathered, facts = gather_prompts(source, base, answerer, seed=config.seed + number)
             manifest.note_source(folder, part.name, facts)
-            write_jsonl(part, ({"prompt": text, "domain": domain} for text, domain in texts))
+            write_jsonl(
+                part, ({"prompt": p.turns[0], "domain": p.domain, **_more(p.turns)} for p in gathered)
+            )
         for record in read_source(part):
             if unseen(record["prompt"]):
                 text = record["prompt"] + source.suffix
                 ids = base.encode_prompt(text)
+                # A dialogue ends before a turn that is held out.
+                later = takewhile(lambda turn: not unseen.holds_out(turn), record.get("turns", []))
                 if len(ids) <= longest:
-                    found.append({"prompt_ids": ids, "domain": record["domain"], "prompt": text})
+                    prompt = {"prompt_ids": ids, "domain": record["domain"], "prompt": text}
+                    found.append(prompt | _more([text, *later]))
     if not found:
         # The next try may bring other prompts under the same name.
         manifest.forget_sources(folder)
@@ -187,36 +200,43 @@ def _gather(
     return found
 
 
+def _more(turns: Sequence[str]) -> dict[str, Any]:
+    """The user turns behind the first, where there are any."""
+    return {"turns": list(turns[1:])} if len(turns) > 1 else {}
+
+
+def _most_tokens(base: Base, config: SynthConfig) -> int:
+    """What an answer may follow at most."""
+    return min(config.max_prompt_tokens, base.context_length - config.max_new_tokens)
+
+
 def _answer(
-    answerer: Answerer,
+    rounds: Rounds,
     config: SynthConfig,
     prompts: list[dict[str, Any]],
     which: range,
     meter: _Meter,
 ) -> list[dict[str, Any]]:
+    """The lines of a shard, in the prompts' order."""
     random = Random(f"{config.seed}-{which.start}")
-    questions = []
+    dialogues, sampling = {}, {}
     for i in which:
-        sampling = SamplingParams()
+        prompt = prompts[i]
+        dialogues[i] = begin(
+            prompt["prompt_ids"], prompt.get("turns", []), prompt["domain"], num_turns=config.turns
+        )
+        sampling[i] = SamplingParams()
         if random.random() >= config.greedy_share:
-            sampling = SamplingParams(
+            sampling[i] = SamplingParams(
                 temperature=config.temperature, top_p=config.top_p, seed=choice_seed(config.seed, i)
             )
-        questions.append(_question(i, prompts[i], sampling))
-    answers = []
-    for answer in answerer(questions, max_new_tokens=config.max_new_tokens):
-        answers.append(answer)
-        meter.answered(len(answer.token_ids))
-    return [_record(a) for a in sorted(answers) if a.left_out or not is_repetitive(a.token_ids)]
+    texts = {i: prompts[i].get("prompt") for i in which}
+    outcomes = sorted(rounds.hold(dialogues, sampling, texts, meter.answered), key=lambda o: o.key)
+    return [record for outcome in outcomes if (record := outcome.record()) is not None]
 
 
 def _question(index: int, prompt: dict[str, Any], sampling: SamplingParams) -> Question:
     return Question(index, prompt["prompt_ids"], sampling, prompt.get("prompt"))
-
-
-def _record(answer: Answer) -> dict[str, Any]:
-    record = {"prompt": answer.key, "answer_ids": answer.token_ids, "finished": answer.finished}
-    return record | ({"left_out": answer.left_out} if answer.left_out else {})
 
 
 def _begin(folder: Path, config: SynthConfig, base: Base, answerer: Answerer) -> None:
