@@ -25,7 +25,7 @@ from orthrus.training.corpus import (
 )
 from orthrus.training.manifest import MANIFEST
 from orthrus.training.prompt_sources import PromptSource
-from orthrus.training.self_prompts import is_repetitive, self_prompts
+from orthrus.training.self_prompts import OPENINGS, is_repetitive, self_prompts
 from orthrus.training.synth import SynthConfig, SynthProgress, synthesise
 
 ORTHRUS = tiny_orthrus()
@@ -199,6 +199,30 @@ def test_prompts_of_its_own_making() -> None:
     assert told.asked[0].prompt_ids == base.tokenizer("user: ")["input_ids"]
     with pytest.raises(UserInputError, match="no chat template"):
         list(self_prompts(base, told, {"math": 1}, seed=0))
+
+
+def test_a_prompt_of_its_own_begins_with_the_opening_and_no_opening_ends_with_a_space() -> None:
+    openings = [opening for several in OPENINGS.values() for opening in several]
+    assert not [opening for opening in openings if opening.endswith(" ")]
+    assert min(map(len, OPENINGS.values())) >= 3
+
+    class Decoding(type(ORTHRUS.base.tokenizer)):  # type: ignore[misc]
+        chat_template = "x"
+
+        def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
+            return {"input_ids": [ord(c) for c in text]}
+
+        def apply_chat_template(self, messages: list[dict[str, str]], *, tokenize: bool) -> str:
+            return str(messages[0]["content"])
+
+        def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+            # As a SentencePiece tokenizer: the first space is gone.
+            return "".join(map(chr, token_ids)).removeprefix(" ")
+
+    told = Told(lambda q: Answer(q.key, [ord(c) for c in " the first of all people"], True))
+    base = dataclasses.replace(ORTHRUS.base, tokenizer=Decoding())
+    found = list(self_prompts(base, told, {"questions": 1}, seed=0))
+    assert found == [(f"{OPENINGS['questions'][0]} the first of all people", "questions")]
 
 
 def test_a_manifest_of_other_settings_or_another_base_is_refused(tmp_path: Path) -> None:

@@ -8,34 +8,35 @@ from orthrus.decoding.noise import choice_seed
 from orthrus.errors import UserInputError
 from orthrus.training.answers import Answerer, Question
 
-# How a user turn may begin, by domain; an empty beginning lets the model choose its own subject.
+# How a user turn may begin, by domain; an empty beginning lets the model choose its own subject. None ends with a
+# space: most tokenizers put it into the word that follows, and what follows a lone space is seldom a word.
 OPENINGS: dict[str, tuple[str, ...]] = {
     "math": (
-        "A shop sells ", "If a train ", "What is the ", "Solve the equation ", "Find the value of ",
-        "There are ", "A farmer has ", "Calculate the ", "How many ",
+        "A shop sells", "If a train", "What is the", "Solve the equation", "Find the value of",
+        "There are", "A farmer has", "Calculate the", "How many",
     ),
     "code": (
-        "Write a Python function that ", "Write a solution to the following problem:\n```python\ndef ",
-        "Write a Python program to ", "Complete the following Python function:\n```python\ndef ",
-        "Write a Python function to ", "Fix the bug in this code:\n```python\n", "Write a function to ",
-        "Implement a class ", "Write a solution to the following problem and make sure that it passes the "
-        "tests:\n```python\nfrom typing import List\n\n\ndef ",
+        "Write a Python function that", "Write a solution to the following problem:\n```python\ndef",
+        "Write a Python program to", "Complete the following Python function:\n```python\ndef",
+        "Write a Python function to", "Fix the bug in this code:\n```python\n", "Write a function to",
+        "Implement a class", "Write a solution to the following problem and make sure that it passes the "
+        "tests:\n```python\nfrom typing import List\n\n\ndef",
     ),
-    "chat": ("", "How do I ", "What are the ", "Explain ", "Can you ", "Why ", "Give me "),
+    "chat": ("", "How do I", "What are the", "Explain", "Can you", "Why", "Give me"),
     "writing": (
-        "Write a ", "Write a short story about ", "Write an email ", "Compose ", "Draft a ", "Describe ",
+        "Write a", "Write a short story about", "Write an email", "Compose", "Draft a", "Describe",
     ),
-    "summary": ("Summarize the following text: ", "Summarize: ", "Rewrite the following paragraph: "),
+    "summary": ("Summarize the following text:", "Summarize:", "Rewrite the following paragraph:"),
     "translation": (
-        "Translate German to English: ", "Translate to French: ", "Translate this sentence into Spanish: ",
-        "Translate English to German: ", "Translate the following text from French to English: ",
+        "Translate German to English:", "Translate to French:", "Translate this sentence into Spanish:",
+        "Translate English to German:", "Translate the following text from French to English:",
     ),
     "questions": (
-        "Who was ", "Where is ", "When did ", "What is the name of ", "Which ", "Who wrote ", "What year did ",
+        "Who was", "Where is", "When did", "What is the name of", "Which", "Who wrote", "What year did",
     ),
     "reading": (
-        "Read the passage and answer the question.\n\nPassage: ", "Context: ", "Answer the question from the text.\n\n",
-        "Extract all names and dates from this text: ",
+        "Read the passage and answer the question.\n\nPassage:", "Context:", "Answer the question from the text.\n\n",
+        "Extract all names and dates from this text:",
     ),
 }  # fmt: skip
 _MARK = "\u241f"
@@ -81,7 +82,9 @@ def self_prompts(
     ]
     for answer in sorted(answerer(questions, max_new_tokens=max_tokens)):
         domain, opening = jobs[answer.key]
-        text = opening + str(base.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+        # In one piece: some tokenizers take the space off the first word that they decode.
+        ids = [*base.tokenizer(opening, add_special_tokens=False)["input_ids"], *answer.token_ids]
+        text = str(base.tokenizer.decode(ids, skip_special_tokens=True))
         if answer.finished and len(text.split()) >= min_words and not is_repetitive(answer.token_ids):
             yield text.strip(), domain
 
