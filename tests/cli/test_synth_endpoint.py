@@ -74,7 +74,7 @@ def test_endpoints_that_cannot_be(
 ) -> None:
     prompts = write_prompts(tmp_path / "prompts.jsonl")
     command = ("synth", str(tmp_path / "corpus"), "--model", model_folder, "--prompts", prompts, *SYNTH)
-    assert_refused(cli(*command, "--endpoint", "here"), "an endpoint reads http://HOST:PORT")
+    assert_refused(cli(*command, "--endpoint", "here"), "--endpoint is 'here'; give an address")
     assert_refused(cli(*command, "--endpoint", ","), "no endpoint")
     assert_refused(cli(*command, "--endpoint", "http://one", "--concurrency", "0"), "concurrency")
     assert_refused(cli(*command, "--endpoint-model", "x"), "give --endpoint too")

@@ -251,10 +251,10 @@ def test_a_chat_server_makes_no_prompts(orthrus: Orthrus) -> None:
 @pytest.mark.parametrize(
     ("urls", "words"),
     [
-        (("one:8000",), "reads http"),
-        (("ftp://one",), "reads http"),
-        (("http://",), "reads http"),
-        (("http://one:99999",), "reads http"),
+        (("one:8000",), "give an address such as"),
+        (("ftp://one",), "give an address such as"),
+        (("http://",), "give an address such as"),
+        (("http://one:99999",), "give an address such as"),
         (("http://me:secret@one",), "ORTHRUS_API_KEY"),
         (("http://one/v1?key=secret",), "ORTHRUS_API_KEY"),
         ((), "no endpoint"),

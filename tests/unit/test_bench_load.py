@@ -8,7 +8,7 @@ import pytest
 from tests.load_server import Served
 
 from orthrus.base.bench_prompts import BenchPrompt
-from orthrus.bench.load import LoadOptions, api_url, run_load
+from orthrus.bench.load import LoadOptions, run_load
 from orthrus.bench.load_client import Answer, Ask, asks_of
 from orthrus.bench.load_report import LEGEND, LoadReport, load_report
 from orthrus.bench.load_runs import Level, Run, arrivals
@@ -291,27 +291,6 @@ def test_what_cannot_be_measured_is_said() -> None:
         measure(Served(has_usage=False, has_ids=False))
     with pytest.raises(UserInputError, match="503 not now"):
         measure(Served(status=lambda number: 503))
-
-
-@pytest.mark.parametrize(
-    ("given", "root"),
-    [
-        ("http://a:8000", "http://a:8000/v1"),
-        ("http://a:8000/", "http://a:8000/v1"),
-        ("https://a/v1/", "https://a/v1"),
-        ("http://a/some/where", "http://a/some/where/v1"),
-    ],
-)
-def test_addresses(given: str, root: str) -> None:
-    assert api_url(given) == root
-
-
-@pytest.mark.parametrize(
-    "given", ["", "a:8000", "ftp://a", "http://", "http://u:p@a", "http://a?key=1", "http://a:port"]
-)
-def test_what_is_no_address_is_refused(given: str) -> None:
-    with pytest.raises(UserInputError, match="--url"):
-        api_url(given)
 
 
 @pytest.mark.parametrize(

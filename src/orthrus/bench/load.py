@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+from orthrus.base.addresses import api_root
 from orthrus.bench.arms import check_rounds
 from orthrus.bench.load_client import Ask, LoadClient, served_model
 from orthrus.bench.load_report import LoadReport, load_report
@@ -92,7 +93,7 @@ def run_load(
 async def _run_load(
     options: LoadOptions, on_progress: OnProgress, transport: httpx.AsyncBaseTransport | None
 ) -> LoadReport:
-    url = api_url(options.url)
+    url = api_root(options.url, "--url")
     async with _http(options, url, transport) as http:
         card = await served_model(http, url) if options.model is None else {"id": options.model}
         client = LoadClient(
@@ -121,24 +122,6 @@ async def _run_load(
     }
     settings = options.to_dict() | {"check": _what_is_checked(options, server)}
     return load_report(runs, about, settings, secret=options.api_key)
-
-
-def api_url(url: str) -> str:
-    """The root of the interface, which ends in /v1. Raises UserInputError for what is no address."""
-    try:
-        parsed = httpx.URL(url.strip().rstrip("/"))
-    except httpx.InvalidURL as error:
-        raise UserInputError(
-            f"--url is no address ({error}); give one such as http://127.0.0.1:8000."
-        ) from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise UserInputError(f"--url is '{url}'; give an address such as http://127.0.0.1:8000.")
-    if parsed.userinfo or parsed.query:
-        raise UserInputError(
-            "--url holds a password or a query; give the address alone, and a key as --api-key."
-        )
-    root = str(parsed).rstrip("/")
-    return root if root.endswith("/v1") else f"{root}/v1"
 
 
 def _http(options: LoadOptions, url: str, transport: httpx.AsyncBaseTransport | None) -> httpx.AsyncClient:

@@ -7,8 +7,8 @@ from contextlib import suppress
 from dataclasses import MISSING, fields
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
 
+from orthrus.base.addresses import api_root
 from orthrus.base.event_stream import event_data
 from orthrus.cli.chat_partner import Answering, Messages
 from orthrus.cli.common import need_serve
@@ -34,7 +34,7 @@ class ServerPartner:
     """
 
     def __init__(self, url: str, api_key: str | None, model: str | None) -> None:
-        self._url = _base_url(url)
+        self._url = api_root(url, "--url")
         self._client = _client(api_key)
         found = self._models(may_fail=model is not None)
         ours = [each for each in found if each.get("owned_by") == "orthrus"]
@@ -254,15 +254,6 @@ def _client(api_key: str | None) -> "httpx.Client":
     headers = {} if not api_key else {"authorization": f"Bearer {api_key}"}
     timeout = httpx.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS)
     return httpx.Client(headers=headers, timeout=timeout)
-
-
-def _base_url(url: str) -> str:
-    """With /v1, unless there is another path."""
-    parts = urlsplit(url.strip())
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise UserInputError(f"'{url}' is no address of a server; give one like http://127.0.0.1:8000.")
-    bare = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
-    return bare if parts.path.strip("/") else f"{bare}/v1"
 
 
 def _check_status(response: "httpx.Response") -> None:

@@ -8,8 +8,8 @@ from functools import partial
 from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
+from orthrus.base.addresses import api_root
 from orthrus.base.loading import Base
 from orthrus.errors import MissingExtraError, ModelNotFoundError, UserInputError
 from orthrus.training.answers import Answer, Question
@@ -43,25 +43,9 @@ class EndpointConfig:
             raise UserInputError("there is no endpoint; give the address of a server.")
         if self.concurrency < 1:
             raise UserInputError(f"the concurrency must be at least 1, not {self.concurrency}.")
-        object.__setattr__(self, "urls", tuple(dict.fromkeys(map(_address, self.urls))))
-
-
-def _address(url: str) -> str:
-    """The address that paths are added to; UserInputError for what is none."""
-    try:
-        parts = urlsplit(url.strip())
-        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        sound = False
-    if not sound:
-        raise UserInputError(f"an endpoint reads http://HOST:PORT or https://HOST/v1, not {url!r:.200}.")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise UserInputError(
-            "an endpoint is an address alone, without name, password or query, which would stand in the "
-            "corpus; put a key into ORTHRUS_API_KEY."
+        object.__setattr__(
+            self, "urls", tuple(dict.fromkeys(api_root(url, "--endpoint") for url in self.urls))
         )
-    path = parts.path.rstrip("/")
-    return urlunsplit((parts.scheme, parts.netloc, path or "/v1", "", ""))
 
 
 class EndpointAnswerer:
