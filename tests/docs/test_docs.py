@@ -115,7 +115,8 @@ def test_what_curl_asks_is_answered(page):
         text = post(url.removeprefix("http://127.0.0.1:8000"), body)
         if body.get("stream"):
             assert "-N" in words
-            assert text.startswith("data: ") and text.rstrip().endswith("data: [DONE]")
+            assert text.startswith("data: ")
+            assert text.rstrip().endswith("data: [DONE]")
         else:
             assert json.loads(text)["choices"][0]["message"]["role"] == "assistant"
 
