@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from orthrus.cli.synth import SynthDisplay, duration
-from orthrus.cli.train_panel import TrainDisplay, log_line
+from orthrus.cli.train_panel import TrainDisplay, log_line, share_of_peak
 from orthrus.training.synth import SynthProgress
 from orthrus.training.trainer import TrainLog
 
@@ -67,6 +67,16 @@ def test_lines_anywhere_else(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_last_line_promises_nothing_more() -> None:
     assert "left" not in log_line(replace(LOG, step=40, seconds_left=0.0))
+
+
+def test_a_share_above_the_whole_peak_is_left_out() -> None:
+    """A step cannot do more than the machine: the peak was measured too low."""
+    rate = LOG.flops_per_second
+    assert rate is not None
+    assert share_of_peak(LOG, 2 * rate) == " (50% of the machine's peak)"
+    assert share_of_peak(LOG, rate) == " (100% of the machine's peak)"
+    assert share_of_peak(LOG, rate / 10.73) == ""
+    assert "peak" not in log_line(LOG, rate / 10.73)
 
 
 @pytest.mark.parametrize(

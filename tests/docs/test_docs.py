@@ -104,11 +104,21 @@ def test_the_python_of_a_page_runs(page, tiny_load, merged, monkeypatch, capsys)
 
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorial/serve.md"])
 def test_what_curl_asks_is_answered(page):
-    (line,) = re.findall(r"^curl (.*?[^\\])$", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
-    words = shlex.split(line.replace("\\\n", " "))
-    url, body = words[0], json.loads(words[words.index("-d") + 1])
-    answer = json.loads(post(url.removeprefix("http://127.0.0.1:8000"), body))
-    assert answer["choices"][0]["message"]["role"] == "assistant"
+    lines = re.findall(r"^curl (.*?}')$", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert lines
+    for line in lines:
+        words = shlex.split(line.replace("\\\n", " "))
+        (url,) = (word for word in words if word.startswith("http://"))
+        body = json.loads(words[words.index("-d") + 1])
+        # A small model samples nonsense at the server's temperature of 1.
+        assert body["temperature"] == 0
+        text = post(url.removeprefix("http://127.0.0.1:8000"), body)
+        if body.get("stream"):
+            assert "-N" in words
+            assert text.startswith("data: ")
+            assert text.rstrip().endswith("data: [DONE]")
+        else:
+            assert json.loads(text)["choices"][0]["message"]["role"] == "assistant"
 
 
 def test_the_strategies_page_keeps_its_promise(tiny_load):

@@ -14,7 +14,7 @@ from orthrus.errors import UserInputError
 from orthrus.training.corpus import Sample
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.recipe_file import load_recipe
-from orthrus.training.trainer import DivergedError, Hooks, train
+from orthrus.training.trainer import DivergedError, Hooks, learning_rate, train
 
 CONFIG = TrainConfig(
     block_size=5,
@@ -60,6 +60,15 @@ def test_a_view_overfits_a_tiny_corpus_to_full_acceptance(tmp_path):
         assert result.token_ids == sample.answer_ids
         accepted, drafted = accepted + result.stats.num_accepted, drafted + result.stats.num_drafted
     assert accepted == drafted > 0
+
+
+def test_the_learning_rate_rises_to_its_peak_and_ends_at_a_share_of_it():
+    config = replace(CONFIG, learning_rate=2.0, warmup=0.1, min_lr_ratio=0.25)
+    rates = [learning_rate(config, step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[10] == 2.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.5)
 
 
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path):

@@ -334,5 +334,5 @@ def test_what_a_compiler_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedModelError, match="needs a token that ends the text"):
         GrammarCompiler(TOKENIZER, set(), VOCAB)
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(MissingExtraError, match="run `pip install llguidance`"):
+    with pytest.raises(MissingExtraError, match=r'run `pip install "orthrus-lm\[grammar\]"`'):
         GrammarCompiler(TOKENIZER, {EOS}, VOCAB)

@@ -124,7 +124,7 @@ def test_what_a_method_is_called(declared: dict[str, Any] | None, name: str | No
 
 @pytest.mark.parametrize(
     ("method", "advice"),
-    [("torchao", r"pip install 'orthrus-lm\[quant\]'"), ("bitsandbytes", "pip install bits")],
+    [("torchao", r'pip install "orthrus-lm\[quant\]"'), ("bitsandbytes", "pip install bits")],
 )
 def test_a_missing_package_is_named_with_its_line(
     method: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

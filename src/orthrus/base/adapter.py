@@ -43,7 +43,7 @@ def with_adapter(base: Base, folder: Path) -> Base:
         from peft import PeftModel
     except ImportError as error:
         raise MissingExtraError(
-            f"{folder.name} is a PEFT adapter, which needs one more package: pip install peft."
+            f"{folder.name} is a PEFT adapter, which needs one more package; run `pip install peft`."
         ) from error
     name = printable(folder.name)
     if base.quantised is not None and base.source.kind != "gguf":

@@ -72,7 +72,7 @@ def kept_code(
         if path.is_dir():
             raise StorageError(f"{path} is a folder where a file of compiled code belongs; remove it.")
         if progress is not None:
-            progress("compiling for this processor (once, about a minute)", 0, None)
+            progress("compiling for this processor (once, a minute or more)", 0, None)
         with _build_folder(folder) as build:
             _publish(_made(make, build), path)
         _evict(folder, keep=path)

@@ -231,7 +231,9 @@ def _check_magic(path: Path) -> None:
 def _reading_failed(path: Path, error: Exception) -> OrthrusError:
     text = str(error)
     if isinstance(error, ImportError) or "pip install" in text:
-        return MissingExtraError("Reading GGUF files needs two more packages: pip install gguf accelerate.")
+        return MissingExtraError(
+            "Reading GGUF files needs two more packages; run `pip install gguf accelerate`."
+        )
     reason = (text.strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]
     if "not supported" in text or "architecture" in text or "Cannot build a tokenizer" in text:
         return UnsupportedModelError(f"{path.name} cannot be unpacked ({reason}): use a safetensors upload.")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # The packages that a method's checkpoints load with, where one can be named; of others transformers speaks.
-_INSTALL = {"torchao": "pip install 'orthrus-lm[quant]'", "bitsandbytes": "pip install bitsandbytes"}
+_INSTALL = {"torchao": 'pip install "orthrus-lm[quant]"', "bitsandbytes": "pip install bitsandbytes"}
 _BATCH = 1024
 # Half precision is some hundredths off; a gradient that is lost is off by its whole length.
 _GRADIENT_TOLERANCE = 0.1
@@ -54,7 +54,7 @@ def check_installed(method: str, name: str) -> None:
     package = method.partition(" ")[0]
     if package in _INSTALL and find_spec(package) is None:
         raise MissingExtraError(
-            f"{name} is quantised ({method}), which needs one more package: {_INSTALL[package]}."
+            f"{name} is quantised ({method}), which needs one more package; run `{_INSTALL[package]}`."
         )
 
 

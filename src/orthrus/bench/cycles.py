@@ -10,6 +10,7 @@ from orthrus.config import DecodeConfig, Strategy
 from orthrus.engine.beside import EngineBeside
 from orthrus.engine.engine import Engine
 from orthrus.engine.request import Request
+from orthrus.engine.work import fixed_plan
 from orthrus.errors import UserInputError
 from orthrus.model.passes import Pass
 from orthrus.model.pool import SlotPool
@@ -27,8 +28,8 @@ def without_reuse(orthrus: Orthrus, runner: Runner | None = None) -> Orthrus:
 
 
 def whole_passes(strategy: Strategy) -> int:
-    """Passes of a whole cycle of a fixed strategy."""
-    return 2 if strategy in ("chain", "tree") else 1
+    """Passes of a whole cycle of a fixed strategy: one that makes its next draft beside a verification takes one."""
+    return 1 if strategy == "ar" or _is_fused(strategy) else 2
 
 
 def ready_request(engine: Engine, prompt_ids: list[int], strategy: Strategy) -> Request:
@@ -39,13 +40,17 @@ def ready_request(engine: Engine, prompt_ids: list[int], strategy: Strategy) -> 
     room = engine.context_length - len(prompt_ids)
     config = DecodeConfig(strategy=strategy, max_new_tokens=room, ignore_eos=True)
     request = engine.submit(prompt_ids, config, eos_token_ids=frozenset())
-    while not request.token_ids or (strategy in ("fused", "fused_tree") and request.drafts is None):
+    while not request.token_ids or (_is_fused(strategy) and request.drafts is None):
         step_cycle(engine, request)
         if request.closed:
             raise UserInputError(
                 f"{len(prompt_ids)} tokens of history leave no room for a cycle of {strategy}; take fewer."
             )
     return request
+
+
+def _is_fused(strategy: Strategy) -> bool:
+    return fixed_plan(DecodeConfig(strategy=strategy), block_size=8).num_blocks > 0
 
 
 def step_cycle(engine: Engine, request: Request) -> None:

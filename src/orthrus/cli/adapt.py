@@ -84,7 +84,7 @@ def adapt(
         batch_rows=1,
         epochs=epochs,
         learning_rate=learning_rate,
-        floor=0.05,
+        min_lr_ratio=0.05,
         dtype=dtype,  # type: ignore[arg-type]
         seed=seed,
         save_every=40,

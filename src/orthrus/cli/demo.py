@@ -321,7 +321,7 @@ def _next_commands(model: str) -> str:
     name = "" if model == "default" else f" {model}"
     page = "OpenAI's interface, and a page that races on your prompt"
     if find_spec("fastapi") is None:
-        page += ' (first: pip install "orthrus-lm[serve]")'
+        page += ' (first run `pip install "orthrus-lm[serve]"`)'
     commands = {
         f"{program} chat{name} --color": "talk with the model; drafted tokens are underlined",
         f"{program} bench{name}": "measure on this machine, and see the spread",

@@ -112,8 +112,12 @@ def positions(log: "TrainLog") -> str:
 
 
 def share_of_peak(log: "TrainLog", peak_flops: float | None) -> str:
-    """What part of the machine's best matrix product the arithmetic of the steps amounts to, where known."""
-    if log.flops_per_second is None or not peak_flops:
+    """What part of the machine's best matrix product the arithmetic of the steps amounts to, where known.
+
+    A share above 100 % says that the peak was measured too low, as it was in bfloat16 on a processor without arithmetic
+    for it. Then nothing is said.
+    """
+    if log.flops_per_second is None or not peak_flops or log.flops_per_second > peak_flops:
         return ""
     return f" ({log.flops_per_second / peak_flops:.0%} of the machine's peak)"
 

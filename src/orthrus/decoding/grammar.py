@@ -43,7 +43,7 @@ class GrammarCompiler:
             from llguidance import LLTokenizer
         except ImportError:
             raise MissingExtraError(
-                "a grammar needs the package llguidance; run `pip install llguidance`."
+                'a grammar needs the package llguidance; run `pip install "orthrus-lm[grammar]"`.'
             ) from None
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:

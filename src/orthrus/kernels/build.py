@@ -25,7 +25,7 @@ _loading, _are_loaded = threading.Lock(), threading.Event()
 
 
 def load_kernels(progress: Progress | None = None) -> None:
-    """Make `torch.ops.orthrus` of them: compiled here (half a minute, once), or taken from the cache folder.
+    """Make `torch.ops.orthrus` of them: compiled here (once, half a minute or more), or taken from the cache folder.
 
     progress: called only while they are compiled. Safe to call from several threads. Raises what goes wrong:
     no compiler, or one that refuses; StorageError where the cache folder cannot be used.

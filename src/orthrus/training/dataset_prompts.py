@@ -63,7 +63,7 @@ def open_dataset(name: str, config: str | None, split: str) -> DatasetRows:
         import datasets
     except ImportError as e:
         raise MissingExtraError(
-            'reading data sets needs a package that is not installed: pip install "orthrus-lm[train]".'
+            'reading data sets needs the package datasets; run `pip install "orthrus-lm[train]"`.'
         ) from e
     datasets.disable_progress_bars()
     with _said_clearly(name):

@@ -235,7 +235,7 @@ def check_installed() -> None:
         import httpx  # noqa: F401
     except ImportError as e:
         raise MissingExtraError(
-            'answers from servers need the httpx package: pip install "orthrus-lm[train]".'
+            'answers from servers need the package httpx; run `pip install "orthrus-lm[train]"`.'
         ) from e
 
 

@@ -37,9 +37,9 @@ class TrainConfig:
     Blocks: block_size (K), num_anchors (blocks a row), row_length (tokens), drop_long; num_clean,
     first_target, clean_share, reveal and rejected_share as in `BlockLayout`.
     Loss: loss, weights, gamma (decay), smoothing (dpace). Batch: batch_rows rows a step over all processes,
-    in micro-batches of micro_rows. Optimiser: AdamW with cosine schedule; learning_rate, warmup, floor
-    (shares of all steps and of the peak), weight_decay, clip_norm. steps: 0 means `epochs` passes over the
-    corpus. View: layers and twins (None for all), rank (None for full twins), rank_scale (what low-rank parts
+    in micro-batches of micro_rows. Optimiser: AdamW with cosine schedule; learning_rate, warmup and
+    min_lr_ratio (shares of all steps and of the peak), weight_decay, clip_norm. steps: 0 means `epochs` passes
+    over the corpus. View: layers and twins (None for all), rank (None for full twins), rank_scale (what low-rank parts
     are multiplied by; None for 1, or what init_view has), mask ("auto", "trained" or a token id), repair_rank
     (of a repair head; None for none, or what init_view has), init_view (a view folder to start from), license
     (that the view is given under, for its card). train: the whole view, or only the repair head of a frozen
@@ -80,7 +80,7 @@ class TrainConfig:
     epochs: float = 1.0
     learning_rate: float = 4e-4
     warmup: float = 0.05
-    floor: float = 0.1
+    min_lr_ratio: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip_norm: float = 1.0
@@ -151,10 +151,10 @@ class TrainConfig:
             self.evaluate_prompts < 0
             or self.weight_decay < 0
             or not 0 <= self.warmup <= 1
-            or not 0 <= self.floor <= 1
+            or not 0 <= self.min_lr_ratio <= 1
         ):
             raise UserInputError(
-                "evaluate_prompts and weight_decay must not be negative; warmup and floor lie within 0 to 1."
+                "evaluate_prompts and weight_decay must not be negative; warmup and min_lr_ratio lie within 0 to 1."
             )
         if len(self.betas) != 2 or not all(isinstance(b, float) and 0 <= b < 1 for b in self.betas):
             raise UserInputError(f"betas must be two numbers from 0 to below 1, not {shown(self.betas)}.")

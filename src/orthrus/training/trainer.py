@@ -151,13 +151,13 @@ def _train(
 
 
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
-    """Linear warm-up, then a cosine down to `floor` x peak."""
+    """Linear warm-up, then a cosine down to `min_lr_ratio` x peak."""
     warmup_steps = max(1, round(config.warmup * num_steps))
     if step < warmup_steps:
         return config.learning_rate * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
     return config.learning_rate * (
-        config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+        config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
     )
 
 

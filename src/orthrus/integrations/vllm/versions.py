@@ -16,7 +16,9 @@ def vllm_version() -> str:
     for name in _DISTRIBUTIONS:
         if (found := installed_version(name)) is not None:
             return found
-    raise MissingExtraError('vLLM is not installed: pip install "orthrus-lm[vllm]", or read docs/serving.md.')
+    raise MissingExtraError(
+        'vLLM is not installed; run `pip install "orthrus-lm[vllm]"`, or read docs/serving.md.'
+    )
 
 
 def refusal(found: str) -> str | None:
