@@ -36,7 +36,12 @@ class Scripted:
             if number == len(self.said) - 1 and question.key in self.left_out:
                 yield Answer(question.key, [], False, self.left_out[question.key])
             else:
-                yield Answer(question.key, [*ids(self.said[number]), END], True)
+                yield Answer(question.key, [*self._words(question, number), END], True)
+
+    def _words(self, question: Question, number: int) -> list[int]:
+        """A user turn begins with the space that the template has before it."""
+        space = " " if question.prompt_ids[-1] == ids("U")[0] else ""
+        return ids(space + self.said[number])
 
 
 def hold(

@@ -46,7 +46,9 @@ def text_of(token_ids: list[int]) -> str:
 
 
 def say(dialogue: Dialogue, text: str, *, finished: bool = True, most_tokens: int = 1000) -> Dialogue:
-    token_ids = [*ids(text), *([END] if finished else [])]
+    # A turn of the user's begins with the space that the template has before it.
+    spoken = f" {text}" if dialogue.side == "user" else text
+    token_ids = [*ids(spoken), *([END] if finished else [])]
     heard = answered if dialogue.side == "answer" else user_said
     return heard(dialogue, token_ids, BASE, PIECES, finished=finished, most_tokens=most_tokens)
 
@@ -73,7 +75,7 @@ def test_given_turns_are_asked_one_after_the_other_and_read_as_the_template_writ
 def test_the_model_writes_the_turns_that_are_missing() -> None:
     dialogue = say(begin(BASE.encode_prompt("Hi there"), [], "chat", num_turns=2), "Hello")
     assert dialogue.side == "user"
-    assert text_of(dialogue.prompt_ids) == "U Hi there</s> A Hello</s> U "
+    assert text_of(dialogue.prompt_ids) == "U Hi there</s> A Hello</s> U"
     dialogue = say(dialogue, "What is new")
     assert dialogue.side == "answer"
     assert text_of(dialogue.prompt_ids) == "U Hi there</s> A Hello</s> U What is new</s> A "

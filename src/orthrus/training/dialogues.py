@@ -139,7 +139,8 @@ def answered(
         said = replace(spoken, given=spoken.given[1:])
         return _asked(said, _to_user(said, base, template), spoken.given[0], base, template, most_tokens)
     if spoken.num_own:
-        opening = _encoded(base, _to_user(spoken, base, template))
+        # The model writes a space behind it together with its first word, as tokenizers join them.
+        opening = _encoded(base, _to_user(spoken, base, template).rstrip(" "))
         return replace(spoken, ids=(*spoken.ids, *opening), num_own=spoken.num_own - 1, side="user")
     return spoken
 

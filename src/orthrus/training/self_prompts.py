@@ -42,8 +42,8 @@ OPENINGS: dict[str, tuple[str, ...]] = {
 _MARK = "\u241f"
 
 
-def open_user_turn(base: Base) -> list[int]:
-    """Token ids of the chat template up to where the user's own words begin.
+def open_user_turn(base: Base) -> str:
+    """The chat template up to where the user's own words begin.
 
     Raises UserInputError for a base without a chat template.
     """
@@ -54,7 +54,7 @@ def open_user_turn(base: Base) -> list[int]:
     text = base.tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
     head, found, _ = str(text).partition(_MARK)
     assert found, "the template must contain the user's words"
-    return list(base.tokenizer(head, add_special_tokens=False)["input_ids"])
+    return head
 
 
 def self_prompts(
@@ -75,7 +75,8 @@ def self_prompts(
     questions = [
         Question(
             i,
-            head + list(base.tokenizer(opening, add_special_tokens=False)["input_ids"]),
+            # In one piece, and the model writes the space behind it.
+            list(base.tokenizer((head + opening).rstrip(" "), add_special_tokens=False)["input_ids"]),
             SamplingParams(temperature=1.0, top_p=0.95, seed=choice_seed(seed, i)),
         )
         for i, (_, opening) in enumerate(jobs)
