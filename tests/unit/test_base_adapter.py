@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,13 @@ from tests.folders import save_base
 from tests.tiny import tiny_prompt
 from transformers import AutoModelForCausalLM
 
-from orthrus.errors import CorruptFileError
+from orthrus.base.fingerprint import fingerprint
+from orthrus.errors import CorruptFileError, OrthrusWarning
 from orthrus.hf.auto import OrthrusForCausalLM
-from orthrus.model.loading import load_dual
+from orthrus.model.checkpoint import load_view, save_view
+from orthrus.model.loading import load_dual, load_frozen
+from orthrus.training.recipe import TrainConfig
+from orthrus.training.start import starting_view
 
 IDS_1T = torch.tensor([tiny_prompt(9)])
 # PEFT still asks for a name that transformers is giving up.
@@ -51,6 +56,34 @@ def test_a_view_on_an_adapter_names_the_adapter_as_its_base(adapter: Path) -> No
     assert base.reference == str(adapter)
     assert base.name == "adapter"
     assert dual.config.base_name == str(adapter)
+
+
+@pytest.mark.filterwarnings("ignore:the view was trained on:orthrus.errors.OrthrusWarning")
+def test_a_view_that_goes_on_training_on_an_adapter_belongs_to_it(adapter: Path, tmp_path: Path) -> None:
+    _, dual = load_dual(str(adapter.parent / "base"), "fresh", device="cpu")
+    save_view(dual, tmp_path / "view")
+    adapted = load_frozen(str(adapter), device="cpu").base
+    weights = fingerprint(adapted.model)
+    assert weights != dual.config.base_fingerprint
+    again = starting_view(adapted, TrainConfig(init_view=str(tmp_path / "view"), block_size=8))
+    assert (again.config.base_name, again.config.base_fingerprint) == (str(adapter), weights)
+    save_view(again, tmp_path / "again")
+    its_own = load_frozen(str(adapter), device="cpu").base
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_view(its_own, tmp_path / "again")
+    with pytest.warns(OrthrusWarning, match="drafts may be worth less"):
+        load_view(load_frozen(str(adapter.parent / "base"), device="cpu").base, tmp_path / "again")
+
+
+def test_whatever_names_a_base_names_it_for_training_too(adapter: Path, tmp_path: Path) -> None:
+    base, dual = load_dual(str(adapter.parent / "base"), "fresh", device="cpu")
+    save_view(dual, tmp_path / "view")
+    found = load_frozen(str(tmp_path / "view"), device="cpu")
+    assert found.kind == "view"
+    assert found.base.reference == base.reference
+    assert fingerprint(found.base.model) == dual.config.base_fingerprint
+    assert load_frozen(str(adapter.parent / "base"), device="cpu").kind == "base"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"base_model_name_or_path": null}'])

@@ -216,14 +216,14 @@ class _Adapting:
         return report
 
     def _loaded(self, on_progress: Any) -> "tuple[Base, DualView]":
-        from orthrus.base.loading import load_base
         from orthrus.model.checkpoint import CONFIG_FILE, read_json
+        from orthrus.model.loading import load_frozen
         from orthrus.model.view_config import ViewConfig
         from orthrus.training.start import starting_view
 
         stored = ViewConfig.from_dict(read_json(self.start / CONFIG_FILE))
         self.config = replace(self.config, block_size=stored.block_size)
-        base = load_base(self.config.base, dtype=self.config.dtype, on_progress=on_progress)
+        base = load_frozen(self.config.base, dtype=self.config.dtype, on_progress=on_progress).base
         return base, starting_view(base, self.config)
 
     def _before(

@@ -141,7 +141,7 @@ class _Run:
     """One invocation: the model with its view, and what the trainer is given to call."""
 
     def __init__(self, config: "TrainConfig", rows: "Packs", *, quiet: bool) -> None:
-        from orthrus.base.loading import load_base
+        from orthrus.model.loading import load_frozen
         from orthrus.training.flex_blocks import check_attention
         from orthrus.training.processes import this_process
         from orthrus.training.speed import matmul_peak
@@ -153,9 +153,9 @@ class _Run:
         check_attention(config.attention, process.device)
         quiet = quiet or not self.is_main
         with ProgressDisplay(quiet=quiet) as on_progress:
-            base = load_base(
+            base = load_frozen(
                 config.base, dtype=config.dtype, device=str(process.device), on_progress=on_progress
-            )
+            ).base
             check_packs(base, rows)
             self.dual: DualView = starting_view(base, config)
         self.config, self.output = config, config.output_folder

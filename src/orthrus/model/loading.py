@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -99,17 +99,30 @@ def _name(option: str, value: str | Path) -> str:
     return str(value)
 
 
-def _load(
-    model: str, view: str, *, revision: str | None, on_progress: Progress | None, **options: Any
-) -> tuple[Base, DualView]:
-    source = _fetched(model, revision, on_progress)
-    folder, kind = _folder_of(source)
+class Frozen(NamedTuple):
+    """A base as a name gives it, and what of a view lies where it came from.
+
+    folder: where it came from, if that is a folder, and `kind` what is in it: a base, a view (whose own base this
+    is), a merged or a released checkpoint. on_default: an adapter merged into the default model.
+    """
+
+    base: Base
+    folder: Path | None
+    kind: FolderKind
+    on_default: bool
+
+
+def load_frozen(
+    model: str, *, revision: str | None = None, on_progress: Progress | None = None, **options: Any
+) -> Frozen:
+    """The base that `model` names, in whatever way: see `load_dual`. options: of `load_base`, which also raises."""
+    return _frozen(_fetched(model, revision, on_progress), on_progress, **options)
+
+
+def _frozen(source: Source, on_progress: Progress | None, **options: Any) -> Frozen:
+    named, named_kind = _folder_of(source)
+    folder, kind = named, named_kind
     if folder is not None and kind == "view":
-        if view != DEFAULT_VIEW:
-            raise UserInputError(
-                f"{model} is a view already; name its base as the model, or leave out the view."
-            )
-        view = str(folder)
         source = _fetched(ViewConfig.from_dict(read_json(folder / CONFIG_FILE)).base_name, None, on_progress)
         # The base may be one half of a merged or released folder.
         folder, kind = _folder_of(source)
@@ -127,13 +140,25 @@ def _load(
     on_default = adapter is not None and base.source.kind == "default"
     if adapter is not None:
         base = with_adapter(base, adapter)
+    if named_kind == "view":
+        folder, kind = named, named_kind
+    return Frozen(base, folder, kind, on_default)
+
+
+def _load(
+    model: str, view: str, *, revision: str | None, on_progress: Progress | None, **options: Any
+) -> tuple[Base, DualView]:
+    source = _fetched(model, revision, on_progress)
+    if view != DEFAULT_VIEW and _folder_of(source)[1] == "view":
+        raise UserInputError(f"{model} is a view already; name its base as the model, or leave out the view.")
+    base, folder, kind, on_default = _frozen(source, on_progress, **options)
     if view == FRESH_VIEW:
         return base, fresh_view(base)
     if view != DEFAULT_VIEW:
         return base, load_view(base, _view_folder(view, on_progress))
     if folder is not None and kind == "released":
         return base, load_released(base, folder)
-    if folder is not None and kind == "merged":
+    if folder is not None and kind in ("merged", "view"):
         return base, load_view(base, folder)
     return base, _shipped_view(base, on_default=on_default)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base
 from orthrus.base.quantised import check_gradients
 from orthrus.errors import UserInputError
@@ -44,12 +45,22 @@ def starting_view(base: Base, config: TrainConfig) -> DualView:
             seed=config.seed,
         )
         return _with_repair(dual, config)
+    # Twins would change the names of the weights.
+    weights = fingerprint(base.model)
     # Differences from the AR twins are small: half precision would blur what was learnt.
     dual = load_view(base, Path(config.init_view).expanduser(), dtype=torch.float32)
     _check_same_kind(dual, config)
     # Twins that stay as they are were made by another run, which the view's provenance goes on to tell.
     provenance = {"twins": dual.config.provenance} if config.train == "repair" else {}
-    dual.config = replace(dual.config, block_size=config.block_size, trained=False, provenance=provenance)
+    # A view that goes on with another base, a fine-tuned one say, belongs to that one.
+    dual.config = replace(
+        dual.config,
+        block_size=config.block_size,
+        trained=False,
+        provenance=provenance,
+        base_name=base.reference,
+        base_fingerprint=weights,
+    )
     return _with_repair(dual, config)
 
 
