@@ -10,7 +10,9 @@ from tests.folders import letter_tokenizer
 
 from orthrus.base.prompt import encode_prompt
 from orthrus.errors import UserInputError
-from orthrus.training.adapt import Counts, judge, put_in_place, read_log, roll_back, split
+from orthrus.training.adapt import Counts, judge, own_requests, put_in_place, read_log, roll_back, split
+from orthrus.training.answers import Answer, Question
+from orthrus.training.self_prompts import OPENINGS
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}"
 WORDS = "abcdefghijklmnopqrstuvwxyz"
@@ -52,6 +54,45 @@ def test_a_log_gives_each_request_once_with_its_answer_where_it_has_one(tmp_path
     assert found[0].answer_ids == (*base.tokenizer("it")["input_ids"], 2)
     assert found[1].prompt_ids == tuple(base.encode_prompt(asked))
     assert found[1].answer_ids is None
+
+
+class Writer:
+    """Goes on with the same words whatever it is asked, each time with a letter of its own at the end."""
+
+    def __init__(self) -> None:
+        self.asked: list[Question] = []
+
+    def __call__(self, questions: Any, *, max_new_tokens: int) -> Any:
+        for question in questions:
+            self.asked.append(question)
+            ids = base_of().tokenizer(f" of some words {WORDS[question.key % 26]}")["input_ids"]
+            yield Answer(question.key, [*ids, 2], True)
+
+
+def test_what_the_model_asks_itself_is_of_all_kinds_kept_for_a_run_that_goes_on_and_never_held_out(
+    tmp_path: Path,
+) -> None:
+    base, writer, file = base_of(), Writer(), tmp_path / "own.jsonl"
+    held_out = [json.loads(line)["prompt"] for line in ('{"prompt": "Why of some words"}',)]
+    found = own_requests(base, writer, 12, file, seed=3, most_tokens=60, keep_out=held_out)  # type: ignore[arg-type]
+    assert len(found) == 12
+    assert all(request.answer_ids is None for request in found)
+    texts = [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+    assert not [text for text in texts if text.startswith(held_out[0])]
+    assert len(writer.asked) == 3 * len(OPENINGS)
+    number = len(writer.asked)
+    assert own_requests(base, writer, 12, file, seed=3, most_tokens=60, keep_out=held_out) == found  # type: ignore[arg-type]
+    assert len(writer.asked) == number, "they are made once"
+
+
+def test_a_base_without_a_chat_template_asks_itself_nothing(tmp_path: Path) -> None:
+    base = base_of()
+    base.tokenizer.chat_template = None
+    assert own_requests(base, Writer(), 12, tmp_path / "own.jsonl", seed=3, most_tokens=60, keep_out=[]) == []  # type: ignore[arg-type]
+    assert (
+        own_requests(base_of(), Writer(), 0, tmp_path / "own.jsonl", seed=3, most_tokens=60, keep_out=[])
+        == []
+    )  # type: ignore[arg-type]
 
 
 def test_a_log_with_too_little_in_it_is_refused(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -19,9 +20,9 @@ from orthrus.config import SamplingParams
 from orthrus.engine.engine import Engine
 from orthrus.errors import UserInputError
 from orthrus.training import manifest
-from orthrus.training.answers import Question, answer_all
-from orthrus.training.corpus import PROMPTS, normalised, shard_path, write_jsonl
-from orthrus.training.self_prompts import is_repetitive
+from orthrus.training.answers import Answerer, Question, answer_all
+from orthrus.training.corpus import PROMPTS, Unseen, normalised, read_jsonl, shard_path, write_jsonl
+from orthrus.training.self_prompts import OPENINGS, is_repetitive, self_prompts
 
 LEAST_REQUESTS = 20
 LEAST_GAIN = 0.01
@@ -31,6 +32,8 @@ MOST_LOSS = 0.02
 _DOMAIN = "log"
 _SHARD = 32
 _RESAMPLES = 2000
+_ATTEMPTS = 1.6
+"""Prompts that the model begins for each that is wanted: some are cut off, short or seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,33 @@ def split(requests: Sequence[Logged], share: float, seed: int) -> tuple[list[Log
     Random(seed).shuffle(shuffled)
     number = min(max(1, round(share * len(shuffled))), len(shuffled) - 1)
     return shuffled[number:], shuffled[:number]
+
+
+def own_requests(
+    base: Base,
+    answerer: Answerer,
+    number: int,
+    file: Path,
+    *,
+    seed: int,
+    most_tokens: int,
+    keep_out: Iterable[str],
+) -> list[Logged]:
+    """About `number` requests that the model makes itself, of all kinds that it has openings for.
+
+    Learnt beside a log, they keep a view from forgetting everything else. `file` keeps them for a run that goes
+    on. None for a base without a chat template, and fewer where the model's texts are no prompts.
+    """
+    if not file.is_file():
+        if not getattr(base.tokenizer, "chat_template", None):
+            return []
+        unseen = Unseen(keep_out)
+        counts = dict.fromkeys(OPENINGS, math.ceil(number * _ATTEMPTS / len(OPENINGS)))
+        made = self_prompts(base, answerer, counts, seed=seed) if number else iter(())
+        texts = [text for text, _ in made if unseen(text) and len(base.encode_prompt(text)) <= most_tokens]
+        Random(seed).shuffle(texts)
+        write_jsonl(file, ({"prompt": text} for text in texts[:number]))
+    return [Logged(tuple(base.encode_prompt(record["prompt"])), None) for record in read_jsonl(file)]
 
 
 def write_corpus(
