@@ -84,8 +84,10 @@ def test_each_dialogue_goes_on_as_long_as_it_was_asked_to() -> None:
     assert record is not None
     assert len(record["spans"]) == 2
     assert outcomes[3].record() == {"prompt": 3, "answer_ids": [*ids("Hello you"), END], "finished": True}
-    # Servers that take texts alone get none behind the first answer.
-    assert [q.text for q in answerer.asked] == ["Hi there"] * 3 + [None] * 3
+    # What servers of chat messages are sent, who cannot write a turn of the user.
+    asked = {q.texts for q in answerer.asked if q.key == 4}
+    assert asked == {("Hi there",), ("Hi there", "Hello you", "And then")}
+    assert [q.texts for q in answerer.asked if q.key == 5] == [("Hi there",), None, None]
 
 
 def test_no_two_draws_of_a_dialogue_share_their_noise_and_the_user_is_always_drawn() -> None:
@@ -123,10 +125,13 @@ def test_a_held_out_turn_of_the_model_ends_the_dialogue_and_an_answer_in_circles
     assert outcomes[3].record() is None
 
 
-def test_a_server_of_chat_messages_alone_cannot_go_on() -> None:
-    question = Question(0, [1], SamplingParams())
-    with pytest.raises(UserInputError, match="--turns 1"):
-        request_body(question, FORMS[-1], "model", 8)
+def test_a_server_of_chat_messages_gets_the_dialogue_and_writes_no_turn_of_the_user() -> None:
+    question = Question(0, [1], SamplingParams(), ("Hi", "Hello", "And then"))
+    messages = request_body(question, FORMS[-1], "model", 8)["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant", "user"]
+    assert [m["content"] for m in messages] == ["Hi", "Hello", "And then"]
+    with pytest.raises(UserInputError, match="leave --turns out"):
+        request_body(question._replace(texts=None), FORMS[-1], "model", 8)
 
 
 def corpus(folder: Path, name: str, turns: int | None, batch_size: int) -> Path:

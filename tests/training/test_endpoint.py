@@ -59,7 +59,7 @@ def make(
 
 def questions(orthrus: Orthrus, count: int = 3) -> list[Question]:
     texts = [f"Number {i}" for i in range(count)]
-    return [Question(i, orthrus.base.encode_prompt(t), SamplingParams(), t) for i, t in enumerate(texts)]
+    return [Question(i, orthrus.base.encode_prompt(t), SamplingParams(), (t,)) for i, t in enumerate(texts)]
 
 
 def answers(
@@ -244,7 +244,7 @@ def test_a_chat_server_makes_no_prompts(orthrus: Orthrus) -> None:
         list(asked([Question(0, [5, 6], SamplingParams())], max_new_tokens=4))
     with answerer(orthrus, scripted) as asked:
         assert list(asked(questions(orthrus, 1), max_new_tokens=4))
-        with pytest.raises(UserInputError, match="neither make prompts"):
+        with pytest.raises(UserInputError, match="no turns of the user"):
             list(asked([Question(0, [5, 6], SamplingParams())], max_new_tokens=4))
 
 

@@ -12,14 +12,14 @@ from orthrus.engine.request import Request
 class Question(NamedTuple):
     """A prompt and how to answer it; `key` comes back with the answer. A sampled one needs a seed of its own.
 
-    text: the user turn that `prompt_ids` hold in the chat template, for servers that take only texts; None
-    where the ids are something else.
+    texts: the turns that `prompt_ids` hold in the chat template, the user's and the assistant's by turns, for
+    servers that take only texts; None where the ids are something else.
     """
 
     key: int
     prompt_ids: list[int]
     sampling: SamplingParams
-    text: str | None = None
+    texts: tuple[str, ...] | None = None
 
 
 class Answer(NamedTuple):

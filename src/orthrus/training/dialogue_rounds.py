@@ -1,7 +1,7 @@
 """Hold many dialogues with the base at once: all answers of a round, then all user turns that the model writes."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from orthrus.base.loading import Base
@@ -33,6 +33,29 @@ class Outcome(NamedTuple):
         return record | ({"spans": [list(span) for span in sample.spans]} if sample.spans else {})
 
 
+@dataclass(slots=True)
+class _Running:
+    """A dialogue on its way. sampling: of its answers. texts: its turns so far, as servers of chat messages take
+    them; None where nobody knows. num_said: turns that the model wrote."""
+
+    key: int
+    dialogue: Dialogue
+    sampling: SamplingParams
+    texts: tuple[str, ...] | None
+    num_said: int = 0
+    finished: bool = False
+
+    def question(self) -> Question:
+        """What is asked next. No two draws of a dialogue share their noise; the user's turns are always drawn."""
+        sampling = self.sampling
+        seed = choice_seed(self.key if sampling.seed is None else sampling.seed, self.num_said)
+        if self.dialogue.side == "user":
+            sampling = SamplingParams(temperature=_USER_TEMPERATURE, top_p=_USER_TOP_P, seed=seed)
+        elif sampling.temperature:
+            sampling = replace(sampling, seed=seed)
+        return Question(self.key, self.dialogue.prompt_ids, sampling, self.texts)
+
+
 @dataclass(frozen=True, slots=True)
 class Rounds:
     """How dialogues are held.
@@ -56,62 +79,46 @@ class Rounds:
     ) -> Iterator[Outcome]:
         """Yield each dialogue when it is over, in any order.
 
-        sampling: of each dialogue's answers. texts: what each first prompt says, for servers that take only
-        texts. on_answer(number of tokens, whether the dialogue is over) is called once for each answer and for
-        each user turn that ends a dialogue. Raises UserInputError where there is a second turn and the base's
-        chat template takes none.
+        sampling: of each dialogue's answers. texts: what each first prompt says, None where nobody knows: servers
+        that take only texts cannot be asked then, nor for turns of the user. on_answer(number of tokens, whether
+        the dialogue is over) is called for each answer, and for a user turn that ends a dialogue. Raises
+        UserInputError where there is a second turn and the base's chat template takes none.
         """
         several = any(dialogue.given or dialogue.num_own for dialogue in dialogues.values())
         template = turn_template(self.base) if several else TurnTemplate("", "")
-        running, finished, spoken = (
-            dict(dialogues),
-            dict.fromkeys(dialogues, False),
-            dict.fromkeys(dialogues, 0),
-        )
+        running = {
+            key: _Running(key, dialogue, sampling[key], None if (text := texts[key]) is None else (text,))
+            for key, dialogue in dialogues.items()
+        }
         while running:
             for side, limit in (("answer", self.max_new_tokens), ("user", _MOST_USER_TOKENS)):
-                asked = [key for key, dialogue in running.items() if dialogue.side == side]
-                questions = [
-                    Question(
-                        key,
-                        running[key].prompt_ids,
-                        _sampling(sampling[key], side, spoken[key]),
-                        texts[key] if spoken[key] == 0 else None,
-                    )
-                    for key in asked
-                ]
+                questions = [each.question() for each in running.values() if each.dialogue.side == side]
                 for answer in self.answerer(questions, max_new_tokens=limit):
-                    key = answer.key
-                    spoken[key] += 1
-                    before = running[key]
-                    running[key] = dialogue = self._heard(before, answer, template)
-                    if dialogue.spans != before.spans:
-                        finished[key] = answer.finished
-                    over = dialogue.side is None
+                    each = running[answer.key]
+                    self._hear(each, answer, template)
+                    over = each.dialogue.side is None
                     if side == "answer" or over:
                         on_answer(len(answer.token_ids) if side == "answer" else 0, over)
                     if over:
-                        del running[key]
-                        nothing = answer.left_out if not dialogue.spans else None
-                        yield Outcome(key, dialogue, finished[key], nothing)
+                        del running[answer.key]
+                        nothing = answer.left_out if not each.dialogue.spans else None
+                        yield Outcome(answer.key, each.dialogue, each.finished, nothing)
 
-    def _heard(self, dialogue: Dialogue, answer: Answer, template: TurnTemplate) -> Dialogue:
-        if dialogue.side == "user":
-            return user_said(
-                dialogue, answer.token_ids, self.base, template,
-                finished=answer.finished, most_tokens=self.most_tokens, refused=self.refused,
-            )  # fmt: skip
-        return answered(
-            dialogue, answer.token_ids, self.base, template,
-            finished=answer.finished, most_tokens=self.most_tokens,
-        )  # fmt: skip
-
-
-def _sampling(of_answers: SamplingParams, side: str, number: int) -> SamplingParams:
-    """For what is said `number`-th in a dialogue: no two draws of a dialogue share their noise."""
-    seed = choice_seed(of_answers.seed or 0, number)
-    if side == "user":
-        return SamplingParams(temperature=_USER_TEMPERATURE, top_p=_USER_TOP_P, seed=seed)
-    if not of_answers.temperature:
-        return of_answers
-    return SamplingParams(temperature=of_answers.temperature, top_p=of_answers.top_p, seed=seed)
+    def _hear(self, each: _Running, answer: Answer, template: TurnTemplate) -> None:
+        """Take in what was said."""
+        before, ids, options = each.dialogue, answer.token_ids, {"most_tokens": self.most_tokens}
+        each.num_said += 1
+        if before.side == "user":
+            each.dialogue = user_said(
+                before, ids, self.base, template, finished=answer.finished, refused=self.refused, **options
+            )
+            return
+        each.dialogue = answered(before, ids, self.base, template, finished=answer.finished, **options)
+        if each.dialogue.spans != before.spans:
+            each.finished = answer.finished
+        given = before.given[0].strip() if each.dialogue.side == "answer" else None
+        if given is None or each.texts is None:
+            each.texts = None
+        else:
+            text = str(self.base.tokenizer.decode(ids, skip_special_tokens=True))
+            each.texts = (*each.texts, text, given)

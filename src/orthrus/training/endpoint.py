@@ -199,7 +199,7 @@ class EndpointAnswerer:
         """The first form that the server takes; the last refusal is raised when there is none."""
         refused: Exception | None = None
         for form in FORMS:
-            if not form.ids and question.text is None:
+            if not form.ids and question.texts is None:
                 break
             body = request_body(question, form, server.model, 1)
             try:

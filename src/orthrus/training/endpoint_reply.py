@@ -1,5 +1,6 @@
 """What a question looks like to an OpenAI-compatible server, and what its reply becomes. Pure: no request is made."""
 
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -47,12 +48,17 @@ def request_body(question: Question, form: Form, model: str, max_new_tokens: int
         body |= _MORE
     if form.ids:
         return body | {"prompt": question.prompt_ids}
-    if question.text is None:
+    if question.texts is None:
         raise UserInputError(
-            "this server takes chat messages only, so it can neither make prompts nor go on in a dialogue; give "
-            "--prompts or --dataset, and --turns 1."
+            "this server takes chat messages only, so it can write no turns of the user; give --prompts or "
+            "--dataset, and leave --turns out."
         )
-    return body | {"messages": [{"role": "user", "content": question.text}]}
+    roles = itertools.cycle(("user", "assistant"))
+    return body | {
+        "messages": [
+            {"role": role, "content": text} for role, text in zip(roles, question.texts, strict=False)
+        ]
+    }
 
 
 def prompt_fits(reply: Any, question: Question) -> bool:

@@ -236,7 +236,8 @@ def _answer(
 
 
 def _question(index: int, prompt: dict[str, Any], sampling: SamplingParams) -> Question:
-    return Question(index, prompt["prompt_ids"], sampling, prompt.get("prompt"))
+    text = prompt.get("prompt")
+    return Question(index, prompt["prompt_ids"], sampling, None if text is None else (text,))
 
 
 def _begin(folder: Path, config: SynthConfig, base: Base, answerer: Answerer) -> None:
