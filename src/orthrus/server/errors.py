@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from random import uniform
 from typing import Any
 
-from orthrus.errors import OrthrusError, UserInputError
+from orthrus.errors import MissingExtraError, OrthrusError, UnsupportedModelError, UserInputError
 
 TYPES = {
     400: "invalid_request_error",
@@ -107,6 +107,9 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, UserInputError):
         return bad_request(str(error))
+    if isinstance(error, MissingExtraError | UnsupportedModelError):
+        # Not a 500: clients try those again, and this server will never do it.
+        return bad_request(str(error), code="not_supported_here")
     if isinstance(error, OrthrusError):
         return ApiError(500, str(error), code="model_error")
     return ApiError(
