@@ -10,7 +10,7 @@ from orthrus.server.errors import as_api_error
     ("error", "status", "code"),
     [
         (UserInputError("n must be at least 1."), 400, None),
-        (MissingExtraError('a grammar needs llguidance; run `pip install "orthrus-lm[grammar]"`.'), 400, "not_supported_here"),
+        (MissingExtraError('a grammar needs llguidance; run `pip install ...`.'), 400, "not_supported_here"),
         (UnsupportedModelError("a grammar needs a token that ends the text."), 400, "not_supported_here"),
         (CorruptFileError("a file is damaged."), 500, "model_error"),
     ],
