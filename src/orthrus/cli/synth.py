@@ -12,12 +12,12 @@ import typer
 from orthrus.cli import options
 from orthrus.cli.common import KILLS, Killed, handling, leaving, load_orthrus
 from orthrus.cli.render import note, out, print_json
+from orthrus.cli.synth_report import as_text, synth_report
 from orthrus.cli.synth_sources import answering, check_sources, parse_endpoints, parse_sources
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
-    from orthrus.training.corpus import Sample
     from orthrus.training.synth import SynthProgress
 
 _LINE_SECONDS = 15.0
@@ -122,7 +122,6 @@ def synth(
 
     check_corpus_folder(folder)
     from orthrus.base.bench_prompts import load_prompts
-    from orthrus.training.corpus import left_out, read_corpus, read_prompts
     from orthrus.training.synth import synthesise
 
     # The prompts that benchmarks and training runs are scored on.
@@ -140,53 +139,11 @@ def synth(
         except (KeyboardInterrupt, Killed):
             note(f"stopped; whole shards are kept in {folder}, and the same command goes on from there")
             raise
-        report = _report(folder, sum(1 for _ in read_prompts(folder)), read_corpus(folder), left_out(folder))
+        report = synth_report(folder, config)
     if json:
         print_json(report)
     else:
-        _print(report)
-
-
-def _report(
-    folder: Path, num_prompts: int, samples: "Iterable[Sample]", left_out: dict[str, int]
-) -> dict[str, Any]:
-    domains: dict[str, dict[str, int]] = {}
-    dialogues = prompt_tokens = longest = 0
-    for sample in samples:
-        entry = domains.setdefault(sample.domain, {"dialogues": 0, "answer_tokens": 0})
-        entry["dialogues"] += 1
-        entry["answer_tokens"] += sample.num_answered
-        dialogues, prompt_tokens = dialogues + 1, prompt_tokens + len(sample.prompt_ids)
-        longest = max(longest, len(sample.prompt_ids) + len(sample.answer_ids))
-    return {
-        "path": str(folder),
-        "prompts": num_prompts,
-        "dialogues": dialogues,
-        "dropped": num_prompts - dialogues,
-        "left_out": left_out,
-        "prompt_tokens": prompt_tokens,
-        "answer_tokens": sum(entry["answer_tokens"] for entry in domains.values()),
-        "longest": longest,
-        "domains": dict(sorted(domains.items())),
-    }
-
-
-def _print(report: dict[str, Any]) -> None:
-    lines = [
-        f"corpus in {report['path']}: {report['dialogues']:,} dialogues, {report['answer_tokens']:,} answer "
-        f"tokens (the longest dialogue has {report['longest']} tokens)"
-    ]
-    lines += [
-        f"  {domain:<12} {entry['dialogues']:>7,} dialogues {entry['answer_tokens']:>10,} answer tokens"
-        for domain, entry in report["domains"].items()
-    ]
-    if in_circles := report["dropped"] - sum(report["left_out"].values()):
-        lines.append(f"  {in_circles:,} answers went round in circles and were left out")
-    lines += [
-        f"  {number:,} answers of the server were left out: {why}"
-        for why, number in report["left_out"].items()
-    ]
-    out("\n".join(lines) + "\n")
+        out(as_text(report))
 
 
 class WholeShards:
