@@ -6,13 +6,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tests.folders import letter_tokenizer
+from tests.tiny import tiny_dual
 
 from orthrus.base.prompt import encode_prompt
 from orthrus.errors import UserInputError
-from orthrus.training.adapt import Counts, judge, own_requests, put_in_place, read_log, roll_back, split
-from orthrus.training.answers import Answer, Question
-from orthrus.training.self_prompts import OPENINGS
+from orthrus.training.adapt import (
+    SHARES,
+    Counts,
+    forgets,
+    go_part_of_the_way,
+    judge,
+    put_in_place,
+    read_log,
+    roll_back,
+    split,
+)
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}"
 WORDS = "abcdefghijklmnopqrstuvwxyz"
@@ -56,43 +66,22 @@ def test_a_log_gives_each_request_once_with_its_answer_where_it_has_one(tmp_path
     assert found[1].answer_ids is None
 
 
-class Writer:
-    """Goes on with the same words whatever it is asked, each time with a letter of its own at the end."""
-
-    def __init__(self) -> None:
-        self.asked: list[Question] = []
-
-    def __call__(self, questions: Any, *, max_new_tokens: int) -> Any:
-        for question in questions:
-            self.asked.append(question)
-            ids = base_of().tokenizer(f" of some words {WORDS[question.key % 26]}")["input_ids"]
-            yield Answer(question.key, [*ids, 2], True)
-
-
-def test_what_the_model_asks_itself_is_of_all_kinds_kept_for_a_run_that_goes_on_and_never_held_out(
-    tmp_path: Path,
-) -> None:
-    base, writer, file = base_of(), Writer(), tmp_path / "own.jsonl"
-    held_out = [json.loads(line)["prompt"] for line in ('{"prompt": "Why of some words"}',)]
-    found = own_requests(base, writer, 12, file, seed=3, most_tokens=60, keep_out=held_out)  # type: ignore[arg-type]
-    assert len(found) == 12
-    assert all(request.answer_ids is None for request in found)
-    texts = [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
-    assert not [text for text in texts if text.startswith(held_out[0])]
-    assert len(writer.asked) == 3 * len(OPENINGS)
-    number = len(writer.asked)
-    assert own_requests(base, writer, 12, file, seed=3, most_tokens=60, keep_out=held_out) == found  # type: ignore[arg-type]
-    assert len(writer.asked) == number, "they are made once"
+def test_part_of_the_way_lies_between_what_a_view_knew_and_what_it_learnt() -> None:
+    dual = tiny_dual(block_size=4, mask_token_id=None)
+    start = {name: parameter.detach().clone() for name, parameter in dual.view_parameters().items()}
+    end = {name: tensor + 2.0 for name, tensor in start.items()}
+    for share in (1.0, 0.5, 0.0):
+        go_part_of_the_way(dual, start, end, share)
+        for name, parameter in dual.view_parameters().items():
+            torch.testing.assert_close(parameter, start[name] + 2.0 * share)
+    assert SHARES[0] == 1.0
+    assert list(SHARES) == sorted(SHARES, reverse=True)
 
 
-def test_a_base_without_a_chat_template_asks_itself_nothing(tmp_path: Path) -> None:
-    base = base_of()
-    base.tokenizer.chat_template = None
-    assert own_requests(base, Writer(), 12, tmp_path / "own.jsonl", seed=3, most_tokens=60, keep_out=[]) == []  # type: ignore[arg-type]
-    assert (
-        own_requests(base_of(), Writer(), 0, tmp_path / "own.jsonl", seed=3, most_tokens=60, keep_out=[])
-        == []
-    )  # type: ignore[arg-type]
+def test_a_general_set_that_falls_by_more_than_it_may_is_forgotten() -> None:
+    old = Counts((100,) * 4, (40,) * 4)
+    assert not forgets(old, Counts((98,) * 4, (40,) * 4))
+    assert forgets(old, Counts((97,) * 4, (40,) * 4))
 
 
 def test_a_log_with_too_little_in_it_is_refused(tmp_path: Path) -> None:

@@ -32,14 +32,6 @@ def adapt(
     held_back: Annotated[
         float, typer.Option(help="Share of the requests that the new view is judged by.")
     ] = 0.2,
-    replay: Annotated[
-        float,
-        typer.Option(
-            metavar="SHARE",
-            help="Dialogues of the model's own to learn from beside the log, as a share of its requests: they keep "
-            "the view from forgetting the rest.",
-        ),
-    ] = 0.5,
     epochs: Annotated[float, typer.Option(help="Passes over the others.")] = 3.0,
     learning_rate: Annotated[float, typer.Option(help="Peak.")] = 3e-4,
     max_new_tokens: Annotated[
@@ -64,8 +56,6 @@ def adapt(
         raise UserInputError("give the log to learn from, or --rollback.")
     if not 0 < held_back < 1:
         raise UserInputError(f"held-back must lie between 0 and 1, not {held_back}.")
-    if not 0 <= replay <= 100:
-        raise UserInputError(f"replay must lie between 0 and 100, not {replay}.")
     from orthrus.cli.adapt_run import Adapting
     from orthrus.training.recipe import TrainConfig
 
@@ -88,7 +78,7 @@ def adapt(
         evaluate_prompts=0,
         trackers=(),
     )
-    settings = {"held_back": held_back, "max_new_tokens": max_new_tokens, "replay": replay}
+    settings = {"held_back": held_back, "max_new_tokens": max_new_tokens}
     run = Adapting(log, view, start, config, settings, quiet=quiet)
     report = run.run()
     if json:

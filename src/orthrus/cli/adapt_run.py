@@ -15,6 +15,8 @@ from orthrus.cli.train_panel import TrainDisplay
 from orthrus.errors import UserInputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from orthrus.base.loading import Base
     from orthrus.model.dual_view import DualView
     from orthrus.training.adapt import Counts, Logged
@@ -69,7 +71,16 @@ class Adapting:
     def _adapt(self) -> dict[str, Any]:
         from orthrus.base.outputs import write_text_atomic
         from orthrus.model.checkpoint import CONFIG_FILE, read_json, round_as_stored, save_view
-        from orthrus.training.adapt import Verdict, judge, put_in_place, read_log, split
+        from orthrus.training.adapt import (
+            SHARES,
+            Verdict,
+            forgets,
+            go_part_of_the_way,
+            judge,
+            put_in_place,
+            read_log,
+            split,
+        )
         from orthrus.training.adapt import to_plain as plain_verdict
         from orthrus.training.view_score import held_out_prompts
 
@@ -81,15 +92,28 @@ class Adapting:
         general = held_out_prompts(base, 10, dual.config.block_size)
         self._say(f"{len(train_on)} requests to learn from, {len(judged)} held back")
         old, old_general = self._before(base, dual, judged, general)
-        num_own = self._corpus(base, dual, train_on, most)
+        self._corpus(base, dual, train_on)
         encoding = read_json(self.start / CONFIG_FILE).get("encoding", "full")
+        start = _weights(dual)
         self._train(base, dual)
-        round_as_stored(dual, encoding)
-        new, new_general = (_counts(dual, base, prompts) for prompts in (_prompts(judged), general))
+        end = _weights(dual)
+        # As much of what was learnt as the general set bears.
+        for share in SHARES:
+            go_part_of_the_way(dual, start, end, share)
+            round_as_stored(dual, encoding)
+            new_general = _counts(dual, base, general)
+            self._say(
+                f"with {share:.0%} of what was learnt the general set makes {new_general.tokens_per_cycle:.2f} "
+                f"tokens per cycle, {old_general.tokens_per_cycle:.2f} before"
+            )
+            if not forgets(old_general, new_general):
+                break
+        new = _counts(dual, base, _prompts(judged))
         verdict: Verdict = judge(old, new, old_general, new_general, seed=self.config.seed)
         report = plain_verdict(verdict) | {
             "view": str(self.view),
-            "requests": {"trained": len(train_on), "own": num_own, "held_back": len(judged)},
+            "share": share,
+            "requests": {"trained": len(train_on), "held_back": len(judged)},
             "tokens_per_cycle": {
                 "held_back": {"old": old.tokens_per_cycle, "new": new.tokens_per_cycle},
                 "general": {"old": old_general.tokens_per_cycle, "new": new_general.tokens_per_cycle},
@@ -138,43 +162,28 @@ class Adapting:
         )
         return old, old_general
 
-    def _corpus(self, base: "Base", dual: "DualView", train_on: "list[Logged]", most_tokens: int) -> int:
-        """Answer the log and what the model asks itself; returns how many requests the latter are."""
-        from orthrus.base.bench_prompts import load_prompts
+    def _corpus(self, base: "Base", dual: "DualView", train_on: "list[Logged]") -> None:
         from orthrus.engine.engine import Engine
         from orthrus.engine.runners import make_runner
         from orthrus.model.runner import EagerRunner
-        from orthrus.training.adapt import own_requests, write_corpus
-        from orthrus.training.answers import EngineAnswerer
+        from orthrus.training.adapt import write_corpus
         from orthrus.training.manifest import corpus_folder
         from orthrus.training.view_score import served
 
         folder = self.work / "corpus"
-        number = round(self.settings["replay"] * len(train_on))
-        missing = number > 0 or any(request.answer_ids is None for request in train_on)
+        missing = any(request.answer_ids is None for request in train_on)
         with corpus_folder(folder), served(dual):
             # The AR view alone answers, so a runner that packs the view's present weights will do.
             engine = Engine(make_runner(dual) if missing else EagerRunner(dual))
-            own = own_requests(
-                base,
-                EngineAnswerer(engine, 64, base.eos_token_ids),
-                number,
-                self.work / "own.jsonl",
-                seed=self.config.seed,
-                most_tokens=most_tokens,
-                keep_out=[p.prompt for p in load_prompts() if isinstance(p.prompt, str)],
-            )
-            self._say(f"{len(own)} requests of the model's own beside them")
             write_corpus(
                 base,
                 engine,
-                [*train_on, *own],
+                train_on,
                 folder,
                 max_new_tokens=self.settings["max_new_tokens"],
                 source=str(self.log),
                 on_answer=lambda done, total: self._say(f"{done} of {total} requests have answers"),
             )
-        return len(own)
 
     def _train(self, base: "Base", dual: "DualView") -> None:
         from orthrus.training.packs import packed_corpora
@@ -202,6 +211,10 @@ class Adapting:
     def _say(self, line: str) -> None:
         if not self.quiet:
             note(line)
+
+
+def _weights(dual: "DualView") -> "dict[str, Tensor]":
+    return {name: parameter.detach().float().clone() for name, parameter in dual.view_parameters().items()}
 
 
 def _prompts(requests: "list[Logged]") -> list[list[int]]:

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base
@@ -19,21 +21,22 @@ from orthrus.base.provenance import provenance
 from orthrus.config import SamplingParams
 from orthrus.engine.engine import Engine
 from orthrus.errors import UserInputError
+from orthrus.model.dual_view import DualView
 from orthrus.training import manifest
-from orthrus.training.answers import Answerer, Question, answer_all
-from orthrus.training.corpus import PROMPTS, Unseen, normalised, read_jsonl, shard_path, write_jsonl
-from orthrus.training.self_prompts import OPENINGS, is_repetitive, self_prompts
+from orthrus.training.answers import Question, answer_all
+from orthrus.training.corpus import PROMPTS, normalised, shard_path, write_jsonl
+from orthrus.training.self_prompts import is_repetitive
 
 LEAST_REQUESTS = 20
 LEAST_GAIN = 0.01
 """On the held-back requests; besides, chance must not explain it."""
 MOST_LOSS = 0.02
 """On the general set."""
+SHARES = (1.0, 0.75, 0.5, 0.3)
+"""Of what was learnt that are tried, the largest first: less of it forgets less."""
 _DOMAIN = "log"
 _SHARD = 32
 _RESAMPLES = 2000
-_ATTEMPTS = 1.6
-"""Prompts that the model begins for each that is wanted: some are cut off, short or seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,33 +120,6 @@ def split(requests: Sequence[Logged], share: float, seed: int) -> tuple[list[Log
     return shuffled[number:], shuffled[:number]
 
 
-def own_requests(
-    base: Base,
-    answerer: Answerer,
-    number: int,
-    file: Path,
-    *,
-    seed: int,
-    most_tokens: int,
-    keep_out: Iterable[str],
-) -> list[Logged]:
-    """About `number` requests that the model makes itself, of all kinds that it has openings for.
-
-    Learnt beside a log, they keep a view from forgetting everything else. `file` keeps them for a run that goes
-    on. None for a base without a chat template, and fewer where the model's texts are no prompts.
-    """
-    if not file.is_file():
-        if not getattr(base.tokenizer, "chat_template", None):
-            return []
-        unseen = Unseen(keep_out)
-        counts = dict.fromkeys(OPENINGS, math.ceil(number * _ATTEMPTS / len(OPENINGS)))
-        made = self_prompts(base, answerer, counts, seed=seed) if number else iter(())
-        texts = [text for text, _ in made if unseen(text) and len(base.encode_prompt(text)) <= most_tokens]
-        Random(seed).shuffle(texts)
-        write_jsonl(file, ({"prompt": text} for text in texts[:number]))
-    return [Logged(tuple(base.encode_prompt(record["prompt"])), None) for record in read_jsonl(file)]
-
-
 def write_corpus(
     base: Base,
     engine: Engine,
@@ -215,6 +191,23 @@ def judge(old: Counts, new: Counts, old_general: Counts, new_general: Counts, *,
         reason = f"the held-back requests gain {gain:+.1%}, the general set {general:+.1%}"
         return Verdict(True, reason, gain, low, general)
     return Verdict(False, reason, gain, low, general)
+
+
+def forgets(old_general: Counts, new_general: Counts) -> bool:
+    """Whether the general set falls by more than a new view may cost."""
+    return _gain(old_general, new_general) < -MOST_LOSS
+
+
+@torch.no_grad()
+def go_part_of_the_way(
+    dual: DualView, start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float
+) -> None:
+    """Set the view to `start` + share x (`end` - `start`): between what it knew and what it learnt.
+
+    Such a mean keeps most of what was won and forgets less (arXiv 2109.01903).
+    """
+    for name, parameter in dual.view_parameters().items():
+        parameter.copy_(torch.lerp(start[name], end[name], share))
 
 
 def _gain(old: Counts, new: Counts) -> float:
