@@ -1,6 +1,7 @@
 """The transformers interface as other programs meet it: Auto classes, import orders, saving, public names."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -267,6 +268,13 @@ def test_a_lora_reaches_the_ar_side_of_the_twins(folders: dict[str, Path]) -> No
 def test_a_view_folder_as_model_takes_no_second_view(folders: dict[str, Path]) -> None:
     with pytest.raises(UserInputError, match="is a view already"):
         OrthrusForCausalLM.from_pretrained(folders["view"], view="fresh")
+
+
+def test_a_folder_that_holds_views_says_which(folders: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("view", "best"):
+        shutil.copytree(folders["view"], tmp_path / name)
+    with pytest.raises(CheckpointError, match="name the folder in it that has one: best or view"):
+        OrthrusForCausalLM.from_pretrained(folders["base"], view=str(tmp_path))
 
 
 def test_a_base_is_no_view(folders: dict[str, Path]) -> None:

@@ -55,7 +55,9 @@ def parse_prompts(name: str, text: str) -> Iterator[FilePrompt]:
                 yield _prompt(json.loads(line), number)
             except (ValueError, RecursionError) as e:
                 reason = getattr(e, "msg", "numbers or nesting beyond all bounds")
-                raise UserInputError(f"{name}, line {number}: no valid JSON ({reason}).") from e
+                raise UserInputError(
+                    f"{name}, line {number}: no valid JSON ({reason}); mend or delete that line."
+                ) from e
             except UserInputError as e:
                 raise UserInputError(f"{name}, line {number}: {e}") from e
     if not found:

@@ -102,7 +102,9 @@ def _spread(spread: Spread, digits: int) -> str:
 
 
 def _interval(found: Interval) -> str:
-    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    # One prompt has none.
+    bounds = f" [{found.low:.2f}, {found.high:.2f}]" if found.low < found.high else ""
+    return f"{found.value:.2f}{bounds}"
 
 
 def _amount(value: float | None, unit: float) -> str:

@@ -39,6 +39,7 @@ class Adapting:
         quiet: bool,
     ) -> None:
         from orthrus.base.outputs import check_writable
+        from orthrus.base.prompt_files import read_prompt_file
         from orthrus.model.checkpoint import WEIGHTS_FILE
         from orthrus.training.adapt import work_key
         from orthrus.training.recipe import to_plain
@@ -47,6 +48,8 @@ class Adapting:
         self.settings = settings
         if not log.is_file():
             raise UserInputError(f"there is no log {log}; give a JSONL file.")
+        # A bad line is found before the model is loaded.
+        read_prompt_file(log)
         key = work_key(log, _digest(start / WEIGHTS_FILE), settings | to_plain(config))
         self.work = view.with_name(f"{view.name}.adapt-{key}")
         self.config = replace(config, corpus=(str(self.work / "corpus"),), output=str(self.work / "run"))

@@ -227,7 +227,7 @@ def read_view_tensors(files: list[Path]) -> dict[str, Tensor]:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; CheckpointError when missing, CorruptFileError when it is not JSON."""
     if not file.is_file():
-        raise CheckpointError(f"there is no {file.name} in {file.parent}; name a folder that holds a view.")
+        raise CheckpointError(f"there is no {file.name} in {file.parent}; {_which_has(file)}.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as e:
@@ -235,6 +235,14 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CorruptFileError(f"{file} is not a JSON object; copy or download it again.")
     return content
+
+
+def _which_has(file: Path) -> str:
+    """What to name instead: folders inside that have the file, as the output of a training run does."""
+    inside = sorted(found.parent.name for found in file.parent.glob(f"*/{file.name}"))[:4]
+    if not inside:
+        return "name a folder that holds a view"
+    return f"name the folder in it that has one: {' or '.join(inside)}"
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
