@@ -75,6 +75,7 @@ class Adapting:
         from orthrus.base.outputs import write_text_atomic
         from orthrus.model.checkpoint import CONFIG_FILE, read_json, round_as_stored, save_view
         from orthrus.training.adapt import (
+            GENERAL_PROMPTS,
             SHARES,
             Verdict,
             forgets,
@@ -92,7 +93,7 @@ class Adapting:
         most = min(self.config.row_length, base.context_length - self.settings["max_new_tokens"] - 1)
         requests = read_log(self.log, base, most_tokens=most)
         train_on, judged = split(requests, self.settings["held_back"], self.config.seed)
-        general = held_out_prompts(base, 10, dual.config.block_size)
+        general = held_out_prompts(base, GENERAL_PROMPTS, dual.config.block_size)
         self._say(f"{len(train_on)} requests to learn from, {len(judged)} held back")
         old, old_general = self._before(base, dual, judged, general)
         self._corpus(base, dual, train_on)

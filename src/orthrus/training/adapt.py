@@ -31,7 +31,8 @@ LEAST_REQUESTS = 20
 LEAST_GAIN = 0.01
 """On the held-back requests; besides, chance must not explain it."""
 MOST_LOSS = 0.02
-"""On the general set."""
+"""On the general set: so many of the built-in prompts."""
+GENERAL_PROMPTS = 25
 SHARES = (1.0, 0.75, 0.5, 0.3)
 """Of what was learnt that are tried, the largest first: less of it forgets less."""
 _DOMAIN = "log"
