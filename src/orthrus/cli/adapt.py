@@ -57,6 +57,7 @@ def adapt(
     if not 0 < held_back < 1:
         raise UserInputError(f"held-back must lie between 0 and 1, not {held_back}.")
     from orthrus.cli.adapt_run import Adapting
+    from orthrus.training.adapt import GENERAL_PROMPTS
     from orthrus.training.recipe import TrainConfig
 
     start = _start_folder(view, init)
@@ -78,7 +79,7 @@ def adapt(
         evaluate_prompts=0,
         trackers=(),
     )
-    settings = {"held_back": held_back, "max_new_tokens": max_new_tokens}
+    settings = {"held_back": held_back, "max_new_tokens": max_new_tokens, "general": GENERAL_PROMPTS}
     run = Adapting(log, view, start, config, settings, quiet=quiet)
     report = run.run()
     if json:
