@@ -137,7 +137,7 @@ def make_lora(folder: Path, requests: list[str], max_new_tokens: int, seed: int)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(input_ids=ids_1T, labels=labels_1T).loss
             loss.backward()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             if len(losses) % 4 == 0:
                 optimizer.step()
                 optimizer.zero_grad()
