@@ -63,7 +63,7 @@ def main(
         "max_new_tokens": max_new_tokens,
     }
     bench.same_options(options | {"digest": rows.digest, "dtype": dtype, "prompts": asked})
-    chosen = {arm.name: bench.chosen(arm, check) for arm in arms}
+    chosen = {arm.name: bench.chosen(arm, round(arm.check_share * check)) for arm in arms}
     for seed in range(seeds):
         for arm in arms:
             bench.train(arm, chosen[arm.name]["settings"], seed, targets)

@@ -26,7 +26,7 @@ SHARED = TrainConfig(row_length=576, num_anchors=96, batch_rows=1, block_size=8,
 @dataclass(frozen=True, slots=True)
 class Arm:
     """kind: "view", "dflash" or "eagle3". settings: recipe keys that differ from `SHARED`. trials: settings of which
-    the one that does best on held-out rows, after a small budget, is taken."""
+    the one that does best on held-out rows, after a share of the small budget, is taken. causal: blocks with order."""
 
     name: str
     label: str
@@ -34,18 +34,20 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)
     trials: tuple[dict[str, Any], ...] = ()
     causal: bool = False
+    check_share: float = 1.0
 
     def config(self, chosen: dict[str, Any], seed: int, dtype: str) -> TrainConfig:
-        return replace(SHARED, **self.settings, **chosen, seed=seed, dtype=dtype)  # type: ignore[arg-type]
+        return replace(SHARED, **(self.settings | chosen), seed=seed, dtype=dtype)
 
 
-RATES = ({"learning_rate": 1e-3}, {"learning_rate": 3e-3})
+RATES = ({"learning_rate": 1e-3}, {"learning_rate": 2e-3})
 ARMS = (
     Arm(
         "dflash",
         "DFlash: 2 layers, features of 5 layers of the base, masks",
         "dflash",
-        trials=(*RATES, {"learning_rate": 3e-3, "loss": "ce", "weights": "decay"}),
+        # The last: the loss of its paper.
+        trials=(*RATES, {"learning_rate": 1e-3, "loss": "ce", "weights": "decay"}),
     ),
     Arm(
         "eagle3",
@@ -67,6 +69,7 @@ ARMS = (
         settings={"twins": SEVEN, "rank": 64, "rank_scale": 8.0, "loss": "tv"},
         trials=({"learning_rate": 8e-4}, {"learning_rate": 2e-3}),
         causal=True,
+        check_share=0.4,
     ),
 )
 
