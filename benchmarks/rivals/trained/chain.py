@@ -45,12 +45,16 @@ class Clock:
 
 @dataclass
 class Run:
-    """One answer. tokens: new ones; accepted: drafts that stood; drafted: drafts that were verified."""
+    """One answer. tokens: new ones; drafted: drafts that were verified; stood: accepted ones, cycle by cycle."""
 
     tokens: list[int]
     cycles: int = 0
     drafted: int = 0
-    accepted: int = 0
+    stood: list[int] = field(default_factory=list)
+
+    @property
+    def accepted(self) -> int:
+        return sum(self.stood)
 
 
 def timed(into: list[float], call: Callable[..., Any], *arguments: Any) -> Any:
@@ -111,7 +115,7 @@ def decode(
                 break
             stood += 1
         run.drafted += len(guesses)
-        run.accepted += stood
+        run.stood.append(stood)
         known += [*guesses[:stood], int(choice_R[stood])]
         forget(cache, len(guesses) - stood)
         features_1NF = seen_1RF[:, : 1 + stood]

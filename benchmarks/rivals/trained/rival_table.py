@@ -8,10 +8,11 @@ from orthrus.base.markdown import markdown_table
 Counts = list[tuple[int, int, int, int]]
 
 LEGEND = {
-    "targets": "drafted positions that a loss was taken of; in all arms the same positions of the same rows",
+    "targets": "drafted positions that a loss was taken of; for a seed the same positions of the same rows in all arms",
     "tokens_per_cycle": "(tokens - 1) / cycles, pooled over prompts: the base's own token of each cycle counts, and "
     "with the floor the one that the draft pass decides; chain, greedy, float32, every text equal to the stock model's",
-    "accepted_per_cycle": "drafts that stood / cycles; tokens that the base decided do not count",
+    "accepted_per_cycle": "drafts that stood / cycles; tokens that the base decided do not count, drafts past the end "
+    "of an answer do",
     "acceptance_rate": "drafts that stood / drafts that were verified",
     "cycle_cost": "(median CPU time of a draft + of a verification) / of a base pass over one row; the same eager "
     "PyTorch, one thread, the passes of one run in turns",
