@@ -67,6 +67,7 @@ def main(
     for seed in range(seeds):
         for arm in arms:
             bench.train(arm, chosen[arm.name]["settings"], seed, targets)
+        for arm in arms:
             bench.score(arm, chosen[arm.name]["settings"], seed, asked, max_new_tokens)
             report = {
                 "kind": "orthrus-trained-rivals",
