@@ -337,6 +337,7 @@ def test_all_arms_are_built_around_one_base_and_go_on_from_saved_weights(m: Any)
         assert all(torch.equal(p, saved[name]) for name, p in built.parameters.items())
         sizes.add(built.num_parameters)
         assert (built.cache_numbers == 0) == (arm.kind == "view")
+        assert len(built.modes) == arm.num_modes
         for make in built.modes.values():
             drafts = make()
             run = m.chain.decode(base.model, drafts, tiny_prompt(9), 8, NO_END)

@@ -181,18 +181,18 @@ class Bench:
 
     def score(self, arm: Arm, settings: dict[str, Any], seed: int, asked: Prompts, num_new: int) -> None:
         file = self.runs / f"{arm.name}-{seed}.score.json"
-        if file.is_file():
+        done = json.loads(file.read_text()) if file.is_file() else {}
+        if len(done) == arm.num_modes:
             return
         plain = self.plain(asked, num_new)
         base = self.base_for(arm, "float32")
         built = build(arm, base, arm.config(settings, seed, "float32"), self.lessons())
         built.load(torch.load(self.runs / f"{arm.name}-{seed}.pt"))
-        eos = base.eos_token_ids
-        modes = {}
         for mode in built.modes:
-            modes[mode] = scored(base, built, mode, asked, plain, num_new, eos)
-            typer.echo(f"{arm.name}, seed {seed}, {mode}: {modes[mode]['all']}", err=True)
-        write_text_atomic(file, json.dumps(modes) + "\n")
+            if mode not in done:
+                done[mode] = scored(base, built, mode, asked, plain, num_new, base.eos_token_ids)
+                write_text_atomic(file, json.dumps(done) + "\n")
+                typer.echo(f"{arm.name}, seed {seed}, {mode}: {done[mode]['all']}", err=True)
 
     def plain(self, asked: Prompts, num_new: int) -> dict[str, list[list[int]]]:
         """What the stock model's own `generate` answers, token by token."""

@@ -36,6 +36,11 @@ class Arm:
     causal: bool = False
     check_share: float = 1.0
 
+    @property
+    def num_modes(self) -> int:
+        """Ways to decode: views also with the floor."""
+        return 2 if self.kind == "view" else 1
+
     def config(self, chosen: dict[str, Any], seed: int, dtype: str) -> TrainConfig:
         return replace(SHARED, **(self.settings | chosen), seed=seed, dtype=dtype)
 
@@ -113,8 +118,8 @@ def build(arm: Arm, base: Base, config: TrainConfig, lessons: Lessons) -> Built:
         kind = CausalPass if arm.causal else TrainingPass
         learner = ViewLearner(kind(dual, objective, config.attention, config.activations))
         modes: dict[str, Callable[[], Drafts]] = {
-            "7 drafts": lambda: ViewDrafts(dual, size, floor=False, causal=arm.causal),
             "floor and 6 drafts": lambda: ViewDrafts(dual, size, floor=True, causal=arm.causal),
+            "7 drafts": lambda: ViewDrafts(dual, size, floor=False, causal=arm.causal),
         }
         return Built(learner, parameters, modes, 0)
     five, three = targets_of(sizes.num_hidden_layers)
