@@ -415,6 +415,8 @@ def test_a_run_that_is_done_is_not_done_again(
             assert list(mode["sets"]) == ["built-in", "more"]
             assert sum(len(some) for some in mode["prompts"].values()) == 3
     assert len(report["arms"]["eagle3"]["check"]["trials"]) == 2
+    assert list(report["less_ours"]) == ["eagle3"]
+    assert len(report["less_ours"]["eagle3"]["7 drafts"]) == 3
     monkeypatch.setattr(bench, "learn", None)
     monkeypatch.setattr(bench, "decode", None)
     bench.main(**options)
@@ -452,6 +454,7 @@ def test_figures_are_those_of_the_counts(m: Any) -> None:
     assert score["sets"]["b"]["acceptance_rate"] == pytest.approx(1 / 7)
     assert score["cycle_cost"] == 2.0
     assert score["tokens_per_base_pass"] == 1.0
+    assert m.rival_table.difference([(10, 5, 0, 0)] * 3, [(10, 10, 0, 0)] * 3) == [1.0, 1.0, 1.0]
     training = {
         "modes": {"7 drafts": score},
         "trained_parameters": 2_000_000,
@@ -463,3 +466,12 @@ def test_figures_are_those_of_the_counts(m: Any) -> None:
         "| an arm | 7 drafts | 1.00 | 2.00 | 2.000 | 2.00 | 2.00 | 0.50 | 2.00 | 1.00 | 2.0 M | 12 | no |"
         in text
     )
+
+
+def test_where_two_texts_part_the_gap_is_that_of_the_two_best_logits(m: Any) -> None:
+    model, prompt = tiny_model(), tiny_prompt(9)
+    best_2 = model(torch.tensor([[*prompt, 5]])).logits[0, -1].topk(2).values
+    assert m.chain.first_gap(model, prompt, [5, 6, 7], [5, 9, 7]) == pytest.approx(
+        float(best_2[0] - best_2[1])
+    )
+    assert m.chain.first_gap(model, prompt, [5, 6], [5, 6, 7]) == float("inf")

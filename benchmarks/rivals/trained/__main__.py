@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from chain import Clock, decode
+from chain import Clock, decode, first_gap
 from drafter_parts import Lessons
 from equal_loop import budget, foreseen, learn
 from rival_arms import ARMS, SHARED, Arm, Built, build, targets_of
-from rival_table import LEGEND, Counts, score_of, table
+from rival_table import LEGEND, Counts, less_ours, score_of, table
 
 from orthrus.base.bench_prompts import load_prompts
 from orthrus.base.loading import Base, load_base
@@ -69,13 +69,15 @@ def main(
             bench.train(arm, chosen[arm.name]["settings"], seed, targets)
         for arm in arms:
             bench.score(arm, chosen[arm.name]["settings"], seed, asked, max_new_tokens)
+            found = bench.finished(arms, chosen, seeds)
             report = {
                 "kind": "orthrus-trained-rivals",
                 "legend": LEGEND,
                 "options": options,
                 "shared_recipe": to_plain(SHARED),
                 "corpus": {"digest": rows.digest, "dialogues": rows.dialogues, "rows": len(rows)},
-                "arms": bench.finished(arms, chosen, seeds),
+                "less_ours": less_ours(found),
+                "arms": found,
                 "provenance": provenance(device="cpu", dtype=f"{dtype}, decoding in float32", seed=None),
             }
             write_text_atomic(output, json.dumps(report, indent=1) + "\n")
@@ -243,23 +245,12 @@ def scored(
         for ids, expected in zip(some, plain[name], strict=True):
             run = decode(base.model, built.modes[mode](), ids, num_new, eos, clock)
             if run.tokens != expected:
-                gap = first_gap(base, ids, run.tokens, expected)
+                gap = first_gap(base.model, ids, run.tokens, expected)
                 assert gap < NEAR_TIE, f"{mode} gave another text than plain decoding: set {name}, gap {gap}"
                 near_ties += 1
             found.append((len(run.tokens) - 1, run.cycles, run.drafted, run.accepted))
         by_set[name] = found
     return score_of(by_set, clock.medians_ms()) | {"near_ties": near_ties}
-
-
-@torch.inference_mode()
-def first_gap(base: Base, ids: list[int], tokens: list[int], expected: list[int]) -> float:
-    """Between the two best logits of the base where two answers part."""
-    same = next((i for i, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1]), None)
-    if same is None:
-        return float("inf")
-    logits_V = base.model(torch.tensor([[*ids, *expected[:same]]]), logits_to_keep=1).logits[0, -1]
-    best_2 = logits_V.topk(2).values
-    return float(best_2[0] - best_2[1])
 
 
 if __name__ == "__main__":

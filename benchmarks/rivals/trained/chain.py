@@ -126,3 +126,14 @@ def decode(
     ends = [i for i, token in enumerate(run.tokens) if token in eos_ids]
     run.tokens = run.tokens[: ends[0] + 1] if ends else run.tokens
     return run
+
+
+@torch.inference_mode()
+def first_gap(base: PreTrainedModel, ids: list[int], tokens: list[int], expected: list[int]) -> float:
+    """Between the two best logits of the base where two answers part."""
+    same = next((i for i, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1]), None)
+    if same is None:
+        return float("inf")
+    logits_V = base(torch.tensor([[*ids, *expected[:same]]]), logits_to_keep=1).logits[0, -1]
+    best_2 = logits_V.topk(2).values
+    return float(best_2[0] - best_2[1])
