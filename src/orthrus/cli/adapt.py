@@ -44,8 +44,10 @@ def adapt(
 ) -> None:
     """Re-tune a view on logged requests.
 
-    A share of the requests is held back, and the new view is kept only if real decodes of them improve and a
-    general set does not fall by more than 2 %. A stopped run goes on with the same command.
+    A share of the requests is held back, to judge the new view by.
+    It is kept only if real decodes of these requests improve,
+    and those of built-in prompts get no more than 2 % worse.
+    A stopped run goes on with the same command.
     """
     if rollback:
         if log is not None:

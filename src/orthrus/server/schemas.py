@@ -120,6 +120,7 @@ class NamedTool(Open):
 class OrthrusOptions(Closed):
     """How the answer is decoded; none of this changes the text. See docs/strategies.md.
 
+    copies: `auto` may draft what followed the last tokens where they stood before, in the prompt or the text.
     provenance: chunks of a stream say of each token whether it had been drafted. receipt: the answer's metrics hold
     what `orthrus verify` makes it again from, the prompt's token ids included.
     """
