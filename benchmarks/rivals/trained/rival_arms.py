@@ -20,7 +20,9 @@ from orthrus.training.start import starting_view
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # What all arms share; batches, blocks and schedule as in recipes/study-cpu.yaml.
-SHARED = TrainConfig(row_length=576, num_anchors=96, batch_rows=1, block_size=8, min_lr_ratio=0.05, drop_long=True)
+SHARED = TrainConfig(
+    row_length=576, num_anchors=96, batch_rows=1, block_size=8, min_lr_ratio=0.05, drop_long=True
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,9 @@ def time_passes(orthrus: "Orthrus", strategies: Iterable[str], *, quiet: bool = 
     """Make sure that the costs which `auto` decides by are known, and say so while they are measured."""
     if "auto" in strategies:
         with ProgressDisplay(quiet=quiet, unit="rounds") as on_progress:
-            orthrus.time_passes(partial(on_progress, "timing passes, kept for this model, kind of view and precision"))
+            orthrus.time_passes(
+                partial(on_progress, "timing passes, kept for this model, kind of view and precision")
+            )
 
 
 def need_serve(what: str, *packages: str) -> None:
