@@ -102,9 +102,7 @@ def _spread(spread: Spread, digits: int) -> str:
 
 
 def _interval(found: Interval) -> str:
-    # One prompt has none.
-    bounds = f" [{found.low:.2f}, {found.high:.2f}]" if found.low < found.high else ""
-    return f"{found.value:.2f}{bounds}"
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
 def _amount(value: float | None, unit: float) -> str:

@@ -39,7 +39,7 @@ class Policy:
 
     PATIENCE: ClassVar[int] = 24
     MOST_PATIENCE: ClassVar[int] = 192
-    SHARED: ClassVar[float] = 1.25
+    SHARED: ClassVar[float] = 2.0
     LENGTHS: ClassVar[tuple[int, ...]] = LENGTHS
 
     costs: Prices

@@ -33,14 +33,14 @@ from orthrus.model.passes import causal, join, tree
 from orthrus.model.pool import Slots, pages_for
 from orthrus.model.runner import Runner
 
-ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
+ROWS = (1, 2, 4, 5, 6, 8, 9, 12, 16, 17, 24, 25, 32, 33, 48, 64, 128, 256)
 BLOCKS, BESIDE = (1, 2, 3, 4), 8
 """Numbers of blocks that are timed, beside that many AR rows."""
 DRAFT_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
 """Rows of a block that is drafted alone, as far as blocks go, and one as long as they go."""
 HISTORY = 256
 """Committed tokens that timed passes read: about as many as in the middle of an answer."""
-TABLE_VERSION = 12
+TABLE_VERSION = 13
 """Of what a stored table means: raised when passes come to do more, or less, beside their layers."""
 TREE = 24
 """Nodes of the tree whose making is timed with a draft's."""
