@@ -128,9 +128,8 @@ def main(
     write_text_atomic(output, json.dumps(report, indent=2) + "\n")
 
 
-def _adapted(log: Path, view: Path, options: list[str]) -> dict[str, Any]:
-    before, used = _digests(view), resource.getrusage(resource.RUSAGE_CHILDREN)
-    started = perf_counter()
+def adapt(log: Path, view: Path, *options: str) -> dict[str, Any]:
+    """What `orthrus adapt` reports of a log, run as a user runs it."""
     command = [
         sys.executable,
         "-m",
@@ -142,9 +141,15 @@ def _adapted(log: Path, view: Path, options: list[str]) -> dict[str, Any]:
         "--json",
         *options,
     ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=os.environ.copy())
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return dict(json.loads(done.stdout))
+
+
+def _adapted(log: Path, view: Path, options: list[str]) -> dict[str, Any]:
+    before, used = _digests(view), resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = perf_counter()
+    report = adapt(log, view, *options)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    report = json.loads(done.stdout)
     paths = ("view", "old_view")
     return {key: value for key, value in report.items() if key not in paths} | {
         "unchanged": _digests(view) == before,

@@ -5,22 +5,20 @@ adapt` re-tunes it on that. The LoRA is trained here: it makes the base answer a
 Counts passes and reads no clock, so it may run beside other work. A part that is done is not done again.
 """
 
-import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from adapting import narrow_log
+from adapting import adapt, narrow_log
 
 from orthrus.api import Orthrus
 from orthrus.base.bench_prompts import load_prompts
 from orthrus.base.loading import load_base
 from orthrus.base.outputs import check_report, write_text_atomic
 from orthrus.base.provenance import provenance
+from orthrus.bench.records import output_digest
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 LEGEND = {
@@ -71,8 +69,9 @@ def main(
     if "lora" not in parts:
         keep("lora", make_lora(lora, shop[requests // 5 :], max_new_tokens, seed))
     if "on the lora" not in parts:
-        found = drafted(Orthrus.load(str(lora), dtype="float32"), held_back, max_new_tokens)
-        found["general"] = drafted(Orthrus.load(str(lora), dtype="float32"), built_in, max_new_tokens)
+        on_lora = Orthrus.load(str(lora), dtype="float32")
+        found = drafted(on_lora, held_back, max_new_tokens)
+        found["general"] = drafted(on_lora, built_in, max_new_tokens)
         same = sum(a == b for a, b in zip(found["digests"], parts["own base"]["digests"], strict=True))
         keep("on the lora", found | {"changed": 1 - same / len(held_back)})
     for number in epochs or (1.0, 3.0):
@@ -97,12 +96,8 @@ def drafted(orthrus: Orthrus, prompts: list[Any], max_new_tokens: int) -> dict[s
         "tokens_per_cycle": sum(len(result.token_ids) - 1 for result in results) / cycles,
         "accepted_per_cycle": sum(result.stats.num_accepted for result in results) / cycles,
         "prompts": len(results),
-        "digests": [hash_of(result.token_ids) for result in results],
+        "digests": [output_digest(result.token_ids) for result in results],
     }
-
-
-def hash_of(token_ids: Any) -> str:
-    return hashlib.blake2b(repr(list(token_ids)).encode(), digest_size=8).hexdigest()
 
 
 def styled(text: str) -> str:
@@ -156,10 +151,8 @@ def adapted(lora: Path, shop: list[str], view: Path, epochs: float, seed: int) -
     """`orthrus adapt` of the shipped view on the LoRA's base; its own split of the requests."""
     log = view.with_name("shop.jsonl")
     write_text_atomic(log, "".join(json.dumps({"prompt": text}) + "\n" for text in shop))
-    command = [sys.executable, "-m", "orthrus.cli.app", "adapt", str(log), "--view", str(view), "--json"]
-    command += ["--model", str(lora), "--epochs", str(epochs), "--seed", str(seed), "--dtype", "bfloat16"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    told = json.loads(done.stdout)
+    options = ["--model", str(lora), "--epochs", str(epochs), "--seed", str(seed), "--dtype", "bfloat16"]
+    told = adapt(log, view, *options)
     figures = told["tokens_per_cycle"]
     return {
         "kept": told["kept"],

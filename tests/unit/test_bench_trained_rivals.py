@@ -284,10 +284,10 @@ def arm_of(m: Any, name: str, model: Any) -> tuple[Any, list[Any], Any]:
     lessons = m.drafter_parts.Lessons(model, TARGETS)
     if name == "dflash":
         flash = m.dflash.DFlash(model, TARGETS)
-        learner = m.dflash.DFlashLearner(flash, lessons, Objective())
+        learner = m.drafter_parts.DrafterLearner(flash, lessons, Objective())
         return learner, list(flash.parameters()), lambda: m.dflash.DFlashDrafts(flash, SIZE)
     eagle = m.eagle3.Eagle3(model, TARGETS)
-    learner = m.eagle3.Eagle3Learner(eagle, lessons, Objective())
+    learner = m.drafter_parts.DrafterLearner(eagle, lessons, Objective())
     return learner, list(eagle.parameters()), lambda: m.eagle3.Eagle3Drafts(eagle, SIZE - 1)
 
 

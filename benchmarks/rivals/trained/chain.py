@@ -15,6 +15,8 @@ from drafter_parts import features_of
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from orthrus.audit.explain import first_difference
+
 
 class Drafts(Protocol):
     """What drafts for one request. layers: of the base whose outputs it wants to see; none if it reads the cache.
@@ -131,8 +133,8 @@ def decode(
 @torch.inference_mode()
 def first_gap(base: PreTrainedModel, ids: list[int], tokens: list[int], expected: list[int]) -> float:
     """Between the two best logits of the base where two answers part."""
-    same = next((i for i, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1]), None)
-    if same is None:
+    same = first_difference(expected, tokens)
+    if same == min(len(tokens), len(expected)):
         return float("inf")
     logits_V = base(torch.tensor([[*ids, *expected[:same]]]), logits_to_keep=1).logits[0, -1]
     best_2 = logits_V.topk(2).values

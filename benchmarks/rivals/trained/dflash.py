@@ -9,12 +9,11 @@ spare token.
 from itertools import pairwise
 
 import torch
-from drafter_parts import Attention, Lessons, Mlp, Norm, Read, Sizes, Turns, block_losses, start_small
+from drafter_parts import Attention, Drafter, Mlp, Norm, Read, Sizes, Turns, start_small
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from orthrus.training.blocks import BlockBatch, block_inputs, context_mask
-from orthrus.training.forward import Objective, StepOutput
 
 MASK = -1
 
@@ -44,27 +43,19 @@ class Layer(nn.Module):
         return x_BQC + self.mlp(self.post_attention_layernorm(x_BQC))  # type: ignore[no-any-return]
 
 
-class DFlash(nn.Module):
-    """base: the frozen model, kept outside of the drafter's parameters. targets: layers of it that are read."""
-
+class DFlash(Drafter):
     def __init__(
         self, base: PreTrainedModel, targets: tuple[int, ...], *, num_layers: int = 2, seed: int = 0
     ) -> None:
-        super().__init__()
+        super().__init__(base, targets)
         sizes = Sizes.of(base.config)
-        self.targets = targets
         self.fc = nn.Linear(len(targets) * sizes.hidden, sizes.hidden, bias=False)
         self.context_norm = Norm(sizes.hidden, sizes.eps)
         self.layers = nn.ModuleList(Layer(sizes) for _ in range(num_layers))
         self.norm = Norm(sizes.hidden, sizes.eps)
         self.turns = Turns(base.config)
-        self._base = [base]
         self.mask_C = nn.Parameter(base.get_input_embeddings().weight.detach().float().mean(0))  # type: ignore[operator]
         start_small(self, seed)
-
-    @property
-    def base(self) -> PreTrainedModel:
-        return self._base[0]
 
     def embed(self, token_ids_BQ: Tensor) -> Tensor:
         known_BQC = self.base.get_input_embeddings()(token_ids_BQ.clamp_min(0))
@@ -100,18 +91,9 @@ class DFlash(nn.Module):
         hidden_BQC = self(token_ids_BNK.flatten(1), position_ids_BNK.flatten(1), context, visible_BQS)
         return hidden_BQC.view(*token_ids_BNK.shape, -1)  # type: ignore[no-any-return]
 
-
-class DFlashLearner:
-    """Learns from a batch: row j + 1 of a block is target j."""
-
-    def __init__(self, drafter: DFlash, lessons: Lessons, objective: Objective) -> None:
-        self.drafter, self.lessons, self.objective = drafter, lessons, objective
-
-    def __call__(self, row: int, batch: BlockBatch) -> StepOutput:
-        lesson = self.lessons(row, batch)
-        hidden_BNKC = self.drafter.blocks(batch, lesson.features(self.drafter.targets))
-        head = self.drafter.base.get_output_embeddings()
-        return block_losses(hidden_BNKC[:, :, 1:], batch, lesson.final_BTC, head, self.objective)
+    def target_states(self, batch: BlockBatch, features_BTF: Tensor) -> Tensor:
+        """Row j + 1 of a block is target j."""
+        return self.blocks(batch, features_BTF)[:, :, 1:]
 
 
 class DFlashDrafts:
@@ -134,5 +116,5 @@ class DFlashDrafts:
         ids_1K = torch.tensor([[known_ids[-1]] + [MASK] * (self.block_size - 1)])
         positions_1K = torch.arange(end, end + self.block_size)[None]
         hidden_1KC = self.drafter(ids_1K, positions_1K, self._context)
-        logits_JV = self.drafter.base.get_output_embeddings()(hidden_1KC[0, 1:])
+        logits_JV = self.drafter.head(hidden_1KC[0, 1:])
         return [], logits_JV.argmax(-1).tolist()

@@ -17,8 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from orthrus.model.dual_view import additive_mask
 from orthrus.training.blocks import BlockBatch, causal_mask
-from orthrus.training.forward import Objective, StepOutput
-from orthrus.training.losses import position_weights, row_losses
+from orthrus.training.forward import Objective, StepOutput, block_losses
 
 
 class Read(NamedTuple):
@@ -181,25 +180,34 @@ class Lessons:
         return lesson
 
 
-def block_losses(
-    hidden_BNJC: Tensor, batch: BlockBatch, final_BTC: Tensor, head: nn.Module, objective: Objective
-) -> StepOutput:
-    """Row j of a block against the base's row at anchor + j, as `TrainingPass` does for a view."""
-    keep_BNJ = batch.valid_BNJ
-    num_rows, row_length = batch.token_ids_BT.shape
-    begin_B = torch.arange(num_rows)[:, None, None] * row_length
-    rows_R = (batch.target_BNJ + begin_B)[keep_BNJ]
-    corpus_R = batch.token_ids_BT.flatten()[(rows_R + 1).clamp_max(num_rows * row_length - 1)]
-    losses = row_losses(
-        objective.loss, hidden_BNJC[keep_BNJ], final_BTC.flatten(0, 1), rows_R, corpus_R, head
-    )
-    loss_BNJ, overlap_BNJ, hit_BNJ = (
-        torch.zeros(keep_BNJ.shape).masked_scatter(keep_BNJ, values_R.float()) for values_R in losses
-    )
-    weight_BNJ = position_weights(objective.weights, overlap_BNJ.detach(), keep_BNJ, gamma=objective.gamma)
-    return StepOutput(
-        loss=(weight_BNJ * loss_BNJ).sum(),
-        weight=weight_BNJ.sum(),
-        hits_J=hit_BNJ.sum((0, 1)),
-        counts_J=keep_BNJ.sum((0, 1)).float(),
-    )
+class Drafter(nn.Module):
+    """What a separate drafter has in common. base: the frozen model, kept outside of the drafter's parameters;
+    targets: layers of it that are read."""
+
+    def __init__(self, base: PreTrainedModel, targets: tuple[int, ...]) -> None:
+        super().__init__()
+        self.targets = targets
+        self._base = [base]
+
+    @property
+    def base(self) -> PreTrainedModel:
+        return self._base[0]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.base.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
+
+    def target_states(self, batch: BlockBatch, features_BTF: Tensor) -> Tensor:
+        """Final hidden states (B, N, J, C) of a batch's targets."""
+        raise NotImplementedError
+
+
+class DrafterLearner:
+    """Learns from a batch: the losses are those of a view."""
+
+    def __init__(self, drafter: Drafter, lessons: Lessons, objective: Objective) -> None:
+        self.drafter, self.lessons, self.objective = drafter, lessons, objective
+
+    def __call__(self, row: int, batch: BlockBatch) -> StepOutput:
+        lesson, drafter = self.lessons(row, batch), self.drafter
+        hidden_BNJC = drafter.target_states(batch, lesson.features(drafter.targets))
+        return block_losses(hidden_BNJC, batch, lesson.final_BTC, drafter.head, self.objective)

@@ -7,21 +7,17 @@ Embeddings and head are the base's, frozen.
 """
 
 import torch
-from drafter_parts import Attention, Lessons, Mlp, Norm, Read, Sizes, Turns, block_losses, start_small
+from drafter_parts import Attention, Drafter, Mlp, Norm, Read, Sizes, Turns, start_small
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from orthrus.training.blocks import BlockBatch, causal_mask, context_mask
-from orthrus.training.forward import Objective, StepOutput
 
 
-class Eagle3(nn.Module):
-    """base: the frozen model, kept outside of the drafter's parameters. targets: layers of it that are read."""
-
+class Eagle3(Drafter):
     def __init__(self, base: PreTrainedModel, targets: tuple[int, int, int], *, seed: int = 0) -> None:
-        super().__init__()
+        super().__init__(base, targets)
         sizes = Sizes.of(base.config)
-        self.targets = targets
         self.fc = nn.Linear(len(targets) * sizes.hidden, sizes.hidden, bias=False)
         self.token_norm = Norm(sizes.hidden, sizes.eps)
         self.hidden_norm = Norm(sizes.hidden, sizes.eps)
@@ -30,12 +26,7 @@ class Eagle3(nn.Module):
         self.mlp = Mlp(sizes)
         self.norm = Norm(sizes.hidden, sizes.eps)
         self.turns = Turns(base.config)
-        self._base = [base]
         start_small(self, seed)
-
-    @property
-    def base(self) -> PreTrainedModel:
-        return self._base[0]
 
     def forward(
         self,
@@ -82,18 +73,9 @@ class Eagle3(nn.Module):
             states.append(state_BNC)
         return self.norm(torch.stack(states, 2))  # type: ignore[no-any-return]
 
-
-class Eagle3Learner:
-    """Learns from a batch: step j of a chain is target j."""
-
-    def __init__(self, drafter: Eagle3, lessons: Lessons, objective: Objective) -> None:
-        self.drafter, self.lessons, self.objective = drafter, lessons, objective
-
-    def __call__(self, row: int, batch: BlockBatch) -> StepOutput:
-        lesson = self.lessons(row, batch)
-        hidden_BNJC = self.drafter.chains(batch, lesson.features(self.drafter.targets))
-        head = self.drafter.base.get_output_embeddings()
-        return block_losses(hidden_BNJC, batch, lesson.final_BTC, head, self.objective)
+    def target_states(self, batch: BlockBatch, features_BTF: Tensor) -> Tensor:
+        """Step j of a chain is target j."""
+        return self.chains(batch, features_BTF)
 
 
 class Eagle3Drafts:
@@ -123,9 +105,8 @@ class Eagle3Drafts:
         self._length = end
         drafts: list[int] = []
         state_11C, read = state_1NC[:, -1:], self._read
-        head = self.drafter.base.get_output_embeddings()
         while True:
-            drafts.append(int(head(self.drafter.norm(state_11C))[0, 0].argmax()))
+            drafts.append(int(self.drafter.head(self.drafter.norm(state_11C))[0, 0].argmax()))
             if len(drafts) == self.num_drafts:
                 return [], drafts
             place_11 = torch.tensor([[end - 1 + len(drafts)]])

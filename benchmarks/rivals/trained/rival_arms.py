@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from block_views import CausalPass, ViewDrafts, ViewLearner
 from chain import Drafts
-from dflash import DFlash, DFlashDrafts, DFlashLearner, spread_layers
-from drafter_parts import Lessons
-from eagle3 import Eagle3, Eagle3Drafts, Eagle3Learner
+from dflash import DFlash, DFlashDrafts, spread_layers
+from drafter_parts import DrafterLearner, Lessons
+from eagle3 import Eagle3, Eagle3Drafts
 from equal_loop import Learner
 from torch import nn
 
@@ -131,11 +131,11 @@ def build(arm: Arm, base: Base, config: TrainConfig, lessons: Lessons) -> Built:
         flash = DFlash(base.model, five, seed=config.seed)
         modes = {"7 drafts": lambda: DFlashDrafts(flash, size)}
         return Built(
-            DFlashLearner(flash, lessons, objective),
+            DrafterLearner(flash, lessons, objective),
             dict(flash.named_parameters()),
             modes,
             len(flash.layers) * per_layer,
         )
     eagle = Eagle3(base.model, three, seed=config.seed)
     modes = {"7 drafts": lambda: Eagle3Drafts(eagle, size - 1)}
-    return Built(Eagle3Learner(eagle, lessons, objective), dict(eagle.named_parameters()), modes, per_layer)
+    return Built(DrafterLearner(eagle, lessons, objective), dict(eagle.named_parameters()), modes, per_layer)

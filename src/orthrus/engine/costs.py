@@ -34,6 +34,8 @@ from orthrus.model.pool import Slots, pages_for
 from orthrus.model.runner import Runner
 
 ROWS = (1, 2, 4, 5, 6, 8, 9, 12, 16, 17, 24, 25, 32, 33, 48, 64, 128, 256)
+"""Numbers of AR rows that are timed. Kernels take rows in groups, so the first row beyond a group costs most: what
+lies between two timed numbers is read off a line, and 5, 9, 17, 25 and 33 keep those steps."""
 BLOCKS, BESIDE = (1, 2, 3, 4), 8
 """Numbers of blocks that are timed, beside that many AR rows."""
 DRAFT_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)

@@ -182,7 +182,7 @@ def judge(old: Counts, new: Counts, old_general: Counts, new_general: Counts, *,
     """
     gain, general = _gain(old, new), _gain(old_general, new_general)
     low = _resampled_low(old, new, seed)
-    if general < -MOST_LOSS:
+    if forgets(old_general, new_general):
         reason = f"the general set falls by {-general:.1%}, more than {MOST_LOSS:.0%}"
     elif gain < LEAST_GAIN:
         reason = f"the held-back requests gain {gain:+.1%}, less than {LEAST_GAIN:.0%}"

@@ -1,6 +1,6 @@
 """The training pass: AR rows once, frozen; then many isolated blocks over their keys and values."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ from orthrus.training.blocks import (
     rejected_anchors,
 )
 from orthrus.training.flex_blocks import flex_masks, pick_attention
-from orthrus.training.losses import LossKind, WeightKind, position_weights, row_losses
+from orthrus.training.losses import Head, LossKind, WeightKind, position_weights, row_losses
 from orthrus.training.recipe import ActivationKind, AttentionKind
 
 # Rows whose logits are looked at together.
@@ -77,42 +77,9 @@ class TrainingPass(nn.Module):
         if batch.layout.rejected_share:
             batch, context = self.moved(batch, context)
         hidden_BNKC = self.blocks(batch, context)
+        repair = None if self.dual.repair is None else partial(repaired, self.dual)
         hidden_BNJC = hidden_BNKC[:, :, : batch.layout.num_targets]
-        row_length = batch.token_ids_BT.shape[1]
-        rows_BNJ = (
-            batch.target_BNJ
-            + torch.arange(len(batch.token_ids_BT), device=batch.target_BNJ.device)[:, None, None]
-            * row_length
-        )
-        corpus_BNJ = batch.token_ids_BT.flatten()[(rows_BNJ + 1).clamp_max(batch.token_ids_BT.numel() - 1)]
-        keep = batch.valid_BNJ
-        hidden_RC = hidden_BNJC[keep]
-        if self.dual.repair is not None:
-            # Row j's target comes after the text's own token at anchor + j.
-            hidden_RC = repaired(self.dual, hidden_RC, batch.token_ids_BT.flatten()[rows_BNJ[keep]])
-        objective = self.objective
-        losses = row_losses(
-            objective.loss,
-            hidden_RC,
-            teacher_BTC.flatten(0, 1),
-            rows_BNJ[keep],
-            corpus_BNJ[keep],
-            self.dual.head,
-        )
-        loss_BNJ, overlap_BNJ, hit_BNJ = (_spread(values_R, keep) for values_R in losses)
-        weight_BNJ = position_weights(
-            objective.weights,
-            overlap_BNJ.detach(),
-            keep,
-            gamma=objective.gamma,
-            smoothing=objective.smoothing,
-        )
-        return StepOutput(
-            loss=(weight_BNJ * loss_BNJ).sum(),
-            weight=weight_BNJ.sum(),
-            hits_J=hit_BNJ.sum((0, 1)),
-            counts_J=keep.sum((0, 1)).float(),
-        )
+        return block_losses(hidden_BNJC, batch, teacher_BTC, self.dual.head, self.objective, repair)
 
     @torch.no_grad()
     def teacher(self, batch: BlockBatch) -> tuple[BlockContext, Tensor]:
@@ -273,6 +240,49 @@ class _Store:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
+
+
+def block_losses(
+    hidden_BNJC: Tensor,
+    batch: BlockBatch,
+    teacher_BTC: Tensor,
+    head: Head,
+    objective: Objective,
+    repair: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> StepOutput:
+    """What the blocks' targets come to: row j of a block against the teacher's row at anchor + j.
+
+    hidden, teacher: final hidden states. repair: from hidden states (R, C) and the tokens (R) before their targets to
+    hidden states that know those tokens.
+    """
+    row_length = batch.token_ids_BT.shape[1]
+    rows_BNJ = (
+        batch.target_BNJ
+        + torch.arange(len(batch.token_ids_BT), device=batch.target_BNJ.device)[:, None, None] * row_length
+    )
+    corpus_BNJ = batch.token_ids_BT.flatten()[(rows_BNJ + 1).clamp_max(batch.token_ids_BT.numel() - 1)]
+    keep = batch.valid_BNJ
+    hidden_RC = hidden_BNJC[keep]
+    if repair is not None:
+        # Row j's target comes after the text's own token at anchor + j.
+        hidden_RC = repair(hidden_RC, batch.token_ids_BT.flatten()[rows_BNJ[keep]])
+    losses = row_losses(
+        objective.loss, hidden_RC, teacher_BTC.flatten(0, 1), rows_BNJ[keep], corpus_BNJ[keep], head
+    )
+    loss_BNJ, overlap_BNJ, hit_BNJ = (_spread(values_R, keep) for values_R in losses)
+    weight_BNJ = position_weights(
+        objective.weights,
+        overlap_BNJ.detach(),
+        keep,
+        gamma=objective.gamma,
+        smoothing=objective.smoothing,
+    )
+    return StepOutput(
+        loss=(weight_BNJ * loss_BNJ).sum(),
+        weight=weight_BNJ.sum(),
+        hits_J=hit_BNJ.sum((0, 1)),
+        counts_J=keep.sum((0, 1)).float(),
+    )
 
 
 def _spread(values_R: Tensor, keep_BNJ: Tensor) -> Tensor:
