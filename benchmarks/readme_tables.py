@@ -17,6 +17,7 @@ import typer
 from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
 from orthrus.bench.arms import PLAIN, STOCK
+from orthrus.bench.layout import interval_text
 from orthrus.bench.metrics import ALL, Row
 from orthrus.bench.report import BenchReport, read_report
 from orthrus.bench.statistics import Interval
@@ -97,7 +98,7 @@ def measured_table() -> str:
         rows, over_plain = overall(report), by_domain(report, "auto").values()
         speeds = [f"{rows[arm].tokens_per_second.median:.0f}" for arm in (STOCK, PLAIN, "auto")]
         auto = over_stock(report)["auto"]
-        interval = f"{auto.value:.2f} [{auto.low:.2f}, {auto.high:.2f}]"
+        interval = interval_text(auto)
         if dtype == "int8":
             speeds[0] = interval = NO_INT8
         span = f"{min(over_plain):.2f} to {max(over_plain):.2f}"

@@ -3,16 +3,17 @@
 The same prompts are answered 1, 2, 4, ... at a time, by plain decoding and by `auto` through the engine, by the
 stock model's own `generate` over padded batches, and by llama.cpp with as many sequences, where it is there.
 Arms take turns at each concurrency, repeat by repeat. Every answer has the same number of tokens, so that a
-batch has no stragglers, which is the best case for `generate` and for llama.cpp. Leave the machine alone
-meanwhile; --quick rehearses.
+batch has no stragglers, which is the best case for `generate` and for llama.cpp. Each place in the engine is
+filled several times, since a server's places are too: in a single round the slowest request decides alone, and
+tokens that others save are lost. Leave the machine alone meanwhile; --quick rehearses.
 """
 
 import hashlib
-import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -44,20 +45,22 @@ LEGEND = {
     "to_ar": "tokens_per_second / that of ar at the same concurrency and repeat; median",
     "to_transformers": "the same against the stock model's `generate` over left-padded batches of that size",
     "to_llama_cpp": "the same against llama.cpp, whose file (Q4_1) is the same whatever our precision",
-    "num_equal": "requests whose tokens all equal those of ar with one request at a time, same precision; of "
-    "other programs for information",
+    "num_requests": "prompts that were answered: options.requests, or options.rounds for each place where that is "
+    "more",
+    "num_equal": "requests whose tokens all equal those of ar at the lowest concurrency that answered them, same "
+    "precision; of other programs for information",
     "tokens_per_pass": "of our arms: new tokens / passes of the engine, prompts included",
 }
 
 Answers = list[tuple[int, ...]]
-Arm = Callable[[int], tuple[Answers, int | None]]
-"""Answers all prompts, so many at a time; returns new tokens and passes, where they are counted."""
+Arm = Callable[[list[list[int]], int], tuple[Answers, int | None]]
+"""Answers prompts, so many at a time; returns new tokens and passes, where they are counted."""
 
 
-def our_arm(orthrus: Orthrus, strategy: str, prompts: list[list[int]], num_new: int) -> Arm:
+def our_arm(orthrus: Orthrus, strategy: str, num_new: int) -> Arm:
     config = decode_config(strategy=strategy, max_new_tokens=num_new, ignore_eos=True)  # type: ignore[arg-type]
 
-    def run(concurrency: int) -> tuple[Answers, int | None]:
+    def run(prompts: list[list[int]], concurrency: int) -> tuple[Answers, int | None]:
         num_passes = 0
 
         def count(*_: object) -> None:
@@ -75,11 +78,11 @@ def our_arm(orthrus: Orthrus, strategy: str, prompts: list[list[int]], num_new: 
     return run
 
 
-def stock_arm(orthrus: Orthrus, prompts: list[list[int]], num_new: int) -> Arm:
+def stock_arm(orthrus: Orthrus, num_new: int) -> Arm:
     model = orthrus.stock()
     config = GenerationConfig(max_new_tokens=num_new, do_sample=False, pad_token_id=0, eos_token_id=None)
 
-    def run(concurrency: int) -> tuple[Answers, int | None]:
+    def run(prompts: list[list[int]], concurrency: int) -> tuple[Answers, int | None]:
         found: Answers = []
         generate: Any = model.generate
         for start in range(0, len(prompts), concurrency):
@@ -96,8 +99,8 @@ def stock_arm(orthrus: Orthrus, prompts: list[list[int]], num_new: int) -> Arm:
     return run
 
 
-def llama_arm(side: LlamaSide, prompts: list[list[int]], num_new: int) -> Arm:
-    def run(concurrency: int) -> tuple[Answers, int | None]:
+def llama_arm(side: LlamaSide, num_new: int) -> Arm:
+    def run(prompts: list[list[int]], concurrency: int) -> tuple[Answers, int | None]:
         groups = [prompts[at : at + concurrency] for at in range(0, len(prompts), concurrency)]
         return [ids for group in groups for ids in side.decode_together(group, num_new)], None
 
@@ -116,7 +119,8 @@ def main(
     ] = None,
     runner: Annotated[str | None, typer.Option(help="As for Orthrus.load.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Prompts, from all files in turn.")] = 32,
+    requests: Annotated[int, typer.Option(min=1, help="Prompts, from all files in turn, at least.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Prompts for each place, at least.")] = 4,
     longest: Annotated[int, typer.Option(min=1, help="Prompts of more tokens are passed over.")] = 400,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each arm at each concurrency.")] = 3,
@@ -129,7 +133,7 @@ def main(
     levels, precisions = sorted(set(concurrency or CONCURRENCY)), precision or list(PRECISIONS)
     if quick:
         levels, requests, max_new_tokens, repeats = levels[:3], min(requests, 4), min(max_new_tokens, 8), 1
-        precisions = precisions[:1]
+        precisions, rounds = precisions[:1], 1
     asked = in_turn([load_prompts(file) for file in files])
     report: dict[str, Any] = {
         "kind": "orthrus-throughput",
@@ -139,6 +143,8 @@ def main(
         "options": {
             "files": [file.name for file in files],
             "concurrency": levels,
+            "requests": requests,
+            "rounds": rounds,
             "max_new_tokens": max_new_tokens,
             "repeats": repeats,
             "quick": quick,
@@ -149,19 +155,20 @@ def main(
         typer.echo(f"loading {name}", err=True)
         orthrus = Orthrus.load(model, view, name, device, runner=runner)
         orthrus.time_passes()
-        kept = chosen(orthrus, asked, requests, longest, max_new_tokens)
+        numbers = {level: max(requests, rounds * level) for level in levels}
+        kept = chosen(orthrus, asked, max(numbers.values()), longest, max_new_tokens)
         prompts = [ids for _, ids in kept]
-        arms = {strategy: our_arm(orthrus, strategy, prompts, max_new_tokens) for strategy in OURS}
+        arms = {strategy: our_arm(orthrus, strategy, max_new_tokens) for strategy in OURS}
         if stock:
-            arms[STOCK] = stock_arm(orthrus, prompts, max_new_tokens)
-        if llama and side is None and importlib.util.find_spec("llama_cpp"):
+            arms[STOCK] = stock_arm(orthrus, max_new_tokens)
+        if llama and side is None and find_spec("llama_cpp"):
             side = LlamaSide(default_gguf(), max(map(len, prompts)) + max_new_tokens, max(levels))
             tried = best_threads(side, prompts[0], range(1, usable_cores() + 1), min(48, max_new_tokens))
             side.set_threads(max(tried, key=tried.__getitem__))
             report["llama_cpp"] = {"version": installed_version("llama-cpp-python"), "threads": tried}
         if side is not None:
-            arms[LLAMA] = llama_arm(side, prompts, max_new_tokens)
-        report["results"] += measure(name, arms, levels, repeats, orthrus.dual.device)
+            arms[LLAMA] = llama_arm(side, max_new_tokens)
+        report["results"] += measure(name, arms, prompts, numbers, repeats, orthrus.dual.device)
         about = orthrus.describe()
         report["settings"][name] = about
         report["prompts"] = {
@@ -209,16 +216,21 @@ def chosen(
 
 
 def measure(
-    precision: str, arms: dict[str, Arm], levels: list[int], repeats: int, device: torch.device
+    precision: str,
+    arms: dict[str, Arm],
+    prompts: list[list[int]],
+    numbers: dict[int, int],
+    repeats: int,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
-    """A row for each arm and concurrency."""
-    names = list(arms)
+    """A row for each arm and concurrency; numbers: prompts to answer, by concurrency."""
+    names, levels = list(arms), list(numbers)
     speeds: dict[tuple[str, int], list[float]] = {}
     answers: dict[tuple[str, int], Answers] = {}
     passes: dict[tuple[str, int], int | None] = {}
     for arm in arms.values():
         # Not timed: lazy initialisation, and memory that is taken for the first time.
-        arm(levels[-1])
+        arm(prompts[: numbers[levels[0]]], levels[-1])
     for repeat in range(repeats):
         for level in levels:
             shift = (repeat + levels.index(level)) % len(names)
@@ -227,7 +239,7 @@ def measure(
                 time.sleep(SETTLE_S)
                 synchronize(device)
                 started = time.perf_counter()
-                answers[name, level], passes[name, level] = arms[name](level)
+                answers[name, level], passes[name, level] = arms[name](prompts[: numbers[level]], level)
                 synchronize(device)
                 seconds = time.perf_counter() - started
                 speed = sum(map(len, answers[name, level])) / seconds
@@ -258,11 +270,14 @@ def row(
     for key, other in (("to_one", (name, levels[0])), *((key, (arm, level)) for key, arm in others)):
         if other in speeds and (key != "to_one" or levels[0] == 1):
             found[key] = median(a / b for a, b in zip(mine, speeds[other], strict=True))
-    plain = answers["ar", levels[0]]
-    found["num_equal"] = sum(a == b for a, b in zip(answers[name, level], plain, strict=True))
-    found["first_difference"] = [
-        None if a == b else first_difference(a, b) for a, b in zip(answers[name, level], plain, strict=True)
-    ]
+    plain: Answers = []
+    for each in levels:
+        plain += answers["ar", each][len(plain) :]
+    mine_and_plain = list(zip(answers[name, level], plain, strict=False))
+    found["num_requests"] = len(mine_and_plain)
+    found["num_equal"] = sum(a == b for a, b in mine_and_plain)
+    differ = {i: first_difference(a, b) for i, (a, b) in enumerate(mine_and_plain) if a != b}
+    found["first_differences"] = differ
     found["output"] = hashlib.blake2b(repr(answers[name, level]).encode(), digest_size=8).hexdigest()
     num_passes = passes[name, level]
     if num_passes:
@@ -280,7 +295,7 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{found[key]:.2f}" if key in found else "–"
             for key in ("to_one", "to_ar", "to_transformers", "to_llama_cpp")
         ]
-        equal = f"{found['num_equal']} of {len(found['first_difference'])}"
+        equal = f"{found['num_equal']} of {found['num_requests']}"
         per_pass = f"{found['tokens_per_pass']:.2f}" if "tokens_per_pass" in found else "–"
         lines.append(
             [found["precision"], str(found["concurrency"]), found["arm"], shown, *ratios, per_pass, equal]

@@ -103,12 +103,14 @@ def test_a_server_answers_as_the_model_here_would(cli: Cli, server: Bridge, mode
 
 
 def test_settings_reach_the_server(cli: Cli, server: Bridge) -> None:
-    lines = ["/set strategy chain", "/set temperature 0.5", "/set seed 3", "/set stop zz", "hello.", "/stats"]
+    chosen = ["strategy chain", "temperature 0.5", "seed 3", "stop zz", "copies off"]
+    lines = [*(f"/set {each}" for each in chosen), "hello.", "/stats"]
     args = ("--system", "Be brief.", "--top-k", "5", "--logit-bias", "70=-100", "-k", "4")
     run = cli("chat", *URL, *OPTIONS, *args, "--repetition-penalty", "1.1", stdin="\n".join(lines))
     assert run.code == 0, run.err
     (body,) = server.asked
-    assert body["orthrus"] == {"strategy": "chain", "block_size": 4, "node_budget": 24, "block_budget": 3}
+    budgets = {"node_budget": 24, "block_budget": 3}
+    assert body["orthrus"] == {"strategy": "chain", "block_size": 4, "copies": False} | budgets
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     assert (body["temperature"], body["seed"], body["top_k"], body["stop"]) == (0.5, 3, 5, ["zz"])
     assert (body["logit_bias"], body["repetition_penalty"]) == ({"70": -100.0}, 1.1)
@@ -384,7 +386,7 @@ def test_a_read_that_waits_is_ended_by_closing_its_connection(monkeypatch: pytes
             "min_p": None,
         },
         **{"repetition_penalty": 1.0, "logit_bias": None, "stop": (), "ignore_eos": False, "floor": True},
-        **{"strategy": "auto", "block_size": None, "node_budget": 24, "block_budget": 3},
+        **{"strategy": "auto", "block_size": None, "node_budget": 24, "block_budget": 3, "copies": True},
     }
     answering = partner.answer([{"role": "user", "content": "x"}], decode)
     assert next(iter(answering)).text == "a"

@@ -20,7 +20,12 @@ from orthrus.bench.vllm_form import acceptance
 from orthrus.errors import UserInputError
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = [BenchPrompt("first", "math"), BenchPrompt("second one", "math"), BenchPrompt("third", "chat")]
+PROMPTS = [
+    BenchPrompt("first", "math"),
+    BenchPrompt("second one", "math"),
+    BenchPrompt("third", "chat"),
+    BenchPrompt("fourth", "chat"),
+]
 OPTIONS = BenchOptions(
     prompts=PROMPTS,
     strategies=("chain", "chain:floor=false", "chain:block-size=4", "tree"),
@@ -125,9 +130,11 @@ def ratios(runs: list[dict[str, Any]], slow: str, arm: str) -> list[float]:
     return found
 
 
-def interval(groups: list[list[float]]) -> dict[str, float]:
-    """The draws of a generator of seed 0, group by group."""
+def interval(groups: list[list[float]]) -> dict[str, float | None]:
+    """The draws of a generator of seed 0, group by group; none where a group has a single number."""
     rng, logs = np.random.default_rng(0), [[math.log(x) for x in group] for group in groups]
+    if min(map(len, logs)) < 2:
+        return {"value": math.exp(fmean(map(fmean, logs))), "low": None, "high": None}
     draws = np.mean([rng.choice(g, (10_000, len(g))).mean(axis=1) for g in logs], axis=0)
     low, high = np.exp(np.percentile(draws, [2.5, 97.5]))
     return {"value": math.exp(fmean(map(fmean, logs))), "low": low, "high": high}

@@ -1,5 +1,6 @@
 """Copies against a search from the start of the text."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 from math import exp
 
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthrus.decoding.copies import (
+    MATCH_LENGTHS,
     MOST_DEPTHS,
     NO_COPY,
     PRIOR_CHANCES,
@@ -21,10 +23,10 @@ many = settings(max_examples=400, deadline=None, derandomize=True)
 TEXT = st.lists(st.integers(0, 2), max_size=30)
 
 
-def searched(text: list[int], path: list[int], num_tokens: int, lengths: range) -> Copy:
+def searched(text: list[int], path: list[int], num_tokens: int, lengths: Iterable[int]) -> Copy:
     """Every earlier place, the latest first; it ends inside the text, before the last token of all."""
     whole = [*text, *path]
-    for length in reversed(lengths):
+    for length in sorted(lengths, reverse=True):
         for end in range(min(len(text), len(whole) - 1), length - 1, -1):
             if len(whole) >= length and whole[end - length : end] == whole[len(whole) - length :]:
                 return Copy(tuple(whole[end : end + num_tokens]), length)
@@ -37,14 +39,13 @@ def searched(text: list[int], path: list[int], num_tokens: int, lengths: range) 
     cuts=st.lists(st.integers(0, 30), max_size=4),
     path=st.lists(st.integers(0, 2), max_size=6),
     num_tokens=st.integers(0, 6),
-    least=st.integers(1, 3),
-    more=st.integers(0, 3),
+    lengths=st.sets(st.integers(1, 6), min_size=1),
 )
 def test_a_copy_is_what_a_search_finds(
-    text: list[int], cuts: list[int], path: list[int], num_tokens: int, least: int, more: int
+    text: list[int], cuts: list[int], path: list[int], num_tokens: int, lengths: set[int]
 ) -> None:
     """However the text comes in; and asking changes nothing."""
-    index, lengths = CopyIndex(least, least + more), range(least, least + more + 1)
+    index = CopyIndex(list(lengths))
     places = sorted({0, *(min(cut, len(text)) for cut in cuts), len(text)})
     for start, end in pairwise(places):
         index.extend(text[start:end])
@@ -64,13 +65,15 @@ def test_the_longest_match_counts_then_the_latest() -> None:
     assert index.continuation(3) == Copy((9, 2, 3), 3)
     assert index.after([4], 2) == Copy((7, 1), 4)
     assert index.after([4, 4], 2) == NO_COPY
+    index.extend([4, 7, 1, 2, 3])
+    assert index.continuation(1) == Copy((9,), 8)
     assert CopyIndex().continuation(5) == NO_COPY
 
 
 def test_promises_start_at_the_priors_and_follow_what_stood() -> None:
     promise = CopyPromise()
-    assert [promise.chance(n, 1) for n in (2, 3, 4, 9)] == pytest.approx(
-        [PRIOR_CHANCES[n][0] for n in (2, 3, 4, 4)]
+    assert [promise.chance(n, 1) for n in MATCH_LENGTHS] == pytest.approx(
+        [PRIOR_CHANCES[n][0] for n in MATCH_LENGTHS]
     )
     copy = Copy((5, 6, 7, 8, 9, 1), 3)
     assert [exp(p) for p in promise.log_probs(copy)] == pytest.approx(

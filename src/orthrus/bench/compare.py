@@ -49,7 +49,7 @@ _SAME = {
 class Change:
     """One metric of one arm and domain at one temperature.
 
-    `ratio` = b / a; `clear` when the two spreads, of speed-ups the intervals, do not overlap.
+    `ratio` = b / a; `clear` when the two spreads, of speed-ups the intervals, do not overlap; None without them.
     """
 
     temperature: float
@@ -120,7 +120,7 @@ def _key(row: Row) -> tuple[float, str, str]:
 def _change(a: Row, b: Row, metric: str) -> Change:
     values = getattr(a, metric), getattr(b, metric)
     clear = None
-    if isinstance(values[0], Spread | Interval):
+    if isinstance(values[0], Spread | Interval) and None not in (values[0].low, values[1].low):
         clear = values[0].high < values[1].low or values[1].high < values[0].low
     x, y = (v.value if isinstance(v, Spread | Interval) else v for v in values)
     return Change(*_key(a), metric, x, y, y / x if x else None, clear)

@@ -101,7 +101,9 @@ def _spread(spread: Spread, digits: int) -> str:
     return f"{spread.median:.{digits}f} ({spread.low:.{digits}f}..{spread.high:.{digits}f})"
 
 
-def _interval(found: Interval) -> str:
+def interval_text(found: Interval) -> str:
+    if found.low is None or found.high is None:
+        return f"{found.value:.2f}"
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
@@ -128,8 +130,8 @@ _METRICS: dict[str, Callable[[Row], str]] = {
     "tokens_per_forward_mean": lambda row: f"{row.tokens_per_forward_mean:.2f}",
     "tokens_per_forward_pooled": lambda row: f"{row.tokens_per_forward_pooled:.2f}",
     "rows_per_pass": lambda row: f"{row.rows_per_pass:.1f}",
-    "speedup_vs_stock": lambda row: _interval(row.speedup_vs_stock),
-    "speedup_vs_ar": lambda row: _interval(row.speedup_vs_ar),
+    "speedup_vs_stock": lambda row: interval_text(row.speedup_vs_stock),
+    "speedup_vs_ar": lambda row: interval_text(row.speedup_vs_ar),
     "equal_to_plain": _equality,
     "tokens_per_second": lambda row: _spread(row.tokens_per_second, 1),
     "ttft_ms": lambda row: _spread(row.ttft_ms, 0),
@@ -147,8 +149,8 @@ _METRICS: dict[str, Callable[[Row], str]] = {
     "cycles": lambda row: str(row.cycles),
 }
 _SUMMARY: dict[str, Callable[[Summary], str]] = {
-    "speedup_vs_stock_geomean": lambda line: _interval(line.speedup_vs_stock_geomean),
-    "speedup_vs_ar_geomean": lambda line: _interval(line.speedup_vs_ar_geomean),
+    "speedup_vs_stock_geomean": lambda line: interval_text(line.speedup_vs_stock_geomean),
+    "speedup_vs_ar_geomean": lambda line: interval_text(line.speedup_vs_ar_geomean),
     "worst_domain": lambda line: "{} {:.2f}".format(*line.worst_domain),
 }
 _MAIN = (

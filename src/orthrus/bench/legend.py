@@ -20,7 +20,7 @@ LEGEND = {
     "tokens_per_second": "sum of tokens / sum of time, first token included; median (min..max) over repeats",
     "speedup_vs_stock": "time per token of the stock model's own generate / this arm's, time to first token "
     "included, same prompt and repeat; median over repeats, geometric mean over prompts [95 % interval: "
-    "percentiles of 10,000 bootstrap draws of prompts, seed 0]",
+    "percentiles of 10,000 bootstrap draws of prompts, seed 0; none of a single prompt]",
     "speedup_vs_ar": "as above, against our plain decoding",
     "equal_to_plain": "prompts whose tokens equal those of plain decoding in every repeat / prompts; greedy: "
     "of the stock model, sampled: of ar with the same seed",
@@ -34,7 +34,7 @@ LEGEND = {
     "joules_per_token": "(energy of packages and memory by RAPL - idle power x time) / tokens; none where the "
     "machine does not tell",
     "speedup_vs_stock_geomean": "geometric mean of the domains' speedup_vs_stock [95 % interval: 10,000 bootstrap "
-    "draws of prompts within each domain, seed 0]",
+    "draws of prompts within each domain, seed 0; none where a domain has a single prompt]",
     "speedup_vs_ar_geomean": "as above, of speedup_vs_ar",
     "worst_domain": "the domain with the lowest speedup_vs_stock, and that speed-up",
 }

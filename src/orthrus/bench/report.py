@@ -138,9 +138,14 @@ def _flat(row: Row) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in row.to_dict().items():
         if isinstance(value, dict):
-            flat |= {f"{name}_{part}": f"{number:.4f}" for part, number in value.items()}
+            flat |= {f"{name}_{part}": _decimals(number) for part, number in value.items()}
         elif isinstance(value, tuple):
             flat[name] = " ".join(map(str, value))
         else:
-            flat[name] = f"{value:.4f}" if isinstance(value, float) else value
+            flat[name] = _decimals(value)
     return flat
+
+
+def _decimals(value: Any) -> Any:
+    """Floats with four of them, all else as it is."""
+    return f"{value:.4f}" if isinstance(value, float) else value

@@ -33,20 +33,23 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate with its 95 % interval over prompts."""
+    """An estimate with its 95 % interval over prompts; None where one prompt says nothing of the others."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     @classmethod
     def geometric_mean(cls, groups: Sequence[Sequence[float]]) -> "Interval":
         """Of groups of ratios, one a prompt: geometric mean within a group, then over groups.
 
         The interval holds 95 % of bootstrap draws (10,000, seed 0), which take prompts anew within each group.
+        There is none where a group has a single prompt.
         """
         if not (logs := _logs(groups)):
-            return cls(0.0, 0.0, 0.0)
+            return cls(0.0, None, None)
+        if min(map(len, logs)) < 2:
+            return cls(geometric_mean(groups), None, None)
         rng = np.random.default_rng(0)
         means = np.mean([_drawn_means(rng, values) for values in logs], axis=0)
         low, high = np.exp(np.percentile(means, _PERCENTILES))

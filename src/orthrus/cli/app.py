@@ -1,7 +1,7 @@
 """The table of commands. Nothing here or in a command's module imports torch: bodies do, when they run."""
 
-import logging
 from collections.abc import Callable
+from inspect import cleandoc
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +27,7 @@ from orthrus.cli import (
     train,
     verify,
 )
-from orthrus.cli.common import run_command, session
+from orthrus.cli.common import quiet_libraries, run_command, session
 
 
 class Commands(TyperGroup):
@@ -67,9 +67,16 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     export.export_vllm,
     env.env,
 )
+
+
+def _help(command: Callable[..., None]) -> str:
+    """Its docstring, a line each paragraph: the terminal breaks lines where it ends."""
+    return "\n\n".join(" ".join(part.split()) for part in cleandoc(command.__doc__ or "").split("\n\n"))
+
+
 NAMES = tuple(command.__name__.replace("_", " ") for command in COMMANDS)
 for name, command in zip(NAMES, COMMANDS, strict=True):
-    app.command(name)(command)
+    app.command(name, help=_help(command))(command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -95,9 +102,7 @@ def root(
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and leave with its status: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C."""
-    # Where they are installed, transformers imports them with every model, and they talk of missing kernels.
-    for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    quiet_libraries()
     raise SystemExit(run_command(typer.main.get_command(app), args))
 
 

@@ -150,7 +150,7 @@ def _parse(name: str, value: str) -> Any:
         return () if value in ("", "none") else (value,)
     if name == "logit_bias":
         return None if value in ("", "none") else parse_logit_bias(value.split())
-    if name in ("floor", "ignore_eos"):
+    if name in ("floor", "copies", "ignore_eos"):
         return _switch(name, value)
     if value == "none" and name in ("block_size", "top_k", "top_p", "min_p", "seed"):
         return None

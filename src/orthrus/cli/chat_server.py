@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import httpx
 
 CONNECT_SECONDS, SILENT_SECONDS = 10.0, 600.0
-_OURS = ("strategy", "block_size", "node_budget", "block_budget")
+_OURS = ("strategy", "block_size", "node_budget", "block_budget", "copies")
 _DEFAULTS = {field.name: field.default for field in fields(DecodeConfig) if field.default is not MISSING}
 
 

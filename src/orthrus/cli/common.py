@@ -1,5 +1,6 @@
 """What all commands share: errors and warnings as one line each, loading with progress, Ctrl-C."""
 
+import logging
 import signal
 import sys
 import threading
@@ -152,6 +153,12 @@ def need_serve(what: str, *packages: str) -> None:
             raise MissingExtraError(
                 f'{what} needs the package {error.name}; run `pip install "orthrus-lm[serve]"`.'
             ) from error
+
+
+def quiet_libraries() -> None:
+    """Keep libraries that transformers imports with every model from talking of missing kernels."""
+    for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def check_decode(decode: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from orthrus.cli.app import app
+from orthrus.cli.common import quiet_libraries
 from orthrus.cli.docs_reference import PAGES, wrapped
 
 PAGE = Path("docs", "cli.md")
@@ -93,6 +94,7 @@ def main(args: list[str]) -> int:
     if args not in ([], ["--check"]):
         print("error: usage: python -m orthrus.cli.docs [--check]", file=sys.stderr)
         return 2
+    quiet_libraries()
     for file, made in {PAGE: page, **PAGES}.items():
         if args and not (file.is_file() and file.read_text(encoding="utf-8") == made()):
             print(f"error: {file} is out of date; run `python -m orthrus.cli.docs`.", file=sys.stderr)

@@ -117,6 +117,13 @@ Floor = Annotated[
         rich_help_panel=_DECODING,
     ),
 ]
+Copies = Annotated[
+    bool,
+    typer.Option(
+        help="Let auto also draft what followed the last tokens where they stood before, in the prompt or the text.",
+        rich_help_panel=_DECODING,
+    ),
+]
 Temperature = Annotated[
     float,
     typer.Option("--temperature", "-t", help="0 is greedy; higher samples.", rich_help_panel=_DECODING),
