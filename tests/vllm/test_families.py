@@ -13,9 +13,8 @@ NAMES = ("llama", "llama-rank-4-of-one-layer", "qwen2", "qwen3", "qwen3-released
 OPTIONS = {"enforce_eager": True, "max_model_len": 256, "block_size": 32, "max_num_seqs": 4}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_tokens_and_acceptance_are_our_own_engines(name: str, families: Path, run: Any) -> None:
-    oracle = json.loads((families / "families.json").read_text())[name]
+def drafted(run: Any, model: Path, oracle: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """What vLLM makes of the oracle's prompts: always seven drafts a cycle."""
     sampling = {
         "temperature": 0.0,
         "max_tokens": oracle["new_tokens"],
@@ -23,8 +22,12 @@ def test_tokens_and_acceptance_are_our_own_engines(name: str, families: Path, ru
         "detokenize": False,
     }
     rounds = [{"prompts": oracle["prompts"], "sampling": sampling}]
-    drafting = engine_arguments(7, adaptive=False)
-    found = run(families / name / "vllm", rounds, **OPTIONS, **drafting)["rounds"][0]
+    found: dict[str, Any] = run(model, rounds, **OPTIONS, **options, **engine_arguments(7, adaptive=False))
+    return found["rounds"][0]  # type: ignore[no-any-return]
+
+
+def assert_like_our_engine(found: dict[str, Any], oracle: dict[str, Any]) -> None:
+    """The same tokens, from about as many drafts, of which as many stood."""
     assert [ids for (ids,) in found["token_ids"]] == oracle["token_ids"]
     drafts = found["counters"]["vllm:spec_decode_num_drafts"]
     by_position = found["counters"]["vllm:spec_decode_num_accepted_tokens_per_pos"]
@@ -32,3 +35,17 @@ def test_tokens_and_acceptance_are_our_own_engines(name: str, families: Path, ru
     # The first is the AR view's own, by the floor.
     assert by_position[0] > 0.95 * drafts
     assert by_position[1:] == pytest.approx(oracle["accepted_by_position"], abs=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_and_acceptance_are_our_own_engines(name: str, families: Path, run: Any) -> None:
+    oracle = json.loads((families / "families.json").read_text())[name]
+    assert_like_our_engine(drafted(run, families / name / "vllm", oracle), oracle)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-released"])
+def test_two_processes_share_a_model(name: str, families: Path, run: Any) -> None:
+    """Tensor parallel: each process has half of the heads of both views."""
+    oracle = json.loads((families / "families.json").read_text())[name]
+    found = drafted(run, families / name / "vllm", oracle, tensor_parallel_size=2)
+    assert_like_our_engine(found, oracle)
