@@ -1,10 +1,14 @@
 """The application on a socket: signals, drain, and the way out."""
 
 import asyncio
+import os
+import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import psutil
 import uvicorn
 from fastapi import FastAPI
 
@@ -16,12 +20,15 @@ from orthrus.server.settings import ServeConfig
 
 LAST_WORDS = 5
 """Seconds that connections get to send what is ready, after the last answer has ended."""
+CLEANING = 2
+"""Seconds that threads get to clean up behind themselves, once their compilers have been ended."""
 
 
 def serve(load: Callable[[], Orthrus], config: ServeConfig, host: str, port: int) -> None:
     """Serve until a signal: SIGTERM or Ctrl-C drains, a second one ends at once.
 
-    Raises what `load` raises, and UserInputError for an address that cannot be had.
+    Does not return where a thread of ours is busy then, above all while the model is loading: the process ends with
+    status 0. Raises what `load` raises, and UserInputError for an address that cannot be had.
     """
     log_to_stderr()
     app = create_app(load, config)
@@ -36,8 +43,26 @@ def serve(load: Callable[[], Orthrus], config: ServeConfig, host: str, port: int
             raise UserInputError(
                 f"cannot listen on {host}:{port}: choose another --port or --host."
             ) from leaving
+    _end_busy_threads()
     if service.failure is not None:
         raise service.failure
+
+
+def _end_busy_threads() -> None:
+    """Let threads of ours end, and else end the process: Python's own way out aborts in the midst of compiled code."""
+    busy = [
+        thread for thread in threading.enumerate() if thread.daemon and thread.name.startswith("orthrus-")
+    ]
+    if not busy:
+        return
+    for compiler in psutil.Process().children(recursive=True):
+        compiler.terminate()
+    for thread in busy:
+        thread.join(CLEANING / len(busy))
+    if any(thread.is_alive() for thread in busy):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 class _Server(uvicorn.Server):

@@ -1,0 +1,51 @@
+"""The way out of a server whose model is still loading: a process of its own, and a signal."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import subprocess, sys
+import torch
+from orthrus.server.run import serve
+from orthrus.server.settings import ServeConfig
+
+def load():
+    print("loading", flush=True)
+    if sys.argv[1] == "compiler":
+        # It is ended, and whoever waits for it hears of it.
+        code = subprocess.run(["sleep", "60"]).returncode
+        print("ended with", code, flush=True)
+        raise OSError("the compiler was stopped")
+    x = torch.ones(700, 700)
+    while True:
+        x = (x @ x).clamp(-1, 1)
+
+serve(load, ServeConfig(), "127.0.0.1", 0)
+"""
+
+
+@pytest.mark.parametrize("busy_with", ["passes", "compiler"])
+def test_sigterm_while_loading_ends_the_process_cleanly(busy_with: str, tmp_path: Path) -> None:
+    """It used to abort: Python tears threads down in the middle of compiled code."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    server = subprocess.Popen(
+        [sys.executable, str(script), busy_with],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert server.stdout is not None
+    assert server.stdout.readline() == "loading\n"
+    server.send_signal(signal.SIGTERM)
+    out, log = server.communicate(timeout=60)
+    assert not re.search("terminate called|Traceback", log), log
+    assert server.returncode == 0, log
+    assert out == ("" if busy_with == "passes" else "ended with -15\n")
