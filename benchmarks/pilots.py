@@ -127,8 +127,9 @@ def _budget(config: TrainConfig, rows: Sequence[PackedRow], targets: int) -> tup
     return step, seen
 
 
-def _pooled(prompts: list[tuple[int, int]]) -> float:
-    return sum(tokens for tokens, _ in prompts) / sum(cycles for _, cycles in prompts)
+def _pooled(prompts: Sequence[Sequence[int]]) -> float:
+    """Of records as `Decoded`."""
+    return sum(each[0] for each in prompts) / sum(each[1] for each in prompts)
 
 
 _HEADER = ("arm", "tokens per cycle", "at its start", "against its base", "targets")

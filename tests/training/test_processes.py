@@ -73,8 +73,9 @@ def _train_and_score(
     # The view is whole again, for everybody.
     assert not any(isinstance(p, DTensor) for p in dual.parameters())
     if state.scores and state.scores[-1][0] == state.step:
-        num_tokens, num_cycles = decoded(dual, BASE, PROMPTS)
-        assert num_tokens / num_cycles == state.scores[-1][1]
+        found = decoded(dual, BASE, PROMPTS)
+        assert found.num_tokens / found.num_cycles == state.scores[-1][1]
+        assert dual.config.goes_on == found.num_stood / found.num_judged
     if process.is_main_process:
         keep_view(dual, held, LAST, {})
         torch.save(logs, held.path / "logs.pt")

@@ -80,7 +80,7 @@ def test_a_view_with_a_mask_embedding_and_some_layers_comes_back_whole(
     for path, twin in twins(stock).items():
         parent, _, name = path.rpartition(".")
         setattr(stock.get_submodule(parent), name, twin.ar)
-    config = ViewConfig(block_size=6, layers=(1,), provenance={"recipe": "x", "steps": [1, 2]})
+    config = ViewConfig(block_size=6, layers=(1,), goes_on=0.5, provenance={"recipe": "x", "steps": [1, 2]})
     dual = DualView(stock, base.family, config)
     with torch.no_grad():
         dual.mask_embedding.add_(1.0)
@@ -267,3 +267,9 @@ def test_the_table_of_names_and_its_inverse() -> None:
         assert is_view_tensor(file)
     assert not is_view_tensor("model.layers.3.self_attn.q_proj.weight")
     assert is_view_tensor("mask_embedding")
+
+
+@pytest.mark.parametrize("chance", [-0.1, 1.5, "0.5", True])
+def test_a_chance_that_guesses_go_on_is_a_chance(chance: Any) -> None:
+    with pytest.raises(CheckpointError, match="within 0 and 1"):
+        ViewConfig(block_size=4, goes_on=chance)

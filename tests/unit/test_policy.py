@@ -52,6 +52,18 @@ def verify(
     decider.observe(log_probs, num_accepted, block_probs, stale=stale, left=left)
 
 
+def test_a_view_starts_from_its_own_chance_that_guesses_go_on() -> None:
+    hopeful, hopeless = (Policy(MIDDLE, 6, 24, 3, goes_on=chance) for chance in (0.8, 0.0))
+    assert hopeful.wants_draft()
+    assert not hopeless.wants_draft()
+    assert hopeful.draft_rate > policy(MIDDLE).draft_rate > hopeless.draft_rate
+    # What is seen corrects it.
+    for _ in range(40):
+        verify(hopeless, [-0.01, -0.02, -0.03, -0.04, -0.05, -0.06], 6)
+        verify(hopeful, [-3.0, -6.0, -9.0, -12.0, -15.0, -18.0], 0)
+    assert hopeless.draft_rate > hopeful.draft_rate
+
+
 def test_costs_interpolate_and_extrapolate() -> None:
     rows, body_ms, head_ms = (1, 3, 5), (10.0, 14.0, 24.0), (1.0, 1.0, 2.0)
     costs = CostTable(rows, body_ms, head_ms, (2, 4), (3.0, 7.0), (1, 2), (11.0, 12.0), 0.5)

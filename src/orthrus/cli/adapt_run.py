@@ -230,7 +230,7 @@ def _counts(dual: "DualView", base: "Base", prompts: list[list[int]]) -> "Counts
     from orthrus.training.view_score import decoded_each
 
     counts = decoded_each(dual, base, prompts)
-    return Counts(tuple(tokens for tokens, _ in counts), tuple(cycles for _, cycles in counts))
+    return Counts(tuple(each.num_tokens for each in counts), tuple(each.num_cycles for each in counts))
 
 
 def _digest(file: Path) -> str:

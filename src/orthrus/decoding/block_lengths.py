@@ -10,8 +10,8 @@ from orthrus.decoding.average import Average
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 """Tokens that blocks may guess, where they can guess more."""
 GOES_ON, NUM_PROMISED = 0.7, 2
-"""Before a request has drafted: the chance that a guess stands where those before it did, and how many drafts
-that counts for. So a request starts by drafting, unless rows are expensive."""
+"""Before a request has drafted: the chance that a guess stands where those before it did, for a view that does not
+know its own, and how many drafts that counts for."""
 STRAYS = 0.1
 """How far the estimate for blocks longer than a draft's own returns to the first expectation, per draft."""
 
@@ -37,16 +37,16 @@ class BlockLength:
         return 1 + self.num_guesses
 
 
-def block_lengths(most_guesses: int, lengths: Sequence[int]) -> list[BlockLength]:
+def block_lengths(most_guesses: int, lengths: Sequence[int], goes_on: float = GOES_ON) -> list[BlockLength]:
     """The lengths to choose from, shortest first, with what is expected of them at first."""
     sizes = [n for n in lengths if n < most_guesses]
     return [
-        BlockLength(n, Average(first_expected(n), NUM_PROMISED), Average(1.0 + n))
+        BlockLength(n, Average(first_expected(n, goes_on), NUM_PROMISED), Average(1.0 + n))
         for n in (*sizes, most_guesses)
     ]
 
 
-def learn(lengths: Sequence[BlockLength], offers: Sequence[Offer]) -> None:
+def learn(lengths: Sequence[BlockLength], offers: Sequence[Offer], goes_on: float = GOES_ON) -> None:
     """Take note of what a fresh draft offered; offers: by length, shortest first, up to the draft's own.
 
     Longer blocks are expected to go on as they used to beyond the same depth. What is not tried slowly returns
@@ -54,16 +54,16 @@ def learn(lengths: Sequence[BlockLength], offers: Sequence[Offer]) -> None:
     """
     before = here = Offer(0.0, 0)
     known = [(0.0, 0.0), (0.0, 0.0), *((n.promised.value, n.num_nodes.value) for n in lengths)]
-    first = [0.0, 0.0, *(first_expected(n.num_guesses) for n in lengths)]
+    first = [0.0, 0.0, *(first_expected(n.num_guesses, goes_on) for n in lengths)]
     for i, length in enumerate(lengths):
         if i < len(offers):
             offer = offers[i]
         else:
             (p0, _), (p1, n1), (p2, n2) = known[i : i + 3]
             usual = (first[i + 2] - first[i + 1]) / (first[i + 1] - first[i])
-            goes_on = max(p2 - p1, 0.0) / (p1 - p0) if p1 > p0 else usual
-            goes_on += STRAYS * (usual - goes_on)
-            more = min(goes_on * (here.promised - before.promised), length.num_guesses - here.promised)
+            rises = max(p2 - p1, 0.0) / (p1 - p0) if p1 > p0 else usual
+            rises += STRAYS * (usual - rises)
+            more = min(rises * (here.promised - before.promised), length.num_guesses - here.promised)
             offer = Offer(here.promised + more, here.num_nodes + max(n2 - n1, 0.0))
         before, here = here, offer
         length.promised.add(offer.promised)
@@ -71,6 +71,6 @@ def learn(lengths: Sequence[BlockLength], offers: Sequence[Offer]) -> None:
 
 
 @cache
-def first_expected(num_guesses: int) -> float:
+def first_expected(num_guesses: int, goes_on: float = GOES_ON) -> float:
     """Accepted drafts of a block, before one was made."""
-    return sum(GOES_ON**i for i in range(1, num_guesses + 1))
+    return sum(goes_on**i for i in range(1, num_guesses + 1))

@@ -13,7 +13,15 @@ from math import exp
 from typing import ClassVar, Literal
 
 from orthrus.decoding.average import MEMORY, Average, Ratio
-from orthrus.decoding.block_lengths import LENGTHS, BlockLength, Offer, block_lengths, first_expected, learn
+from orthrus.decoding.block_lengths import (
+    GOES_ON,
+    LENGTHS,
+    BlockLength,
+    Offer,
+    block_lengths,
+    first_expected,
+    learn,
+)
 from orthrus.decoding.cost_table import joint_guesses
 from orthrus.decoding.prices import Prices
 
@@ -25,11 +33,12 @@ Left = Literal["fresh", "stale", "none"]
 class Policy:
     """The decisions of one request, whose blocks guess `most_guesses` tokens at most.
 
-    max_nodes and max_blocks bound what a pass may carry. Averages over the request: the accepted drafts that
-    a draft promised, with as many nodes as drafting would verify, fresh ones by the length of their block,
-    and stale ones (their block had not seen all of the text); how much of the promises came true (what stands
-    alone shows little where little is verified); by number of blocks, how often the text went on exactly
-    where one of them stood; and how often a stale draft was left where it did not.
+    max_nodes and max_blocks bound what a pass may carry. goes_on: the view's own, see `ViewConfig`.
+
+    Averages over the request: the accepted drafts that a draft promised, with as many nodes as drafting would verify,
+    fresh ones by the length of their block, and stale ones (their block had not seen all of the text); how much of the
+    promises came true (what stands alone shows little where little is verified); by number of blocks, how often the
+    text went on exactly where one of them stood; and how often a stale draft was left where it did not.
 
     PATIENCE: plain tokens before drafting gets another chance; doubled, up to MOST_PATIENCE, whenever the chance
     was wasted. SHARED: how much more the rows that are added to a pass of several requests count than the table
@@ -47,6 +56,7 @@ class Policy:
     max_nodes: int
     max_blocks: int
     own_head: bool = False
+    goes_on: float = GOES_ON
     _lengths: list[BlockLength] = field(init=False)
     _length: BlockLength = field(init=False)
     _stale: Average = field(init=False)
@@ -66,9 +76,9 @@ class Policy:
     _version: int = 0
 
     def __post_init__(self) -> None:
-        self._lengths = block_lengths(self.most_guesses, self.LENGTHS)
+        self._lengths = block_lengths(self.most_guesses, self.LENGTHS, self.goes_on)
         self._patience = self.PATIENCE
-        self._stale = Average(first_expected(self.most_guesses))
+        self._stale = Average(first_expected(self.most_guesses, self.goes_on))
         self._hits = [Average(1.0 - 0.8**m) for m in range(self.max_blocks + 1)]
         self._choose_length()
 
@@ -229,7 +239,7 @@ class Policy:
             self._stale.add(self._offers[-1].promised)
             self._stale_trust.add(num_accepted, verified)
         else:
-            learn(self._lengths, self._offers)
+            learn(self._lengths, self._offers, self.goes_on)
             self._fresh_trust.add(num_accepted, verified)
             if not self.keeps_stale():
                 # One bad stale draft must not be the last: what is not tried is slowly trusted again.
@@ -267,7 +277,8 @@ class Policy:
         """Tokens a millisecond of drafts that fare as first expected. It depends on prices and company alone."""
         if self._company not in self._hopes:
             self._hopes[self._company] = max(
-                self._two_pass_rate(n, first_expected(n.num_guesses), n.num_guesses) for n in self._lengths
+                self._two_pass_rate(n, first_expected(n.num_guesses, self.goes_on), n.num_guesses)
+                for n in self._lengths
             )
         return self._hopes[self._company]
 

@@ -20,8 +20,9 @@ class ViewConfig:
     None for full ones. rank_scale: what their part is multiplied by (alpha / r of LoRA). repair_rank: of the
     repair head, None for a view without. base_name, base_fingerprint: the base it belongs to. trained: False
     for a view that equals the AR one. encoding: how the folder stores the weights, as they are or as 4-bit
-    differences from the AR twins. provenance: how it was made (recipe, data, versions, commit; figures and
-    license for the card), free-form JSON.
+    differences from the AR twins. goes_on: the chance that a guess stands where those before it did, as real decodes
+    had it when the view was kept; None where nobody measured. provenance: how it was made (recipe, data, versions,
+    commit; figures and license for the card), free-form JSON.
     """
 
     block_size: int
@@ -35,6 +36,7 @@ class ViewConfig:
     base_fingerprint: str = ""
     trained: bool = False
     encoding: Encoding = "full"
+    goes_on: float | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -45,6 +47,12 @@ class ViewConfig:
         if type(self.rank_scale) not in (int, float) or not 0 < self.rank_scale < math.inf:
             raise CheckpointError(
                 f"the scale of a view's low-rank twins must be a positive number, not {self.rank_scale!r}."
+            )
+        if self.goes_on is not None and not (
+            type(self.goes_on) in (int, float) and 0.0 <= self.goes_on <= 1.0
+        ):
+            raise CheckpointError(
+                f"the chance that a view's guesses go on must lie within 0 and 1, not {self.goes_on!r}."
             )
         if self.repair_rank is not None and (type(self.repair_rank) is not int or self.repair_rank < 1):
             raise CheckpointError(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -24,13 +24,23 @@ from orthrus.training.run_folder import BEST, RunFolder
 NUM_TOKENS = 64
 
 
+class Decoded(NamedTuple):
+    """Of decoding by `chain`: tokens after the first, cycles, guesses that stood, and guesses that could have stood."""
+
+    num_tokens: int
+    num_cycles: int
+    num_stood: int
+    num_judged: int
+
+
 @dataclass
 class Scorer:
     """Called by the trainer as `scorer(dual, step)`: tokens per cycle, chain, greedy, first token left out.
 
-    The view with the highest score is kept in the run's folder as `best`. `origin` is the part of its
-    provenance that is known before the run. `best` is (score, step), None before the first score. Of several
-    processes each decodes some of the prompts, all come to the same score, and the main one keeps the view.
+    The view with the highest score is kept in the run's folder as `best`. Every score also puts the chance that a
+    guess stands into the view's config (`goes_on`). `origin` is the part of its provenance that is known before the
+    run. `best` is (score, step), None before the first score. Of several processes each decodes some of the prompts,
+    all come to the same score, and the main one keeps the view.
     """
 
     base: Base
@@ -43,8 +53,10 @@ class Scorer:
     def __call__(self, dual: DualView, step: int) -> float:
         mine = self.prompts[self.process.process_index :: self.process.num_processes]
         counts = torch.tensor(decoded(dual, self.base, mine), device=self.process.device)
-        num_tokens, num_cycles = reduce(counts, "sum").tolist()
-        score = num_tokens / num_cycles if num_cycles else 1.0
+        total = Decoded(*reduce(counts, "sum").tolist())
+        score = total.num_tokens / total.num_cycles if total.num_cycles else 1.0
+        goes_on = total.num_stood / total.num_judged if total.num_judged else None
+        dual.config = replace(dual.config, goes_on=goes_on)
         if self.best is None or score > self.best[0]:
             self.best = (score, step)
             if self.process.is_main_process:
@@ -77,24 +89,33 @@ def held_out_prompts(base: Base, number: int, block_size: int) -> list[list[int]
     return [ids for ids in encoded if len(ids) <= room][:number]
 
 
-def decoded(dual: DualView, base: Base, prompts: list[list[int]]) -> tuple[int, int]:
-    """(Tokens after the first, cycles) over all prompts; the view in the base's precision, as served."""
-    counts = decoded_each(dual, base, prompts)
-    return sum(tokens for tokens, _ in counts), sum(cycles for _, cycles in counts)
+def decoded(dual: DualView, base: Base, prompts: list[list[int]]) -> Decoded:
+    """The sums over all prompts; the view in the base's precision, as served."""
+    each = decoded_each(dual, base, prompts)
+    return Decoded(*map(sum, zip(*each, strict=True))) if each else Decoded(0, 0, 0, 0)
 
 
 def decoded_each(
     dual: DualView, base: Base, prompts: Iterable[Sequence[int]], max_new_tokens: int = NUM_TOKENS
-) -> list[tuple[int, int]]:
-    """(Tokens after the first, cycles) of each prompt: greedy, chain."""
+) -> list[Decoded]:
+    """Of each prompt: greedy, chain."""
     config = DecodeConfig(max_new_tokens=max_new_tokens, strategy="chain")
     counts = []
     with served(dual):
         engine = Engine(EagerRunner(dual))
         requests = [engine.submit(list(ids), config, eos_token_ids=base.eos_token_ids) for ids in prompts]
         for request in requests:
-            stats = TokenStream(engine, request).drain().stats
-            counts.append((max(stats.num_tokens - 1, 0), stats.num_cycles))
+            result = TokenStream(engine, request).drain()
+            # The last cycle may have been cut short.
+            drafting = [c for c in result.cycles if c.num_drafted and c.finish_reason is None]
+            counts.append(
+                Decoded(
+                    max(result.stats.num_tokens - 1, 0),
+                    result.stats.num_cycles,
+                    sum(c.num_accepted for c in drafting),
+                    sum(min(c.num_accepted + 1, c.num_drafted) for c in drafting),
+                )
+            )
     return counts
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from orthrus.decoding.average import Average
-from orthrus.decoding.block_lengths import first_expected
+from orthrus.decoding.block_lengths import GOES_ON, first_expected
 from orthrus.integrations.vllm.step_times import StepTimes
 
 RUN = 4
@@ -42,10 +42,11 @@ class _Company:
 @dataclass(slots=True)
 class DraftPolicy:
     """Decides for all requests of a step together. most: drafts of a cycle at most; adaptive: else always so
-    many."""
+    many; goes_on: the view's own, see `ViewConfig`."""
 
     most: int
     adaptive: bool = True
+    goes_on: float = GOES_ON
     choices: tuple[int, ...] = field(init=False)
     _stood: list[Average] = field(init=False)
     _companies: dict[int, _Company] = field(default_factory=dict)
@@ -81,7 +82,7 @@ class DraftPolicy:
         if choice == 0 or ms is None:
             company.trial = choice
             return
-        hoped = max(self.tokens_per_cycle(choice), 1.0 + first_expected(choice)) / ms
+        hoped = max(self.tokens_per_cycle(choice), 1.0 + first_expected(choice, self.goes_on)) / ms
         if hoped > MARGIN * max(self._rates(company).values(), default=0.0):
             company.trial = choice
         else:

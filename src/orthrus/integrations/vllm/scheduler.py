@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from orthrus.decoding.block_lengths import GOES_ON
 from orthrus.integrations.vllm.adaptive import DraftPolicy, accepted
-from orthrus.integrations.vllm.settings import Settings
+from orthrus.integrations.vllm.settings import Settings, view_config
 from orthrus.integrations.vllm.versions import check_version
 
 
@@ -31,7 +32,9 @@ class OrthrusScheduler(Scheduler):
         # vLLM reserves none for a drafter of a class of its own; ours writes the anchor's and one for each mask.
         self.num_lookahead_tokens = self.num_spec_tokens + 1
         settings = Settings.of(self.vllm_config.additional_config)
-        self.policy = DraftPolicy(self.num_spec_tokens, settings.adaptive)
+        view = view_config(self.vllm_config.model_config.hf_config)
+        goes_on = GOES_ON if view.goes_on is None else view.goes_on
+        self.policy = DraftPolicy(self.num_spec_tokens, settings.adaptive, goes_on)
         self._started = 0.0
         self._pending: _Step | None = None
 
