@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.run_states import state
 from tests.workers import run_together
 
 from orthrus.cli import train as train_module
 from orthrus.cli.app import main
 
 from .conftest import Cli, Run, assert_refused
-from .training_files import SYNTH, state, stopped_after, write_prompts, write_recipe
+from .training_files import SYNTH, stopped_after, write_prompts, write_recipe
 
 
 def test_from_prompts_to_a_view_that_generates(cli: Cli, tmp_path: Path, model_folder: str) -> None:
@@ -43,7 +44,7 @@ def test_from_prompts_to_a_view_that_generates(cli: Cli, tmp_path: Path, model_f
     for words in ("step 2/4: loss", "expected tokens per cycle", "diffusion tokens/s", "on held-out prompts"):
         assert words in trained.err
     names = sorted(p.name for p in output.iterdir())
-    assert names == [".orthrus.lock", "best", "run.json", "state.pt", "view"]
+    assert names == [".orthrus.lock", "best", "run.json", "state", "view"]
 
     for view in ("best", "view"):
         made_by = json.loads((output / view / "view_config.json").read_text())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.engines import decode
 from tests.packed import corpus_digest, pack
+from tests.run_states import state_bytes
 from tests.tiny import tiny_dual, tiny_prompt
 
 from orthrus.config import DecodeConfig
@@ -84,10 +85,10 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
 
 def test_resuming_with_another_recipe_is_refused_and_loses_nothing(tmp_path):
     run(tmp_path, "run", replace(CONFIG, steps=2))
-    before = (tmp_path / "run" / "state.pt").read_bytes()
+    before = state_bytes(tmp_path / "run")
     with pytest.raises(UserInputError, match="learning_rate"):
         run(tmp_path, "run", replace(CONFIG, steps=2, learning_rate=5e-3))
-    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+    assert state_bytes(tmp_path / "run") == before
 
 
 def test_logs_report_the_block_positions(tmp_path):
@@ -106,7 +107,7 @@ def test_a_diverged_loss_keeps_the_saved_state(tmp_path):
         replace(CONFIG, steps=20),
         hooks=Hooks(should_stop=iter([False] * 3 + [True]).__next__),
     )
-    before = (tmp_path / "run" / "state.pt").read_bytes()
+    before = state_bytes(tmp_path / "run")
     dual = tiny_dual(block_size=5, mask_token_id=None)
     with torch.no_grad():
         dual.base.get_output_embeddings().weight.fill_(math.nan)
@@ -114,7 +115,7 @@ def test_a_diverged_loss_keeps_the_saved_state(tmp_path):
     config = replace(CONFIG, steps=20, output=str(tmp_path / "run"))
     with pytest.raises(DivergedError, match="learning_rate"):
         train(dual, pack(samples, 48), config, corpus_digest(samples), Hooks())
-    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+    assert state_bytes(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize(
