@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
-from orthrus.base.outputs import storage_errors
+from orthrus.base.outputs import disk_problem, storage_errors
 from orthrus.errors import OrthrusError, OrthrusWarning, StorageError
 from orthrus.model.dual_view import DualView
 from orthrus.training.processes import Processes
 from orthrus.training.recipe import TrainConfig, to_plain
 from orthrus.training.run_state import KIND, RunState, file_digest, state_tensors, trained_parameters
-from orthrus.training.state_folder import drop_unnamed, place_state, shards_folder
+from orthrus.training.state_folder import STATE, drop_unnamed, place_state, shards_folder
 
 
 class StateSaver:
@@ -102,8 +102,8 @@ class StateSaver:
         if self._processes.is_main:
             drop_unnamed(self._run)
         cause = _cause(error)
-        with storage_errors(self._run):
-            if isinstance(cause, OSError | OrthrusError):
+        if isinstance(cause, Exception) and (isinstance(cause, OrthrusError) or disk_problem(cause)):
+            with storage_errors(self._run / STATE):
                 raise cause
         raise StorageError(
             f"the state of the run in {self._run} was not saved ({type(cause).__name__}: {cause}); the one saved "
