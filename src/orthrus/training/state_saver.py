@@ -63,6 +63,11 @@ class StateSaver:
                 raise
             warnings.warn(str(problem), OrthrusWarning, stacklevel=2)
 
+    @property
+    def failed(self) -> bool:
+        """Whether a save has ended in an error that was not raised yet."""
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
+
     def save(self, state: RunState) -> None:
         """Begin to write the view, the optimizer and the position; waits for the save before.
 

@@ -132,7 +132,7 @@ def _train(
             grad_norm = _apply(processes, parameters, optimizer, output, config.clip_norm)
             state.step += 1
             meter.add(output)
-            last = state.step == num_steps or processes.any(hooks.should_stop())
+            last = state.step == num_steps or processes.any(hooks.should_stop() or saver.failed)
             if processes.is_main and (state.step % config.log_every == 0 or last):
                 hooks.on_log(meter.log(state.step, rate, grad_norm))
             if hooks.evaluate is not None and (
