@@ -13,7 +13,12 @@ from orthrus.training.state_folder import STATE, STATE_FILE
 def state(run: Path) -> dict[str, Any]:
     """What `state.json` holds, with the tensors whole under `view` and `optimizer` (there by name, then kind)."""
     content: dict[str, Any] = json.loads((run / STATE / STATE_FILE).read_text())
-    tensors = whole_tensors(run / STATE / content["folder"], content["files"])
+    try:
+        tensors = whole_tensors(run / STATE / content["folder"], content["files"])
+    except FileNotFoundError:
+        # A run that goes on has replaced it meanwhile; what was not replaced is damaged.
+        assert json.loads((run / STATE / STATE_FILE).read_text()) != content
+        return state(run)
     optimizer: dict[str, dict[str, Any]] = {
         name: {"step": count} for name, count in content["updates"].items()
     }

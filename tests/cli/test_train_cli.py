@@ -108,7 +108,8 @@ def test_a_killed_run_resumes_from_its_last_saved_state(cli: Cli, recipe: str, t
             if line.startswith("step 5/"):
                 process.kill()
                 break
-    assert state(tmp_path / "run")["step"] >= 4
+    # The state of step 4 may not have been written to its end.
+    assert state(tmp_path / "run")["step"] >= 2
     assert cli("train", recipe).code == 2
     resumed = stopped_after(cli, recipe, "steps=100000")
     assert resumed.code == 130

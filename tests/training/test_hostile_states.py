@@ -57,13 +57,13 @@ def change(run: Path, facts: dict[str, Any]) -> None:
     state_file(run).write_text(json.dumps(content | facts))
 
 
-def change_shard(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]) -> None:
+def change_shard(folder: Path, spoil: Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]) -> None:
     """Another shard in the place of the one there, with its name, size and digest in the list."""
     file = folder / STATE / SHARD
     with safe_open(file, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         where = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
-    change(tensors, where)
+    spoil(tensors, where)
     save_file(tensors, file, {"DCP_SHARDING_INFO": json.dumps(where)})
     about = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
     change(folder, {"files": {file.name: about}})

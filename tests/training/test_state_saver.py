@@ -147,15 +147,22 @@ def assert_same(run: Path, other: Path) -> None:
     torch.testing.assert_close(two["optimizer"], one["optimizer"], atol=0, rtol=0)
 
 
+def hold(case: Trained, run: Path) -> None:
+    if case.processes.is_main:
+        hold_state_folder(run, "ours")
+    case.processes.first_problem(None)
+
+
 def save_in_two(folder: str) -> None:
     root = Path(folder)
     with trained() as case:
-        if case.processes.is_main:
-            hold_state_folder(root / "two", "ours")
+        hold(case, root / "two")
         save(case, root / "two", 7)
         shards = shards_folder(root / "two", 7)
         assert sorted(p.name for p in shards.iterdir()) == [FIRST, SECOND]
-        local = {n: p.to_local() for n, p in case.dual.view_parameters().items() if isinstance(p, DTensor)}
+        parameters = case.dual.view_parameters().items()
+        local = {n: p.detach().to_local() for n, p in parameters if isinstance(p, DTensor)}
+        assert len(local) == len(parameters)
         mine = load_tensors((shards / (FIRST, SECOND)[case.processes.index]).read_bytes())
         for name, part in local.items():
             assert torch.equal(mine[f"view.{name}"], part), name
@@ -163,7 +170,7 @@ def save_in_two(folder: str) -> None:
         # One of the two cannot write: both are told, and the state before is kept.
         before = state_bytes(root / "two")
         if not case.processes.is_main:
-            shards_folder(root / "two", 8).mkdir()
+            shards_folder(root / "two", 8).mkdir(exist_ok=True)
             (shards_folder(root / "two", 8) / SECOND).symlink_to("/dev/full")
         with pytest.raises(StorageError, match="the disk ran full"):
             save(case, root / "two", 8)
@@ -174,8 +181,7 @@ def save_in_two(folder: str) -> None:
         if not case.processes.is_main:
             with torch.no_grad():
                 local["mask_embedding"][0] = torch.nan
-        if case.processes.is_main:
-            hold_state_folder(root / "nan", "ours")
+        hold(case, root / "nan")
         save(case, root / "nan", 7)
         with pytest.raises(CorruptFileError, match=r"view\.mask_embedding is not a tensor of finite numbers"):
             case.load(root / "nan")
@@ -185,8 +191,7 @@ def save_again(folder: str, name: str) -> None:
     """Load what two processes saved, and save it as these do."""
     root = Path(folder)
     with trained(steps=0) as case:
-        if case.processes.is_main:
-            hold_state_folder(root / name, "ours")
+        hold(case, root / name)
         found = case.load(root / "two")
         with case.saver(root / name) as saver:
             saver.save(found)

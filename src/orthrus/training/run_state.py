@@ -22,7 +22,7 @@ from orthrus.model.dual_view import DualView
 from orthrus.training.processes import Processes
 from orthrus.training.recipe import TrainConfig, to_plain
 from orthrus.training.run_folder import BEST, LAST
-from orthrus.training.state_folder import STATE, is_shard_name, is_shards_name, state_file
+from orthrus.training.state_folder import is_shard_name, is_shards_name, state_file
 
 KIND = "orthrus-state"
 # Settings that may change between the parts of a run without changing what it computes.
@@ -284,4 +284,4 @@ def check_room(run: Path, dual: DualView) -> None:
     state_bytes = view_bytes + 8 * sum(p.numel() for p in parameters if p.requires_grad)
     sizes = {state_file(run): state_bytes, run / BEST: view_bytes, run / LAST: view_bytes}
     missing = sum(size for place, size in sizes.items() if not place.exists())
-    check_writable(run / STATE, missing + max(sizes.values()))
+    check_writable(run, missing + max(sizes.values()))

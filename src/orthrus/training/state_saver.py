@@ -82,7 +82,11 @@ class StateSaver:
         # One transfer for all counts.
         counts = torch.stack([entry["step"] for entry in held.values()]).tolist() if held else []
         updates = {name: int(count) for name, count in zip(held, counts, strict=True)}
-        facts = {"step": state.step, "scores": [list(score) for score in state.scores], "updates": updates}
+        facts = {
+            "step": state.step,
+            "scores": [[at, float(score)] for at, score in state.scores],
+            "updates": updates,
+        }
         writer = _Writer(self._run, state.step, self._about | facts)
         index, count = self._processes.index, self._processes.count
         # Of what all hold in full, each writes some; of what is in shards, its own.
