@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import torch
+from tests.run_states import state
 
 from .conftest import Cli, assert_refused
-from .training_files import state
 
 
 def test_a_packed_corpus_trains_as_the_corpus_does(

@@ -1,6 +1,7 @@
 """What `orthrus synth` and `orthrus train` refuse: one sentence, exit status 2, and nothing lost."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.run_states import state, state_bytes
 
 from orthrus.cli.synth_sources import parse_sources
 from orthrus.errors import UserInputError
 
 from .conftest import Cli, Run, assert_refused
-from .training_files import SYNTH, state, stopped_after, write_prompts
+from .training_files import SYNTH, stopped_after, write_prompts
 
 
 def test_wrong_recipes_corpora_and_bases(
@@ -44,10 +46,10 @@ def test_wrong_recipes_corpora_and_bases(
     assert not (tmp_path / "run").exists()
 
     assert cli("train", recipe, "steps=2").code == 0
-    before = (tmp_path / "run" / "state.pt").read_bytes()
+    before = state_bytes(tmp_path / "run")
     assert_refused(cli("train", recipe, "steps=2", "loss=tv"), "another loss")
     assert_refused(cli("train", recipe, "steps=2", f"base={other_model_folder}"), "another base")
-    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+    assert state_bytes(tmp_path / "run") == before
 
 
 def test_a_loss_that_is_not_a_number_keeps_the_last_state(cli: Cli, recipe: str, tmp_path: Path) -> None:
@@ -61,19 +63,14 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_state(
     cli: Cli, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert stopped_after(cli, recipe).code == 130
-    before = (tmp_path / "run" / "state.pt").read_bytes()
+    before = state_bytes(tmp_path / "run")
 
-    class Full:
-        def write(self, data: bytes) -> int:
-            raise OSError(28, "No space left on device")
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
 
-        def flush(self) -> None: ...
-
-    save = torch.save
-    monkeypatch.setattr(torch, "save", lambda content, file: save(content, Full()))
-    assert_refused(cli("train", recipe), "disk ran full")
-    assert (tmp_path / "run" / "state.pt").read_bytes() == before
-    assert not list((tmp_path / "run").glob(".state*"))
+    monkeypatch.setattr(os, "fsync", full)
+    assert_refused(cli("train", recipe), "disk ran full while writing", "state")
+    assert state_bytes(tmp_path / "run") == before
 
 
 def test_wrong_prompts(cli: Cli, tmp_path: Path, model_folder: str, other_model_folder: str) -> None:

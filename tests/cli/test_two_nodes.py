@@ -12,8 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from tests.run_states import state
 
-from .training_files import state, write_recipe
+from orthrus.training.state_folder import state_file
+
+from .training_files import write_recipe
 
 LAUNCH = Path(__file__).parents[2] / "recipes" / "launch" / "torchrun.sh"
 STEPS = 60
@@ -89,7 +92,7 @@ def test_a_node_that_was_killed_comes_back_and_the_run_ends_as_if_nothing_had_be
     assert sorted(whole) == list(range(1, STEPS + 1))
 
     with nodes(tmp_path, "broken", recipe) as both:
-        saved = tmp_path / "broken" / "state.pt"
+        saved = state_file(tmp_path / "broken")
         while not saved.exists():
             assert all(node.process.poll() is None for node in both), both[0].log.read_text()[-3000:]
             time.sleep(0.01)

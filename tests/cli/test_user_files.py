@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.run_states import state
 
 from orthrus.base import loading
 from orthrus.cli import common
+from orthrus.training.state_folder import state_file
 
 from .conftest import Cli, assert_refused
-from .training_files import SYNTH, state, write_prompts
+from .training_files import SYNTH, write_prompts
 
 ORTHRUS = [sys.executable, "-m", "orthrus.cli.app"]
 
@@ -35,7 +37,17 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "mine",
-    ["view/mine.txt", "best/mine.txt", "view/view_config.json", "best", "view", "run.json", "state.pt/mine"],
+    [
+        "view/mine.txt",
+        "best/mine.txt",
+        "view/view_config.json",
+        "best",
+        "view",
+        "run.json",
+        "state/mine",
+        "state/state.json",
+        "state.pt",
+    ],
 )
 def test_train_refuses_a_folder_with_files_of_the_user(
     cli: Cli, recipe: str, tmp_path: Path, no_work: None, mine: str
@@ -64,7 +76,7 @@ def test_train_refuses_to_write_into_nothing_named(
 def test_a_run_goes_on_only_over_what_it_left(cli: Cli, recipe: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert cli("train", recipe, "steps=2", "evaluate_every=2").code == 0
-    for name in (".best.mine", ".view.old.x/view", ".state.pt.mine"):
+    for name in (".best.mine", ".view.old.x/view", ".state.mine"):
         (folder / name).mkdir(parents=True)
         (folder / name / "file").write_text("precious")
     assert cli("train", recipe, "steps=2", "evaluate_every=2").code == 0
@@ -105,7 +117,7 @@ def test_two_runs_in_one_folder(cli: Cli, recipe: str, tmp_path: Path) -> None:
     assert state(tmp_path / "run")["step"] >= 2
     assert (tmp_path / "run" / "view" / "view.safetensors").is_file()
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert names <= {".orthrus.lock", "run.json", "state.pt", "view", "tensorboard"}
+    assert names <= {".orthrus.lock", "run.json", "state", "view", "tensorboard"}
 
 
 def test_a_disk_without_room_is_found_before_the_first_step(
@@ -118,7 +130,7 @@ def test_a_disk_without_room_is_found_before_the_first_step(
     run = cli("train", recipe)
     assert_refused(run, "are needed")
     assert "step" not in run.err
-    assert not (tmp_path / "run" / "state.pt").exists()
+    assert not state_file(tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "prompts.jsonl", "source-00.jsonl", "answers-00000.jsonl"])

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 from orthrus.cli import train as train_module
 
@@ -40,11 +39,6 @@ def write_recipe(file: Path, **changes: Any) -> str:
     } | changes
     file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
     return str(file)
-
-
-def state(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True)
-    return content
 
 
 def stopped_after(cli: "Cli", *arguments: str) -> "Run":

@@ -1,17 +1,14 @@
-"""Recipes, corpora, manifests and saved states that somebody spoilt: one sentence each."""
+"""Recipes, corpora and manifests that somebody spoilt: one sentence each."""
 
 import datetime
 import json
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from tests.tiny import tiny_dual
-from tests.training.test_trainer import CONFIG, run
 
 from orthrus.errors import OrthrusError
 from orthrus.training import manifest
@@ -20,8 +17,6 @@ from orthrus.training.packs import packed_corpora
 from orthrus.training.prompt_sources import read_prompts_of
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.recipe_file import load_recipe
-from orthrus.training.run_folder import STATE_FILE, check_run_folder
-from orthrus.training.run_state import load_state
 
 KEYS = [f.name for f in fields(TrainConfig)]
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -198,63 +193,3 @@ def test_files_of_the_user_that_look_like_a_corpus_stay(tmp_path: Path) -> None:
     (tmp_path / "source-00.jsonl").write_text("ours")
     manifest.forget_sources(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "source-07.jsonl"]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    run(folder, "run", replace(CONFIG, steps=2))
-    return folder / "run"
-
-
-@pytest.mark.parametrize(
-    ("key", "values"),
-    [
-        ("step", [-1, "3", 1.5, True, None, 10**30]),
-        ("scores", [None, {}, [3], [(1,)], [("a", 1.0)], [(1, float("nan"))]]),
-        ("view", [None, {}, [], "spoil", "shape", "nan", "list"]),
-        ("optimizer", [None, {}, {"state": []}, {"state": {99: {}}}, {"state": {0: {"exp_avg": 3}}}]),
-        ("config", [None, [], 3]),
-        ("corpus", ["other", None, 3]),
-        ("base", ["other", 3]),
-    ],
-)
-def test_saved_states(saved: Path, tmp_path: Path, key: str, values: list[Any]) -> None:
-    whole = torch.load(saved / STATE_FILE, weights_only=True)
-    dual, config = tiny_dual(block_size=5, mask_token_id=None), replace(CONFIG, steps=2)
-    assert load_state(saved, dual, config, whole["corpus"]) is not None
-    for value in values:
-        spoilt = value
-        if key == "view" and isinstance(value, str):
-            name, tensor = next(iter(whole["view"].items()))
-            wrong = {"spoil": 3, "shape": tensor[:1], "nan": tensor * torch.nan, "list": tensor.tolist()}
-            spoilt = whole["view"] | {name: wrong[value]}
-        torch.save(whole | {key: spoilt}, tmp_path / STATE_FILE)
-        with pytest.raises(OrthrusError) as caught:
-            load_state(tmp_path, dual, config, whole["corpus"])
-        one_sentence(caught.value)
-
-
-def test_files_that_are_no_saved_states(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    state = tmp_path / "run" / STATE_FILE
-    dual = tiny_dual(block_size=5, mask_token_id=None)
-    for content in (b"", b"my notes", b"PK\x03\x04"):
-        state.write_bytes(content)
-        with pytest.raises(OrthrusError, match=r"cannot be read as the state .* move it away"):
-            run(tmp_path, "run", CONFIG, dual=dual)
-        assert state.read_bytes() == content
-    for mine in (torch.ones(3), {"model": torch.ones(3)}, [1, 2]):
-        torch.save(mine, state)
-        with pytest.raises(OrthrusError, match="not the state of a run; move it away"):
-            run(tmp_path, "run", CONFIG, dual=dual)
-    state.unlink()
-    (tmp_path / "run" / "run.json").unlink(missing_ok=True)
-    state.mkdir()
-    with pytest.raises(OrthrusError, match="is no file; move it away"):
-        check_run_folder(tmp_path / "run")
-    state.rmdir()
-    for text in ("mine", "[]", '{"kind": "other", "id": "3"}', '{"kind": "orthrus-train", "id": 3}'):
-        (tmp_path / "run" / "run.json").write_text(text)
-        with pytest.raises(OrthrusError, match="not written by a training run; move it away"):
-            check_run_folder(tmp_path / "run")

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from tests.run_states import state
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.training.test_trainer import CONFIG, run
 from tests.workers import CONTEXT, start
 
-from orthrus.base.owned import LOCK
+from orthrus.base.owned import LOCK, MARK
 from orthrus.training.processes import this_process
-from orthrus.training.run_folder import BEST, RUN_FILE, STATE_FILE, run_folder
+from orthrus.training.run_folder import BEST, RUN_FILE, run_folder
+from orthrus.training.state_folder import STATE, STATE_FILE, state_file
 from orthrus.training.trainer import Hooks
 from orthrus.training.view_score import Scorer
 
@@ -33,7 +35,7 @@ def train_until(moment: str, folder: str, name: str, reached: Connection | None 
     output = Path(folder) / name
     with run_folder(output) as held:
         scorer = Scorer(BASE, [tiny_prompt(6, seed) for seed in range(2)], held, {}, this_process())
-        if (output / STATE_FILE).is_file():
+        if state_file(output).is_file():
             scorer.remember()
         tell = (lambda log: None) if reached is None else (lambda log: reached.send(log.step))
         hooks = Hooks(on_log=tell, evaluate=scorer)
@@ -42,7 +44,7 @@ def train_until(moment: str, folder: str, name: str, reached: Connection | None 
 
 
 def kill_at(moment: str) -> None:
-    """Half-way through the second state file; before or after it takes its place; or between the renames that
+    """Half-way through the shard of the second state; before or after it takes its place; or between the renames that
     put the second best view in the place of the first."""
 
     def die(*_: Any) -> None:
@@ -58,12 +60,10 @@ def kill_at(moment: str) -> None:
 
         return wrapped
 
-    save, place, rename = torch.save, Path.replace, Path.rename
+    sync, place, rename = os.fsync, Path.replace, Path.rename
 
-    def half(content: Any, file: Any) -> None:
-        save(content, file)
-        file.flush()
-        os.ftruncate(file.fileno(), os.fstat(file.fileno()).st_size // 2)
+    def half(handle: int) -> None:
+        os.ftruncate(handle, os.fstat(handle).st_size // 2)
         die()
 
     def is_state(path: Path, target: Path) -> bool:
@@ -73,7 +73,7 @@ def kill_at(moment: str) -> None:
         return target.name == BEST and not target.parent.name.startswith(".")
 
     if moment == "writing":
-        torch.save = second(save, half, lambda *_: True)
+        os.fsync = second(sync, half, lambda *_: True)
     elif moment == "before placing":
         Path.replace = second(place, die, is_state)
     elif moment == "after placing":
@@ -113,7 +113,7 @@ def kill_at_random(folder: Path, name: str, chance: random.Random) -> int:
 
 def assert_ends_as_the_unbroken_run(folder: Path, name: str) -> None:
     finish(folder, name)
-    whole, ours = (torch.load(folder / run / STATE_FILE, weights_only=True) for run in ("whole", name))
+    whole, ours = (state(folder / run) for run in ("whole", name))
     assert ours["step"] == whole["step"] == CASE.steps
     assert ours["scores"] == whole["scores"]
     scores = [score for _, score in whole["scores"]]
@@ -123,7 +123,8 @@ def assert_ends_as_the_unbroken_run(folder: Path, name: str) -> None:
     torch.testing.assert_close(ours["optimizer"], whole["optimizer"], atol=0, rtol=0)
     best = [(folder / run / BEST / "view.safetensors").read_bytes() for run in ("whole", name)]
     assert best[0] == best[1]
-    assert sorted(p.name for p in (folder / name).iterdir()) == [LOCK, BEST, RUN_FILE, STATE_FILE]
+    assert sorted(p.name for p in (folder / name).iterdir()) == [LOCK, BEST, RUN_FILE, STATE]
+    assert sorted(p.name for p in (folder / name / STATE).iterdir()) == [MARK, STATE_FILE, "step-00000012"]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -140,5 +141,9 @@ def test_killed_while_saving(folder: Path, moment: str) -> None:
     process = start(train_until, moment, str(folder), moment)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    assert torch.load(folder / moment / STATE_FILE, weights_only=True)["step"] in (3, 6)
+    assert state(folder / moment)["step"] in {
+        "writing": (3,),
+        "before placing": (3,),
+        "after placing": (6,),
+    }.get(moment, (3, 6))
     assert_ends_as_the_unbroken_run(folder, moment)

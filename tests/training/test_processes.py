@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from tests.run_states import state
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.training.test_trainer import CONFIG, run
 from tests.workers import run_together
@@ -17,7 +18,7 @@ from orthrus.errors import DivergedError
 from orthrus.model.dual_view import DualView
 from orthrus.training.processes import this_process
 from orthrus.training.recipe import TrainConfig
-from orthrus.training.run_folder import BEST, LAST, STATE_FILE, RunFolder, run_folder
+from orthrus.training.run_folder import BEST, LAST, RunFolder, run_folder
 from orthrus.training.trainer import Hooks
 from orthrus.training.view_score import Scorer, decoded, keep_view
 
@@ -112,11 +113,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def state(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(folder / STATE_FILE, weights_only=True)
-    return content
-
-
 @pytest.mark.parametrize("name", ["two-ddp", "two-fsdp2", "begun-one", "begun-two"])
 def test_the_saved_state_is_that_of_one_process(runs: Path, name: str) -> None:
     one, other = state(runs / "one"), state(runs / name)
@@ -133,7 +129,7 @@ def test_the_saved_state_is_that_of_one_process(runs: Path, name: str) -> None:
 def test_a_repair_head_alone_trains_in_shards_too(runs: Path) -> None:
     one, two = (state(runs / name) for name in ("head-one", "head-two"))
     assert one["view"]["repair.out.weight"].any()
-    assert len(one["optimizer"]["state"]) == 4
+    assert len(one["optimizer"]) == 4
     torch.testing.assert_close(two["view"], one["view"], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(two["optimizer"], one["optimizer"], atol=1e-6, rtol=1e-6)
 

@@ -1,19 +1,22 @@
 """Overfitting, exact resume, and what the trainer refuses."""
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from tests.engines import decode
 from tests.packed import corpus_digest, pack
+from tests.run_states import state, state_bytes
 from tests.tiny import tiny_dual, tiny_prompt
 
 from orthrus.config import DecodeConfig
-from orthrus.errors import UserInputError
+from orthrus.errors import StorageError, UserInputError
 from orthrus.training.corpus import Sample
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.recipe_file import load_recipe
+from orthrus.training.state_folder import shards_folder
 from orthrus.training.trainer import DivergedError, Hooks, learning_rate, train
 
 CONFIG = TrainConfig(
@@ -84,10 +87,10 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
 
 def test_resuming_with_another_recipe_is_refused_and_loses_nothing(tmp_path):
     run(tmp_path, "run", replace(CONFIG, steps=2))
-    before = (tmp_path / "run" / "state.pt").read_bytes()
+    before = state_bytes(tmp_path / "run")
     with pytest.raises(UserInputError, match="learning_rate"):
         run(tmp_path, "run", replace(CONFIG, steps=2, learning_rate=5e-3))
-    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+    assert state_bytes(tmp_path / "run") == before
 
 
 def test_logs_report_the_block_positions(tmp_path):
@@ -106,7 +109,7 @@ def test_a_diverged_loss_keeps_the_saved_state(tmp_path):
         replace(CONFIG, steps=20),
         hooks=Hooks(should_stop=iter([False] * 3 + [True]).__next__),
     )
-    before = (tmp_path / "run" / "state.pt").read_bytes()
+    before = state_bytes(tmp_path / "run")
     dual = tiny_dual(block_size=5, mask_token_id=None)
     with torch.no_grad():
         dual.base.get_output_embeddings().weight.fill_(math.nan)
@@ -114,7 +117,26 @@ def test_a_diverged_loss_keeps_the_saved_state(tmp_path):
     config = replace(CONFIG, steps=20, output=str(tmp_path / "run"))
     with pytest.raises(DivergedError, match="learning_rate"):
         train(dual, pack(samples, 48), config, corpus_digest(samples), Hooks())
-    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+    assert state_bytes(tmp_path / "run") == before
+
+
+def test_a_save_that_fails_ends_the_run_soon_and_keeps_the_state_before(tmp_path):
+    logs = []
+
+    def fill_the_disk(log):
+        logs.append(log.step)
+        shards = shards_folder(tmp_path / "run", 20)
+        if log.step == 19:
+            shards.mkdir()
+            (shards / "shard-00001-model-00001-of-00001.safetensors").symlink_to("/dev/full")
+        elif log.step > 20:
+            time.sleep(0.3)
+
+    config = replace(CONFIG, steps=60, save_every=10, log_every=1)
+    with pytest.raises(StorageError, match="the disk ran full"):
+        run(tmp_path, "run", config, hooks=Hooks(on_log=fill_the_disk))
+    assert 20 <= logs[-1] < 30
+    assert state(tmp_path / "run")["step"] == 10
 
 
 @pytest.mark.parametrize(

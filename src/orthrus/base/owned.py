@@ -36,10 +36,26 @@ def replace_folder(target: Path, owner: str) -> Iterator[Path]:
     with scratch_folder(target) as scratch:
         yield scratch
         files = {file.name: _digest(file) for file in scratch.iterdir()}
-        (scratch / MARK).write_text(json.dumps({"owner": owner, "files": files}) + "\n", encoding="utf-8")
+        mark_folder(scratch, owner, files)
         make_readable(scratch)
         check_owned(target, owner)
         _move_into_place(scratch, target)
+
+
+def mark_folder(folder: Path, owner: str, files: dict[str, str] | None = None) -> None:
+    """Write the owner's mark into a folder, with the digests of its files where `foreign` is to check them."""
+    content = {"owner": owner, "files": files or {}}
+    (folder / MARK).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def marked_files(folder: Path, owner: str) -> dict[str, str] | None:
+    """The files that the mark in a folder lists; None where there is no mark, or another owner's."""
+    try:
+        mark = json.loads((folder / MARK).read_bytes())
+        files = mark["files"] if mark["owner"] == owner else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return files if isinstance(files, dict) else None
 
 
 def _move_into_place(scratch: Path, target: Path) -> None:
@@ -89,12 +105,8 @@ def foreign(target: Path, owner: str) -> str | None:
         return None
     if target.is_symlink() or not target.is_dir():
         return "is in the way of a folder of that name"
-    try:
-        mark = json.loads((target / MARK).read_bytes())
-        known = mark["files"] if mark["owner"] == owner else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        known = None
-    if not isinstance(known, dict):
+    known = marked_files(target, owner)
+    if known is None:
         return "was not written by this run"
     for file in target.iterdir():
         if file.name == MARK:

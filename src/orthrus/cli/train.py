@@ -175,13 +175,13 @@ class _Run:
 
     def begin(self, held: "RunFolder") -> None:
         """Take up the folder of the run, which this process holds from here on."""
-        from orthrus.training.run_folder import STATE_FILE
+        from orthrus.training.state_folder import state_file
         from orthrus.training.view_score import Scorer
 
         self.held = held
         if self.prompts:
             self.scorer = Scorer(self.base, self.prompts, held, self.origin, self.process)
-            if (held.path / STATE_FILE).is_file():
+            if state_file(held.path).is_file():
                 self.scorer.remember()
 
     def hooks(self) -> "Hooks":

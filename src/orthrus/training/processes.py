@@ -5,12 +5,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from orthrus.training.blocks import BlockBatch
 from orthrus.training.forward import StepOutput, TrainingPass
@@ -40,6 +41,8 @@ class Processes:
         self.index: int = self._accelerator.process_index
         self.is_main: bool = self._accelerator.is_main_process
         self.sharded = config.sharding == "fsdp2" and self.count > 1
+        # A group of its own, and on the CPU: a save in the background talks at the same time as the training.
+        self.cpu_group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._training: Any = None
 
     def share(self, training: TrainingPass) -> None:
@@ -83,6 +86,20 @@ class Processes:
         device = self._accelerator.device
         return bool(self._accelerator.reduce(torch.tensor(int(flag), device=device), "sum"))
 
+    def first_problem(self, problem: str | None) -> str | None:
+        """The first process's problem of those that have one, on every process."""
+        if self.cpu_group is None:
+            return problem
+        problems: list[str | None] = [None] * self.count
+        dist.all_gather_object(problems, problem, group=self.cpu_group)
+        return next((found for found in problems if found is not None), None)
+
+    def close(self) -> None:
+        """Leave the group; nothing may be saving any more."""
+        if self.cpu_group is not None:
+            dist.destroy_process_group(self.cpu_group)
+            self.cpu_group = None
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Inside, every process holds all weights as plain tensors, and a pass needs no other process."""
@@ -109,23 +126,3 @@ class Processes:
 def plain(tensor: Tensor) -> Tensor:
     """The tensor in full; of one in shards, all processes must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, state: dict[str, Any], parameters: list[torch.nn.Parameter]
-) -> None:
-    """`optimizer.load_state_dict` of a state of plain tensors, cut as the parameters are; settings stay."""
-    tensors = {
-        index: {key: _cut(value, parameters[index]) for key, value in entry.items()}
-        for index, entry in state["state"].items()
-    }
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": tensors})
-
-
-def _cut(value: Any, parameter: torch.nn.Parameter) -> Any:
-    """Each process read the same file, so each takes its part without asking the others."""
-    if not isinstance(parameter, DTensor) or getattr(value, "shape", None) != parameter.shape:
-        return value
-    return distribute_tensor(
-        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-    )

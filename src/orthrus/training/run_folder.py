@@ -12,9 +12,9 @@ from typing import Any
 from orthrus.base.outputs import check_writable, write_text_atomic
 from orthrus.base.owned import check_owned, check_unlocked, locked_folder, restore_folder, scraps_of
 from orthrus.errors import UserInputError
+from orthrus.training.state_folder import check_state_folder, hold_state_folder
 
 RUN_FILE = "run.json"
-STATE_FILE = "state.pt"
 # The view with the best score, and the last one.
 BEST, LAST = "best", "view"
 _KIND = "orthrus-train"
@@ -36,12 +36,10 @@ def check_run_folder(path: Path) -> None:
     StorageError when the folder cannot be written.
     """
     check_writable(path)
-    owner = read_run(path).get("id", "")
+    owner = str(read_run(path).get("id", ""))
     for name in (BEST, LAST):
-        check_owned(path / name, str(owner))
-    state = path / STATE_FILE
-    if os.path.lexists(state) and not state.is_file():
-        raise UserInputError(f"{state} is no file; move it away, or give another output folder.")
+        check_owned(path / name, owner)
+    check_state_folder(path, owner)
     check_unlocked(path, _DOING)
 
 
@@ -59,11 +57,11 @@ def run_folder(path: Path, *, is_main: bool = True) -> Iterator[RunFolder]:
     path.mkdir(parents=True, exist_ok=True)
     with locked_folder(path, _DOING):
         owner = str(note_run(path)["id"])
-        for name in (STATE_FILE, RUN_FILE):
-            for scrap in scraps_of(path / name):
-                scrap.unlink(missing_ok=True)
+        for scrap in scraps_of(path / RUN_FILE):
+            scrap.unlink(missing_ok=True)
         for name in (BEST, LAST):
             restore_folder(path / name, owner)
+        hold_state_folder(path, owner)
         yield RunFolder(path, owner)
 
 

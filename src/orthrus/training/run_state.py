@@ -1,20 +1,30 @@
-"""Where a training run stands, on disk: everything that an exact resume needs, replaced in one step."""
+"""Where a training run stands, read from disk: everything that an exact resume needs, checked before it is believed."""
 
+import hashlib
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.tensor import DTensor
 
-from orthrus.base.outputs import check_writable, replace_file
+from orthrus.base.outputs import check_writable
 from orthrus.errors import CorruptFileError, UserInputError
 from orthrus.model.dual_view import DualView
-from orthrus.training.processes import plain
+from orthrus.training.processes import Processes
 from orthrus.training.recipe import TrainConfig, to_plain
-from orthrus.training.run_folder import BEST, LAST, STATE_FILE
+from orthrus.training.run_folder import BEST, LAST
+from orthrus.training.state_folder import is_shard_name, is_shards_name, state_file
 
+KIND = "orthrus-state"
 # Settings that may change between the parts of a run without changing what it computes.
 _FREE = {
     "save_every",
@@ -29,110 +39,237 @@ _FREE = {
     "attention",
     "activations",
 }
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(slots=True)
 class RunState:
-    """Steps done, scores of the real decodes as (step, tokens per cycle), and the optimizer's state."""
+    """Steps done, and scores of the real decodes as (step, tokens per cycle)."""
 
     step: int = 0
     scores: list[tuple[int, float]] = field(default_factory=list)
-    optimizer: dict[str, Any] | None = None
 
 
-def save_state(
-    folder: Path,
-    dual: DualView,
-    optimizer: torch.optim.Optimizer,
-    state: RunState,
-    config: TrainConfig,
-    corpus_digest: str,
-    *,
-    write: bool = True,
-) -> None:
-    """Write view, optimizer and position; a reader sees the old state or the new one, never a part.
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """A state on disk that fits the run. `updates`: of each trained parameter, how often AdamW changed it."""
 
-    The file is the same whether the tensors are in shards or not. With shards all processes must call this,
-    all but one with `write` false.
+    run: RunState
+    updates: dict[str, int]
+    folder: Path
+    digests: dict[str, str]
+
+    def damaged(self, problem: str) -> CorruptFileError:
+        """The error for what is wrong with it."""
+        return _damaged(self.folder.parent, problem)
+
+
+def state_tensors(dual: DualView, moments: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """All tensors of a state, under the names that they have in its shards."""
+    tensors: dict[str, Tensor] = {f"view.{name}": p.detach() for name, p in dual.view_parameters().items()}
+    for name, entry in moments.items():
+        tensors |= {f"{key}.{name}": entry[key] for key in _MOMENTS}
+    return tensors
+
+
+def trained_parameters(dual: DualView) -> dict[str, torch.nn.Parameter]:
+    """What the optimizer changes, in its order."""
+    return {name: p for name, p in dual.view_parameters().items() if p.requires_grad}
+
+
+def find_state(run: Path, dual: DualView, config: TrainConfig, corpus_digest: str) -> SavedState | None:
+    """The state saved in a run's folder, without its tensors; None when there is none.
+
+    Every process must ask, and comes to the same answer. Raises UserInputError when the recipe, the corpus or
+    the base is another, CorruptFileError when it is unreadable or not whole.
     """
-
-    def kept(tensor: torch.Tensor) -> torch.Tensor | None:
-        full = plain(tensor.detach())
-        return full.cpu() if write else None
-
-    content = {
-        "step": state.step,
-        "scores": state.scores,
-        "view": {name: kept(p) for name, p in dual.view_parameters().items()},
-        "optimizer": tree_map_only(torch.Tensor, kept, {"state": optimizer.state_dict()["state"]}),
-        "config": to_plain(config),
-        "corpus": corpus_digest,
-        "base": dual.config.base_fingerprint,
-    }
-    if not write:
-        return
-    # Through a file of Python's: torch's own writer does not say that the disk is full.
-    with replace_file(folder / STATE_FILE) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
-
-
-def load_state(folder: Path, dual: DualView, config: TrainConfig, corpus_digest: str) -> RunState | None:
-    """Put a saved run's view into `dual` and return where it stood; None when there is none.
-
-    Raises UserInputError when the recipe or the corpus is another, CorruptFileError when it is unreadable.
-    """
-    file = folder / STATE_FILE
+    file = state_file(run)
     if not file.is_file():
         return None
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
         raise CorruptFileError(
-            f"{file} cannot be read as the state of a run ({type(e).__name__}); move it away to start again."
+            f"{file} cannot be read as the state of a run ({type(e).__name__}); move {file.parent} away to "
+            "start again."
         ) from e
-    if not (isinstance(content, dict) and isinstance(content.get("config"), dict) and "corpus" in content):
-        raise CorruptFileError(f"{file} is not the state of a run; move it away to start again.")
+    if not (
+        isinstance(content, dict)
+        and content.get("kind") == KIND
+        and isinstance(content.get("config"), dict)
+        and {"corpus", "base"} <= content.keys()
+    ):
+        raise CorruptFileError(f"{file} is not the state of a run; move {file.parent} away to start again.")
     plain = to_plain(config)
     changed = sorted(k for k in plain if k not in _FREE and content["config"].get(k) != plain[k])
     if content["corpus"] != corpus_digest:
         changed.append("corpus content")
-    if content.get("base", dual.config.base_fingerprint) != dual.config.base_fingerprint:
+    if content["base"] != dual.config.base_fingerprint:
         changed.append("base weights")
     if changed:
         raise UserInputError(
-            f"the run in {folder} was begun with another {', '.join(changed)}; resume it with its own "
+            f"the run in {run} was begun with another {', '.join(changed)}; resume it with its own "
             "recipe, or give another output folder."
         )
-    if (problem := _problem(content, dual)) is not None:
-        raise CorruptFileError(f"{file} is damaged ({problem}); move it away to start again.")
-    with torch.no_grad():
-        for name, parameter in dual.view_parameters().items():
-            parameter.copy_(content["view"][name])
-    return RunState(content["step"], [tuple(s) for s in content["scores"]], content["optimizer"])
+    problem = _content_problem(content, dual) or _files_problem(content, file.parent)
+    if problem is None:
+        problem = _tensors_problem(file.parent / content["folder"], dual, content["updates"])
+    if problem is not None:
+        raise _damaged(file.parent, problem)
+    return SavedState(
+        RunState(content["step"], [tuple(score) for score in content["scores"]]),
+        content["updates"],
+        file.parent / content["folder"],
+        {name: about["sha256"] for name, about in content["files"].items()},
+    )
 
 
-def _problem(content: dict[str, Any], dual: DualView) -> str | None:
-    """What of a state read from disk is not as `save_state` writes it."""
-    step, scores, view = content.get("step"), content.get("scores"), content.get("view")
-    if type(step) is not int or not 0 <= step < 2**53:
+def load_state(
+    saved: SavedState, dual: DualView, optimizer: torch.optim.Optimizer, processes: Processes
+) -> RunState:
+    """Put a saved state into the view and its optimizer, each process what it holds of them.
+
+    All processes must call this, however many saved it and however they shared. Raises CorruptFileError, on
+    all of them, when a shard is damaged or a weight is no finite number.
+    """
+    mine = sorted(saved.digests.items())[processes.index :: processes.count]
+    problem = processes.first_problem(_digest_problem(saved.folder, dict(mine)))
+    if problem is not None:
+        raise saved.damaged(problem)
+    trained = trained_parameters(dual)
+    moments = {
+        name: {key: torch.zeros_like(trained[name], requires_grad=False) for key in _MOMENTS}
+        for name in saved.updates
+    }
+    tensors = state_tensors(dual, moments)
+    reader = HuggingFaceStorageReader(str(saved.folder))
+    try:
+        load(
+            dict(tensors),
+            storage_reader=reader,
+            process_group=processes.cpu_group,
+            no_dist=processes.cpu_group is None,
+        )
+    except (Exception, CheckpointException) as e:
+        raise saved.damaged(f"its tensors cannot be read: {type(e).__name__}") from e
+    problem = processes.first_problem(_number_problem(dual))
+    if problem is not None:
+        raise saved.damaged(problem)
+    index = {name: at for at, name in enumerate(trained)}
+    state = {
+        index[name]: {"step": torch.tensor(float(saved.updates[name])), **entry}
+        for name, entry in moments.items()
+    }
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return saved.run
+
+
+def _damaged(folder: Path, problem: str) -> CorruptFileError:
+    return CorruptFileError(
+        f"the state in {folder} is damaged ({problem}); move that folder away to start again."
+    )
+
+
+def _content_problem(content: dict[str, Any], dual: DualView) -> str | None:
+    """What of a state's JSON is not as it was written."""
+    step, scores, updates = content.get("step"), content.get("scores"), content.get("updates")
+    if not _is_count(step):
         return "step is no count"
     if not isinstance(scores, list) or not all(map(_is_score, scores)):
         return "scores are no pairs of a step and a number"
-    parameters = dual.view_parameters()
-    if not isinstance(view, dict) or view.keys() != parameters.keys():
-        return "it holds the tensors of another view"
-    for name, parameter in parameters.items():
-        if not _is_like(view[name], parameter) or not view[name].isfinite().all():
-            return f"{name} is not a tensor of finite numbers in its shape"
-    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
-    if not _fits(content.get("optimizer"), trained):
+    if (
+        not isinstance(updates, dict)
+        or not updates.keys() <= trained_parameters(dual).keys()
+        or not all(map(_is_count, updates.values()))
+    ):
         return "the optimizer's state is of other parameters"
+    files = content.get("files")
+    if (
+        not is_shards_name(content.get("folder"))
+        or not isinstance(files, dict)
+        or not all(map(is_shard_name, files))
+        or not all(
+            isinstance(about, dict) and about.keys() == {"bytes", "sha256"} for about in files.values()
+        )
+    ):
+        return "its list of shards is none"
     return None
+
+
+def _files_problem(content: dict[str, Any], folder: Path) -> str | None:
+    """The first shard that is not there as it was listed, or that was not listed."""
+    shards = folder / content["folder"]
+    found = {file.name for file in shards.glob("*")}
+    for name, about in sorted(content["files"].items()):
+        if name not in found:
+            return f"{content['folder']}/{name} is missing"
+        if (size := (shards / name).stat().st_size) != about["bytes"]:
+            return f"{content['folder']}/{name} has {size} bytes in place of {about['bytes']}"
+    if strange := found - content["files"].keys():
+        return f"{content['folder']}/{min(strange)} is none of its shards"
+    return None
+
+
+def _tensors_problem(shards: Path, dual: DualView, updates: dict[str, int]) -> str | None:
+    """What the shards' headers say that does not fit the view."""
+    try:
+        found = HuggingFaceStorageReader(str(shards)).read_metadata().state_dict_metadata
+    except Exception as e:
+        return f"its shards cannot be read: {type(e).__name__}"
+    parameters = dual.view_parameters()
+    wanted = {f"view.{name}": parameter for name, parameter in parameters.items()}
+    wanted |= {f"{key}.{name}": parameters[name] for name in updates for key in _MOMENTS}
+    if found.keys() != wanted.keys():
+        return "it holds the tensors of another view"
+    for name, parameter in wanted.items():
+        about = found[name]
+        if not isinstance(about, TensorStorageMetadata) or not _is_like(about, parameter):
+            return f"{name} is not a tensor of finite numbers in its shape"
+    return None
+
+
+def _is_like(about: TensorStorageMetadata, parameter: Tensor) -> bool:
+    """Whether the parts of a tensor make up one as the parameter is."""
+    return (
+        about.size == parameter.shape
+        and about.properties.dtype.is_floating_point
+        and sum(math.prod(chunk.sizes) for chunk in about.chunks) == parameter.numel()
+    )
+
+
+def _digest_problem(folder: Path, digests: dict[str, str]) -> str | None:
+    for name, digest in digests.items():
+        try:
+            found = file_digest(folder / name)
+        except OSError as e:
+            return f"{folder.name}/{name} cannot be read: {type(e).__name__}"
+        if found != digest:
+            return f"{folder.name}/{name} was changed after it was written"
+    return None
+
+
+def file_digest(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _number_problem(dual: DualView) -> str | None:
+    """The first weight that this process holds and that is no finite number."""
+    for name, parameter in dual.view_parameters().items():
+        part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not part.isfinite().all():
+            return f"view.{name} is not a tensor of finite numbers in its shape"
+    return None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**53
 
 
 def _is_score(score: object) -> bool:
     return (
-        isinstance(score, list | tuple)
+        isinstance(score, list)
         and len(score) == 2
         and type(score[0]) is int
         and isinstance(score[1], float)
@@ -140,40 +277,11 @@ def _is_score(score: object) -> bool:
     )
 
 
-def _is_like(value: object, parameter: torch.Tensor) -> bool:
-    return (
-        isinstance(value, torch.Tensor)
-        and value.layout == torch.strided
-        and value.shape == parameter.shape
-        and value.is_floating_point()
-    )
-
-
-def _fits(optimizer: object, parameters: list[torch.nn.Parameter]) -> bool:
-    """Whether this is a state of AdamW over these parameters."""
-    entries = optimizer.get("state") if isinstance(optimizer, dict) else None
-    if not isinstance(entries, dict):
-        return False
-    for index, entry in entries.items():
-        if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(entry, dict):
-            return False
-        if entry.keys() != {"step", "exp_avg", "exp_avg_sq"} or not isinstance(entry["step"], torch.Tensor):
-            return False
-        if entry["step"].numel() != 1:
-            return False
-        if not all(_is_like(entry[key], parameters[index]) for key in ("exp_avg", "exp_avg_sq")):
-            return False
-    return True
-
-
-def check_room(folder: Path, dual: DualView) -> None:
+def check_room(run: Path, dual: DualView) -> None:
     """StorageError when the disk has no room for the state and two views, and for the new one of a pair."""
     parameters = dual.view_parameters().values()
     view_bytes = 4 * sum(p.numel() for p in parameters)
-    sizes = {
-        STATE_FILE: view_bytes + 8 * sum(p.numel() for p in parameters if p.requires_grad),
-        BEST: view_bytes,
-        LAST: view_bytes,
-    }
-    missing = sum(size for name, size in sizes.items() if not (folder / name).exists())
-    check_writable(folder, missing + max(sizes.values()))
+    state_bytes = view_bytes + 8 * sum(p.numel() for p in parameters if p.requires_grad)
+    sizes = {state_file(run): state_bytes, run / BEST: view_bytes, run / LAST: view_bytes}
+    missing = sum(size for place, size in sizes.items() if not place.exists())
+    check_writable(run, missing + max(sizes.values()))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from time import perf_counter
@@ -18,11 +18,12 @@ from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.flex_blocks import pick_attention
 from orthrus.training.forward import Objective, StepOutput, TrainingPass
 from orthrus.training.packing import PackedRow
-from orthrus.training.processes import Processes, load_optimizer, plain
+from orthrus.training.processes import Processes, plain
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.run_folder import RunFolder, run_folder
-from orthrus.training.run_state import RunState, check_room, load_state, save_state
+from orthrus.training.run_state import RunState, check_room, find_state, load_state, trained_parameters
 from orthrus.training.speed import FlopCounter
+from orthrus.training.state_saver import StateSaver
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def train(
         parameter.data = parameter.data.float()
         parameter.requires_grad_(config.train == "view" or name.startswith(REPAIR_PREFIX))
     holding = run_folder(config.output_folder, is_main=processes.is_main) if held is None else nullcontext()
-    with holding:
+    with closing(processes), holding:
         return _train(processes, dual, rows, config, corpus_digest, hooks)
 
 
@@ -98,12 +99,12 @@ def _train(
     hooks: Hooks,
 ) -> RunState:
     folder = config.output_folder
-    state = load_state(folder, dual, config, corpus_digest) or RunState()
+    saved = find_state(folder, dual, config, corpus_digest)
     objective = Objective(
         loss=config.loss, weights=config.weights, gamma=config.gamma, smoothing=config.smoothing
     )
     processes.share(TrainingPass(dual, objective, config.attention, config.activations))
-    parameters = [parameter for parameter in dual.view_parameters().values() if parameter.requires_grad]
+    parameters = list(trained_parameters(dual).values())
     optimizer = torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
@@ -112,9 +113,7 @@ def _train(
         # One pass over the weights in place of ten.
         fused=True,
     )
-    if state.optimizer is not None:
-        load_optimizer(optimizer, state.optimizer, parameters)
-        state.optimizer = None
+    state = RunState() if saved is None else load_state(saved, dual, optimizer, processes)
     if processes.is_main:
         check_room(folder, dual)
     num_steps = config.steps or max(1, round(config.epochs * len(rows) / config.batch_rows))
@@ -123,29 +122,29 @@ def _train(
     # Compiled kernels and gathered shards do not run under a counter.
     dense = pick_attention(config.attention, dual.device, head_dim(dual.base.config)) == "dense"
     meter = _Meter(num_steps, state.step, countable=dense and not processes.sharded)
-    while state.step < num_steps:
-        rate = learning_rate(config, state.step, num_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with meter.counting():
-            output = _accumulate(processes, rows, config, state.step)
-        grad_norm = _apply(processes, parameters, optimizer, output, config.clip_norm)
-        state.step += 1
-        meter.add(output)
-        last = state.step == num_steps or processes.any(hooks.should_stop())
-        if processes.is_main and (state.step % config.log_every == 0 or last):
-            hooks.on_log(meter.log(state.step, rate, grad_norm))
-        if hooks.evaluate is not None and (
-            state.step % config.evaluate_every == 0 or state.step == num_steps
-        ):
-            with processes.whole(), torch.no_grad():
-                state.scores.append((state.step, hooks.evaluate(dual, state.step)))
-            meter.restart(state.step)
-        # Shards are gathered by all processes together, for the main one to write.
-        if (state.step % config.save_every == 0 or last) and (processes.is_main or processes.sharded):
-            save_state(folder, dual, optimizer, state, config, corpus_digest, write=processes.is_main)
-        if last:
-            break
+    with StateSaver(folder, dual, optimizer, config, corpus_digest, processes) as saver:
+        while state.step < num_steps:
+            rate = learning_rate(config, state.step, num_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with meter.counting():
+                output = _accumulate(processes, rows, config, state.step)
+            grad_norm = _apply(processes, parameters, optimizer, output, config.clip_norm)
+            state.step += 1
+            meter.add(output)
+            last = state.step == num_steps or processes.any(hooks.should_stop() or saver.failed)
+            if processes.is_main and (state.step % config.log_every == 0 or last):
+                hooks.on_log(meter.log(state.step, rate, grad_norm))
+            if hooks.evaluate is not None and (
+                state.step % config.evaluate_every == 0 or state.step == num_steps
+            ):
+                with processes.whole(), torch.no_grad():
+                    state.scores.append((state.step, hooks.evaluate(dual, state.step)))
+                meter.restart(state.step)
+            if state.step % config.save_every == 0 or last:
+                saver.save(state)
+            if last:
+                break
     processes.gather()
     return state
 

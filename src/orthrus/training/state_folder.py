@@ -1,0 +1,128 @@
+"""The folder of a run's saved state: `state.json` and, in a folder of their own, the shards that it names.
+
+`state.json` is written last and in one step. So a reader or the successor of a killed run finds the old state
+or the new one, each whole; shards that it does not name are what a save left that was not finished.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from orthrus.base.outputs import SCRATCH, atomic_folder, write_text_atomic
+from orthrus.base.owned import MARK, mark_folder, marked_files, restore_folder
+from orthrus.errors import UserInputError
+
+STATE = "state"
+STATE_FILE = "state.json"
+# What versions before this one wrote.
+_OLD_FILE = "state.pt"
+_SHARDS = re.compile(r"step-[0-9]{8,16}")
+_SHARD = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
+
+
+def state_file(run: Path) -> Path:
+    """What names the saved state of the run in that folder; there once a state was saved."""
+    return run / STATE / STATE_FILE
+
+
+def shards_folder(run: Path, step: int) -> Path:
+    """Where the shards of the state after that step are written."""
+    return run / STATE / f"step-{step:08d}"
+
+
+def is_shards_name(name: object) -> bool:
+    """Whether this is the name of a folder that `shards_folder` gives."""
+    return isinstance(name, str) and _SHARDS.fullmatch(name) is not None
+
+
+def is_shard_name(name: object) -> bool:
+    """Whether this is the name of a file that torch.distributed.checkpoint gives to a shard."""
+    return isinstance(name, str) and _SHARD.fullmatch(name) is not None
+
+
+def check_state_folder(run: Path, owner: str) -> None:
+    """UserInputError when anything in the place of the state was not written by `owner`, a run's name."""
+    old = run / _OLD_FILE
+    if os.path.lexists(old):
+        raise UserInputError(
+            f"{old} is the state of a run of an older version, which this one does not read; go on with that "
+            "version, or move it away to start again."
+        )
+    folder = run / STATE
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        reason = "is in the way of a folder of that name"
+    elif marked_files(folder, owner) is None:
+        reason = "was not written by this run"
+    elif (mine := next(_foreign(folder), None)) is not None:
+        reason = f"holds {mine.relative_to(folder)}, which this run did not write"
+    else:
+        return
+    raise UserInputError(f"{folder} {reason}; move it away, or give another output folder.")
+
+
+def _foreign(folder: Path) -> Iterator[Path]:
+    for found in sorted(folder.iterdir()):
+        plain = not found.is_symlink()
+        if is_shards_name(found.name) and plain and found.is_dir():
+            yield from (
+                file
+                for file in sorted(found.iterdir())
+                if not is_shard_name(file.name) or file.is_symlink() or not file.is_file()
+            )
+        elif not (plain and found.is_file() and (found.name in {MARK, STATE_FILE} or _is_scrap(found))):
+            yield found
+
+
+def _is_scrap(file: Path) -> bool:
+    return file.name.startswith(f".{STATE_FILE}{SCRATCH}")
+
+
+def hold_state_folder(run: Path, owner: str) -> None:
+    """Make the folder of the state if need be, and clear up after a process that was killed while saving.
+
+    Only where nobody else writes to the run's folder. Raises StorageError when it cannot be made.
+    """
+    folder = run / STATE
+    restore_folder(folder, owner)
+    if not folder.is_dir():
+        # With its mark from the first moment on: without one it would be the user's.
+        with atomic_folder(folder) as made:
+            mark_folder(made, owner)
+    for found in folder.iterdir():
+        if _is_scrap(found):
+            found.unlink(missing_ok=True)
+    drop_unnamed(run)
+
+
+def drop_unnamed(run: Path) -> None:
+    """Delete shards that `state.json` does not name; nothing when it cannot be read."""
+    try:
+        named = json.loads(state_file(run).read_bytes())["folder"]
+    except FileNotFoundError:
+        named = None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return
+    for folder in (run / STATE).iterdir():
+        if not is_shards_name(folder.name) or folder.name == named or folder.is_symlink():
+            continue
+        # What stays costs room until the next save, no more.
+        with suppress(OSError):
+            for file in folder.iterdir():
+                if is_shard_name(file.name):
+                    file.unlink()
+            folder.rmdir()
+
+
+def place_state(run: Path, content: dict[str, Any]) -> None:
+    """Make `content`, which names its shards, the state of the run, and delete the shards of the one before.
+
+    Raises StorageError when the disk is full or not writable; the state before stays then.
+    """
+    write_text_atomic(state_file(run), json.dumps(content, indent=2) + "\n")
+    drop_unnamed(run)
