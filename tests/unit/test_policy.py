@@ -57,7 +57,10 @@ def test_a_view_starts_from_its_own_chance_that_guesses_go_on() -> None:
     assert hopeful.wants_draft()
     assert not hopeless.wants_draft()
     assert hopeful.draft_rate > policy(MIDDLE).draft_rate > hopeless.draft_rate
-    # What is seen corrects it.
+    # What is seen corrects it, and a draft of a short block too.
+    for decider in (hopeful, hopeless):
+        decider.num_nodes([-0.5], [1], 1, stale=False, trying=True)
+        decider.observe([-0.5], 0, (), stale=False, left="none")
     for _ in range(40):
         verify(hopeless, [-0.01, -0.02, -0.03, -0.04, -0.05, -0.06], 6)
         verify(hopeful, [-3.0, -6.0, -9.0, -12.0, -15.0, -18.0], 0)

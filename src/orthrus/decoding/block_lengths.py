@@ -60,7 +60,9 @@ def learn(lengths: Sequence[BlockLength], offers: Sequence[Offer], goes_on: floa
             offer = offers[i]
         else:
             (p0, _), (p1, n1), (p2, n2) = known[i : i + 3]
-            usual = (first[i + 2] - first[i + 1]) / (first[i + 1] - first[i])
+            # A view whose guesses never stood expects nothing of any length.
+            rise = first[i + 1] - first[i]
+            usual = (first[i + 2] - first[i + 1]) / rise if rise else 0.0
             rises = max(p2 - p1, 0.0) / (p1 - p0) if p1 > p0 else usual
             rises += STRAYS * (usual - rises)
             more = min(rises * (here.promised - before.promised), length.num_guesses - here.promised)
