@@ -1,6 +1,7 @@
 """The Python interface: load a model with its view, then generate, stream or chat."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
@@ -139,6 +140,7 @@ class Orthrus:
 
     def stream(self, prompt: Prompt, *, raw: bool = False, **decode: Unpack[DecodeOptions]) -> TokenStream:
         """As `generate`, but yields a `Cycle` for each cycle; `.cancel()` stops, `.result` sums up."""
+        _check_keywords(decode)
         prompt_ids = self.base.encode_prompt(prompt, raw=raw)
         return self.stream_ids(prompt_ids, decode_config(**decode))
 
@@ -286,6 +288,15 @@ def _listed(name: str, values: Any) -> tuple[Any, ...]:
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise UserInputError(f"{name} must be a list, not {values!r}.")
     return tuple(values)
+
+
+def _check_keywords(decode: Mapping[str, Any]) -> None:
+    """UserInputError, with a suggestion, for a keyword that `decode_config` does not have."""
+    for name in decode:
+        if name not in DecodeOptions.__annotations__:
+            close = get_close_matches(name, DecodeOptions.__annotations__, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else "see help(orthrus.api.decode_config)."
+            raise UserInputError(f"there is no setting '{name}'; {hint}")
 
 
 def decode_config(

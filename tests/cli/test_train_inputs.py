@@ -23,7 +23,9 @@ def test_wrong_recipes_corpora_and_bases(
     cli: Cli, recipe: str, tmp_path: Path, other_model_folder: str, model_folder: str
 ) -> None:
     assert_refused(cli("train", str(tmp_path / "absent.yaml")), "cannot be read")
-    assert_refused(cli("train", recipe, "lerning_rate=1"), "did you mean learning_rate")
+    assert_refused(
+        cli("train", recipe, "lerning_rate=1"), "the setting 'lerning_rate=1'", "did you mean learning_rate"
+    )
     assert_refused(cli("train", recipe, "steps"), "key=value")
     assert_refused(cli("train", recipe, "layers=2"), "layers must list")
     assert_refused(cli("train", recipe, "layers=[7]"), "layer 7")

@@ -81,8 +81,8 @@ def _downloaded(
                 f"{named} is not complete in the local cache and HF_HUB_OFFLINE is set: unset it to download."
             ) from error
         raise ModelNotFoundError(
-            f"{named} is not complete in the local cache and the hub cannot be reached: check the network, "
-            "or give a folder or a .gguf file."
+            f"{named} is no folder here, it is not complete in the local cache, and the hub cannot be reached: "
+            "check the name, or the network."
         ) from error
     except OrthrusError:
         raise

@@ -53,6 +53,8 @@ class TrainDisplay:
 
     def scoring(self) -> None:
         self._state = "decoding held-out prompts"
+        if self._live is None:
+            self._say(self._state)
         self._refresh()
 
     def score(self, step: int, value: float, best: bool) -> None:
@@ -64,7 +66,10 @@ class TrainDisplay:
         self._refresh()
 
     def stopping(self) -> None:
-        self._state = "stopping after this step; Ctrl-C again leaves at once, back to the last saved state"
+        self._state = (
+            "stopping after this step, or this round of decodes; a second signal leaves at once, and the "
+        )
+        self._state += "same command goes on from the last saved state"
         if self._live is None:
             self._say(self._state)
         self._refresh()

@@ -15,7 +15,7 @@ from orthrus.api import Orthrus
 from orthrus.errors import OrthrusError
 from orthrus.server.answers import respond_chat, respond_message, respond_response, respond_text
 from orthrus.server.audit_routes import add_audit
-from orthrus.server.errors import ApiError, as_api_error, bad_request
+from orthrus.server.errors import ApiError, as_api_error, bad_request, wrong_field
 from orthrus.server.guard import Guard
 from orthrus.server.messages import Counted, MessageRequest, as_chat
 from orthrus.server.page import page
@@ -257,5 +257,4 @@ async def _invalid(request: Request, error: Exception) -> Response:
                 request, bad_request("Send JSON, with the header 'Content-Type: application/json'.")
             )
         return _response(request, bad_request("The body must be a JSON object."))
-    name = place[0][:80]
-    return _response(request, bad_request(f"{'.'.join(place)[:200]}: {first['msg']}.", param=name))
+    return _response(request, wrong_field(place, first))

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orthrus.server.errors import bad_request
+from orthrus.server.errors import bad_request, wrong_field
 from orthrus.server.schemas import ChatRequest
 
 
@@ -22,7 +22,7 @@ def checked_chat(fields: dict[str, Any], names: dict[str, str]) -> ChatRequest:
         first = error.errors()[0]
         place = [str(part) for part in first["loc"]]
         place[0] = names.get(place[0], place[0])
-        raise bad_request(f"{'.'.join(place)[:200]}: {first['msg']}.", param=place[0]) from None
+        raise wrong_field(place, first) from None
 
 
 def joined_text(content: Any, place: str, *, kinds: Collection[str], part: str) -> str:

@@ -1,11 +1,13 @@
 """Errors as clients of OpenAI's interface know them: a status, and one object that says what to do."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from random import uniform
 from typing import Any
 
 from orthrus.errors import MissingExtraError, OrthrusError, UnsupportedModelError, UserInputError
+from orthrus.server.schemas import OrthrusOptions
 
 TYPES = {
     400: "invalid_request_error",
@@ -89,6 +91,16 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A 400 that names the field."""
     return ApiError(400, message, param=param, code=code)
+
+
+def wrong_field(place: Sequence[str], error: Mapping[str, Any]) -> ApiError:
+    """A 400 for a field that pydantic refused, without what it held. place: the names that lead to it."""
+    name, said = ".".join(place)[:200], f"{error['msg']}."
+    if error["type"] == "extra_forbidden" and place[0] == "orthrus":
+        close = get_close_matches(place[-1][:50], OrthrusOptions.model_fields, n=1)
+        known = ", ".join(OrthrusOptions.model_fields)
+        said = f"there is no such field; {close[0]} may be meant." if close else f"the fields are {known}."
+    return bad_request(f"{name}: {said}", param=place[0][:80])
 
 
 def overloaded() -> ApiError:
