@@ -66,3 +66,15 @@ def test_licence_and_figures_go_into_the_view_and_onto_its_card(
     target = str(tmp_path / "none")
     assert_refused(cli("convert", model_folder, target, "--figures", str(tmp_path / "x")), "cannot be read")
     assert_refused(cli("convert", model_folder, target, "--license", " "), "--license is empty")
+
+
+def test_the_mean_of_views_comes_from_the_command_line(cli: Cli, model_folder: str, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert cli("convert", model_folder, str(tmp_path / name)).code == 0
+    made = cli("convert", str(tmp_path / "one"), str(tmp_path / "mean"), "--average", str(tmp_path / "two"))
+    assert made.code == 0
+    provenance = json.loads((tmp_path / "mean" / "view_config.json").read_text())["provenance"]
+    assert provenance == {"averaged": [{}]}
+    target = str(tmp_path / "none")
+    options = ("--average", str(tmp_path / "nowhere"))
+    assert_refused(cli("convert", str(tmp_path / "one"), target, *options), "nowhere")

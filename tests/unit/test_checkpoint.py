@@ -3,6 +3,7 @@
 import errno
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.engines import decode
 from tests.folders import load_disturbed, save_base
-from tests.tiny import tiny_prompt
+from tests.tiny import disturb_view, tiny_prompt
 
 from orthrus.base import hub
-from orthrus.base.loading import Base
+from orthrus.base.loading import Base, load_base
+from orthrus.base.resolve import resolve
 from orthrus.config import DecodeConfig
 from orthrus.errors import (
     CheckpointError,
@@ -25,7 +27,7 @@ from orthrus.errors import (
     UserInputError,
 )
 from orthrus.model import checkpoint
-from orthrus.model.checkpoint import save_view
+from orthrus.model.checkpoint import average_view, fresh_view, save_view
 from orthrus.model.dual_view import DualView
 from orthrus.model.loading import load_dual
 from orthrus.model.names import FROM_FILE, TO_FILE, from_file, is_view_tensor, to_file
@@ -273,3 +275,35 @@ def test_the_table_of_names_and_its_inverse() -> None:
 def test_a_chance_that_guesses_go_on_is_a_chance(chance: Any) -> None:
     with pytest.raises(CheckpointError, match="within 0 and 1"):
         ViewConfig(block_size=4, goes_on=chance)
+
+
+def test_a_view_may_be_the_mean_of_several(base_folder: Path, tmp_path: Path) -> None:
+    _, first = load(base_folder, "fresh")
+    _, second = load(base_folder, "fresh")
+    for seed, dual in enumerate((first, second)):
+        disturb_view(dual, 0.3, seed)
+        dual.config = replace(
+            dual.config,
+            trained=True,
+            goes_on=0.5,
+            provenance={"tokens_per_cycle": 2.5, "recipe": {"seed": seed}},
+        )
+    save_view(second, tmp_path / "second", "delta4")
+    packed = load(base_folder, tmp_path / "second")[1].view_parameters()
+    expected = {name: (p + packed[name]) / 2 for name, p in first.view_parameters().items()}
+    average_view(first, [tmp_path / "second"])
+    for name, parameter in first.view_parameters().items():
+        torch.testing.assert_close(parameter, expected[name], rtol=0, atol=1e-7)
+    # What was measured of one view is not true of the mean.
+    assert first.config.goes_on is None
+    assert first.config.provenance == {"recipe": {"seed": 0}, "averaged": [second.config.provenance]}
+    save_view(first, tmp_path / "mean")
+    card = (tmp_path / "mean" / "README.md").read_text()
+    assert "| mean of | 2 trained views |" in card
+    assert "## Training of a view in the mean" in card
+
+    low_rank = fresh_view(load_base(resolve(str(base_folder)), device="cpu"), rank=2)
+    low_rank.config = replace(low_rank.config, base_fingerprint=first.config.base_fingerprint, trained=True)
+    save_view(low_rank, tmp_path / "low-rank")
+    with pytest.raises(CheckpointError, match="has rank 2, the other one None: only views of one kind"):
+        average_view(first, [tmp_path / "low-rank"])

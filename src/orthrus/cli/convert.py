@@ -62,6 +62,14 @@ def convert(
             "(views only, about an eighth of the size)."
         ),
     ] = "full",
+    average: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Write the mean of the view and of the one in this folder; may be repeated. Views of one run often "
+            "draft better together than each by itself.",
+        ),
+    ] = None,
     license: Annotated[
         str | None,
         typer.Option(
@@ -107,6 +115,10 @@ def convert(
     )
     if block_size is not None:
         _set_block_size(orthrus, block_size)
+    if average:
+        from orthrus.model.checkpoint import average_view
+
+        average_view(orthrus.dual, average)
     config = orthrus.dual.config
     orthrus.dual.config = replace(config, provenance=config.provenance | stated)
     logits_TV = _stock_logits(orthrus)

@@ -68,6 +68,7 @@ def view_card(dual: DualView, encoding: Encoding = "full", folder: Folder = "vie
         _measured(config),
         _training(config),
         _training(_of_twins(config), "Training of the twins"),
+        *(_training(other, "Training of a view in the mean") for other in _averaged(config)),
         _limits(config),
         _licence(config, folder),
     ]
@@ -111,6 +112,7 @@ def _at_a_glance(dual: DualView, encoding: Encoding) -> dict[str, str]:
         "twins": _twins(dual),
         "repair head": "none" if config.repair_rank is None else f"of rank {config.repair_rank}",
         "weights stored": _stored(config, encoding),
+        **({"mean of": f"{1 + len(others)} trained views"} if (others := _averaged(config)) else {}),
         "parameters added": f"{added:,} ({100 * added / total:.1f} % of base and view together)",
     }
 
@@ -176,6 +178,13 @@ def _measured(config: ViewConfig) -> str:
 def _of_twins(config: ViewConfig) -> ViewConfig:
     """The view as it was before its repair head was trained, with nothing to tell where it has none."""
     return replace(config, provenance=_mapping(config, "twins"))
+
+
+def _averaged(config: ViewConfig) -> list[ViewConfig]:
+    """The other views that its weights are the mean of, as they were."""
+    others = config.provenance.get("averaged")
+    made = [other for other in others if isinstance(other, dict)] if isinstance(others, list) else []
+    return [replace(config, provenance=other) for other in made]
 
 
 def _training(config: ViewConfig, title: str = "Training") -> str:

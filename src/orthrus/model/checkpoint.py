@@ -29,6 +29,16 @@ from orthrus.model.view_config import Encoding, ViewConfig
 CONFIG_FILE = "view_config.json"
 WEIGHTS_FILE = "view.safetensors"
 DEFAULT_FRESH_BLOCK_SIZE = 8
+_KIND = (
+    "layers",
+    "twins",
+    "rank",
+    "rank_scale",
+    "repair_rank",
+    "mask_token_id",
+    "base_fingerprint",
+    "trained",
+)
 
 
 def fresh_view(
@@ -146,16 +156,53 @@ def load_view(base: Base, folder: Path | str, *, dtype: torch.dtype | None = Non
             OrthrusWarning,
             stacklevel=2,
         )
-    tensors = read_view_tensors([folder / WEIGHTS_FILE])
     # In memory the weights are whole, whatever the folder does.
     dual = DualView(base.model, base.family, replace(config, encoding="full"))
     if dtype is not None:
         for parameter in dual.view_parameters().values():
             parameter.data = parameter.data.to(dtype)
-    if config.encoding == "delta4":
-        tensors = decode_tensors(tensors, _ar_tensors(dual), where=str(folder))
-    assign_view(dual, tensors, where=str(folder))
+    assign_view(dual, _whole_tensors(dual, folder, config.encoding), where=str(folder))
     return dual
+
+
+def _whole_tensors(dual: DualView, folder: Path, encoding: Encoding) -> dict[str, Tensor]:
+    """A folder's tensors as they are in memory, under file names; `dual` has the base that they belong to."""
+    tensors = read_view_tensors([folder / WEIGHTS_FILE])
+    if encoding == "delta4":
+        tensors = decode_tensors(tensors, _ar_tensors(dual), where=str(folder))
+    return tensors
+
+
+def average_view(dual: DualView, folders: Sequence[Path]) -> None:
+    """Give the view the mean of its own weights and of those in the folders, all counted alike.
+
+    Views of one base that end one run, or begin alike, often draft better together than each by itself. What was
+    measured of the view goes from its provenance; that of the others comes in, as `averaged`. Raises CheckpointError
+    for a view of another kind or base, and what `load_view` raises.
+    """
+    own = dual.config
+    total = {name: tensor.double() for name, tensor in view_tensors(dual).items()}
+    made = []
+    for folder in folders:
+        config = ViewConfig.from_dict(read_json(folder / CONFIG_FILE))
+        for name in _KIND:
+            if getattr(config, name) != getattr(own, name):
+                raise CheckpointError(
+                    f"the view in {folder} has {name} {getattr(config, name)!r}, the other one {getattr(own, name)!r}: "
+                    "only views of one kind and base have a mean."
+                )
+        tensors = _whole_tensors(dual, folder, config.encoding)
+        # It checks names and shapes, too.
+        assign_view(dual, tensors, where=str(folder))
+        for name, tensor in tensors.items():
+            total[name] += tensor.double()
+        made.append(config.provenance)
+    mean = {name: (tensor / (1 + len(folders))).float() for name, tensor in total.items()}
+    assign_view(dual, mean, where="memory")
+    provenance = {
+        key: value for key, value in own.provenance.items() if key not in ("tokens_per_cycle", "figures")
+    }
+    dual.config = replace(own, goes_on=None, provenance=provenance | {"averaged": made})
 
 
 def _ar_tensors(dual: DualView) -> dict[str, Tensor]:
