@@ -133,8 +133,8 @@ def test_the_message_says_what_is_wrong(orthrus):
                 await client.post(CHAT, json=chat("x" * CONTEXT)), 400, code="context_length_exceeded"
             )
             assert str(CONTEXT) in told
-            told = check_error(await client.post(CHAT, json=chat(orthrus={"recepit": True})), 400, "orthrus")
-            assert told == "orthrus.recepit: there is no such field; receipt may be meant."
+            told = check_error(await client.post(CHAT, json=chat(orthrus={"receipts": True})), 400, "orthrus")
+            assert told == "orthrus.receipts: there is no such field; receipt may be meant."
             check_error(await client.post(CHAT, json=chat(model="gpt-4")), 404, "model", "model_not_found")
 
     run(check)

@@ -11,7 +11,7 @@ from orthrus.errors import UserInputError
     ("keyword", "told"),
     [
         ("max_tokens", "there is no setting 'max_tokens'; did you mean max_new_tokens?"),
-        ("temprature", "did you mean temperature?"),
+        ("temperatures", "did you mean temperature?"),
         ("qqq", r"see help\(orthrus.api.decode_config\)"),
     ],
 )
