@@ -27,7 +27,6 @@ PRIVATE = {
     "torch._inductor.cpp_builder.CppTorchOptions": "kernels/build.py: our kernels",
     "torch._inductor.cpu_vec_isa.pick_vec_isa": "kernels/build.py: our kernels",
     "torch._check": "engine/layer_code.py: sizes that compiled layers take as they come",
-    "torch.utils._pytree.tree_map_only": "training/run_state.py: copies of the optimiser's state",
     "torch.utils._python_dispatch.TorchDispatchMode": "training/speed.py: the operations of a step, counted",
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass": "base/quantised.py: quantised weights, recognised",
     "transformers.utils.chat_template_utils._compile_jinja_template": "base/template.py: templates, checked",

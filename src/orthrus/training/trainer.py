@@ -123,17 +123,7 @@ def _train(
     dense = pick_attention(config.attention, dual.device, head_dim(dual.base.config)) == "dense"
     meter = _Meter(num_steps, state.step, countable=dense and not processes.sharded)
     with StateSaver(folder, dual, optimizer, config, corpus_digest, processes) as saver:
-        stopped = False
-        while not stopped:
-            # A run that was stopped between a step and its decodes makes up for them.
-            if _is_due(hooks, config, state, num_steps):
-                assert hooks.evaluate is not None, "nothing is due without it"
-                with processes.whole(), torch.no_grad():
-                    state.scores.append((state.step, hooks.evaluate(dual, state.step)))
-                meter.restart(state.step)
-                saver.save(state)
-            if state.step >= num_steps:
-                break
+        while state.step < num_steps:
             rate = learning_rate(config, state.step, num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -142,25 +132,21 @@ def _train(
             grad_norm = _apply(processes, parameters, optimizer, output, config.clip_norm)
             state.step += 1
             meter.add(output)
-            stopped = processes.any(hooks.should_stop() or saver.failed)
-            last = stopped or state.step == num_steps
+            last = state.step == num_steps or processes.any(hooks.should_stop() or saver.failed)
             if processes.is_main and (state.step % config.log_every == 0 or last):
                 hooks.on_log(meter.log(state.step, rate, grad_norm))
-            # Decodes may take longer than all steps since the last save.
-            if last or state.step % config.save_every == 0 or _is_due(hooks, config, state, num_steps):
+            if hooks.evaluate is not None and (
+                state.step % config.evaluate_every == 0 or state.step == num_steps
+            ):
+                with processes.whole(), torch.no_grad():
+                    state.scores.append((state.step, hooks.evaluate(dual, state.step)))
+                meter.restart(state.step)
+            if state.step % config.save_every == 0 or last:
                 saver.save(state)
+            if last:
+                break
     processes.gather()
     return state
-
-
-def _is_due(hooks: Hooks, config: TrainConfig, state: RunState, num_steps: int) -> bool:
-    """Whether the view is to be scored by real decodes as it is now."""
-    return (
-        hooks.evaluate is not None
-        and state.step > 0
-        and (state.step % config.evaluate_every == 0 or state.step == num_steps)
-        and all(step != state.step for step, _ in state.scores)
-    )
 
 
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
