@@ -67,9 +67,8 @@ class TrainDisplay:
 
     def stopping(self) -> None:
         self._state = (
-            "stopping after this step, or this round of decodes; a second signal leaves at once, and the "
+            "stopping after this step and its decodes; a second signal leaves at once, back to the last save"
         )
-        self._state += "same command goes on from the last saved state"
         if self._live is None:
             self._say(self._state)
         self._refresh()
