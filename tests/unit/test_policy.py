@@ -52,21 +52,6 @@ def verify(
     decider.observe(log_probs, num_accepted, block_probs, stale=stale, left=left)
 
 
-def test_rows_of_one_request_cost_what_all_others_wait() -> None:
-    """A pass of 17 rows may take a tenth more than one of 16, whoever brings the last row."""
-    steps = CostTable(
-        (1, 16, 17, 64), (10.0, 13.0, 15.0, 20.0), (0.0,) * 4, (8, 80), (1.0, 9.0), (1, 7), (10.0,) * 2, 0.1
-    )
-    decider = policy(Prices(steps))
-    decider.among(16)
-    assert decider.pass_ms(0, 0) == pytest.approx(13.0 / 16)
-    assert decider.pass_ms(1, 0) == pytest.approx(13.0 / 16 + 2.0)
-    # A copy that saves one token of the sixteen that each pass decides is worth less than that.
-    assert decider.worth([-0.1], [False], stale=False) == 0
-    alone = policy(steps)
-    assert alone.worth([-0.1], [False], stale=False) == 1
-
-
 def test_a_view_starts_from_its_own_chance_that_guesses_go_on() -> None:
     hopeful, hopeless = (Policy(MIDDLE, 6, 24, 3, goes_on=chance) for chance in (0.8, 0.0))
     assert hopeful.wants_draft()

@@ -83,8 +83,8 @@ class Policy:
         self._choose_length()
 
     def among(self, num_requests: int, num_prompt_rows: int = 0) -> None:
-        """Decide as one of so many running requests: rows cost this one its share of what they cost when all carry as
-        much, and no less than all requests wait when it alone carries them. Drafts then shrink.
+        """Decide as one of so many running requests: a pass costs this one its share of what it costs when all
+        carry as much. Rows then cost more beside the weights that are read once, and drafts shrink.
 
         num_prompt_rows: rows of prompts in the pass. They are paid for anyway, and beside them each further row
         costs its full price.
@@ -127,12 +127,8 @@ class Policy:
             num_rows = num_prompt_rows + n * (1 + num_nodes)
             ms = self.costs(num_rows, n * num_blocks * length.rows, num_guesses) / n
             if n > 1:
-                bare_ms = self.costs(num_prompt_rows + n)
-                # Where no other request adds rows, all wait for those of this one.
-                alone_ms = self.costs(
-                    num_prompt_rows + n + num_nodes, num_blocks * length.rows, -(-num_guesses // n)
-                )
-                ms = self.costs(n) / n + max(self.SHARED * (ms - bare_ms / n), alone_ms - bare_ms)
+                added_ms = ms - self.costs(num_prompt_rows + n) / n
+                ms = self.costs(n) / n + self.SHARED * added_ms
             self._pass_ms[key] = ms
         return self._pass_ms[key]
 
