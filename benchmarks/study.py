@@ -33,8 +33,9 @@ from orthrus.training.packing import PackedRow
 from orthrus.training.packs import Packs, packed_corpora
 from orthrus.training.recipe import TrainConfig, to_plain
 from orthrus.training.recipe_file import load_recipe
-from orthrus.training.run_folder import RUN_FILE, STATE_FILE
+from orthrus.training.run_folder import RUN_FILE
 from orthrus.training.start import starting_view
+from orthrus.training.state_folder import drop_state
 from orthrus.training.trainer import Hooks, TrainLog, rows_of_step, train
 from orthrus.training.view_score import served
 
@@ -98,7 +99,8 @@ def _run(
     prompts = _prompts(base, num_prompts)
     scores = {str(n): _score(dual, base, prompts, max_new_tokens, n) for n in arm.denoising_steps}
     # Its own files only: the folder may have been there before.
-    for name in (STATE_FILE, RUN_FILE, LOCK):
+    drop_state(folder)
+    for name in (RUN_FILE, LOCK):
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()

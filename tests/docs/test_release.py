@@ -160,3 +160,13 @@ def test_platforms_that_nobody_has_tried_run_eagerly_by_default(
     assert "x86-64 Linux" in str(compile_problem(dual))
     # Without a warning: it is what they are meant to get.
     assert make_runner(dual, "auto").name == "eager"
+
+
+def test_scripts_import_names_that_are_there() -> None:
+    """A benchmark that nobody has run since is not to break unseen."""
+    for script in sorted([*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("examples/*.py")]):
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("orthrus"):
+                module = importlib.import_module(str(node.module))
+                missing = [each.name for each in node.names if not hasattr(module, each.name)]
+                assert missing == [], f"{script}: {node.module}"

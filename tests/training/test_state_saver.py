@@ -23,7 +23,7 @@ from orthrus.training.forward import Objective, TrainingPass
 from orthrus.training.processes import Processes
 from orthrus.training.run_folder import run_folder
 from orthrus.training.run_state import RunState, find_state, load_state, trained_parameters
-from orthrus.training.state_folder import STATE, hold_state_folder, shards_folder, state_file
+from orthrus.training.state_folder import STATE, drop_state, hold_state_folder, shards_folder, state_file
 from orthrus.training.state_saver import StateSaver
 
 SHARDED = replace(CONFIG, sharding="fsdp2")
@@ -223,3 +223,14 @@ def test_what_some_processes_saved_others_load_to_the_bit(tmp_path: Path) -> Non
     shard.write_bytes(content)
     run_together(refuse_damaged, 2, tmp_path / "store-damaged", str(tmp_path))
     assert state_file(tmp_path / "two").is_file()
+
+
+def test_a_state_that_is_over_goes_without_what_is_not_the_runs(run: Path) -> None:
+    with trained() as case:
+        save(case, run, 1)
+        (run / STATE / "notes.txt").write_text("mine")
+        drop_state(run)
+        assert [file.name for file in (run / STATE).iterdir()] == ["notes.txt"]
+        (run / STATE / "notes.txt").unlink()
+        drop_state(run)
+        assert not (run / STATE).exists()

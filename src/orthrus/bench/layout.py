@@ -102,6 +102,7 @@ def _spread(spread: Spread, digits: int) -> str:
 
 
 def interval_text(found: Interval) -> str:
+    """The value, and its interval in brackets where it has one."""
     if found.low is None or found.high is None:
         return f"{found.value:.2f}"
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"

@@ -37,7 +37,9 @@ class BlockLength:
         return 1 + self.num_guesses
 
 
-def block_lengths(most_guesses: int, lengths: Sequence[int], goes_on: float = GOES_ON) -> list[BlockLength]:
+def block_lengths(
+    most_guesses: int, lengths: Sequence[int], goes_on: float | None = None
+) -> list[BlockLength]:
     """The lengths to choose from, shortest first, with what is expected of them at first."""
     sizes = [n for n in lengths if n < most_guesses]
     return [
@@ -46,7 +48,7 @@ def block_lengths(most_guesses: int, lengths: Sequence[int], goes_on: float = GO
     ]
 
 
-def learn(lengths: Sequence[BlockLength], offers: Sequence[Offer], goes_on: float = GOES_ON) -> None:
+def learn(lengths: Sequence[BlockLength], offers: Sequence[Offer], goes_on: float | None = None) -> None:
     """Take note of what a fresh draft offered; offers: by length, shortest first, up to the draft's own.
 
     Longer blocks are expected to go on as they used to beyond the same depth. What is not tried slowly returns
@@ -73,6 +75,7 @@ def learn(lengths: Sequence[BlockLength], offers: Sequence[Offer], goes_on: floa
 
 
 @cache
-def first_expected(num_guesses: int, goes_on: float = GOES_ON) -> float:
-    """Accepted drafts of a block, before one was made."""
-    return sum(goes_on**i for i in range(1, num_guesses + 1))
+def first_expected(num_guesses: int, goes_on: float | None = None) -> float:
+    """Accepted drafts of a block, before one was made. goes_on: the view's own chance, None where it knows none."""
+    chance = GOES_ON if goes_on is None else goes_on
+    return sum(chance**i for i in range(1, num_guesses + 1))

@@ -13,15 +13,7 @@ from math import exp
 from typing import ClassVar, Literal
 
 from orthrus.decoding.average import MEMORY, Average, Ratio
-from orthrus.decoding.block_lengths import (
-    GOES_ON,
-    LENGTHS,
-    BlockLength,
-    Offer,
-    block_lengths,
-    first_expected,
-    learn,
-)
+from orthrus.decoding.block_lengths import LENGTHS, BlockLength, Offer, block_lengths, first_expected, learn
 from orthrus.decoding.cost_table import joint_guesses
 from orthrus.decoding.prices import Prices
 
@@ -56,7 +48,7 @@ class Policy:
     max_nodes: int
     max_blocks: int
     own_head: bool = False
-    goes_on: float = GOES_ON
+    goes_on: float | None = None
     _lengths: list[BlockLength] = field(init=False)
     _length: BlockLength = field(init=False)
     _stale: Average = field(init=False)

@@ -17,7 +17,6 @@ import torch
 from orthrus.base.families import context_length
 from orthrus.base.memory import available_bytes
 from orthrus.config import DecodeConfig
-from orthrus.decoding.block_lengths import GOES_ON
 from orthrus.decoding.copies import CopyIndex
 from orthrus.decoding.grammar import GrammarState
 from orthrus.decoding.policy import Policy
@@ -330,7 +329,7 @@ class Engine:
             config.node_budget,
             config.block_budget,
             own_head=dual.draft_head is not None,
-            goes_on=GOES_ON if dual.config.goes_on is None else dual.config.goes_on,
+            goes_on=dual.config.goes_on,
         )
 
 

@@ -40,7 +40,7 @@ def load_recipe(file: Path, overrides: list[str] | None = None) -> TrainConfig:
         key, found, value = override.partition("=")
         if not found:
             raise UserInputError(f"an override must read key=value, not {shown(override)}.")
-        _check_key(key.strip(), where=f"the setting {shown(override)}")
+        _check_key(TrainConfig, key.strip(), where=f"the setting {shown(override)}")
         try:
             content[key.strip()] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as e:
@@ -53,7 +53,7 @@ def load_recipe(file: Path, overrides: list[str] | None = None) -> TrainConfig:
 def config_from(kind: type[TrainConfig], content: dict[str, Any], *, where: str) -> TrainConfig:
     """A config from plain values; unknown keys are errors with a suggestion."""
     for key in content:
-        _check_key(key, where=where)
+        _check_key(kind, key, where=where)
     values = {key: _coerced(kind, key, value) for key, value in content.items()}
     try:
         return kind(**values)
@@ -61,9 +61,9 @@ def config_from(kind: type[TrainConfig], content: dict[str, Any], *, where: str)
         raise UserInputError(f"{where}: {e}.") from e
 
 
-def _check_key(key: object, *, where: str) -> None:
+def _check_key(kind: type[TrainConfig], key: object, *, where: str) -> None:
     """UserInputError, with a suggestion, for what is no key of a recipe."""
-    known = [f.name for f in fields(TrainConfig)]
+    known = [f.name for f in fields(kind)]
     if key not in known:
         close = get_close_matches(str(key)[:50], known, n=1) if isinstance(key, str) else []
         hint = f"; did you mean {close[0]}?" if close else f"; the keys are {', '.join(known)}."

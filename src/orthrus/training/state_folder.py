@@ -119,6 +119,15 @@ def drop_unnamed(run: Path) -> None:
             folder.rmdir()
 
 
+def drop_state(run: Path) -> None:
+    """Delete the saved state of a run that is over; what the run did not write stays, with its folder."""
+    state_file(run).unlink(missing_ok=True)
+    drop_unnamed(run)
+    with suppress(OSError):
+        (run / STATE / MARK).unlink(missing_ok=True)
+        (run / STATE).rmdir()
+
+
 def place_state(run: Path, content: dict[str, Any]) -> None:
     """Make `content`, which names its shards, the state of the run, and delete the shards of the one before.
 

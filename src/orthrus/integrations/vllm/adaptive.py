@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from orthrus.decoding.average import Average
-from orthrus.decoding.block_lengths import GOES_ON, first_expected
+from orthrus.decoding.block_lengths import first_expected
 from orthrus.integrations.vllm.step_times import StepTimes
 
 RUN = 4
@@ -46,7 +46,7 @@ class DraftPolicy:
 
     most: int
     adaptive: bool = True
-    goes_on: float = GOES_ON
+    goes_on: float | None = None
     choices: tuple[int, ...] = field(init=False)
     _stood: list[Average] = field(init=False)
     _companies: dict[int, _Company] = field(default_factory=dict)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from orthrus.decoding.block_lengths import GOES_ON
 from orthrus.integrations.vllm.adaptive import DraftPolicy, accepted
 from orthrus.integrations.vllm.settings import Settings, view_config
 from orthrus.integrations.vllm.versions import check_version
@@ -33,8 +32,7 @@ class OrthrusScheduler(Scheduler):
         self.num_lookahead_tokens = self.num_spec_tokens + 1
         settings = Settings.of(self.vllm_config.additional_config)
         view = view_config(self.vllm_config.model_config.hf_config)
-        goes_on = GOES_ON if view.goes_on is None else view.goes_on
-        self.policy = DraftPolicy(self.num_spec_tokens, settings.adaptive, goes_on)
+        self.policy = DraftPolicy(self.num_spec_tokens, settings.adaptive, view.goes_on)
         self._started = 0.0
         self._pending: _Step | None = None
 
