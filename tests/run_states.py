@@ -11,7 +11,7 @@ from orthrus.training.state_folder import STATE, STATE_FILE
 
 
 def state(run: Path) -> dict[str, Any]:
-    """What `state.json` holds, with the tensors whole under `view` and `optimizer` (there by name, then kind)."""
+    """What `state.json` holds, its tensors whole under `view`, `mean` and `optimizer` (there by name, then kind)."""
     content: dict[str, Any] = json.loads((run / STATE / STATE_FILE).read_text())
     try:
         tensors = whole_tensors(run / STATE / content["folder"], content["files"])
@@ -22,14 +22,16 @@ def state(run: Path) -> dict[str, Any]:
     optimizer: dict[str, dict[str, Any]] = {
         name: {"step": count} for name, count in content["updates"].items()
     }
-    view = {}
+    view, mean = {}, {}
     for key, tensor in tensors.items():
         kind, name = key.split(".", 1)
         if kind == "view":
             view[name] = tensor
+        elif kind == "mean":
+            mean[name] = tensor
         else:
             optimizer[name][kind] = tensor
-    return content | {"view": view, "optimizer": optimizer}
+    return content | {"view": view, "mean": mean, "optimizer": optimizer}
 
 
 def whole_tensors(folder: Path, files: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -18,12 +18,13 @@ from tests.training.test_hostile import one_sentence
 from tests.training.test_trainer import CONFIG, run
 
 from orthrus.errors import CorruptFileError, OrthrusError, UserInputError
+from orthrus.training.moving_mean import MovingMean
 from orthrus.training.processes import Processes
 from orthrus.training.run_folder import check_run_folder, run_folder
 from orthrus.training.run_state import RunState, file_digest, find_state, load_state, trained_parameters
 from orthrus.training.state_folder import STATE, STATE_FILE, state_file
 
-SETTINGS = replace(CONFIG, steps=2)
+SETTINGS = replace(CONFIG, steps=2, ema_decay=0.5)
 SHARD = "step-00000002/shard-00001-model-00001-of-00001.safetensors"
 
 
@@ -47,9 +48,10 @@ def loaded(folder: Path, corpus: Any = None) -> RunState | None:
     found = find_state(folder, dual, SETTINGS, digest)
     if found is None:
         return None
-    optimizer = torch.optim.AdamW(trained_parameters(dual).values(), fused=True)
+    trained = trained_parameters(dual)
+    optimizer, mean = torch.optim.AdamW(trained.values(), fused=True), MovingMean(trained, SETTINGS.ema_decay)
     with closing(Processes(SETTINGS)) as processes:
-        return load_state(found, dual, optimizer, processes)
+        return load_state(found, dual, optimizer, mean, processes)
 
 
 def change(run: Path, facts: dict[str, Any]) -> None:

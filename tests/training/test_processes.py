@@ -23,7 +23,7 @@ from orthrus.training.trainer import Hooks
 from orthrus.training.view_score import Scorer, decoded, keep_view
 
 # Three rows for two processes: the second one has nothing left to do in the last pass.
-CASE = replace(CONFIG, batch_rows=3, steps=6, evaluate_every=4, log_every=1)
+CASE = replace(CONFIG, batch_rows=3, steps=6, evaluate_every=4, log_every=1, ema_decay=0.5)
 HALF = replace(CASE, dtype="bfloat16", steps=2)
 HEAD = replace(CASE, train="repair", init_view="elsewhere", steps=4)
 BASE: Any = SimpleNamespace(eos_token_ids=frozenset(), context_length=256)
@@ -122,6 +122,8 @@ def test_the_saved_state_is_that_of_one_process(runs: Path, name: str) -> None:
     # Adam divides by the root of tiny averages; what is left of rounding is a ten-thousandth of a step.
     torch.testing.assert_close(other["view"], one["view"], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(other["optimizer"], one["optimizer"], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(other["mean"], one["mean"], atol=1e-6, rtol=1e-6)
+    assert other["mean"].keys() == other["view"].keys()
     for view in (BEST, LAST):
         assert (runs / name / view / "view.safetensors").is_file()
 
@@ -129,7 +131,7 @@ def test_the_saved_state_is_that_of_one_process(runs: Path, name: str) -> None:
 def test_a_repair_head_alone_trains_in_shards_too(runs: Path) -> None:
     one, two = (state(runs / name) for name in ("head-one", "head-two"))
     assert one["view"]["repair.out.weight"].any()
-    assert len(one["optimizer"]) == 4
+    assert len(one["optimizer"]) == len(one["mean"]) == 4
     torch.testing.assert_close(two["view"], one["view"], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(two["optimizer"], one["optimizer"], atol=1e-6, rtol=1e-6)
 

@@ -20,13 +20,14 @@ from torch.distributed.tensor import DTensor
 from orthrus.errors import CorruptFileError, OrthrusWarning, StorageError
 from orthrus.model.dual_view import DualView
 from orthrus.training.forward import Objective, TrainingPass
+from orthrus.training.moving_mean import MovingMean
 from orthrus.training.processes import Processes
 from orthrus.training.run_folder import run_folder
 from orthrus.training.run_state import RunState, find_state, load_state, trained_parameters
 from orthrus.training.state_folder import STATE, drop_state, hold_state_folder, shards_folder, state_file
 from orthrus.training.state_saver import StateSaver
 
-SHARDED = replace(CONFIG, sharding="fsdp2")
+SHARDED = replace(CONFIG, sharding="fsdp2", ema_decay=0.5)
 FIRST, SECOND = (f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2))
 
 
@@ -40,6 +41,7 @@ class Trained:
         self.dual.add_repair(4)
         processes.share(TrainingPass(self.dual, Objective(), "dense", "none"))
         self.optimizer = torch.optim.AdamW(trained_parameters(self.dual).values(), lr=0.1, fused=True)
+        self.mean = MovingMean(trained_parameters(self.dual), 0.5)
         for _ in range(steps):
             self.step()
 
@@ -49,12 +51,12 @@ class Trained:
         self.optimizer.step()
 
     def saver(self, run: Path) -> StateSaver:
-        return StateSaver(run, self.dual, self.optimizer, SHARDED, "corpus", self.processes)
+        return StateSaver(run, self.dual, self.optimizer, self.mean, SHARDED, "corpus", self.processes)
 
     def load(self, run: Path) -> RunState:
         saved = find_state(run, self.dual, SHARDED, "corpus")
         assert saved is not None
-        return load_state(saved, self.dual, self.optimizer, self.processes)
+        return load_state(saved, self.dual, self.optimizer, self.mean, self.processes)
 
 
 @contextmanager

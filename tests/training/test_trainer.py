@@ -85,6 +85,38 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
         assert torch.equal(parameter, whole.view_parameters()[name]), name
 
 
+def test_a_run_ends_with_the_moving_mean_of_its_weights_however_often_it_stopped(tmp_path):
+    config = replace(CONFIG, ema_decay=0.8)
+    whole, _ = run(tmp_path, "whole", config)
+    means = dict(tiny_dual(block_size=5, mask_token_id=None).view_parameters())
+    for step in range(1, 13):
+        # Stops after each step, so that the state holds the weights of it.
+        resumed, _ = run(tmp_path, "parts", config, Hooks(should_stop=lambda: True))
+        share = 1 - min(0.8, step / (step + 9))
+        weights = state(tmp_path / "parts")["view"]
+        means = {name: mean + share * (weights[name] - mean) for name, mean in means.items()}
+    plain, _ = run(tmp_path, "plain")
+    for name, parameter in whole.view_parameters().items():
+        assert torch.equal(parameter, resumed.view_parameters()[name]), name
+        torch.testing.assert_close(parameter.detach(), means[name].detach(), atol=1e-6, rtol=1e-5)
+        assert not torch.equal(parameter, plain.view_parameters()[name]), name
+        # The weights went the way of a run without a mean.
+        assert torch.equal(weights[name], plain.view_parameters()[name]), name
+
+
+def test_real_decodes_score_the_mean(tmp_path):
+    scored = []
+    hooks = Hooks(evaluate=lambda dual, step: scored.append(copied(dual)) or 1.0)
+    dual, _ = run(tmp_path, "mean", replace(CONFIG, ema_decay=0.8, evaluate_every=8), hooks)
+    assert len(scored) == 2
+    assert all(torch.equal(scored[1][name], p) for name, p in copied(dual).items())
+    assert not any(torch.equal(scored[0][name], p) for name, p in copied(dual).items())
+
+
+def copied(dual):
+    return {name: p.detach().clone() for name, p in dual.view_parameters().items()}
+
+
 def test_resuming_with_another_recipe_is_refused_and_loses_nothing(tmp_path):
     run(tmp_path, "run", replace(CONFIG, steps=2))
     before = state_bytes(tmp_path / "run")
@@ -145,6 +177,7 @@ def test_a_save_that_fails_ends_the_run_soon_and_keeps_the_state_before(tmp_path
         ("lerning_rate: 1e-3", "did you mean learning_rate"),
         ("loss: kld", "loss must be one of"),
         ("block_size: many", "block_size must be a whole number"),
+        ("ema_decay: 1", "ema_decay must lie between 0 and below 1"),
         ("- a list", "must hold"),
         ("a: [", "not valid YAML"),
     ],

@@ -237,11 +237,13 @@ def logits_bytes(shape: Shape, work: Work) -> int:
     return round(min(CHUNK, work.target_rows) * shape.vocab * each)
 
 
-def memory(shape: Shape, work: Work, *, processes: int = 1, sharded: bool = False) -> Memory:
+def memory(
+    shape: Shape, work: Work, *, processes: int = 1, sharded: bool = False, averaged: bool = False
+) -> Memory:
     """Memory of one process at the peak of a step, P being the base's, W the view's, G the trained parameters.
 
     base c P; view 4 W, and 2 G of the copies that bfloat16 works with
-    gradients 4 G, twice with DDP (its buckets); AdamW 8 G
+    gradients 4 G, twice with DDP (its buckets); AdamW 8 G, and 4 G more of the weights' mean where it is kept
     activations as `activation_bytes`, logits as `logits_bytes`
     workspace 1 GB + Q (3 c I + 12 C) of one layer's backward pass + 5 % of all that for memory in pieces
     With shards, of all weights, gradients and optimizer tensors one part for each process, and whole: what lies
@@ -250,7 +252,8 @@ def memory(shape: Shape, work: Work, *, processes: int = 1, sharded: bool = Fals
     c, share = work.dtype_bytes, processes if sharded else 1
     base = c * shape.parameters / share
     view = 4 * shape.view_parameters / share
-    gradients, optimizer = 4 * shape.trained_parameters / share, 8 * shape.trained_parameters / share
+    gradients = 4 * shape.trained_parameters / share
+    optimizer = kept_bytes(averaged=averaged) * shape.trained_parameters / share
     if c == BYTES["bfloat16"]:
         view += c * shape.trained_parameters
     if sharded:
@@ -273,11 +276,17 @@ def memory(shape: Shape, work: Work, *, processes: int = 1, sharded: bool = Fals
     )
 
 
-def gathered_bytes(shape: Shape, work: Work, *, processes: int) -> int:
+def gathered_bytes(shape: Shape, work: Work, *, processes: int, averaged: bool = False) -> int:
     """Memory of one process of a sharded run while weights are whole: at its start, during real decodes and at
-    its end. c P + 4 W, the optimizer's share 8 G / n, and the workspace's 1 GB."""
+    its end. c P + 4 W, the optimizer's share 8 G / n (12 with a mean), and the workspace's 1 GB."""
     whole = work.dtype_bytes * shape.parameters + 4 * shape.view_parameters
-    return round(whole + 8 * shape.trained_parameters / processes + _FIXED_BYTES)
+    kept = kept_bytes(averaged=averaged) * shape.trained_parameters
+    return round(whole + kept / processes + _FIXED_BYTES)
+
+
+def kept_bytes(*, averaged: bool) -> int:
+    """Bytes for each trained parameter beside itself and its gradient: AdamW's moments, and its mean if one is kept."""
+    return 12 if averaged else 8
 
 
 def pass_flops(shape: Shape, work: Work) -> float:

@@ -7,7 +7,17 @@ from typing import Any
 
 from orthrus.errors import UserInputError
 from orthrus.training.flex_blocks import pick_attention
-from orthrus.training.plan import BYTES, Memory, Shape, Work, gathered_bytes, hours, memory, pass_flops
+from orthrus.training.plan import (
+    BYTES,
+    Memory,
+    Shape,
+    Work,
+    gathered_bytes,
+    hours,
+    kept_bytes,
+    memory,
+    pass_flops,
+)
 from orthrus.training.recipe import TrainConfig
 
 _LEAST_ANCHORS = 8
@@ -66,7 +76,7 @@ def plan_run(shape: Shape, recipe: TrainConfig, machine: Machine, num_rows: int 
             f"batch_rows {recipe.batch_rows} is less than a row for each of {processes} processes; raise it."
         )
     work = work_of(recipe, shape)
-    sharded = recipe.sharding == "fsdp2" and processes > 1
+    sharded, averaged = recipe.sharding == "fsdp2" and processes > 1, bool(recipe.ema_decay)
     row_flops = pass_flops(shape, replace(work, micro_rows=1))
     num_steps = recipe.steps or (
         None if num_rows is None else max(1, round(recipe.epochs * num_rows / recipe.batch_rows))
@@ -76,8 +86,8 @@ def plan_run(shape: Shape, recipe: TrainConfig, machine: Machine, num_rows: int 
     return Plan(
         shape=shape,
         work=work,
-        memory=memory(shape, work, processes=processes, sharded=sharded),
-        gathered=gathered_bytes(shape, work, processes=processes) if sharded else 0,
+        memory=memory(shape, work, processes=processes, sharded=sharded, averaged=averaged),
+        gathered=gathered_bytes(shape, work, processes=processes, averaged=averaged) if sharded else 0,
         tokens=recipe.batch_rows * recipe.row_length,
         targets=round(recipe.batch_rows * recipe.num_anchors * work.targets),
         step_flops=recipe.batch_rows * row_flops,
@@ -88,7 +98,7 @@ def plan_run(shape: Shape, recipe: TrainConfig, machine: Machine, num_rows: int 
         else hours(
             num_steps * waited, peak=machine.peak, utilisation=machine.utilisation, processes=processes
         ),
-        state_bytes=4 * shape.view_parameters + 8 * shape.trained_parameters,
+        state_bytes=4 * shape.view_parameters + kept_bytes(averaged=averaged) * shape.trained_parameters,
     )
 
 

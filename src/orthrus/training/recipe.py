@@ -39,7 +39,8 @@ class TrainConfig:
     Loss: loss, weights, gamma (decay), smoothing (dpace). Batch: batch_rows rows a step over all processes,
     in micro-batches of micro_rows. Optimiser: AdamW with cosine schedule; learning_rate, warmup and
     min_lr_ratio (shares of all steps and of the peak), weight_decay, clip_norm. steps: 0 means `epochs` passes
-    over the corpus. View: layers and twins (None for all), rank (None for full twins), rank_scale (what low-rank parts
+    over the corpus. ema_decay: the run scores and keeps an exponential moving average of the weights (0: the weights
+    themselves). View: layers and twins (None for all), rank (None for full twins), rank_scale (what low-rank parts
     are multiplied by; None for 1, or what init_view has), mask ("auto", "trained" or a token id), repair_rank
     (of a repair head; None for none, or what init_view has), init_view (a view folder to start from), license
     (that the view is given under, for its card). train: the whole view, or only the repair head of a frozen
@@ -84,6 +85,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    ema_decay: float = 0.0
     attention: AttentionKind = "auto"
     activations: ActivationKind = "none"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -158,6 +160,8 @@ class TrainConfig:
             )
         if len(self.betas) != 2 or not all(isinstance(b, float) and 0 <= b < 1 for b in self.betas):
             raise UserInputError(f"betas must be two numbers from 0 to below 1, not {shown(self.betas)}.")
+        if not 0 <= self.ema_decay < 1:
+            raise UserInputError(f"ema_decay must lie between 0 and below 1, not {shown(self.ema_decay)}.")
         if self.steps < 0 or (self.steps == 0 and self.epochs <= 0):
             raise UserInputError("give steps, or a positive number of epochs.")
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from orthrus.base.outputs import check_writable
 from orthrus.errors import CorruptFileError, UserInputError
 from orthrus.model.dual_view import DualView
+from orthrus.training.moving_mean import MovingMean
 from orthrus.training.processes import Processes
 from orthrus.training.recipe import TrainConfig, to_plain
 from orthrus.training.run_folder import BEST, LAST
@@ -40,6 +41,7 @@ _FREE = {
     "activations",
 }
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MEAN = "mean"
 
 
 @dataclass(slots=True)
@@ -64,12 +66,14 @@ class SavedState:
         return _damaged(self.folder.parent, problem)
 
 
-def state_tensors(dual: DualView, moments: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def state_tensors(
+    dual: DualView, moments: Mapping[str, Mapping[str, Tensor]], mean: MovingMean
+) -> dict[str, Tensor]:
     """All tensors of a state, under the names that they have in its shards."""
     tensors: dict[str, Tensor] = {f"view.{name}": p.detach() for name, p in dual.view_parameters().items()}
     for name, entry in moments.items():
         tensors |= {f"{key}.{name}": entry[key] for key in _MOMENTS}
-    return tensors
+    return tensors | {f"{_MEAN}.{name}": tensor for name, tensor in mean.tensors.items()}
 
 
 def trained_parameters(dual: DualView) -> dict[str, torch.nn.Parameter]:
@@ -113,7 +117,9 @@ def find_state(run: Path, dual: DualView, config: TrainConfig, corpus_digest: st
         )
     problem = _content_problem(content, dual) or _files_problem(content, file.parent)
     if problem is None:
-        problem = _tensors_problem(file.parent / content["folder"], dual, content["updates"])
+        problem = _tensors_problem(
+            file.parent / content["folder"], dual, content["updates"], config.ema_decay
+        )
     if problem is not None:
         raise _damaged(file.parent, problem)
     return SavedState(
@@ -125,9 +131,13 @@ def find_state(run: Path, dual: DualView, config: TrainConfig, corpus_digest: st
 
 
 def load_state(
-    saved: SavedState, dual: DualView, optimizer: torch.optim.Optimizer, processes: Processes
+    saved: SavedState,
+    dual: DualView,
+    optimizer: torch.optim.Optimizer,
+    mean: MovingMean,
+    processes: Processes,
 ) -> RunState:
-    """Put a saved state into the view and its optimizer, each process what it holds of them.
+    """Put a saved state into the view, its optimizer and its mean, each process what it holds of them.
 
     All processes must call this, however many saved it and however they shared. Raises CorruptFileError, on
     all of them, when a shard is damaged or a weight is no finite number.
@@ -141,7 +151,7 @@ def load_state(
         name: {key: torch.zeros_like(trained[name], requires_grad=False) for key in _MOMENTS}
         for name in saved.updates
     }
-    tensors = state_tensors(dual, moments)
+    tensors = state_tensors(dual, moments, mean)
     reader = HuggingFaceStorageReader(str(saved.folder))
     try:
         load(
@@ -152,7 +162,7 @@ def load_state(
         )
     except (Exception, CheckpointException) as e:
         raise saved.damaged(f"its tensors cannot be read: {type(e).__name__}") from e
-    problem = processes.first_problem(_number_problem(dual))
+    problem = processes.first_problem(_number_problem(state_tensors(dual, {}, mean)))
     if problem is not None:
         raise saved.damaged(problem)
     index = {name: at for at, name in enumerate(trained)}
@@ -210,7 +220,7 @@ def _files_problem(content: dict[str, Any], folder: Path) -> str | None:
     return None
 
 
-def _tensors_problem(shards: Path, dual: DualView, updates: dict[str, int]) -> str | None:
+def _tensors_problem(shards: Path, dual: DualView, updates: dict[str, int], ema_decay: float) -> str | None:
     """What the shards' headers say that does not fit the view."""
     try:
         found = HuggingFaceStorageReader(str(shards)).read_metadata().state_dict_metadata
@@ -219,6 +229,8 @@ def _tensors_problem(shards: Path, dual: DualView, updates: dict[str, int]) -> s
     parameters = dual.view_parameters()
     wanted = {f"view.{name}": parameter for name, parameter in parameters.items()}
     wanted |= {f"{key}.{name}": parameters[name] for name in updates for key in _MOMENTS}
+    if ema_decay:
+        wanted |= {f"{_MEAN}.{name}": parameter for name, parameter in trained_parameters(dual).items()}
     if found.keys() != wanted.keys():
         return "it holds the tensors of another view"
     for name, parameter in wanted.items():
@@ -254,12 +266,12 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _number_problem(dual: DualView) -> str | None:
-    """The first weight that this process holds and that is no finite number."""
-    for name, parameter in dual.view_parameters().items():
-        part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def _number_problem(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor of which this process holds something that is no finite number."""
+    for name, tensor in tensors.items():
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if not part.isfinite().all():
-            return f"view.{name} is not a tensor of finite numbers in its shape"
+            return f"{name} is not a tensor of finite numbers in its shape"
     return None
 
 
@@ -277,11 +289,12 @@ def _is_score(score: object) -> bool:
     )
 
 
-def check_room(run: Path, dual: DualView) -> None:
+def check_room(run: Path, dual: DualView, config: TrainConfig) -> None:
     """StorageError when the disk has no room for the state and two views, and for the new one of a pair."""
     parameters = dual.view_parameters().values()
     view_bytes = 4 * sum(p.numel() for p in parameters)
-    state_bytes = view_bytes + 8 * sum(p.numel() for p in parameters if p.requires_grad)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    state_bytes = view_bytes + (12 if config.ema_decay else 8) * trained
     sizes = {state_file(run): state_bytes, run / BEST: view_bytes, run / LAST: view_bytes}
     missing = sum(size for place, size in sizes.items() if not place.exists())
     check_writable(run, missing + max(sizes.values()))

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from orthrus.base.outputs import disk_problem, storage_errors
 from orthrus.errors import OrthrusError, OrthrusWarning, StorageError
 from orthrus.model.dual_view import DualView
+from orthrus.training.moving_mean import MovingMean
 from orthrus.training.processes import Processes
 from orthrus.training.recipe import TrainConfig, to_plain
 from orthrus.training.run_state import KIND, RunState, file_digest, state_tensors, trained_parameters
@@ -37,11 +38,13 @@ class StateSaver:
         run: Path,
         dual: DualView,
         optimizer: torch.optim.Optimizer,
+        mean: MovingMean,
         config: TrainConfig,
         corpus_digest: str,
         processes: Processes,
     ) -> None:
         self._run, self._dual, self._optimizer, self._processes = run, dual, optimizer, processes
+        self._mean = mean
         self._about = {
             "kind": KIND,
             "config": to_plain(config),
@@ -69,7 +72,7 @@ class StateSaver:
         return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def save(self, state: RunState) -> None:
-        """Begin to write the view, the optimizer and the position; waits for the save before.
+        """Begin to write the view, the optimizer, the mean and the position; waits for the save before.
 
         Raises StorageError when that one failed.
         """
@@ -92,7 +95,7 @@ class StateSaver:
         # Of what all hold in full, each writes some; of what is in shards, its own.
         mine = {
             name: tensor.contiguous()
-            for at, (name, tensor) in enumerate(state_tensors(self._dual, held).items())
+            for at, (name, tensor) in enumerate(state_tensors(self._dual, held, self._mean).items())
             if isinstance(tensor, DTensor) or at % count == index
         }
         group = self._processes.cpu_group

@@ -17,6 +17,7 @@ from orthrus.model.pool import head_dim
 from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.flex_blocks import pick_attention
 from orthrus.training.forward import Objective, StepOutput, TrainingPass
+from orthrus.training.moving_mean import MovingMean
 from orthrus.training.packing import PackedRow
 from orthrus.training.processes import Processes, plain
 from orthrus.training.recipe import TrainConfig
@@ -71,7 +72,8 @@ def train(
 
     held: that folder, where the caller holds it already; else the main process holds it until the end.
     Base weights stay frozen, with `train: repair` all but the repair head. The view is kept in float32 and
-    used in `config.dtype`. Every random choice is a function of (seed, epoch, row), so a resumed run repeats
+    used in `config.dtype`. With `config.ema_decay` the moving mean of the weights is what decodes score, and what
+    `dual` holds in the end. Every random choice is a function of (seed, epoch, row), so a resumed run repeats
     what an unbroken one would have done, bit for bit. Raises UserInputError when the folder holds another
     run, another process trains there, or something in it is not the run's; StorageError when it cannot be
     written or has too little room; DivergedError when the loss is not a number.
@@ -104,7 +106,8 @@ def _train(
         loss=config.loss, weights=config.weights, gamma=config.gamma, smoothing=config.smoothing
     )
     processes.share(TrainingPass(dual, objective, config.attention, config.activations))
-    parameters = list(trained_parameters(dual).values())
+    trained = trained_parameters(dual)
+    parameters = list(trained.values())
     optimizer = torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
@@ -113,16 +116,17 @@ def _train(
         # One pass over the weights in place of ten.
         fused=True,
     )
-    state = RunState() if saved is None else load_state(saved, dual, optimizer, processes)
+    mean = MovingMean(trained, config.ema_decay)
+    state = RunState() if saved is None else load_state(saved, dual, optimizer, mean, processes)
     if processes.is_main:
-        check_room(folder, dual)
+        check_room(folder, dual, config)
     num_steps = config.steps or max(1, round(config.epochs * len(rows) / config.batch_rows))
     if processes.is_main:
         hooks.on_start(state.step, num_steps)
     # Compiled kernels and gathered shards do not run under a counter.
     dense = pick_attention(config.attention, dual.device, head_dim(dual.base.config)) == "dense"
     meter = _Meter(num_steps, state.step, countable=dense and not processes.sharded)
-    with StateSaver(folder, dual, optimizer, config, corpus_digest, processes) as saver:
+    with StateSaver(folder, dual, optimizer, mean, config, corpus_digest, processes) as saver:
         while state.step < num_steps:
             rate = learning_rate(config, state.step, num_steps)
             for group in optimizer.param_groups:
@@ -131,6 +135,7 @@ def _train(
                 output = _accumulate(processes, rows, config, state.step)
             grad_norm = _apply(processes, parameters, optimizer, output, config.clip_norm)
             state.step += 1
+            mean.update(state.step)
             meter.add(output)
             last = state.step == num_steps or processes.any(hooks.should_stop() or saver.failed)
             if processes.is_main and (state.step % config.log_every == 0 or last):
@@ -138,13 +143,14 @@ def _train(
             if hooks.evaluate is not None and (
                 state.step % config.evaluate_every == 0 or state.step == num_steps
             ):
-                with processes.whole(), torch.no_grad():
+                with mean.in_place(), processes.whole(), torch.no_grad():
                     state.scores.append((state.step, hooks.evaluate(dual, state.step)))
                 meter.restart(state.step)
             if state.step % config.save_every == 0 or last:
                 saver.save(state)
             if last:
                 break
+    mean.trade_places()
     processes.gather()
     return state
 
