@@ -29,7 +29,11 @@ TABLES = {"flat": FLAT, "middle": MIDDLE, "steep": STEEP}
 
 
 def policy(costs: CostTable | Prices, max_nodes: int = 24, max_blocks: int = 3) -> Policy:
-    return Policy(costs, most_guesses=6, max_nodes=max_nodes, max_blocks=max_blocks)
+    return Policy(prices(costs), most_guesses=6, max_nodes=max_nodes, max_blocks=max_blocks)
+
+
+def prices(costs: CostTable | Prices) -> Prices:
+    return costs if isinstance(costs, Prices) else Prices(costs)
 
 
 def nodes(decider: Policy, log_probs: list[float], *, stale: bool = False, trying: bool = False) -> int:
@@ -53,7 +57,7 @@ def verify(
 
 
 def test_a_view_starts_from_its_own_chance_that_guesses_go_on() -> None:
-    hopeful, hopeless = (Policy(MIDDLE, 6, 24, 3, goes_on=chance) for chance in (0.8, 0.0))
+    hopeful, hopeless = (Policy(prices(MIDDLE), 6, 24, 3, goes_on=chance) for chance in (0.8, 0.0))
     assert hopeful.wants_draft()
     assert not hopeless.wants_draft()
     assert hopeful.draft_rate > policy(MIDDLE).draft_rate > hopeless.draft_rate
@@ -87,7 +91,7 @@ def test_costs_interpolate_and_extrapolate() -> None:
 
 def test_guesses_share_the_head_while_they_are_few_and_have_none_of_their_own() -> None:
     costs = CostTable((1, 33), (10.0, 10.0), (1.0, 33.0), (8, 80), (0.0, 0.0), (1, 7), (10.0, 10.0), 0.5)
-    shared, own = (Policy(costs, 6, 24, 5, own_head=own) for own in (False, True))
+    shared, own = (Policy(prices(costs), 6, 24, 5, own_head=own) for own in (False, True))
     assert shared.pass_ms(3, 3) == pytest.approx(10.0 + 4 + 18)
     # 30 guesses wait until one block has been chosen; its product is part of making a draft then.
     assert shared.pass_ms(3, 5) == pytest.approx(10.0 + 4)

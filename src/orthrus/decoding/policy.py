@@ -60,7 +60,6 @@ class Policy:
     _block_trust: Average = field(default_factory=lambda: Average(1.0))
     _plain_tokens: int = 0
     _patience: int = field(init=False)
-    _pass_ms: dict[tuple[int, int, int, int, int], float] = field(default_factory=dict)
     _choices: dict[tuple[int, int], tuple[BlockLength, float]] = field(default_factory=dict)
     _hopes: dict[tuple[int, int], float] = field(default_factory=dict)
     _draft_rate: float = field(init=False)
@@ -83,7 +82,6 @@ class Policy:
         """
         company = num_requests, num_prompt_rows
         if self.costs.version != self._version:
-            self._pass_ms.clear()
             self._choices.clear()
             self._hopes.clear()
         elif company == self._company:
@@ -109,8 +107,9 @@ class Policy:
     def pass_ms(self, num_nodes: int, num_blocks: int, length: BlockLength | None = None) -> float:
         """A verification with blocks beside it; without nodes a draft pass, without either a plain one."""
         length = length or self._length
-        key = *self._company, num_nodes, num_blocks, length.num_guesses
-        if key not in self._pass_ms:
+        key = self.SHARED, self.own_head, self._company, num_nodes, num_blocks, length.num_guesses
+        ms = self.costs.shared_ms.get(key)
+        if ms is None:
             n, num_prompt_rows = self._company
             num_guesses = joint_guesses(n * num_blocks * length.num_guesses, own_head=self.own_head)
             if not num_nodes and not self.own_head:
@@ -121,8 +120,8 @@ class Policy:
             if n > 1:
                 added_ms = ms - self.costs(num_prompt_rows + n) / n
                 ms = self.costs(n) / n + self.SHARED * added_ms
-            self._pass_ms[key] = ms
-        return self._pass_ms[key]
+            self.costs.shared_ms[key] = ms
+        return ms
 
     def rate(self) -> float:
         """The best rate known: what a millisecond is worth."""

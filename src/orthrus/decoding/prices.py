@@ -13,13 +13,14 @@ must not change decisions."""
 class Prices:
     """A cost table that follows the machine: beside a busy process passes cost more, and not all alike.
 
-    version: rises whenever prices have changed. The engine that runs the passes is the only one to call
-    `observe`.
+    version: rises whenever prices have changed. shared_ms: what the policies of all requests have worked out from
+    them, empty after a change. The engine that runs the passes is the only one to call `observe`.
     """
 
     def __init__(self, costs: CostTable) -> None:
         self.costs = costs
         self.version = 0
+        self.shared_ms: dict[tuple[object, ...], float] = {}
         self._correction = PriceCorrection()
         self._steps = dict.fromkeys(CLASSES, 0)
         # All requests ask for the same few again and again.
@@ -47,6 +48,7 @@ class Prices:
                 self._steps[rows] = round(exact)
                 self.version += 1
                 self._known.clear()
+                self.shared_ms.clear()
 
     def _factor(self, num_rows: int) -> float:
         rows = next((rows for rows in CLASSES if num_rows <= rows), CLASSES[-1])

@@ -57,6 +57,8 @@ class StopStrings:
         hidden: the piece is the name of a special token. may_end: stop strings that this piece completes count;
         one that was completed by a piece that may not end the text is text, now and later.
         """
+        if not self._stop:
+            return piece, False
         self._held += piece
         self._hidden += [hidden] * len(piece)
         if not may_end:

@@ -26,13 +26,19 @@ def adaptive_work(request: Request, dual: DualView) -> Work:
     assert policy is not None
     copy = copied(request)
     request.block_size = policy.block_size
+    copy_rate = policy.chain_rate(list(accumulate(map(exp, accumulate(_log_probs(request, copy))))))
     is_due = request.drafts is None or (request.stale and not policy.keeps_stale())
-    if is_due and may_draft(request, dual, floor=True):
-        # A copy that makes more of its time than a draft would spares the draft pass.
-        promised = list(accumulate(map(exp, accumulate(_log_probs(request, copy)))))
-        if policy.chain_rate(promised) <= max(policy.draft_rate, policy.plain_rate) and policy.wants_draft():
-            return draft_work(request, dual, "tree", copy)
-    work = adaptive_verify(request, dual, copy, trying=False)
+    # A copy that makes more of its time than a draft would spares the draft pass.
+    if (
+        is_due
+        and copy_rate <= policy.rate()
+        and may_draft(request, dual, floor=True)
+        and policy.wants_draft()
+    ):
+        return draft_work(request, dual, "tree", copy)
+    # Many requests have nothing at hand that pays, and pass by here in each pass: it must not take long.
+    nothing = request.drafts is None and copy_rate <= policy.plain_rate
+    work = None if nothing else adaptive_verify(request, dual, copy, trying=False)
     return work or verify_work(request, dual, "ar", EMPTY_TREE, [], copy=copy)
 
 

@@ -193,20 +193,25 @@ def join(parts: Sequence[tuple[Part, Slots]], device: torch.device | str = "cpu"
         spans.append(Span(part, slots.length, ar_first, draft_first, tuple(slots.pages[:used])))
         ar_first += part.num_ar
         draft_first += part.num_rows - part.num_ar
-    ids_R, positions_R, slots_R = np.empty((3, draft_first), dtype=np.int64)
-    for span, (part, slots) in zip(spans, parts, strict=True):
-        places = slots.places(np.arange(span.length, span.length + part.num_rows))
-        columns = np.array([part.token_ids, part.offsets], dtype=np.int64)
-        both = (span.ar_rows, slice(0, part.num_ar)), (span.draft_rows, slice(part.num_ar, part.num_rows))
-        for to, mine in both:
-            ids_R[to] = columns[0, mine]
-            positions_R[to] = columns[1, mine] + span.length
-            slots_R[to] = places[mine]
+    # Lists, since most spans have a row or a few: an array each would cost more than their rows.
+    ar_rows, draft_rows = _Rows(), _Rows()
+    for span in spans:
+        ar_rows.add(span, range(span.part.num_ar))
+        draft_rows.add(span, range(span.part.num_ar, span.part.num_rows))
+    columns_3R = np.array(
+        [
+            ar_rows.token_ids + draft_rows.token_ids,
+            ar_rows.positions + draft_rows.positions,
+            ar_rows.places + draft_rows.places,
+        ],
+        dtype=np.int64,
+    )
+    _, positions_R, slots_R = columns_3R
     pool = parts[0][1].pool
     pool.positions_S[slots_R] = positions_R
     pool.writers_S[slots_R[:num_ar_rows]] = AR
     pool.writers_S[slots_R[num_ar_rows:]] = DIFFUSION
-    on_device = torch.from_numpy(np.stack([ids_R, positions_R, slots_R])).to(device)
+    on_device = torch.from_numpy(columns_3R).to(device)
     plan_P = torch.from_numpy(_plan(spans, positions_R))
     token_ids_R, position_ids_R, pool_slots_R = on_device.unbind()
     return Pass(token_ids_R, position_ids_R, pool_slots_R, num_ar_rows, tuple(spans), plan_P)
@@ -216,25 +221,38 @@ _HEAD, _SPAN = 2, 8
 
 
 def _plan(spans: Sequence[Span], positions_R: NDArray[np.int64]) -> NDArray[np.int64]:
-    head = np.zeros(_HEAD + _SPAN * len(spans), dtype=np.int64)
-    pieces: list[NDArray[np.int64]] = [head]
-    at = len(head)
-    for number, span in enumerate(spans):
+    head: list[int] = []
+    rest: list[int] = []
+    start = _HEAD + _SPAN * len(spans)
+    for span in spans:
         part = span.part
-        pages = np.array(span.pages, dtype=np.int64)
-        pieces.append(pages)
-        tail_at, words = 0, 0
+        pages_at, tail_at, words = start + len(rest), 0, 0
+        rest += span.pages
         if part.tail_II is not None:
             words = -(-part.num_rows // 64)
-            tail_at = at + len(pages)
+            tail_at = start + len(rest)
             bits = np.zeros((part.num_rows, words * 8), dtype=np.uint8)
             packed = np.packbits(part.tail_II, axis=1, bitorder="little")
             bits[:, : packed.shape[1]] = packed
-            pieces.append(bits.view(np.int64).ravel())
-        head[_HEAD + _SPAN * number : _HEAD + _SPAN * (number + 1)] = (
-            *(span.ar_first, part.num_ar, span.draft_first, part.num_rows - part.num_ar),
-            *(span.length, at, tail_at, words),
-        )
-        at += len(pages) + part.num_rows * words
-    head[:_HEAD] = len(spans), at
-    return np.concatenate([*pieces, positions_R])
+            rest += bits.view(np.int64).ravel().tolist()
+        head += (span.ar_first, part.num_ar, span.draft_first, part.num_rows - part.num_ar)
+        head += (span.length, pages_at, tail_at, words)
+    plan = np.array([len(spans), start + len(rest), *head, *rest], dtype=np.int64)
+    return np.concatenate([plan, positions_R])
+
+
+class _Rows:
+    """Rows of one view, of one span after another: their tokens, their positions, their places in the pool."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.positions: list[int] = []
+        self.places: list[int] = []
+
+    def add(self, span: Span, rows: range) -> None:
+        if not rows:
+            return
+        part, first, pages = span.part, span.length + rows.start, span.pages
+        self.token_ids += part.token_ids[rows.start : rows.stop]
+        self.positions += [span.length + offset for offset in part.offsets[rows.start : rows.stop]]
+        self.places += [pages[slot // PAGE] * PAGE + slot % PAGE for slot in range(first, first + len(rows))]
