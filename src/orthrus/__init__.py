@@ -11,6 +11,7 @@ from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
     from orthrus.api import Conversation, Orthrus
+    from orthrus.config import Grammar
     from orthrus.engine.stream import TokenStream
     from orthrus.errors import OrthrusError
     from orthrus.hf.auto import OrthrusForCausalLM
@@ -22,6 +23,7 @@ __all__ = [
     "Cycle",
     "DecodeStats",
     "GenerationResult",
+    "Grammar",
     "Orthrus",
     "OrthrusConfig",
     "OrthrusError",
@@ -36,6 +38,7 @@ _HOME = {
     "Cycle": "types",
     "DecodeStats": "types",
     "GenerationResult": "types",
+    "Grammar": "config",
     "Orthrus": "api",
     "OrthrusConfig": "hf.config",
     "OrthrusError": "errors",

@@ -103,11 +103,13 @@ class Grammar:
 
     "json_schema": a JSON Schema; "regex": a regular expression that the whole text matches; "lark": a
     context-free grammar in llguidance's dialect of Lark, with the rule `start`; "json_object": any JSON
-    object, with no text. What the text means is checked when it is compiled for a model.
+    object, with no text. What the text means is checked when it is compiled for a model. compact: JSON has no
+    blanks between its parts; else a space, or a line break and an indent, may stand there.
     """
 
     kind: GrammarKind
     text: str = ""
+    compact: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in GRAMMAR_KINDS:
@@ -116,6 +118,10 @@ class Grammar:
             )
         if not isinstance(self.text, str):
             raise UserInputError(f"a grammar must be given as text, not {self.text!r}.")
+        if type(self.compact) is not bool or (self.compact and self.kind in ("regex", "lark")):
+            raise UserInputError(
+                f"compact is True or False, for json_schema and json_object, not {self.compact!r} for {self.kind}."
+            )
         if self.kind == "json_object":
             if self.text:
                 raise UserInputError("json_object takes no text; give a schema as json_schema.")

@@ -321,3 +321,50 @@ def test_closed_pipe_is_no_traceback(long_model_folder: str) -> None:
 @pytest.mark.parametrize("model", ["~nobody-of-this-name/m", "x" * 300, "why is the sky blue? " * 20])
 def test_what_is_no_path_at_all_is_refused(cli: Cli, model: str) -> None:
     assert_refused(cli("generate", model, "hi"), "error: ")
+
+
+SCHEMA = '{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": false}'
+
+
+@pytest.mark.parametrize("strategy", ["ar", "tree", "auto"])
+def test_answers_keep_to_a_form(cli: Cli, model_folder: str, tmp_path: Path, strategy: str) -> None:
+    pytest.importorskip("llguidance")
+    ask = (
+        "generate",
+        model_folder,
+        "hello",
+        "--view",
+        "fresh",
+        "-n",
+        "40",
+        "--quiet",
+        "--strategy",
+        strategy,
+    )
+    file = tmp_path / "schema.json"
+    file.write_text(SCHEMA)
+    compact = cli(*ask, "--json-schema", SCHEMA, "--compact-json")
+    assert compact.out in ('{"a":1}\n', '{"a":2}\n')
+    assert json.loads(cli(*ask, "--json-schema", str(file)).out)["a"] in (1, 2)
+    assert cli(*ask, "--regex", "ab{3}").out == "abbb\n"
+    file.write_text('start: "x" "y"')
+    told = json.loads(cli(*ask, "--grammar", str(file), "--json").out)
+    assert told["text"] == "xy"
+    assert told["decode"]["grammar"] == {"kind": "lark", "text": 'start: "x" "y"', "compact": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--regex", "a", "--json-schema", "{}"), ["--json-schema and --regex", "give one"]),
+        (("--compact-json",), ["--compact-json", "--json-schema"]),
+        (("--json-schema", "nowhere.json"), ["nowhere.json cannot be read", "No such file"]),
+        (("--json-schema", "{"), ["JSON"]),
+        (("--grammar", "."), ["cannot be read", "directory"]),
+        (("--regex", ""), ["the regex grammar is empty"]),
+    ],
+)
+def test_wrong_forms_are_refused_before_the_model_is_loaded(
+    cli: Cli, options: tuple[str, ...], words: list[str]
+) -> None:
+    assert_refused(cli("generate", "no-such-model", "hello", *options), *words)

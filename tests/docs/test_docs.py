@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ import yaml
 from tests.cli.conftest import byte_tokenizer, write_model
 from tests.docs.pages import code_blocks
 from tests.server.conftest import byte_orthrus, run, serving
-from tests.tiny_orthrus import TinyTokenizer, tiny_orthrus
+from tests.tiny_orthrus import TinyTokenizer
 
 import orthrus
 from orthrus.api import Orthrus
@@ -29,24 +29,10 @@ PAGES = sorted([*(ROOT / f"{name}.md" for name in OUTSIDE), *(ROOT / "docs").rgl
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-class ChatTokenizer(TinyTokenizer):
-    """With a template, for the pages that chat."""
-
-    chat_template = "one after the other"
-    special_tokens_map: ClassVar[dict[str, str]] = {}
-
-    def get_chat_template(self):
-        return "{% for m in messages %}{{ m.content }}{% endfor %}"
-
-    def __call__(self, text, **_):
-        return super().__call__(text)
-
-
 @pytest.fixture
 def tiny_load(monkeypatch):
     """`Orthrus.load` gives a tiny model, whatever it is asked for."""
-    made = tiny_orthrus()
-    made.base = replace(made.base, tokenizer=ChatTokenizer())
+    made = byte_orthrus()
     monkeypatch.setattr(Orthrus, "load", classmethod(lambda cls, *a, **k: made))
     return made
 

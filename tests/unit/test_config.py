@@ -112,7 +112,11 @@ def test_settings_with_everything_are_values() -> None:
     assert config.stop_token_ids == (7, 8)
     assert hash(config) == hash(replace(config))
     assert pickle.loads(pickle.dumps(config)) == config
-    assert json.loads(json.dumps(asdict(config)))["grammar"] == {"kind": "regex", "text": "a+"}
+    assert json.loads(json.dumps(asdict(config)))["grammar"] == {
+        "kind": "regex",
+        "text": "a+",
+        "compact": False,
+    }
 
 
 def test_a_logit_bias_is_copied_and_leaves_settings_comparable() -> None:

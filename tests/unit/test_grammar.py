@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -246,6 +247,25 @@ def test_a_path_that_is_too_complex_is_pruned_and_does_no_harm(monkeypatch: pyte
     kept = [0, 1, 2, 4, 5, 6]
     assert torch.equal(masks_RV[kept], expected_RV[kept])
     assert torch.equal(state.mask(), sound.mask())
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["json_schema", "json_object"])
+def test_compact_json_has_no_blanks_between_its_parts(kind: str, seed: int) -> None:
+    compact = Grammar(GRAMMARS[kind].kind, GRAMMARS[kind].text, compact=True)
+    text = text_of(finished(compact, seed)[:-1])
+    assert text == "".join(_without_blanks(text))
+    json.loads(text)
+
+
+def _without_blanks(text: str) -> Iterator[str]:
+    """JSON without what stands between its parts, which json.dumps would write otherwise."""
+    inside = False
+    for at, char in enumerate(text):
+        if char == '"' and (len(text[:at]) - len(text[:at].rstrip("\\"))) % 2 == 0:
+            inside = not inside
+        if inside or not char.isspace():
+            yield char
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib import import_module
 from types import FrameType
@@ -18,7 +18,7 @@ import typer
 
 from orthrus.base.text import printable
 from orthrus.cli.progress import ProgressDisplay
-from orthrus.config import FIXED_STRATEGIES, STRATEGIES, DecodeConfig, SamplingParams, Strategy
+from orthrus.config import FIXED_STRATEGIES, STRATEGIES, DecodeConfig, Grammar, SamplingParams, Strategy
 from orthrus.errors import MissingExtraError, OrthrusError, OrthrusWarning, UserInputError
 
 if TYPE_CHECKING:
@@ -167,6 +167,11 @@ def check_decode(decode: dict[str, Any]) -> None:
     sampling = {name: value for name, value in decode.items() if name in names}
     others = {name: value for name, value in decode.items() if name not in names}
     DecodeConfig(**others, sampling=SamplingParams(**sampling))
+
+
+def plain_settings(decode: dict[str, Any]) -> dict[str, Any]:
+    """Decoding options as JSON values."""
+    return {name: asdict(value) if isinstance(value, Grammar) else value for name, value in decode.items()}
 
 
 def parse_logit_bias(pairs: Iterable[str]) -> dict[int, float] | None:

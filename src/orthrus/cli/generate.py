@@ -14,6 +14,7 @@ from orthrus.cli.common import (
     check_decode,
     load_orthrus,
     parse_logit_bias,
+    plain_settings,
     read_stdin,
     time_passes,
 )
@@ -49,6 +50,10 @@ def generate(
     seed: options.Seed = None,
     stop: options.Stop = None,
     ignore_eos: options.IgnoreEos = False,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
+    grammar: options.LarkGrammar = None,
+    compact_json: options.CompactJson = False,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it stands, without chat template.")
     ] = False,
@@ -120,6 +125,7 @@ def generate(
         "seed": seed,
         "stop": options.stop_texts(stop),
         "ignore_eos": ignore_eos,
+        "grammar": options.grammar_of(json_schema, regex, grammar, compact=compact_json),
     }
     check_decode(decode)
     load = {
@@ -164,7 +170,7 @@ def generate(
                 "token_ids": list(result.token_ids),
                 "finish_reason": result.finish_reason,
                 "stats": result.stats.to_dict(),
-                "decode": decode,
+                "decode": plain_settings(decode),
                 "model": orthrus.describe(),
             }
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from orthrus.base.outputs import check_writable, storage_errors
 from orthrus.base.owned import locked_file
 from orthrus.base.prompt_files import FilePrompt, read_prompt_file
-from orthrus.cli.common import load_orthrus, time_passes
+from orthrus.cli.common import load_orthrus, plain_settings, time_passes
 from orthrus.cli.progress import ProgressDisplay
 from orthrus.cli.render import counted, note
 from orthrus.config import DRAFTING
@@ -50,7 +50,7 @@ def generate_file(
     about = {
         "model": model,
         "load": {name: load.get(name) for name in ("revision", "dtype", "runner")},
-        "decode": {name: value for name, value in decode.items() if name not in DRAFTING},
+        "decode": {name: value for name, value in plain_settings(decode).items() if name not in DRAFTING},
         "raw": raw,
     }
     keys = [_key(about, index, prompt) for index, prompt in enumerate(asked)]

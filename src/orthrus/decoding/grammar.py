@@ -295,7 +295,12 @@ def _serialised(grammar: Grammar) -> str:
     if grammar.kind == "lark":
         return LLMatcher.grammar_from_lark(grammar.text)
     schema = grammar.text if grammar.kind == "json_schema" else '{"type": "object"}'
-    return LLMatcher.grammar_from_json_schema(schema, {"whitespace_pattern": WHITESPACE})
+    return LLMatcher.grammar_from_json_schema(schema, blanks(compact=grammar.compact))  # type: ignore[arg-type]
+
+
+def blanks(*, compact: bool) -> dict[str, bool | str]:
+    """What may stand between the parts of JSON, as llguidance's `x-guidance` says it."""
+    return {"whitespace_flexible": False} if compact else {"whitespace_pattern": WHITESPACE}
 
 
 def _gist(message: str) -> str:

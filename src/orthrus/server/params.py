@@ -137,7 +137,7 @@ def decode_configs(body: ChatRequest | CompletionRequest, seed: int, room: int) 
         asked = DEFAULT_COMPLETION_TOKENS
     most = room if asked is None else min(asked, room)
     how = body.orthrus
-    own = {} if how is None else how.model_dump(exclude={"provenance", "receipt"})
+    own = {} if how is None else how.model_dump(exclude={"provenance", "receipt", "compact_json"})
     bias = {int(token_id): value for token_id, value in (body.logit_bias or {}).items()}
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     if asked is not None and body.min_tokens > asked:
@@ -185,19 +185,19 @@ def _or(value: float | None, default: float) -> float:
 
 
 def _grammar(body: Sampling) -> Grammar | None:
-    wanted = body.response_format
+    wanted, compact = body.response_format, body.orthrus is not None and body.orthrus.compact_json
     if isinstance(body, ChatRequest) and (allowed := calling(body)) is not None:
-        return call_grammar(allowed, wanted)
+        return call_grammar(allowed, wanted, compact=compact)
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
-        return Grammar("json_object")
+        return Grammar("json_object", compact=compact)
     if wanted.json_schema is None or wanted.json_schema.schema_ is None:
         raise bad_request(
             "response_format of type json_schema needs json_schema with a schema.",
             param="response_format.json_schema.schema",
         )
     try:
-        return Grammar("json_schema", json.dumps(wanted.json_schema.schema_))
+        return Grammar("json_schema", json.dumps(wanted.json_schema.schema_), compact)
     except (UserInputError, ValueError, RecursionError) as error:
         raise bad_request(f"response_format: {error}", param="response_format") from error

@@ -118,9 +118,10 @@ class NamedTool(Open):
 
 
 class OrthrusOptions(Closed):
-    """How the answer is decoded; none of this changes the text. See docs/strategies.md.
+    """How the answer is decoded; of all this `compact_json` alone changes the text. See docs/strategies.md.
 
     copies: `auto` may draft what followed the last tokens where they stood before, in the prompt or the text.
+    compact_json: JSON of a response format, and arguments of calls, have no blanks between their parts.
     provenance: chunks of a stream say of each token whether it had been drafted. receipt: the answer's metrics hold
     what `orthrus verify` makes it again from, the prompt's token ids included.
     """
@@ -130,6 +131,7 @@ class OrthrusOptions(Closed):
     node_budget: int = Field(default=24, ge=1, le=4096)
     block_budget: int = Field(default=3, ge=1, le=4096)
     copies: bool = True
+    compact_json: bool = False
     provenance: bool = False
     receipt: bool = False
 

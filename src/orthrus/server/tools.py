@@ -11,7 +11,7 @@ from typing import Any
 
 from orthrus.base.prompt import content_text
 from orthrus.config import Grammar
-from orthrus.decoding.grammar import WHITESPACE
+from orthrus.decoding.grammar import blanks
 from orthrus.errors import UserInputError
 from orthrus.server.errors import bad_request
 from orthrus.server.schemas import ChatRequest, NamedTool, ResponseFormat, Tool
@@ -58,16 +58,19 @@ def calling(body: ChatRequest) -> Calling | None:
     return Calling(tuple(tools), choice not in (None, "auto"), body.parallel_tool_calls is not False)
 
 
-def call_grammar(allowed: Calling, otherwise: ResponseFormat | None) -> Grammar:
+def call_grammar(allowed: Calling, otherwise: ResponseFormat | None, *, compact: bool = False) -> Grammar:
     """What an answer may be: calls, or else a text, or JSON of the response format, or a text before calls.
 
+    compact: arguments and JSON have no blanks between their parts.
     Raises ApiError for what no grammar can hold.
     """
     rules = []
     for number, tool in enumerate(allowed.tools):
         opening = BEFORE_NAME + json.dumps(tool.function.name) + BEFORE_ARGUMENTS
         schema = {"type": "object", **(tool.function.parameters or {})}
-        rules.append(f"call{number}: {_quoted(opening)} %json {_schema(schema)} {_quoted(AFTER_ARGUMENTS)}")
+        rules.append(
+            f"call{number}: {_quoted(opening)} %json {_schema(schema, compact)} {_quoted(AFTER_ARGUMENTS)}"
+        )
     some = " | ".join(f"call{number}" for number in range(len(rules)))
     again = f' ("\\n{TAG}" call)*' if allowed.parallel else ""
     starts = [f'"{TAG}" calls']
@@ -78,7 +81,7 @@ def call_grammar(allowed: Calling, otherwise: ResponseFormat | None) -> Grammar:
             rules.append(f'before[suffix="{TAG}"]: /(?s:.*)/')
             rules.append(f"TEXT: /(?s:.*)/ & ~/(?s:.*){TAG}(?s:.*)/")
         else:
-            rules.append(f"json: %json {_schema(_wanted(otherwise))}")
+            rules.append(f"json: %json {_schema(_wanted(otherwise), compact)}")
             starts.append("json")
     lines = [f"start: {' | '.join(starts)}", f"calls: call{again}", f"call: {some}", *rules]
     try:
@@ -93,9 +96,9 @@ def _wanted(form: ResponseFormat) -> dict[str, Any]:
     return {"type": "object"}
 
 
-def _schema(schema: dict[str, Any]) -> str:
+def _schema(schema: dict[str, Any], compact: bool) -> str:
     try:
-        return json.dumps(schema | {"x-guidance": {"whitespace_pattern": WHITESPACE}})
+        return json.dumps(schema | {"x-guidance": blanks(compact=compact)})
     except (ValueError, RecursionError) as error:
         raise bad_request(f"tools: a schema cannot be used ({error}).", param="tools") from error
 
