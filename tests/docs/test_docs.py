@@ -7,7 +7,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import typer
@@ -15,7 +15,6 @@ import yaml
 from tests.cli.conftest import byte_tokenizer, write_model
 from tests.docs.pages import code_blocks
 from tests.server.conftest import byte_orthrus, run, serving
-from tests.tiny_orthrus import TinyTokenizer
 
 import orthrus
 from orthrus.api import Orthrus
