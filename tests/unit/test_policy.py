@@ -319,3 +319,21 @@ def test_beside_a_prompt_rows_cost_their_full_price() -> None:
     assert (straight.plain_rate, straight.pass_ms(3, 0)) == pytest.approx(rates[:2])
     straight.among(4)
     assert (straight.plain_rate, straight.pass_ms(3, 0), straight.pass_ms(0, 1)) == rates
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("company", [(1, 0), (4, 0), (16, 0), (4, 32)])
+def test_a_chain_whose_first_node_is_too_unlikely_never_pays(name: str, company: tuple[int, int]) -> None:
+    decider = policy(TABLES[name])
+    decider.among(*company)
+    least = decider.least_chance(12)
+    for first in (0.99 * least, 0.5 * least):
+        if first >= 1.0:
+            continue
+        for num_nodes in range(1, 13):
+            # All other nodes are certain.
+            log_probs = [log(first)] * num_nodes
+            assert decider.worth(log_probs, [False] * num_nodes, stale=False) == 0
+            assert decider.chain_rate([first * n for n in range(1, num_nodes + 1)]) <= decider.rate()
+    if 1.01 * least < 1.0:
+        assert any(decider.worth([log(1.01 * least)] * n, [False] * n, stale=False) for n in range(1, 13))

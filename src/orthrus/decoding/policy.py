@@ -127,6 +127,16 @@ class Policy:
         """The best rate known: what a millisecond is worth."""
         return max(self.plain_rate, self.draft_rate)
 
+    def least_chance(self, most_nodes: int) -> float:
+        """Below this chance of its first node, no chain of at most so many nodes pays, however sure the others are."""
+        key = self.SHARED, self._company, most_nodes
+        row_ms = self.costs.shared_ms.get(key)
+        if row_ms is None:
+            rows = range(1, most_nodes + 1)
+            row_ms = min((self.pass_ms(n, 0) - self.pass_ms(0, 0)) / n for n in rows)
+            self.costs.shared_ms[key] = row_ms
+        return self.rate() * row_ms
+
     def wants_draft(self) -> bool:
         """Whether a draft pass is to be made now, where there is no draft."""
         plain = self.plain_rate

@@ -8,7 +8,7 @@ from itertools import accumulate
 from math import exp
 
 from orthrus.decoding.copies import NO_COPY, Copy
-from orthrus.decoding.policy import Left
+from orthrus.decoding.policy import Left, Policy
 from orthrus.decoding.tree import EMPTY_TREE, with_chain
 from orthrus.engine.parts import block_rows, deepest_draft, draft_tree, draft_work, may_draft, verify_work
 from orthrus.engine.request import Request, Work
@@ -26,7 +26,7 @@ def adaptive_work(request: Request, dual: DualView) -> Work:
     assert policy is not None
     copy = copied(request)
     request.block_size = policy.block_size
-    copy_rate = policy.chain_rate(list(accumulate(map(exp, accumulate(_log_probs(request, copy))))))
+    copy_rate = _copy_rate(request, policy, copy)
     is_due = request.drafts is None or (request.stale and not policy.keeps_stale())
     # A copy that makes more of its time than a draft would spares the draft pass.
     if (
@@ -36,7 +36,7 @@ def adaptive_work(request: Request, dual: DualView) -> Work:
         and policy.wants_draft()
     ):
         return draft_work(request, dual, "tree", copy)
-    # Many requests have nothing at hand that pays, and pass by here in each pass: it must not take long.
+    # Many requests have nothing at hand that pays, in every pass: for them this must not take long.
     nothing = request.drafts is None and copy_rate <= policy.plain_rate
     work = None if nothing else adaptive_verify(request, dual, copy, trying=False)
     return work or verify_work(request, dual, "ar", EMPTY_TREE, [], copy=copy)
@@ -116,6 +116,17 @@ def observe_copy(request: Request, copy: Copy, token_ids: list[int]) -> None:
         request.copy_promise.observe(copy.match_length, num_stood, num_judged)
     if request.copies is not None:
         request.copies.extend(token_ids)
+
+
+def _copy_rate(request: Request, policy: Policy, copy: Copy) -> float:
+    """Tokens a millisecond of verifying a copy; 0 where that cannot be worth its rows."""
+    if not copy.token_ids:
+        return 0.0
+    if copy.match_length != FORCED:
+        chance = request.copy_promise.chance(copy.match_length, 1)
+        if chance < policy.least_chance(MOST_COPIED):
+            return 0.0
+    return policy.chain_rate(list(accumulate(map(exp, accumulate(_log_probs(request, copy))))))
 
 
 def _log_probs(request: Request, copy: Copy) -> list[float]:
