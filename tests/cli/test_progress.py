@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from orthrus.cli import progress
 from orthrus.cli.progress import ProgressDisplay
 
 from .conftest import Terminal
@@ -22,6 +23,20 @@ def test_one_line_per_stage_where_nobody_watches(capsys: pytest.CaptureFixture[s
     captured = capsys.readouterr()
     assert captured.err == "downloading [x]\nloading\n"
     assert captured.out == ""
+
+
+def test_a_long_stage_says_now_and_then_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ProgressDisplay(unit="answers") as on_progress:
+        for done in range(3):
+            on_progress("baseline", done, 300)
+        monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+        on_progress("baseline", 3, 300)
+        on_progress("baseline", 3, None)
+    assert capsys.readouterr().err == "baseline\nbaseline: 3 of 300 answers\n"
+    _report(ProgressDisplay())
+    assert capsys.readouterr().err == "downloading [x]\nloading\n"
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,15 @@
-"""Progress on stderr: a bar or spinner on a terminal, one plain line per stage anywhere else."""
+"""Progress on stderr: a bar or spinner on a terminal; anywhere else a plain line per stage, and one now and then."""
 
 import sys
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
 from orthrus.base.text import printable
 
 BYTES = "bytes"
+LINE_SECONDS = 30.0
+"""Between two lines of one stage, where there is no terminal."""
 
 
 class ProgressDisplay:
@@ -18,7 +21,8 @@ class ProgressDisplay:
 
     def __init__(self, *, quiet: bool = False, unit: str = BYTES) -> None:
         self._stage: str | None = None
-        self._quiet = quiet
+        self._quiet, self._unit = quiet, unit
+        self._last_line = 0.0
         self._bar: Any = None
         self._task: Any = None
         if not quiet and sys.stderr.isatty():
@@ -43,9 +47,20 @@ class ProgressDisplay:
             if stage != self._stage:
                 self.spin(stage)
             self._bar.update(self._task, completed=done, total=total)
-        elif stage != self._stage and not self._quiet:
-            print(printable(stage), file=sys.stderr, flush=True)
+        elif not self._quiet:
+            self._print(stage, done, total)
         self._stage = stage
+
+    def _print(self, stage: str, done: int, total: int | None) -> None:
+        now = monotonic()
+        is_new = stage != self._stage
+        if is_new:
+            print(printable(stage), file=sys.stderr, flush=True)
+        elif total and self._unit != BYTES and now - self._last_line >= LINE_SECONDS:
+            print(printable(f"{stage}: {done:,} of {total:,} {self._unit}"), file=sys.stderr, flush=True)
+        else:
+            return
+        self._last_line = now
 
     def spin(self, stage: str) -> None:
         """Announce a stage of unknown length, on terminals only."""

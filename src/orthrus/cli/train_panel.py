@@ -98,7 +98,7 @@ class TrainDisplay:
             table.add_row("loss", f"{log.loss:.4f}")
             table.add_row("accuracy by position", positions(log))
             table.add_row("expected tokens per cycle", f"{log.expected_tokens:.2f}")
-            rate = f"{log.tokens_per_second:,.0f}{share_of_peak(log, self._peak_flops)}"
+            rate = f"{_rate(log)}{share_of_peak(log, self._peak_flops)}"
             table.add_row("diffusion tokens/s", rate)
         if self._scores:
             step, last = self._scores[-1]
@@ -133,5 +133,10 @@ def log_line(log: "TrainLog", peak_flops: float | None = None) -> str:
     return (
         f"step {log.step}/{log.num_steps}: loss {log.loss:.4f}, expected tokens per cycle "
         f"{log.expected_tokens:.2f}, accuracy by position {accuracy}, "
-        f"{log.tokens_per_second:,.0f} diffusion tokens/s{share_of_peak(log, peak_flops)}{left}"
+        f"{_rate(log)} diffusion tokens/s{share_of_peak(log, peak_flops)}{left}"
     )
+
+
+def _rate(log: "TrainLog") -> str:
+    """Tokens a second; of a few, a decimal too."""
+    return f"{log.tokens_per_second:,.{0 if log.tokens_per_second >= 10 else 1}f}"
