@@ -3,8 +3,8 @@
     python benchmarks/packing.py --tokens 1e8 --output benchmarks/results/packing-cpu.json
 
 The corpus is made up: random ids of a vocabulary of 49,152, dialogues of 200 to 1,600 tokens, a quarter of each the
-prompt. Packing runs in a process of its own, and so does the rank, which opens the rows and builds the blocks of its
-share of some steps.
+prompt. Packing runs in a process of its own, and so does the rank, which opens the sequences and builds the blocks of
+its share of some steps.
 """
 
 import json
@@ -23,7 +23,7 @@ import typer
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
 
-ROW_LENGTH, RANKS, BATCH_ROWS, STEPS = 2048, 8, 128, 20
+SEQUENCE_LENGTH, RANKS, BATCH_SIZE, STEPS = 2048, 8, 128, 20
 _SHARD = 2048
 _VOCAB = 49_152
 
@@ -53,9 +53,9 @@ def main(
     result = {
         "kind": "orthrus-packing",
         "settings": {
-            "row_length": ROW_LENGTH,
+            "sequence_length": SEQUENCE_LENGTH,
             "ranks": RANKS,
-            "batch_rows": BATCH_ROWS,
+            "batch_size": BATCH_SIZE,
             "steps": STEPS,
             "vocabulary": _VOCAB,
         },
@@ -100,39 +100,39 @@ def _pack(corpus: Path) -> dict[str, Any]:
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began, cpu_began = perf_counter(), process_time()
-    about = packed(corpus, ROW_LENGTH).about
+    about = packed(corpus, SEQUENCE_LENGTH).about
     seconds, cpu_seconds = perf_counter() - began, process_time() - cpu_began
     return {
         "tokens": about.tokens,
         "dialogues": about.dialogues,
-        "rows": about.num_rows,
-        "filled": about.tokens / (about.num_rows * ROW_LENGTH),
+        "sequences": about.num_sequences,
+        "filled": about.tokens / (about.num_sequences * SEQUENCE_LENGTH),
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "tokens_per_second": about.tokens / seconds,
         "tokens_per_cpu_second": about.tokens / cpu_seconds,
-        "bytes_on_disk": about.num_rows * ROW_LENGTH * 4,
+        "bytes_on_disk": about.num_sequences * SEQUENCE_LENGTH * 4,
         "peak_bytes_above_imports": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before),
     }
 
 
 def _rank(corpus: Path) -> dict[str, Any]:
-    """As `train` does it: open the rows, then the blocks of this rank's share of each step."""
+    """As `train` does it: open the sequences, then the blocks of this rank's share of each step."""
     from orthrus.training.blocks import BlockLayout, draw_blocks
     from orthrus.training.packs import packed_corpora
-    from orthrus.training.trainer import rows_of_step
+    from orthrus.training.trainer import sequences_of_step
 
     process = psutil.Process()
     before, began = process.memory_full_info(), perf_counter()
-    rows = packed_corpora([str(corpus)], ROW_LENGTH)
+    sequences = packed_corpora([str(corpus)], SEQUENCE_LENGTH)
     opened = perf_counter() - began
     at_start = process.memory_full_info()
     layout, times = BlockLayout(block_size=32), []
     for step in range(STEPS):
-        mine = rows_of_step(len(rows), BATCH_ROWS, step, 0)[::RANKS]
+        mine = sequences_of_step(len(sequences), BATCH_SIZE, step, 0)[::RANKS]
         began = perf_counter()
-        for row, seed in mine:
-            draw_blocks([rows[row]], [seed], 256, layout)
+        for index, seed in mine:
+            draw_blocks([sequences[index]], [seed], 256, layout)
         times.append((perf_counter() - began) / len(mine))
     after = process.memory_full_info()
     return {
@@ -140,8 +140,8 @@ def _rank(corpus: Path) -> dict[str, Any]:
         "bytes_to_open": at_start.uss - before.uss,
         "own_bytes_after_steps": after.uss - before.uss,
         "mapped_bytes_after_steps": after.shared - before.shared,
-        "rows_read": STEPS * BATCH_ROWS // RANKS,
-        "seconds_per_row_with_blocks": sorted(times)[len(times) // 2],
+        "sequences_read": STEPS * BATCH_SIZE // RANKS,
+        "seconds_per_sequence_with_blocks": sorted(times)[len(times) // 2],
     }
 
 

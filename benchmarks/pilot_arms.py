@@ -24,7 +24,7 @@ ARMS = (
     Arm("warm-rejected", "half of the blocks at rejected drafts", "warm", {"rejected_share": 0.5}),
     Arm("warm-tv", "total variation", "warm", {"loss": "tv"}),
     Arm("warm-lk", "LK mixture of KL and TV", "warm", {"loss": "lk"}),
-    # About as many targets a row for each K, so that the AR pass is shared by as many.
+    # About as many targets a sequence for each K, so that the AR pass is shared by as many.
     Arm("warm-k12", "K = 12", "warm", {"block_size": 12, "num_anchors": 61}),
     Arm("warm-k16", "K = 16", "warm", {"block_size": 16, "num_anchors": 45}),
     Arm("fresh", "anew: full q k v o", None, FRESH),

@@ -22,12 +22,12 @@ from orthrus.base.markdown import markdown_table
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
 from orthrus.training.blocks import BlockLayout, draw_blocks
-from orthrus.training.packing import PackedRow
+from orthrus.training.packing import PackedSequence
 from orthrus.training.packs import packed_corpora
 from orthrus.training.recipe import TrainConfig, to_plain
 from orthrus.training.recipe_file import load_recipe
 from orthrus.training.start import starting_view
-from orthrus.training.trainer import Hooks, TrainLog, rows_of_step, train
+from orthrus.training.trainer import Hooks, TrainLog, sequences_of_step, train
 from orthrus.training.view_score import decoded_each, held_out_prompts
 
 FORMULAS = {
@@ -76,8 +76,8 @@ def _run(
 ) -> dict[str, Any]:
     overrides = [f"{key}={json.dumps(value)}" for key, value in arm.overrides.items()]
     config = load_recipe(Path(RECIPE), overrides)
-    rows = packed_corpora([str(corpus)], config.row_length, drop_long=True)
-    num_steps, num_targets = _budget(config, rows, targets)
+    sequences = packed_corpora([str(corpus)], config.sequence_length, drop_long=True)
+    num_steps, num_targets = _budget(config, sequences, targets)
     config = replace(config, steps=num_steps, output=str(folder))
     base = load_base(config.base, dtype=config.dtype)
     dual = starting_view(base, config)
@@ -87,7 +87,7 @@ def _run(
         write_text_atomic(file, json.dumps(decoded_each(dual, base, prompts, max_new_tokens)) + "\n")
     logs: list[TrainLog] = []
     began, cpu_began = monotonic(), process_time()
-    train(dual, rows, config, rows.digest, Hooks(on_log=lambda log: _say(log, logs)))
+    train(dual, sequences, config, sequences.digest, Hooks(on_log=lambda log: _say(log, logs)))
     seconds, cpu_seconds = monotonic() - began, process_time() - cpu_began
     scored = decoded_each(dual, base, prompts, max_new_tokens)
     return {
@@ -105,7 +105,7 @@ def _run(
         "tokens_per_cycle": _pooled(scored),
         "tokens_per_cycle_at_start": _pooled(json.loads(file.read_text())),
         "prompts": scored,
-        "corpus": {"digest": rows.digest, "dialogues": rows.dialogues},
+        "corpus": {"digest": sequences.digest, "dialogues": sequences.dialogues},
         "formulas": FORMULAS,
         "provenance": provenance(device=str(dual.device), dtype=config.dtype, seed=config.seed),
     }
@@ -116,13 +116,13 @@ def _say(log: TrainLog, logs: list[TrainLog]) -> None:
     typer.echo(f"  step {log.step} of {log.num_steps}, loss {log.loss:.4f}", err=True)
 
 
-def _budget(config: TrainConfig, rows: Sequence[PackedRow], targets: int) -> tuple[int, int]:
+def _budget(config: TrainConfig, sequences: Sequence[PackedSequence], targets: int) -> tuple[int, int]:
     """(steps, targets): as many whole steps as it takes to see `targets` of them, as the blocks are drawn."""
     layout = BlockLayout(block_size=config.block_size, first_target=config.first_target)
     seen = step = 0
     while seen < targets:
-        for row, seed in rows_of_step(len(rows), config.batch_rows, step, config.seed):
-            seen += int(draw_blocks([rows[row]], [seed], config.num_anchors, layout).valid_BNJ.sum())
+        for index, seed in sequences_of_step(len(sequences), config.batch_size, step, config.seed):
+            seen += int(draw_blocks([sequences[index]], [seed], config.num_anchors, layout).valid_BNJ.sum())
         step += 1
     return step, seen
 

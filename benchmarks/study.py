@@ -29,14 +29,14 @@ from orthrus.engine.stream import TokenStream
 from orthrus.model.dual_view import DualView
 from orthrus.model.runner import EagerRunner
 from orthrus.training.blocks import BlockLayout, draw_blocks
-from orthrus.training.packing import PackedRow
+from orthrus.training.packing import PackedSequence
 from orthrus.training.packs import Packs, packed_corpora
 from orthrus.training.recipe import TrainConfig, to_plain
 from orthrus.training.recipe_file import load_recipe
 from orthrus.training.run_folder import RUN_FILE
 from orthrus.training.start import starting_view
 from orthrus.training.state_folder import drop_state
-from orthrus.training.trainer import Hooks, TrainLog, rows_of_step, train
+from orthrus.training.trainer import Hooks, TrainLog, sequences_of_step, train
 from orthrus.training.view_score import served
 
 FORMULAS = {
@@ -59,7 +59,7 @@ def main(
 ) -> None:
     """Train and score all arms, one after the other."""
     options = {"targets": targets, "num_prompts": num_prompts, "max_new_tokens": max_new_tokens}
-    report = _open(output, options, _rows(corpus, load_recipe(Path(RECIPE), [])))
+    report = _open(output, options, _sequences(corpus, load_recipe(Path(RECIPE), [])))
     for arm in ARMS:
         if arm.name in report["arms"] or (only and arm.name not in only):
             continue
@@ -68,13 +68,13 @@ def main(
         write_text_atomic(output, json.dumps(report, indent=2) + "\n")
 
 
-def _rows(corpus: Path, config: TrainConfig) -> Packs:
-    return packed_corpora([str(corpus)], config.row_length, drop_long=True)
+def _sequences(corpus: Path, config: TrainConfig) -> Packs:
+    return packed_corpora([str(corpus)], config.sequence_length, drop_long=True)
 
 
-def _open(output: Path, options: dict[str, int], rows: Packs) -> dict[str, Any]:
+def _open(output: Path, options: dict[str, int], sequences: Packs) -> dict[str, Any]:
     """The report so far, or a new one; refuses to mix settings or corpora."""
-    about = {"options": options, "corpus": {"digest": rows.digest, "dialogues": rows.dialogues}}
+    about = {"options": options, "corpus": {"digest": sequences.digest, "dialogues": sequences.dialogues}}
     if output.is_file():
         report: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
         if {key: report[key] for key in about} != about:
@@ -87,14 +87,14 @@ def _run(
     arm: Arm, corpus: Path, folder: Path, *, targets: int, num_prompts: int, max_new_tokens: int
 ) -> dict[str, Any]:
     config = load_recipe(Path(RECIPE), [f"{key}={json.dumps(value)}" for key, value in arm.overrides.items()])
-    rows = _rows(corpus, config)
-    num_steps, num_targets = _budget(config, rows, targets)
+    sequences = _sequences(corpus, config)
+    num_steps, num_targets = _budget(config, sequences, targets)
     config = replace(config, steps=num_steps, output=str(folder))
     base = load_base(config.base, dtype=config.dtype)
     dual = starting_view(base, config)
     logs: list[TrainLog] = []
     began = monotonic()
-    train(dual, rows, config, rows.digest, Hooks(on_log=logs.append))
+    train(dual, sequences, config, sequences.digest, Hooks(on_log=logs.append))
     seconds = monotonic() - began
     prompts = _prompts(base, num_prompts)
     scores = {str(n): _score(dual, base, prompts, max_new_tokens, n) for n in arm.denoising_steps}
@@ -118,13 +118,13 @@ def _run(
     }
 
 
-def _budget(config: TrainConfig, rows: Sequence[PackedRow], targets: int) -> tuple[int, int]:
+def _budget(config: TrainConfig, sequences: Sequence[PackedSequence], targets: int) -> tuple[int, int]:
     """(steps, targets): as many whole steps as it takes to see `targets` of them."""
     layout = BlockLayout(block_size=config.block_size)
     seen = step = 0
     while seen < targets:
-        for row, seed in rows_of_step(len(rows), config.batch_rows, step, config.seed):
-            seen += int(draw_blocks([rows[row]], [seed], config.num_anchors, layout).valid_BNJ.sum())
+        for index, seed in sequences_of_step(len(sequences), config.batch_size, step, config.seed):
+            seen += int(draw_blocks([sequences[index]], [seed], config.num_anchors, layout).valid_BNJ.sum())
         step += 1
     return step, seen
 

@@ -28,7 +28,7 @@ ARMS = (
     Arm("lk", "Loss", "LK mixture of KL and TV", {"loss": "lk"}),
     Arm("uniform", "Position weights", "uniform (with KL: the paper's loss)", {"weights": "uniform"}),
     Arm("decay", "Position weights", "exponential decay, gamma 4", {"weights": "decay"}),
-    # About as many targets a row for each K, so that the AR pass is shared by as many.
+    # About as many targets a sequence for each K, so that the AR pass is shared by as many.
     Arm("k4", "Block size", "K = 4", {"block_size": 4, "num_anchors": 224}),
     Arm("k16", "Block size", "K = 16", {"block_size": 16, "num_anchors": 45}),
     Arm("k32", "Block size", "K = 32", {"block_size": 32, "num_anchors": 22}),

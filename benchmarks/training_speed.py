@@ -30,7 +30,7 @@ from orthrus.training.packs import packed_corpora
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.speed import FlopCounter, matmul_peak
 from orthrus.training.start import starting_view
-from orthrus.training.trainer import Hooks, TrainLog, rows_of_step, train
+from orthrus.training.trainer import Hooks, TrainLog, sequences_of_step, train
 
 _WARM = 2
 """Steps before the timed ones: the first runs under a counter of operations."""
@@ -41,7 +41,7 @@ class Setting:
     dtype: str
     block_size: int
     num_anchors: int
-    row_length: int
+    sequence_length: int
 
 
 SETTINGS = (
@@ -76,7 +76,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     single: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Time single steps of one row each."""
+    """Time single steps of one sequence each."""
     if single is not None:
         typer.echo(json.dumps(measure(SETTINGS[single], corpus, repeats, device)))
         return
@@ -115,8 +115,8 @@ def measure(setting: Setting, corpus: Path, repeats: int, device: str) -> dict[s
     config = TrainConfig(
         block_size=setting.block_size,
         num_anchors=setting.num_anchors,
-        row_length=setting.row_length,
-        batch_rows=1,
+        sequence_length=setting.sequence_length,
+        batch_size=1,
         steps=_WARM + repeats,
         log_every=1,
         save_every=2**20,
@@ -126,7 +126,7 @@ def measure(setting: Setting, corpus: Path, repeats: int, device: str) -> dict[s
     )
     base = load_base("default", dtype=setting.dtype, device=device)
     dual = starting_view(base, config)
-    rows = packed_corpora([str(corpus)], setting.row_length, drop_long=True)
+    sequences = packed_corpora([str(corpus)], setting.sequence_length, drop_long=True)
     times: list[tuple[float, float]] = []
 
     def note(log: TrainLog) -> None:
@@ -134,15 +134,15 @@ def measure(setting: Setting, corpus: Path, repeats: int, device: str) -> dict[s
 
     with TemporaryDirectory() as folder:
         # The state is written after the last step has been timed.
-        train(dual, rows, replace(config, output=folder), "", Hooks(on_log=note))
+        train(dual, sequences, replace(config, output=folder), "", Hooks(on_log=note))
     steps = [[b - a for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(times)]
     seconds, cpu_seconds = (median(step[i] for step in steps[_WARM - 1 :]) for i in range(2))
 
     layout = BlockLayout(block_size=setting.block_size)
     drawn = [
-        draw_blocks([rows[row]], [seed], setting.num_anchors, layout)
+        draw_blocks([sequences[index]], [seed], setting.num_anchors, layout)
         for step in range(_WARM, _WARM + repeats)
-        for row, seed in rows_of_step(len(rows), 1, step, config.seed)
+        for index, seed in sequences_of_step(len(sequences), 1, step, config.seed)
     ]
     targets = sum(int(batch.valid_BNJ.sum()) for batch in drawn) / len(drawn)
     with (

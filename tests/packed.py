@@ -1,4 +1,4 @@
-"""Dialogues as the rows that training reads, without a corpus folder around them."""
+"""Dialogues as the sequences that training reads, without a corpus folder around them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +9,10 @@ from orthrus.training.pack_writer import write_pack
 from orthrus.training.packs import Pack, open_pack
 
 
-def pack(samples: Sequence[Sample], row_length: int) -> Pack:
-    """Packed rows; their files are gone, but stay readable as long as somebody holds them."""
+def pack(samples: Sequence[Sample], sequence_length: int) -> Pack:
+    """Packed sequences; their files are gone, but stay readable as long as somebody holds them."""
     with TemporaryDirectory() as folder:
-        write_pack(samples, Path(folder), row_length)
+        write_pack(samples, Path(folder), sequence_length)
         return open_pack(Path(folder))
 
 

@@ -14,11 +14,11 @@ def test_a_packed_corpus_trains_as_the_corpus_does(
     cli: Cli, recipe: str, corpus: str, tmp_path: Path
 ) -> None:
     packed = str(tmp_path / "packed")
-    made = cli("pack", corpus, "--row-length", "96", "--output", packed, "--json")
+    made = cli("pack", corpus, "--sequence-length", "96", "--output", packed, "--json")
     assert made.code == 0
     report = json.loads(made.out)
     assert report["path"] == packed
-    assert report["answer_tokens"] < report["tokens"] <= report["rows"] * 96
+    assert report["answer_tokens"] < report["tokens"] <= report["sequences"] * 96
     assert cli("pack", packed, "--json").out == made.out
 
     settings = ("steps=2", "evaluate_prompts=0")
@@ -34,16 +34,16 @@ def test_a_packed_corpus_trains_as_the_corpus_does(
 
 
 def test_what_pack_refuses(cli: Cli, corpus: str, tmp_path: Path) -> None:
-    assert_refused(cli("pack", corpus), "--row-length")
-    assert_refused(cli("pack", str(tmp_path), "--row-length", "96"), "orthrus synth")
-    assert_refused(cli("pack", corpus, "--row-length", "3"), "longer than a row of 3")
+    assert_refused(cli("pack", corpus), "--sequence-length")
+    assert_refused(cli("pack", str(tmp_path), "--sequence-length", "96"), "orthrus synth")
+    assert_refused(cli("pack", corpus, "--sequence-length", "3"), "longer than a sequence of 3")
     mine = shutil.copytree(corpus, tmp_path / "mine")
-    made = cli("pack", str(mine), "--row-length", "96")
+    made = cli("pack", str(mine), "--sequence-length", "96")
     assert made.code == 0
-    assert "rows of 96 tokens in" in made.out
+    assert "sequences of 96 tokens in" in made.out
     packed = mine / "packed" / "96"
-    assert_refused(cli("pack", str(packed), "--row-length", "96"), "packed already")
-    assert_refused(cli("pack", corpus, "--row-length", "96", "-o", str(packed)), "exists already")
-    rows = packed / "rows-00000.u32"
-    rows.write_bytes(b"\1" + rows.read_bytes()[1:])
-    assert_refused(cli("pack", str(packed)), "rows-00000.u32 is damaged")
+    assert_refused(cli("pack", str(packed), "--sequence-length", "96"), "packed already")
+    assert_refused(cli("pack", corpus, "--sequence-length", "96", "-o", str(packed)), "exists already")
+    file = packed / "sequences-00000.u32"
+    file.write_bytes(b"\1" + file.read_bytes()[1:])
+    assert_refused(cli("pack", str(packed)), "sequences-00000.u32 is damaged")

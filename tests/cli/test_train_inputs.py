@@ -29,7 +29,7 @@ def test_wrong_recipes_corpora_and_bases(
     assert_refused(cli("train", recipe, "steps"), "key=value")
     assert_refused(cli("train", recipe, "layers=2"), "layers must list")
     assert_refused(cli("train", recipe, "layers=[7]"), "layer 7")
-    assert_refused(cli("train", recipe, "row_length=20"), "longer than a row of 20")
+    assert_refused(cli("train", recipe, "sequence_length=20"), "longer than a sequence of 20")
     for value in (".nan", ".inf", "many"):
         assert_refused(cli("train", recipe, f"learning_rate={value}"), "learning_rate must be a number")
     for value in ("3", "[]", "[a, a]", "[[a]]", "{a: b}"):

@@ -27,8 +27,8 @@ CONFIG = {
 PAPER = {
     "block_size": 32,
     "num_anchors": 256,
-    "row_length": 2048,
-    "batch_rows": 128,
+    "sequence_length": 2048,
+    "batch_size": 128,
     "steps": 0,
     "epochs": 2,
     "weights": "uniform",
@@ -61,7 +61,7 @@ def test_a_plan_from_a_config_alone(cli: Cli, recipe: str, tmp_path: Path) -> No
         "8 x h200, ddp: 141.0 GB, 989 TFLOP/s at 40% each",
         "base weights      16.1 GB",
         "optimizer         10.7 GB",
-        "128 rows, 262,144 tokens, at most 1,015,808 targets",
+        "128 sequences, 262,144 tokens, at most 1,015,808 targets",
         "7,629 steps",
     ):
         assert words in done.out
@@ -95,7 +95,7 @@ def test_a_plan_as_json(cli: Cli, recipe: str) -> None:
     assert other["hours"] == pytest.approx(10 * other["flops_per_step"] / (100e12 * 0.4) / 3600)
 
 
-def test_a_plan_counts_the_rows_of_a_corpus(cli: Cli, tmp_path: Path, model_folder: str) -> None:
+def test_a_plan_counts_the_sequences_of_a_corpus(cli: Cli, tmp_path: Path, model_folder: str) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "prompts.jsonl").write_text('{"prompt_ids": [5, 6], "domain": "chat"}\n' * 3)
@@ -113,4 +113,4 @@ def test_options_that_do_nothing_are_refused(cli: Cli, recipe: str) -> None:
     assert_refused(cli("train", recipe, "--plan", "--gpu", "tpu"), "--gpu knows a100")
     assert_refused(cli("train", recipe, "--plan", "--gpus", "0"), "--gpus must be at least 1")
     assert_refused(cli("train", recipe, "--plan", "--corpus-tokens", "-1"), "--corpus-tokens must be")
-    assert_refused(cli("train", recipe, "--plan", "batch_rows=4", "--gpus", "8"), "batch_rows 4 is less")
+    assert_refused(cli("train", recipe, "--plan", "batch_size=4", "--gpus", "8"), "batch_size 4 is less")

@@ -27,8 +27,8 @@ def write_recipe(file: Path, **changes: Any) -> str:
     settings = {
         "block_size": 4,
         "num_anchors": 8,
-        "row_length": 96,
-        "batch_rows": 2,
+        "sequence_length": 96,
+        "batch_size": 2,
         "steps": 6,
         "learning_rate": 1e-3,
         "dtype": "float32",

@@ -18,7 +18,7 @@ from orthrus.training.plan_shape import shape_of
 from orthrus.training.recipe import ActivationKind
 from orthrus.training.speed import FlopCounter
 
-LENGTH, ANCHORS, SIZE, ROWS = 64, 16, 8, 2
+LENGTH, ANCHORS, SIZE, SEQUENCES = 64, 16, 8, 2
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ def training(
     activations: ActivationKind = "none",
     **variant: Any,
 ) -> tuple[TrainingPass, BlockBatch]:
-    """A pass over two rows, each one dialogue, and the batch."""
+    """A pass over two sequences, each one dialogue, and the batch."""
     dual = tiny_dual(name, block_size=SIZE, disturb=0.1, **variant)
     dual.base.to(dtype)  # type: ignore[arg-type]
     for path, parameter in dual.view_parameters().items():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(trains_twins or path.startswith("repair."))
-    samples = [Sample(tuple(tiny_prompt(4, i)), tuple(tiny_prompt(60, 9 + i)), "t") for i in range(ROWS)]
-    rows = pack(samples, LENGTH)
+    samples = [Sample(tuple(tiny_prompt(4, i)), tuple(tiny_prompt(60, 9 + i)), "t") for i in range(SEQUENCES)]
+    sequences = pack(samples, LENGTH)
     return TrainingPass(dual, Objective(), "dense", activations), draw_blocks(
-        rows, list(range(ROWS)), ANCHORS, BlockLayout(block_size=SIZE)
+        sequences, list(range(SEQUENCES)), ANCHORS, BlockLayout(block_size=SIZE)
     )
 
 
@@ -114,11 +114,11 @@ def work_of(batch: BlockBatch, dtype: torch.dtype) -> Work:
     from orthrus.training.block_attention import block_groups
 
     groups = block_groups(batch)
-    read = sum((g.high - g.low) * (g.end - g.first) for g in groups) / (ROWS * ANCHORS)
-    targets = int(batch.valid_BNJ.sum()) / (ROWS * ANCHORS)
+    read = sum((g.high - g.low) * (g.end - g.first) for g in groups) / (SEQUENCES * ANCHORS)
+    targets = int(batch.valid_BNJ.sum()) / (SEQUENCES * ANCHORS)
     return Work(
-        micro_rows=ROWS,
-        row_length=LENGTH,
+        micro_batch_size=SEQUENCES,
+        sequence_length=LENGTH,
         num_anchors=ANCHORS,
         block_size=SIZE,
         targets=targets,

@@ -17,10 +17,10 @@ SIZE = 4
 
 
 def batch_of(num_anchors: int) -> BlockBatch:
-    # The second row has few candidates, so that its last anchor is repeated; one prompt is empty.
+    # The second sequence has few candidates, so that its last anchor is repeated; one prompt is empty.
     samples = [Sample((1,) * n, (2,) * m, "test") for n, m in ((5, 14), (0, 9), (7, 20), (22, 3))]
-    rows = pack(samples, 32)
-    return draw_blocks(rows, range(len(rows)), num_anchors, BlockLayout(block_size=SIZE))
+    sequences = pack(samples, 32)
+    return draw_blocks(sequences, range(len(sequences)), num_anchors, BlockLayout(block_size=SIZE))
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, context: BlockContext, softcap: float | None) -> Tensor:
@@ -90,5 +90,5 @@ def test_a_group_spans_no_more_ar_rows_than_its_blocks_read() -> None:
     batch = batch_of(7)
     visible_BNT = context_mask(batch)
     for group in block_groups(batch):
-        read_T = visible_BNT[group.row, group.first : group.end].any(0).nonzero()[:, 0].tolist()
+        read_T = visible_BNT[group.sequence, group.first : group.end].any(0).nonzero()[:, 0].tolist()
         assert (group.low, group.high) == (read_T[0], read_T[-1] + 1) if read_T else group.low == group.high

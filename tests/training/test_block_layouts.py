@@ -31,22 +31,22 @@ LAYOUTS = {
 SEEDS = [11, 12]
 
 
-def packed_rows(row_length=48):
+def packed_sequences(sequence_length=48):
     samples = [
         Sample(tuple(tiny_prompt(7, seed)), tuple(tiny_prompt(length, seed + 50)), "test")
         for seed, length in enumerate((14, 11, 19, 9))
     ]
-    return pack(samples, row_length)
+    return pack(samples, sequence_length)
 
 
-def oracle(dual, rows, seeds, num_anchors, layout, weights):
+def oracle(dual, sequences, seeds, num_anchors, layout, weights):
     """(loss, weight) summed over every block: a decode of its own, a sum over its rows."""
     loss = weight = 0.0
-    for row, seed in zip(rows, seeds, strict=True):
+    for sequence, seed in zip(sequences, seeds, strict=True):
         # The draws, in the order that makes anchors the same whatever the layout.
         generator = torch.Generator().manual_seed(seed)
-        document, tokens = row.document_T.tolist(), row.token_ids_T.tolist()
-        answer = row.answer_T.tolist()
+        document, tokens = sequence.document_T.tolist(), sequence.token_ids_T.tolist()
+        answer = sequence.answer_T.tolist()
         candidates = [t for t in range(len(tokens) - 1) if answer[t] >= 0 and answer[t + 1] == answer[t]]
         order = torch.randperm(len(candidates), generator=generator)[:num_anchors].tolist()
         anchors = sorted(candidates[i] for i in order)
@@ -92,11 +92,11 @@ def oracle(dual, rows, seeds, num_anchors, layout, weights):
 @pytest.mark.parametrize("weights", ["dpace", "decay", "uniform"])
 def test_the_loss_is_that_of_the_definition(layout, weights):
     dual = tiny_dual(block_size=layout.block_size, disturb=0.3, mask_token_id=None)
-    rows = packed_rows()
-    batch = draw_blocks(rows, SEEDS, 7, layout)
+    sequences = packed_sequences()
+    batch = draw_blocks(sequences, SEEDS, 7, layout)
     with torch.no_grad():
         output = TrainingPass(dual, Objective(weights=weights))(batch)
-        loss, weight = oracle(dual, rows, SEEDS, 7, layout, weights)
+        loss, weight = oracle(dual, sequences, SEEDS, 7, layout, weights)
     assert weight > 0
     assert float(output.weight) == pytest.approx(weight, rel=1e-4)
     assert float(output.loss) == pytest.approx(loss, rel=1e-4)
@@ -104,30 +104,30 @@ def test_the_loss_is_that_of_the_definition(layout, weights):
 
 def test_anchors_are_the_same_in_every_layout():
     """Those that seeds gave before there were layouts."""
-    rows = packed_rows()
+    sequences = packed_sequences()
     for layout in LAYOUTS.values():
-        batch = draw_blocks(rows, SEEDS, 7, layout)
-        for row, seed, anchors in zip(rows, SEEDS, batch.anchor_BN, strict=True):
-            follows = (row.answer_T[:-1] >= 0) & (row.answer_T[1:] == row.answer_T[:-1])
+        batch = draw_blocks(sequences, SEEDS, 7, layout)
+        for sequence, seed, anchors in zip(sequences, SEEDS, batch.anchor_BN, strict=True):
+            follows = (sequence.answer_T[:-1] >= 0) & (sequence.answer_T[1:] == sequence.answer_T[:-1])
             candidates = follows.nonzero()[:, 0]
             order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))[:7]
             assert torch.equal(anchors, candidates[order].sort().values)
 
 
-def test_shares_are_kept_and_rows_do_not_hang_on_each_other():
-    rows = [*packed_rows()] * 40
-    seeds = list(range(len(rows)))
+def test_shares_are_kept_and_sequences_do_not_hang_on_each_other():
+    sequences = [*packed_sequences()] * 40
+    seeds = list(range(len(sequences)))
     layout = BlockLayout(block_size=6, num_clean=3, clean_share=0.3, reveal=0.25)
-    batch = draw_blocks(rows, seeds, 12, layout)
+    batch = draw_blocks(sequences, seeds, 12, layout)
     whole = batch.valid_BNJ.all(-1)
     assert batch.known_BNK[..., 0].all()
     # Row 1 is known in clean blocks, and in the share of the others that shows its token.
     known_K = batch.known_BNK[whole].float().mean(0)
     expected = torch.tensor([1.0, *[0.3 + 0.7 * 0.25] * 2, *[0.25] * 3])
     torch.testing.assert_close(known_K, expected, atol=0.06, rtol=0)
-    alone = draw_blocks(rows[3:4], seeds[3:4], 12, layout)
+    alone = draw_blocks(sequences[3:4], seeds[3:4], 12, layout)
     assert torch.equal(alone.known_BNK[0], batch.known_BNK[3])
-    again = draw_blocks(rows, seeds, 12, layout)
+    again = draw_blocks(sequences, seeds, 12, layout)
     assert torch.equal(again.known_BNK, batch.known_BNK)
 
 

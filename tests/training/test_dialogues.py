@@ -123,15 +123,15 @@ def test_blocks_train_answers_alone() -> None:
         dialogue = say(dialogue, text)
     sample = dialogue.sample()
     assert sample is not None
-    rows = pack([sample, Sample((5, 6), (7, 8, 9), "chat")], 96)
+    sequences = pack([sample, Sample((5, 6), (7, 8, 9), "chat")], 96)
     written = {len(sample.prompt_ids) + i for span in sample.spans for i in range(*span)}
-    batch = draw_blocks(rows, [0], 30, BlockLayout(block_size=4))
+    batch = draw_blocks(sequences, [0], 30, BlockLayout(block_size=4))
     second = len(sample.prompt_ids) + len(sample.answer_ids) + 2
     # A target row at t predicts t + 1.
     predicted = set((batch.target_BNJ[batch.valid_BNJ] + 1).tolist())
     starts = {len(sample.prompt_ids) + start for start, _ in sample.spans} | {second}
     assert predicted == (written | {second + 1, second + 2}) - starts
-    assert torch.equal(rows[0].answer_T.unique(), torch.tensor([-1, 0, 1, 2]))
+    assert torch.equal(sequences[0].answer_T.unique(), torch.tensor([-1, 0, 1, 2]))
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ LAYOUT = BlockLayout(block_size=5)
 
 
 def batch_of(num_anchors: int = 6) -> BlockBatch:
-    """Two rows of two dialogues each, padded at the end; windows of 12 cut their histories."""
+    """Two sequences of two dialogues each, padded at the end; windows of 12 cut their histories."""
     samples = [
         Sample(tuple(tiny_prompt(7, seed)), tuple(tiny_prompt(length, seed + 50)), "test")
         for seed, length in enumerate((24, 11, 19, 9))
     ]
-    rows = pack(samples, 50)
-    assert len(rows) == 2
-    return draw_blocks(rows, [0, 1], num_anchors, LAYOUT)
+    sequences = pack(samples, 50)
+    assert len(sequences) == 2
+    return draw_blocks(sequences, [0, 1], num_anchors, LAYOUT)
 
 
 def full_mask(batch: BlockBatch, window: int | None) -> torch.Tensor:

@@ -14,12 +14,12 @@ from orthrus.training.forward import Objective, TrainingPass
 LAYOUT = BlockLayout(block_size=5)
 
 
-def _rows(row_length=48):
+def _sequences(sequence_length=48):
     samples = [
         Sample(tuple(tiny_prompt(7, seed)), tuple(tiny_prompt(length, seed + 50)), "test")
         for seed, length in enumerate((14, 11, 19, 9))
     ]
-    return pack(samples, row_length)
+    return pack(samples, sequence_length)
 
 
 @pytest.mark.parametrize("name", sorted(FAMILY_CONFIGS))
@@ -36,7 +36,7 @@ def test_training_blocks_equal_decoding_blocks_in_views_of_every_kind(name, vari
 
 def assert_training_equals_decoding(dual):
     training = TrainingPass(dual, Objective())
-    batch = draw_blocks(_rows(), [0, 1], 6, LAYOUT)
+    batch = draw_blocks(_sequences(), [0, 1], 6, LAYOUT)
     with torch.no_grad():
         context, _ = training.teacher(batch)
         logits_BNKV = training.dual.head(training.blocks(batch, context))
@@ -52,7 +52,7 @@ def assert_training_equals_decoding(dual):
 def test_teacher_rows_equal_the_stock_forward_on_each_document():
     dual = tiny_dual("qwen3-sliding")
     training = TrainingPass(dual, Objective())
-    batch = draw_blocks(_rows(), [0, 1], 4, LAYOUT)
+    batch = draw_blocks(_sequences(), [0, 1], 4, LAYOUT)
     with torch.no_grad():
         hidden_BTC = training.teacher(batch)[1]
         for b in range(2):
@@ -70,7 +70,7 @@ def test_teacher_rows_equal_the_stock_forward_on_each_document():
 def test_only_the_view_gets_gradients(name, variant):
     dual = tiny_dual(name, disturb=0.2, **{"mask_token_id": None, **variant_of(name, variant)})
     before = {name: p.clone() for name, p in dual.base.named_parameters() if ".diffusion." not in name}
-    output = TrainingPass(dual, Objective())(draw_blocks(_rows(), [0, 1], 6, LAYOUT))
+    output = TrainingPass(dual, Objective())(draw_blocks(_sequences(), [0, 1], 6, LAYOUT))
     output.loss.backward()
     view = dual.view_parameters()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in view.values())

@@ -1,7 +1,8 @@
-"""Packed corpora: the rows of a slow oracle, packed once by one process, refused when damaged."""
+"""Packed corpora: the sequences of a slow oracle, packed once by one process, refused when damaged."""
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from tests.packed import pack
 from tests.workers import run_together
 
+from orthrus.base.owned import replace_folder
 from orthrus.errors import CorruptFileError, OrthrusError, StorageError, UserInputError
 from orthrus.training import pack_writer
 from orthrus.training.corpus import Sample
-from orthrus.training.pack_index import INDEX
-from orthrus.training.packing import PackedRow
+from orthrus.training.pack_index import INDEX, KIND
+from orthrus.training.packing import PackedSequence
 from orthrus.training.packs import CACHE, Pack, check_files, open_pack, packed, packed_corpora
 
 LENGTH = 24
@@ -32,31 +34,31 @@ def samples_of(number: int, seed: int = 0) -> list[Sample]:
     return made
 
 
-def oracle(samples: list[Sample], row_length: int) -> list[PackedRow]:
-    """Rows as a list of lists: each dialogue goes to the first of 16 open rows that has room."""
-    open_rows: list[list[Sample]] = []
-    rows: list[list[Sample]] = []
+def oracle(samples: list[Sample], sequence_length: int) -> list[PackedSequence]:
+    """Sequences as a list of lists: each dialogue goes to the first of 16 open sequences that has room."""
+    open_sequences: list[list[Sample]] = []
+    sequences: list[list[Sample]] = []
 
-    def room(row: list[Sample]) -> int:
-        return row_length - sum(len(s.prompt_ids) + len(s.answer_ids) for s in row)
+    def room(sequence: list[Sample]) -> int:
+        return sequence_length - sum(len(s.prompt_ids) + len(s.answer_ids) for s in sequence)
 
     for sample in samples:
         length = len(sample.prompt_ids) + len(sample.answer_ids)
-        row = next((row for row in open_rows if room(row) >= length), None)
-        if row is None:
-            row = []
-            rows.append(row)
-            open_rows.append(row)
-        row.append(sample)
-        if len(open_rows) > 16:
-            del open_rows[min(range(17), key=lambda i: room(open_rows[i]))]
-    return [in_full(row, row_length) for row in rows]
+        sequence = next((sequence for sequence in open_sequences if room(sequence) >= length), None)
+        if sequence is None:
+            sequence = []
+            sequences.append(sequence)
+            open_sequences.append(sequence)
+        sequence.append(sample)
+        if len(open_sequences) > 16:
+            del open_sequences[min(range(17), key=lambda i: room(open_sequences[i]))]
+    return [in_full(sequence, sequence_length) for sequence in sequences]
 
 
-def in_full(row: list[Sample], row_length: int) -> PackedRow:
+def in_full(sequence: list[Sample], sequence_length: int) -> PackedSequence:
     ids, positions, documents, answers = ([] for _ in range(4))
     number = 0
-    for index, sample in enumerate(row):
+    for index, sample in enumerate(sequence):
         own = [*sample.prompt_ids, *sample.answer_ids]
         of_token = [-1] * len(own)
         for start, end in sample.answer_spans:
@@ -65,17 +67,17 @@ def in_full(row: list[Sample], row_length: int) -> PackedRow:
             number += 1
         ids, positions = ids + own, positions + list(range(len(own)))
         documents, answers = documents + [index] * len(own), answers + of_token
-    padding = row_length - len(ids)
+    padding = sequence_length - len(ids)
     filled = [ids + [0] * padding, positions + [0] * padding]
     filled += [documents + [-1] * padding, answers + [-1] * padding]
-    return PackedRow(*map(torch.tensor, filled))
+    return PackedSequence(*map(torch.tensor, filled))
 
 
-def assert_equal_rows(found: Any, expected: list[PackedRow]) -> None:
+def assert_equal_sequences(found: Any, expected: list[PackedSequence]) -> None:
     assert len(found) == len(expected)
-    for row, other in zip(found, expected, strict=True):
-        for name in PackedRow.__slots__:
-            assert torch.equal(getattr(row, name), getattr(other, name)), name
+    for sequence, other in zip(found, expected, strict=True):
+        for name in PackedSequence.__slots__:
+            assert torch.equal(getattr(sequence, name), getattr(other, name)), name
 
 
 def write_corpus(folder: Path, samples: list[Sample], base: str | None = "a base") -> Path:
@@ -92,12 +94,14 @@ def write_corpus(folder: Path, samples: list[Sample], base: str | None = "a base
 
 @pytest.mark.parametrize("shard_words", [1, 5 * LENGTH, 2**26])
 @pytest.mark.parametrize("number", [1, 17, 300])
-def test_rows_are_those_of_the_oracle(number: int, shard_words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequences_are_those_of_the_oracle(
+    number: int, shard_words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pack_writer, "_SHARD_WORDS", shard_words)
     samples = samples_of(number)
     found = pack(samples, LENGTH)
-    assert_equal_rows(found, oracle(samples, LENGTH))
-    assert_equal_rows(found[:3], oracle(samples, LENGTH)[:3])
+    assert_equal_sequences(found, oracle(samples, LENGTH))
+    assert_equal_sequences(found[:3], oracle(samples, LENGTH)[:3])
     assert found.about.tokens == sum(len(s.prompt_ids) + len(s.answer_ids) for s in samples)
     assert found.about.answer_tokens == sum(s.num_answered for s in samples)
     with pytest.raises(IndexError):
@@ -120,17 +124,17 @@ def test_a_corpus_is_packed_once_and_again_when_it_changed(tmp_path: Path) -> No
     samples = samples_of(40)
     folder = write_corpus(tmp_path / "corpus", samples)
     stages: list[tuple[str, int, int | None]] = []
-    rows = packed_corpora([str(folder)], LENGTH, on_progress=lambda *seen: stages.append(seen))
-    assert_equal_rows(rows, oracle(samples, LENGTH))
-    assert (rows.dialogues, rows.parts[str(folder)].about.sources) == (40, ("mine.jsonl",))
+    sequences = packed_corpora([str(folder)], LENGTH, on_progress=lambda *seen: stages.append(seen))
+    assert_equal_sequences(sequences, oracle(samples, LENGTH))
+    assert (sequences.dialogues, sequences.parts[str(folder)].about.sources) == (40, ("mine.jsonl",))
     assert [total for _, _, total in stages] == [sum(f.stat().st_size for f in folder.glob("*.json*"))] * 2
     written = (folder / CACHE / str(LENGTH) / INDEX).stat().st_mtime_ns
-    assert packed_corpora([str(folder)], LENGTH).digest == rows.digest
+    assert packed_corpora([str(folder)], LENGTH).digest == sequences.digest
     assert (folder / CACHE / str(LENGTH) / INDEX).stat().st_mtime_ns == written
     write_corpus(folder, samples[:30])
     assert packed_corpora([str(folder)], LENGTH).dialogues == 30
-    # Rows that somebody reads stay what they were.
-    assert_equal_rows(rows, oracle(samples, LENGTH))
+    # Sequences that somebody reads stay what they were.
+    assert_equal_sequences(sequences, oracle(samples, LENGTH))
 
 
 def test_several_processes_pack_once(tmp_path: Path) -> None:
@@ -146,11 +150,26 @@ def _note_pack(folder: str, notes: str) -> None:
     Path(notes, f"packed-{os.environ['RANK']}").write_text(f"{changed} {pack.about.digest}")
 
 
+def test_a_pack_of_an_older_format_is_refused_or_made_again(tmp_path: Path) -> None:
+    samples = samples_of(9)
+    folder = write_corpus(tmp_path / "corpus", samples)
+    pack = packed(folder, LENGTH)
+    moved = tmp_path / "packed"
+    with replace_folder(pack.folder, KIND) as older:
+        (older / INDEX).write_text(json.dumps({"kind": KIND, "format": 1, "row_length": LENGTH}))
+        (older / "rows-00000.u32").write_bytes(b"\0" * 4 * LENGTH)
+    shutil.copytree(pack.folder, moved)
+    with pytest.raises(CorruptFileError, match=r"pack\.json is damaged .* pack the corpus again"):
+        packed(moved, LENGTH)
+    assert_equal_sequences(packed(folder, LENGTH), oracle(samples, LENGTH))
+    assert not (pack.folder / "rows-00000.u32").exists()
+
+
 def test_a_killed_packing_leaves_nothing_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_corpus(tmp_path / "corpus", samples_of(5))
     scrap = folder / CACHE / f".{LENGTH}.orthrus-scratch-killed"
     scrap.mkdir(parents=True)
-    (scrap / "rows-00000.u32").write_bytes(b"half")
+    (scrap / "sequences-00000.u32").write_bytes(b"half")
     assert packed(folder, LENGTH).about.dialogues == 5
     assert not scrap.exists()
 
@@ -158,10 +177,10 @@ def test_a_killed_packing_leaves_nothing_in_the_way(tmp_path: Path, monkeypatch:
 def test_several_corpora_are_read_one_after_the_other(tmp_path: Path) -> None:
     first, second = samples_of(30), samples_of(25, seed=1)
     folders = [str(write_corpus(tmp_path / name, s)) for name, s in (("a", first), ("b", second))]
-    rows = packed_corpora(folders, LENGTH)
-    assert_equal_rows(rows, oracle(first, LENGTH) + oracle(second, LENGTH))
-    assert rows.digest not in {pack.about.digest for pack in rows.parts.values()}
-    assert rows.digest != packed_corpora(folders[::-1], LENGTH).digest
+    sequences = packed_corpora(folders, LENGTH)
+    assert_equal_sequences(sequences, oracle(first, LENGTH) + oracle(second, LENGTH))
+    assert sequences.digest not in {pack.about.digest for pack in sequences.parts.values()}
+    assert sequences.digest != packed_corpora(folders[::-1], LENGTH).digest
     write_corpus(tmp_path / "b", second, base="another")
     with pytest.raises(UserInputError, match="different bases"):
         packed_corpora(folders, LENGTH)
@@ -173,9 +192,11 @@ def test_several_corpora_are_read_one_after_the_other(tmp_path: Path) -> None:
 def test_long_dialogues_are_refused_or_left_out(tmp_path: Path) -> None:
     samples = [Sample((1, 2), (3,) * 30, "test"), Sample((1, 2), (3,) * 5, "test")]
     folder = str(write_corpus(tmp_path, samples))
-    with pytest.raises(UserInputError, match=r"1 of 2 dialogues in .* are longer than a row of 16 .* has 32"):
+    with pytest.raises(
+        UserInputError, match=r"1 of 2 dialogues in .* are longer than a sequence of 16 .* has 32"
+    ):
         packed_corpora([folder], 16)
-    assert_equal_rows(packed_corpora([folder], 16, drop_long=True), oracle(samples[1:], 16))
+    assert_equal_sequences(packed_corpora([folder], 16, drop_long=True), oracle(samples[1:], 16))
     with pytest.raises(UserInputError, match="every dialogue is longer"):
         packed_corpora([folder], 4, drop_long=True)
 
@@ -184,8 +205,8 @@ def test_a_packed_folder_stands_for_its_corpus(tmp_path: Path) -> None:
     samples = samples_of(9)
     folder = write_corpus(tmp_path / "corpus", samples)
     moved = packed(folder, LENGTH).folder.rename(tmp_path / "moved")
-    assert_equal_rows(packed_corpora([str(moved)], LENGTH), oracle(samples, LENGTH))
-    with pytest.raises(UserInputError, match=r"have 24 tokens, the recipe wants 48; set row_length: 24"):
+    assert_equal_sequences(packed_corpora([str(moved)], LENGTH), oracle(samples, LENGTH))
+    with pytest.raises(UserInputError, match=r"have 24 tokens, the recipe wants 48; set sequence_length: 24"):
         packed_corpora([str(moved)], 48)
 
 
@@ -203,10 +224,10 @@ def whole_pack(folder: Path) -> Pack:
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     pack = whole_pack(tmp_path)
     check_files(pack)
-    file = pack.folder / "rows-00000.u32"
+    file = pack.folder / "sequences-00000.u32"
     content = file.read_bytes()
     file.write_bytes(content[:4] + b"\0\0\0\0" + content[8:])
-    with pytest.raises(CorruptFileError, match=r"rows-00000\.u32 is damaged .*content"):
+    with pytest.raises(CorruptFileError, match=r"sequences-00000\.u32 is damaged .*content"):
         check_files(pack)
     file.write_bytes(b"\xff\xff\xff\x0f" + content[4:])
     small = json.loads((pack.folder / INDEX).read_text()) | {"largest_id": 9}
@@ -217,14 +238,16 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CorruptFileError, match="size"):
         open_pack(pack.folder)
     file.unlink()
-    with pytest.raises(CorruptFileError, match=r"rows-00000\.u32"):
+    with pytest.raises(CorruptFileError, match=r"sequences-00000\.u32"):
         open_pack(pack.folder)
 
 
 JUNK: list[Any] = [None, -1, 1.5, "x", [], {}, True, 2**80, [[]]]
 
 
-@pytest.mark.parametrize("key", ["row_length", "num_rows", "shard_rows", "largest_id", "domains", "digest"])
+@pytest.mark.parametrize(
+    "key", ["sequence_length", "num_sequences", "shard_sequences", "largest_id", "domains", "digest"]
+)
 def test_an_index_with_wrong_values(tmp_path: Path, key: str) -> None:
     pack = whole_pack(tmp_path)
     file = pack.folder / INDEX
@@ -235,7 +258,7 @@ def test_an_index_with_wrong_values(tmp_path: Path, key: str) -> None:
         file.write_text(json.dumps(content | {key: value}))
         with pytest.raises(OrthrusError, match="damaged"):
             open_pack(pack.folder)
-    for text in ("", "{", "[]", json.dumps(content | {"format": 2}), "[" * 99_999):
+    for text in ("", "{", "[]", json.dumps(content | {"format": 1}), "[" * 99_999):
         file.write_text(text)
         with pytest.raises(CorruptFileError, match=r"pack\.json is damaged"):
             open_pack(pack.folder)

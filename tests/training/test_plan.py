@@ -41,8 +41,8 @@ CONFIG_8B = LlamaConfig(
 PAPER = TrainConfig(
     block_size=32,
     num_anchors=256,
-    row_length=2048,
-    batch_rows=128,
+    sequence_length=2048,
+    batch_size=128,
     epochs=2,
     weights="uniform",
 )
@@ -108,10 +108,10 @@ def test_saved_bytes_and_operations_of_layers_that_run_again(name: str, dtype: t
 def assert_planned(name: str, dtype: torch.dtype, **settings: Any) -> None:
     found = measure(name, dtype, **settings)
     shape, work = found.shape, found.work
-    rows = work.micro_rows * work.row_length
+    rows = work.micro_batch_size * work.sequence_length
     # What is not saved but lives on beside it: the AR pass's hidden states, its keys where nothing reads them, masks.
     beside = work.dtype_bytes * rows * shape.hidden
-    beside += (1 + shape.windowed) * work.dtype_bytes * work.block_rows * work.row_length
+    beside += (1 + shape.windowed) * work.dtype_bytes * work.block_rows * work.sequence_length
     unread = shape.num_layers - len(shape.learning_layers)
     beside += unread * rows * (shape.keys + shape.values) * work.dtype_bytes
     if work.recomputed:
@@ -124,7 +124,7 @@ def assert_planned(name: str, dtype: torch.dtype, **settings: Any) -> None:
     beside -= shape.capped_logits * work.target_rows * shape.vocab * work.dtype_bytes
     assert found.saved == pytest.approx(activation_bytes(shape, work) - beside, rel=SAVED)
     # torch has no formula for its attention on a CPU, nor for experts.
-    uncounted = 0 if name == "gemma2" else shape.num_layers * rows * 4 * work.row_length * shape.queries
+    uncounted = 0 if name == "gemma2" else shape.num_layers * rows * 4 * work.sequence_length * shape.queries
     if shape.experts is not None:
         weights = shape.experts[1] * 3 * shape.mlp * shape.hidden
         uncounted += 2 * weights * (shape.num_layers * (rows + work.block_rows))
@@ -200,7 +200,7 @@ def test_shards_cut_weights_and_optimizer_and_are_whole_at_times() -> None:
     assert isinstance(cut, Memory)
 
 
-def test_flex_reads_half_a_row_and_saves_no_scores() -> None:
+def test_flex_reads_half_a_sequence_and_saves_no_scores() -> None:
     flex = plan_run(LLAMA_8B, PAPER, H100, None).work
     dense = plan_run(LLAMA_8B, replace(PAPER, attention="dense"), H100, None).work
     assert (flex.attention, flex.read_rows) == ("flex", 1024)
@@ -214,11 +214,12 @@ def test_what_a_step_and_a_run_do() -> None:
     assert plan.targets == 128 * 256 * 31
     assert plan.num_steps == round(2 * 500_000 / 128)
     assert plan.total_flops == plan.num_steps * plan.step_flops
-    # A row: 2048 AR rows through 7 G weights, 8192 block rows through them there and back, targets through the head.
+    # A sequence: 2048 AR rows through 7 G weights, 8192 block rows through them there and back, and targets through
+    # the head.
     assert 250e12 < plan.step_flops / 128 < 400e12
     assert plan.hours == pytest.approx(hours(plan.total_flops, peak=989e12, utilisation=0.4, processes=8))
     # A ragged share is waited for.
-    ragged = plan_run(LLAMA_8B, replace(PAPER, batch_rows=9, steps=10), H100, None)
+    ragged = plan_run(LLAMA_8B, replace(PAPER, batch_size=9, steps=10), H100, None)
     assert ragged.hours == pytest.approx(
         hours(10 * 16 * plan.step_flops / 128, peak=989e12, utilisation=0.4, processes=8)
     )
@@ -239,9 +240,9 @@ def test_what_to_change_first_and_no_more() -> None:
             plan_run(low if recipe.rank else LLAMA_8B, recipe, machine, None).peak_bytes <= limit * GB
         )
 
-    wide = replace(PAPER, micro_rows=2, batch_rows=128)
+    wide = replace(PAPER, micro_batch_size=2, batch_size=128)
     needed = plan_run(LLAMA_8B, PAPER, H100, None).peak_bytes / GB
-    assert what_to_change(wide, 8, fits(needed + 1)) == {"micro_rows": 1}
+    assert what_to_change(wide, 8, fits(needed + 1)) == {"micro_batch_size": 1}
     changes = what_to_change(PAPER, 8, fits(needed - 10))
     assert changes == {"activations": "layer"}
     assert what_to_change(PAPER, 8, fits(45)) == {"activations": "layer", "sharding": "fsdp2"}
@@ -254,5 +255,5 @@ def test_machines_that_cannot_be() -> None:
     for changes in ({"num_gpus": 0}, {"bytes_each": 0.0}, {"peak": -1.0}, {"utilisation": 1.5}):
         with pytest.raises(UserInputError, match="--"):
             replace(H100, **changes)  # type: ignore[arg-type]
-    with pytest.raises(UserInputError, match="batch_rows 4 is less"):
-        plan_run(LLAMA_8B, replace(PAPER, batch_rows=4), H100, None)
+    with pytest.raises(UserInputError, match="batch_size 4 is less"):
+        plan_run(LLAMA_8B, replace(PAPER, batch_size=4), H100, None)

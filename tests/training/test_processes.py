@@ -22,8 +22,8 @@ from orthrus.training.run_folder import BEST, LAST, RunFolder, run_folder
 from orthrus.training.trainer import Hooks
 from orthrus.training.view_score import Scorer, decoded, keep_view
 
-# Three rows for two processes: the second one has nothing left to do in the last pass.
-CASE = replace(CONFIG, batch_rows=3, steps=6, evaluate_every=4, log_every=1, ema_decay=0.5)
+# Three sequences for two processes: the second one has nothing left to do in the last pass.
+CASE = replace(CONFIG, batch_size=3, steps=6, evaluate_every=4, log_every=1, ema_decay=0.5)
 HALF = replace(CASE, dtype="bfloat16", steps=2)
 HEAD = replace(CASE, train="repair", init_view="elsewhere", steps=4)
 BASE: Any = SimpleNamespace(eos_token_ids=frozenset(), context_length=256)

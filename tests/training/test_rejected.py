@@ -21,19 +21,19 @@ SEEDS = [3, 4]
 NUM = 7
 
 
-def packed_rows(row_length=48):
+def packed_sequences(sequence_length=48):
     samples = [
         Sample(tuple(tiny_prompt(7, seed)), tuple(tiny_prompt(length, seed + 50)), "test")
         for seed, length in enumerate((14, 11, 19, 9))
     ]
-    return pack(samples, row_length)
+    return pack(samples, sequence_length)
 
 
-def expected_anchors(rows, batch, is_hit):
-    """By loops: each block's anchor, those that move where `is_hit(row, target)` first says no."""
+def expected_anchors(sequences, batch, is_hit):
+    """By loops: each block's anchor, those that move where `is_hit(sequence, target)` first says no."""
     anchors = []
-    for b, row in enumerate(rows):
-        answer = row.answer_T.tolist()
+    for b, sequence in enumerate(sequences):
+        answer = sequence.answer_T.tolist()
         found = []
         for n in range(NUM):
             anchor = int(batch.anchor_BN[b, n])
@@ -53,15 +53,15 @@ def expected_anchors(rows, batch, is_hit):
 
 @pytest.mark.parametrize("hits", ["none", "all", "some"])
 def test_moving_blocks_go_to_the_first_token_that_was_wrong(hits):
-    rows = packed_rows()
-    batch = draw_blocks(rows, SEEDS, NUM, LAYOUT)
+    sequences = packed_sequences()
+    batch = draw_blocks(sequences, SEEDS, NUM, LAYOUT)
     assert batch.draws.moving_BN.sum(1).tolist() == [4, 4]
     share = {"none": -1.0, "all": 2.0, "some": 0.6}[hits]
     hit_BT = torch.rand(batch.token_ids_BT.shape, generator=torch.Generator().manual_seed(0)) < share
     probed = moving_blocks(batch)
     hit_BMJ = hit_BT.gather(1, probed.target_BNJ.flatten(1)).view_as(probed.target_BNJ)
     moved = rejected_anchors(batch, hit_BMJ)
-    assert moved.anchor_BN.tolist() == expected_anchors(rows, batch, lambda b, t: bool(hit_BT[b, t]))
+    assert moved.anchor_BN.tolist() == expected_anchors(sequences, batch, lambda b, t: bool(hit_BT[b, t]))
     if hits == "all":
         assert torch.equal(moved.anchor_BN, batch.anchor_BN)
     else:
@@ -69,9 +69,9 @@ def test_moving_blocks_go_to_the_first_token_that_was_wrong(hits):
 
 
 def test_without_a_share_nothing_moves_and_the_draws_are_as_they_were():
-    rows = packed_rows()
-    plain = draw_blocks(rows, SEEDS, NUM, replace(LAYOUT, rejected_share=0.0))
-    batch = draw_blocks(rows, SEEDS, NUM, LAYOUT)
+    sequences = packed_sequences()
+    plain = draw_blocks(sequences, SEEDS, NUM, replace(LAYOUT, rejected_share=0.0))
+    batch = draw_blocks(sequences, SEEDS, NUM, LAYOUT)
     assert torch.equal(plain.anchor_BN, batch.anchor_BN)
     assert torch.equal(plain.valid_BNJ, batch.valid_BNJ)
     assert not plain.draws.moving_BN.any()
@@ -81,7 +81,7 @@ def test_without_a_share_nothing_moves_and_the_draws_are_as_they_were():
 def test_the_drafts_that_are_looked_at_are_the_views_own(repair_rank):
     dual = tiny_dual(block_size=5, disturb=0.3, mask_token_id=None, repair_rank=repair_rank)
     training = TrainingPass(dual, Objective())
-    batch = draw_blocks(packed_rows(), SEEDS, NUM, LAYOUT)
+    batch = draw_blocks(packed_sequences(), SEEDS, NUM, LAYOUT)
     context, _ = training.teacher(batch)
     moved, _ = training.moved(batch, context)
     # Every block as it was drawn, through the losses: at a hit, the text's own token was the most probable.
@@ -98,10 +98,10 @@ def test_the_drafts_that_are_looked_at_are_the_views_own(repair_rank):
         for j in range(1, 4):
             guess_of[b, int(batch.anchor_BN[b, n]), j] = int(guesses_BNJ[b, n, j])
 
-    rows, tokens = packed_rows(), batch.token_ids_BT.tolist()
+    sequences, tokens = packed_sequences(), batch.token_ids_BT.tolist()
     anchors = []
-    for b, row in enumerate(rows):
-        answer, found = row.answer_T.tolist(), []
+    for b, sequence in enumerate(sequences):
+        answer, found = sequence.answer_T.tolist(), []
         for n in range(NUM):
             anchor = int(batch.anchor_BN[b, n])
             if batch.draws.moving_BN[b, n]:
@@ -121,7 +121,7 @@ def test_the_drafts_that_are_looked_at_are_the_views_own(repair_rank):
 def test_the_look_at_drafts_keeps_no_weight_from_learning():
     dual = tiny_dual(block_size=5, disturb=0.3, mask_token_id=None)
     with torch.autocast("cpu", torch.bfloat16):
-        TrainingPass(dual, Objective())(draw_blocks(packed_rows(), SEEDS, NUM, LAYOUT)).loss.backward()
+        TrainingPass(dual, Objective())(draw_blocks(packed_sequences(), SEEDS, NUM, LAYOUT)).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in dual.view_parameters().values())
 
 

@@ -8,7 +8,7 @@ from tests.engines import decode
 from tests.folders import save_base
 from tests.rows import Rows
 from tests.tiny import tiny_dual
-from tests.training.test_forward import LAYOUT, _rows
+from tests.training.test_forward import LAYOUT, _sequences
 from tests.training.test_trainer import CONFIG, own_answers, run
 
 from orthrus.base.loading import load_base
@@ -45,7 +45,7 @@ def accepted(dual, strategy):
 
 
 def test_a_head_that_knows_the_truth_raises_acceptance_and_leaves_the_twins_alone(tmp_path):
-    config = replace(REPAIR, steps=100, num_anchors=19, batch_rows=5, row_length=26)
+    config = replace(REPAIR, steps=100, num_anchors=19, batch_size=5, sequence_length=26)
     dual = headed()
     before = {name: p.clone() for name, p in dual.view_parameters().items()}
     was = {strategy: accepted(dual, strategy) for strategy in ("chain", "tree", "fused_tree")}
@@ -76,7 +76,7 @@ def test_what_is_trained_is_part_of_the_recipe(tmp_path):
 def test_a_whole_view_trains_together_with_its_head():
     dual = headed()
     dual.repair.out.weight.data.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(0))
-    TrainingPass(dual, Objective())(draw_blocks(_rows(), [0, 1], 6, LAYOUT)).loss.backward()
+    TrainingPass(dual, Objective())(draw_blocks(_sequences(), [0, 1], 6, LAYOUT)).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in dual.view_parameters().values())
 
 
@@ -84,7 +84,7 @@ def test_training_knows_the_same_parent_as_decoding():
     """The loss of a row is that of the repaired row, which decoding looks at for its best candidates."""
     dual = headed()
     dual.repair.out.weight.data.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(0))
-    batch = draw_blocks(_rows(), [0, 1], 1, LAYOUT)
+    batch = draw_blocks(_sequences(), [0, 1], 1, LAYOUT)
     batch = replace(batch, token_ids_BT=batch.token_ids_BT[:1], position_ids_BT=batch.position_ids_BT[:1])
     batch = replace(batch, document_BT=batch.document_BT[:1], anchor_BN=batch.anchor_BN[:1])
     batch = replace(batch, target_BNJ=batch.target_BNJ[:1], known_BNK=batch.known_BNK[:1])

@@ -9,7 +9,7 @@ from orthrus.training.corpus import Unseen, normalised
 from orthrus.training.prompt_sources import read_prompts_of
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.recipe_file import load_recipe
-from orthrus.training.trainer import rows_of_step
+from orthrus.training.trainer import sequences_of_step
 
 
 def test_every_script_counts_as_words():
@@ -31,12 +31,12 @@ def test_a_prompt_file_that_is_no_text_is_refused(tmp_path):
         read_prompts_of(file)
 
 
-def test_any_seed_that_fits_gives_rows():
+def test_any_seed_that_fits_gives_sequences():
     for seed in (0, 20260101, 2**62):
-        rows = rows_of_step(7, 3, 5, seed)
-        assert len(rows) == 3
-        assert all(0 <= row < 7 and 0 <= row_seed < 2**63 for row, row_seed in rows)
-    assert rows_of_step(7, 3, 5, 1) != rows_of_step(7, 3, 5, 2)
+        picked = sequences_of_step(7, 3, 5, seed)
+        assert len(picked) == 3
+        assert all(0 <= index < 7 and 0 <= anchor_seed < 2**63 for index, anchor_seed in picked)
+    assert sequences_of_step(7, 3, 5, 1) != sequences_of_step(7, 3, 5, 2)
 
 
 @pytest.mark.parametrize("text", ["steps:", "block_size: [8]"])
@@ -49,7 +49,7 @@ def test_recipe_values_of_the_wrong_kind_are_refused(tmp_path, text):
         load_recipe(tmp_path)
 
 
-def test_fewer_rows_than_processes_are_refused(monkeypatch, tmp_path):
+def test_fewer_sequences_than_processes_are_refused(monkeypatch, tmp_path):
     from tests.packed import pack
     from tests.tiny import tiny_dual
     from tests.training.test_trainer import CONFIG, own_answers
@@ -57,9 +57,9 @@ def test_fewer_rows_than_processes_are_refused(monkeypatch, tmp_path):
     from orthrus.training import trainer
 
     dual = tiny_dual(block_size=5, mask_token_id=None)
-    rows = pack(own_answers(dual, 2, 10), 48)
+    sequences = pack(own_answers(dual, 2, 10), 48)
     many = type("Processes", (), {"count": 4})()
     monkeypatch.setattr(trainer, "Processes", lambda _: many)
     config: TrainConfig = replace(CONFIG, output=str(tmp_path / "run"))
-    with pytest.raises(UserInputError, match="batch_rows 2 is less than a row for each of 4"):
-        trainer.train(dual, rows, config, "digest", trainer.Hooks())
+    with pytest.raises(UserInputError, match="batch_size 2 is less than a sequence for each of 4"):
+        trainer.train(dual, sequences, config, "digest", trainer.Hooks())

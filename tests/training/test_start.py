@@ -119,7 +119,7 @@ def test_views_of_every_kind_learn_and_stay_lossless(kind, tmp_path):
     before = acceptance(dual, samples)
     config = CONFIG.__class__(
         **{f: getattr(CONFIG, f) for f in ("block_size", "dtype", "learning_rate")},
-        steps=60, num_anchors=19, batch_rows=2, row_length=26, weights="uniform",
+        steps=60, num_anchors=19, batch_size=2, sequence_length=26, weights="uniform",
     )  # fmt: skip
     run(tmp_path, "run", config, dual=dual, samples=samples)
     assert acceptance(dual, samples) >= before + 0.3

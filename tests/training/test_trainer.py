@@ -22,8 +22,8 @@ from orthrus.training.trainer import DivergedError, Hooks, learning_rate, train
 CONFIG = TrainConfig(
     block_size=5,
     num_anchors=8,
-    row_length=48,
-    batch_rows=2,
+    sequence_length=48,
+    batch_size=2,
     steps=12,
     learning_rate=1e-2,
     dtype="float32",
@@ -46,15 +46,15 @@ def own_answers(dual, num_prompts, length):
 def run(tmp_path, name, config=CONFIG, hooks=None, dual=None, samples=None, held=None):
     dual = dual or tiny_dual(block_size=5, mask_token_id=None)
     samples = samples or own_answers(dual, 5, 20)
-    rows = pack(samples, config.row_length)
+    sequences = pack(samples, config.sequence_length)
     config = replace(config, output=str(tmp_path / name))
-    state = train(dual, rows, config, corpus_digest(samples), hooks or Hooks(), held)
+    state = train(dual, sequences, config, corpus_digest(samples), hooks or Hooks(), held)
     return dual, state
 
 
 def test_a_view_overfits_a_tiny_corpus_to_full_acceptance(tmp_path):
     dual = tiny_dual(block_size=5, mask_token_id=None)
-    config = replace(CONFIG, steps=250, num_anchors=19, batch_rows=5, row_length=26, weights="uniform")
+    config = replace(CONFIG, steps=250, num_anchors=19, batch_size=5, sequence_length=26, weights="uniform")
     run(tmp_path, "overfit", config, dual=dual)
     accepted = drafted = 0
     for sample in own_answers(dual, 5, 20):
@@ -175,6 +175,10 @@ def test_a_save_that_fails_ends_the_run_soon_and_keeps_the_state_before(tmp_path
     ("text", "message"),
     [
         ("lerning_rate: 1e-3", "did you mean learning_rate"),
+        ("row_length: 512", r"did you mean sequence_length\?"),
+        ("batch_rows: 4", r"did you mean batch_size\?"),
+        ("micro_rows: 1", r"did you mean micro_batch_size\?"),
+        ("rows: 4", "the keys are base, corpus"),
         ("loss: kld", "loss must be one of"),
         ("block_size: many", "block_size must be a whole number"),
         ("ema_decay: 1", "ema_decay must lie between 0 and below 1"),

@@ -49,7 +49,7 @@ NAMES = (
 )
 SIZE, TARGETS, NO_END = 5, (0, 1), frozenset[int]()
 CONFIG = TrainConfig(
-    row_length=48, num_anchors=12, batch_rows=1, block_size=SIZE, learning_rate=1e-2, dtype="float32"
+    sequence_length=48, num_anchors=12, batch_size=1, block_size=SIZE, learning_rate=1e-2, dtype="float32"
 )
 
 
@@ -85,9 +85,9 @@ def taught(m: Any, model: Any, batch: BlockBatch) -> Any:
 
 
 def anchors(batch: BlockBatch) -> Iterator[tuple[int, int, int, list[int]]]:
-    """(batch row, block, first index of its document, the document's tokens up to the anchor's block)."""
-    for b, row in enumerate(batch.anchor_BN.tolist()):
-        for n, anchor in enumerate(row):
+    """(sequence of the batch, block, first index of its document, the document's tokens up to the anchor's block)."""
+    for b, anchors in enumerate(batch.anchor_BN.tolist()):
+        for n, anchor in enumerate(anchors):
             start = int((batch.document_BT[b] == batch.document_BT[b, anchor]).nonzero()[0])
             yield b, n, start, batch.token_ids_BT[b, start : anchor + SIZE].tolist()
 
@@ -298,14 +298,14 @@ def test_a_drafter_learns_and_every_text_is_the_base_s_own(m: Any, name: str) ->
     texts = [
         stock_generate(model, prompt, max_new_tokens=32, eos_token_ids=NO_END).token_ids for prompt in prompts
     ]
-    rows = pack([Sample(tuple(p), t, "test") for p, t in zip(prompts, texts, strict=True)], 48)
+    sequences = pack([Sample(tuple(p), t, "test") for p, t in zip(prompts, texts, strict=True)], 48)
     learner, parameters, make = arm_of(m, name, model)
     frozen = {key: value.clone() for key, value in model.state_dict().items()}
     before = sum(run_of(m, model, make(), prompt).accepted for prompt in prompts)
-    foreseen = m.equal_loop.foreseen(learner, rows, CONFIG, 0)
-    made = m.equal_loop.learn(learner, parameters, rows, CONFIG, 60)
+    foreseen = m.equal_loop.foreseen(learner, sequences, CONFIG, 0)
+    made = m.equal_loop.learn(learner, parameters, sequences, CONFIG, 60)
     assert made["cpu_seconds"] > 0
-    assert m.equal_loop.foreseen(learner, rows, CONFIG, 0) > foreseen
+    assert m.equal_loop.foreseen(learner, sequences, CONFIG, 0) > foreseen
     assert all(torch.equal(value, frozen[key]) for key, value in model.state_dict().items())
     runs = [run_of(m, model, make(), prompt) for prompt in prompts]
     assert [tuple(run.tokens) for run in runs] == texts
@@ -386,7 +386,7 @@ def test_a_run_that_is_done_is_not_done_again(
     samples = [
         Sample(tuple(tiny_prompt(300, seed)), tuple(tiny_prompt(250, seed + 50)), "test") for seed in range(8)
     ]
-    write_pack(samples, tmp_path / "pack", bench.SHARED.row_length)
+    write_pack(samples, tmp_path / "pack", bench.SHARED.sequence_length)
     (tmp_path / "more.jsonl").write_text('{"prompt": "something else", "domain": "chat"}\n')
     output = tmp_path / "out.json"
     options: dict[str, Any] = {

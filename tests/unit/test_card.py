@@ -57,6 +57,16 @@ def test_a_repair_head_trained_later_leaves_the_twins_their_own_story() -> None:
     assert "## Training of the twins" not in card()
 
 
+def test_a_recipe_with_older_names_tells_the_same() -> None:
+    older = {"sequence_length": "row_length", "batch_size": "batch_rows", "micro_batch_size": "micro_rows"}
+    recipe = {older.get(key, key): value for key, value in PROVENANCE["recipe"].items()}
+    text = card(provenance=PROVENANCE | {"recipe": recipe})
+    assert text == card()
+    assert "| tokens of a sequence | 512 |" in text
+    assert "| sequences of a step | 4 |" in text
+    assert "texts of up to 512 tokens" in text
+
+
 def test_the_header_is_what_the_hub_reads() -> None:
     data = ModelCard(card()).data.to_dict()
     assert data["license"] == "apache-2.0"

@@ -25,7 +25,7 @@ from orthrus.training.packs import packed_corpora
 from orthrus.training.recipe import to_plain
 from orthrus.training.view_score import held_out_prompts
 
-HELD_OUT_ROWS = 6
+HELD_OUT_SEQUENCES = 6
 # In logits, where rounding in float32 is about a hundred times smaller.
 NEAR_TIE = 1e-3
 Prompts = dict[str, list[list[int]]]
@@ -51,8 +51,8 @@ def main(
         targets, check, seeds, limit, num_prompts, max_new_tokens = 1_000, 500, 1, 1, 2, 16
     check_report(output)
     runs.mkdir(parents=True, exist_ok=True)
-    rows = packed_corpora([str(corpus)], SHARED.row_length, drop_long=True)
-    bench = Bench(rows, runs, dtype)
+    sequences = packed_corpora([str(corpus)], SHARED.sequence_length, drop_long=True)
+    bench = Bench(sequences, runs, dtype)
     asked = bench.prompts(prompts or [], limit, num_prompts)
     arms = [arm for arm in ARMS if not only or arm.name in only]
     options = {
@@ -62,7 +62,7 @@ def main(
         "num_prompts": num_prompts,
         "max_new_tokens": max_new_tokens,
     }
-    bench.same_options(options | {"digest": rows.digest, "dtype": dtype, "prompts": asked})
+    bench.same_options(options | {"digest": sequences.digest, "dtype": dtype, "prompts": asked})
     chosen = {arm.name: bench.chosen(arm, round(arm.check_share * check)) for arm in arms}
     for seed in range(seeds):
         for arm in arms:
@@ -75,7 +75,11 @@ def main(
                 "legend": LEGEND,
                 "options": options,
                 "shared_recipe": to_plain(SHARED),
-                "corpus": {"digest": rows.digest, "dialogues": rows.dialogues, "rows": len(rows)},
+                "corpus": {
+                    "digest": sequences.digest,
+                    "dialogues": sequences.dialogues,
+                    "sequences": len(sequences),
+                },
                 "less_ours": less_ours(found),
                 "arms": found,
                 "provenance": provenance(device="cpu", dtype=f"{dtype}, decoding in float32", seed=None),
@@ -87,9 +91,12 @@ def main(
 class Bench:
     """What all arms share, and the folder of finished parts."""
 
-    def __init__(self, rows: Any, runs: Path, dtype: str) -> None:
-        self.rows, self.runs, self.dtype = rows, runs, dtype
-        self.training_rows, self.held_out = rows[:-HELD_OUT_ROWS], rows[-HELD_OUT_ROWS:]
+    def __init__(self, sequences: Any, runs: Path, dtype: str) -> None:
+        self.sequences, self.runs, self.dtype = sequences, runs, dtype
+        self.training_sequences, self.held_out = (
+            sequences[:-HELD_OUT_SEQUENCES],
+            sequences[-HELD_OUT_SEQUENCES:],
+        )
         self._lessons: Lessons | None = None
         self._exact: Base | None = None
 
@@ -130,7 +137,7 @@ class Bench:
         return self._teacher, self._lessons
 
     def chosen(self, arm: Arm, targets: int) -> dict[str, Any]:
-        """The settings that foresee most on held-out rows after a small budget, and what all of them foresaw."""
+        """The settings that foresee most on held-out sequences after a small budget, and what all of them foresaw."""
         file = self.runs / f"check-{arm.name}.json"
         if file.is_file():
             return json.loads(file.read_text())  # type: ignore[no-any-return]
@@ -138,9 +145,9 @@ class Bench:
         for settings in arm.trials if len(arm.trials) > 1 else ():
             config = arm.config(settings, 0, self.dtype)
             built = build(arm, self.base_for(arm, self.dtype), config, self.lessons())
-            steps = budget(self.training_rows, config, targets).steps
-            learn(built.learner, list(built.parameters.values()), self.training_rows, config, steps)
-            held = foreseen(built.learner, self.held_out, config, len(self.training_rows))
+            steps = budget(self.training_sequences, config, targets).steps
+            learn(built.learner, list(built.parameters.values()), self.training_sequences, config, steps)
+            held = foreseen(built.learner, self.held_out, config, len(self.training_sequences))
             trials.append({"settings": settings, "foreseen_tokens_per_cycle": held})
             typer.echo(f"{arm.name}: {trials[-1]}", err=True)
         best = max(trials, key=lambda trial: trial["foreseen_tokens_per_cycle"], default=None)
@@ -157,17 +164,17 @@ class Bench:
         typer.echo(f"{arm.name}, seed {seed}: {settings}", err=True)
         lessons = self.lessons()
         built = build(arm, self.base_for(arm, self.dtype), config, lessons)
-        spend = budget(self.training_rows, config, targets)
+        spend = budget(self.training_sequences, config, targets)
         spared = lessons.spared_s
         made = learn(
             built.learner,
             list(built.parameters.values()),
-            self.training_rows,
+            self.training_sequences,
             config,
             spend.steps,
             lambda line: typer.echo(line, err=True),
         )
-        held = foreseen(built.learner, self.held_out, config, len(self.training_rows))
+        held = foreseen(built.learner, self.held_out, config, len(self.training_sequences))
         made["cpu_seconds"] += lessons.spared_s - spared
         torch.save({name: p.detach() for name, p in built.parameters.items()}, weights)
         about = {

@@ -24,12 +24,12 @@ CAUSAL = "rival_causal_blocks"
 
 
 class ViewLearner:
-    """A view's training pass; the row's number is not needed, since its keys and values are the pass's own affair."""
+    """A view's training pass; the sequence's number is not needed: its keys and values are the pass's own affair."""
 
     def __init__(self, training: TrainingPass) -> None:
         self.training = training
 
-    def __call__(self, row: int, batch: BlockBatch) -> StepOutput:
+    def __call__(self, index: int, batch: BlockBatch) -> StepOutput:
         output: StepOutput = self.training(batch)
         return output
 

@@ -1,8 +1,9 @@
 """What both separate drafters are built of: a decoder layer that reads other rows' keys, and the base's rows to learn
 from.
 
-Shapes: B rows of a batch, T tokens of a row, Q query rows, S rows that are read, H heads, M key heads, D their size,
-C hidden size, F features (hidden states of some layers, one after the other), N blocks, K rows of a block, J = K - 1.
+Shapes: B sequences of a batch, T tokens of each, Q query rows, S rows that are read, H heads, M key heads, D their
+size, C hidden size, F features (hidden states of some layers, one after the other), N blocks, K rows of a block,
+J = K - 1.
 """
 
 from dataclasses import dataclass, field
@@ -140,7 +141,7 @@ def features_of(hidden_states: tuple[Tensor, ...], layers: tuple[int, ...]) -> T
 
 
 class Lesson(NamedTuple):
-    """The base's rows of one packed row: features by layer, and final hidden states, which the head takes."""
+    """The base's rows of one packed sequence: features by layer, and final hidden states, which the head takes."""
 
     by_layer: dict[int, Tensor]
     final_BTC: Tensor
@@ -151,8 +152,8 @@ class Lesson(NamedTuple):
 
 @dataclass
 class Lessons:
-    """The frozen base run over packed rows, each kept for the next arm that wants it. seconds: CPU time of every row
-    that was asked for, those kept included, so that each arm pays for its own."""
+    """The frozen base run over packed sequences, each kept for the next arm that wants it. seconds: CPU time of every
+    one that was asked for, those kept included, so that each arm pays for its own."""
 
     base: PreTrainedModel
     layers: tuple[int, ...]
@@ -160,9 +161,9 @@ class Lessons:
     spared_s: float = 0.0
 
     @torch.no_grad()
-    def __call__(self, row: int, batch: BlockBatch) -> Lesson:
-        if row in self.kept:
-            lesson, seconds = self.kept[row]
+    def __call__(self, index: int, batch: BlockBatch) -> Lesson:
+        if index in self.kept:
+            lesson, seconds = self.kept[index]
             self.spared_s += seconds
             return lesson
         began = process_time()
@@ -176,7 +177,7 @@ class Lessons:
         )
         by_layer = {layer: out.hidden_states[layer + 1] for layer in self.layers}
         lesson = Lesson(by_layer, out.last_hidden_state)
-        self.kept[row] = lesson, process_time() - began
+        self.kept[index] = lesson, process_time() - began
         return lesson
 
 
@@ -207,7 +208,7 @@ class DrafterLearner:
     def __init__(self, drafter: Drafter, lessons: Lessons, objective: Objective) -> None:
         self.drafter, self.lessons, self.objective = drafter, lessons, objective
 
-    def __call__(self, row: int, batch: BlockBatch) -> StepOutput:
-        lesson, drafter = self.lessons(row, batch), self.drafter
+    def __call__(self, index: int, batch: BlockBatch) -> StepOutput:
+        lesson, drafter = self.lessons(index, batch), self.drafter
         hidden_BNJC = drafter.target_states(batch, lesson.features(drafter.targets))
         return block_losses(hidden_BNJC, batch, lesson.final_BTC, drafter.head, self.objective)

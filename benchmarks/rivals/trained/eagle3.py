@@ -52,7 +52,7 @@ class Eagle3(Drafter):
     def chains(self, batch: BlockBatch, features_BTF: Tensor) -> Tensor:
         """Final hidden states (B, N, J, C): step j of the chain at each anchor, fed with the text's own tokens.
 
-        The first step runs over whole rows, since later steps read all of its keys.
+        The first step runs over whole sequences, since later steps read all of its keys.
         """
         last = batch.token_ids_BT.shape[1] - 1
         next_BT = batch.token_ids_BT.roll(-1, 1)

@@ -1,4 +1,4 @@
-"""One training loop for every drafter: our packed rows, drawn blocks and schedule, at an equal number of targets."""
+"""One training loop for every drafter: our packed sequences, drawn blocks and schedule, an equal number of targets."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from torch import nn
 
 from orthrus.training.blocks import BlockBatch, BlockLayout, draw_blocks
 from orthrus.training.forward import StepOutput
-from orthrus.training.packing import PackedRow
+from orthrus.training.packing import PackedSequence
 from orthrus.training.recipe import TrainConfig
-from orthrus.training.trainer import learning_rate, rows_of_step
+from orthrus.training.trainer import learning_rate, sequences_of_step
 
 
 class Learner(Protocol):
-    """The summed loss of one packed row's blocks, with gradients for what it trains; `row` is the row's number."""
+    """The summed loss of one packed sequence's blocks, with gradients for what it trains; `index` is its number."""
 
-    def __call__(self, row: int, batch: BlockBatch) -> StepOutput: ...
+    def __call__(self, index: int, batch: BlockBatch) -> StepOutput: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +29,21 @@ class Budget:
     targets: int
 
 
-def drawn(rows: Sequence[PackedRow], config: TrainConfig, step: int) -> list[tuple[int, BlockBatch]]:
-    """The rows of a step by their numbers, with the blocks that the trainer itself would draw."""
+def drawn(
+    sequences: Sequence[PackedSequence], config: TrainConfig, step: int
+) -> list[tuple[int, BlockBatch]]:
+    """The sequences of a step by their numbers, with the blocks that the trainer itself would draw."""
     layout = BlockLayout(block_size=config.block_size, first_target=config.first_target)
-    picked = rows_of_step(len(rows), config.batch_rows, step, config.seed)
-    return [(row, draw_blocks([rows[row]], [seed], config.num_anchors, layout)) for row, seed in picked]
+    picked = sequences_of_step(len(sequences), config.batch_size, step, config.seed)
+    return [
+        (index, draw_blocks([sequences[index]], [seed], config.num_anchors, layout)) for index, seed in picked
+    ]
 
 
-def budget(rows: Sequence[PackedRow], config: TrainConfig, targets: int) -> Budget:
+def budget(sequences: Sequence[PackedSequence], config: TrainConfig, targets: int) -> Budget:
     seen = step = 0
     while seen < targets:
-        seen += sum(int(batch.valid_BNJ.sum()) for _, batch in drawn(rows, config, step))
+        seen += sum(int(batch.valid_BNJ.sum()) for _, batch in drawn(sequences, config, step))
         step += 1
     return Budget(step, seen)
 
@@ -47,7 +51,7 @@ def budget(rows: Sequence[PackedRow], config: TrainConfig, targets: int) -> Budg
 def learn(
     learner: Learner,
     parameters: Sequence[nn.Parameter],
-    rows: Sequence[PackedRow],
+    sequences: Sequence[PackedSequence],
     config: TrainConfig,
     steps: int,
     say: Callable[[str], None] = lambda _: None,
@@ -61,9 +65,9 @@ def learn(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, steps)
         outputs = []
-        for row, batch in drawn(rows, config, step):
+        for index, batch in drawn(sequences, config, step):
             with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
-                output = learner(row, batch)
+                output = learner(index, batch)
             output.loss.backward()  # type: ignore[no-untyped-call]
             outputs.append(StepOutput(*(t.detach() for t in output)))
         weight = sum(float(output.weight) for output in outputs)
@@ -81,13 +85,13 @@ def learn(
 
 
 @torch.no_grad()
-def foreseen(learner: Learner, rows: Sequence[PackedRow], config: TrainConfig, first: int) -> float:
-    """Tokens per cycle if positions were accepted independently at the rates on held-out rows, whose numbers begin
+def foreseen(learner: Learner, sequences: Sequence[PackedSequence], config: TrainConfig, first: int) -> float:
+    """Tokens per cycle if positions were accepted independently at the rates on held-out sequences, whose numbers begin
     with `first`; the drafts read the text's own tokens."""
     layout = BlockLayout(block_size=config.block_size)
     hits_J = counts_J = torch.zeros(layout.num_targets)
-    for index, row in enumerate(rows):
-        batch = draw_blocks([row], [index], config.num_anchors, layout)
+    for index, sequence in enumerate(sequences):
+        batch = draw_blocks([sequence], [index], config.num_anchors, layout)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
             output = learner(first + index, batch)
         hits_J, counts_J = hits_J + output.hits_J, counts_J + output.counts_J

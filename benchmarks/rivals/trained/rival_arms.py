@@ -21,14 +21,15 @@ from orthrus.training.start import starting_view
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # What all arms share; batches, blocks and schedule as in recipes/study-cpu.yaml.
 SHARED = TrainConfig(
-    row_length=576, num_anchors=96, batch_rows=1, block_size=8, min_lr_ratio=0.05, drop_long=True
+    sequence_length=576, num_anchors=96, batch_size=1, block_size=8, min_lr_ratio=0.05, drop_long=True
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
     """kind: "view", "dflash" or "eagle3". settings: recipe keys that differ from `SHARED`. trials: settings of which
-    the one that does best on held-out rows, after a share of the small budget, is taken. causal: blocks with order."""
+    the one that does best on held-out sequences, after a share of the small budget, is taken. causal: blocks with
+    order."""
 
     name: str
     label: str

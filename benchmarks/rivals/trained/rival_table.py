@@ -10,7 +10,8 @@ Counts = list[tuple[int, int, int, int]]
 RESAMPLES = 10_000
 
 LEGEND = {
-    "targets": "drafted positions that a loss was taken of; for a seed the same positions of the same rows in all arms",
+    "targets": "drafted positions that a loss was taken of; for a seed the same positions of the same sequences in all "
+    "arms",
     "tokens_per_cycle": "(tokens - 1) / cycles, pooled over prompts: the base's own token of each cycle counts, and "
     "with the floor the one that the draft pass decides; chain, greedy, float32, every text equal to the stock model's",
     "accepted_per_cycle": "drafts that stood / cycles; tokens that the base decided do not count, drafts past the end "
@@ -20,7 +21,8 @@ LEGEND = {
     "PyTorch, one thread, the passes of one run in turns",
     "tokens_per_base_pass": "tokens_per_cycle / cycle_cost: above 1 the arm would beat plain eager decoding",
     "cpu_seconds": "of the training, base's own passes included: where an earlier arm's were kept, their time then",
-    "foreseen_tokens_per_cycle": "on held-out rows: 1 + sum over positions of the product of the rates up to there",
+    "foreseen_tokens_per_cycle": "on held-out sequences: 1 + sum over positions of the product of the rates up to "
+    "there",
     "own_cache_numbers_per_token": "numbers that the drafter keeps for each token of context in a cache of its own",
     "near_ties": "texts that part from the stock model's where its two best logits are less than 0.001 apart; any "
     "other difference stops the run",

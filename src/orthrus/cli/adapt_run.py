@@ -90,7 +90,7 @@ class Adapting:
 
         with ProgressDisplay(quiet=self.quiet) as on_progress:
             base, dual = self._loaded(on_progress)
-        most = min(self.config.row_length, base.context_length - self.settings["max_new_tokens"] - 1)
+        most = min(self.config.sequence_length, base.context_length - self.settings["max_new_tokens"] - 1)
         requests = read_log(self.log, base, most_tokens=most)
         train_on, judged = split(requests, self.settings["held_back"], self.config.seed)
         general = held_out_prompts(base, GENERAL_PROMPTS, dual.config.block_size)
@@ -195,21 +195,24 @@ class Adapting:
         from orthrus.training.start import check_packs
         from orthrus.training.trainer import Hooks, train
 
-        rows = packed_corpora(self.config.corpus, self.config.row_length, drop_long=True)
-        check_packs(base, rows)
+        sequences = packed_corpora(self.config.corpus, self.config.sequence_length, drop_long=True)
+        check_packs(base, sequences)
         display = TrainDisplay(
-            f"{base.name}, {rows.dialogues} requests, K = {self.config.block_size}", quiet=self.quiet
+            f"{base.name}, {sequences.dialogues} requests, K = {self.config.block_size}", quiet=self.quiet
         )
         hooks = Hooks(on_start=display.start, on_log=display.log, should_stop=lambda: self.stopped)
         with display, cancel_on_interrupt(self, on_kill=True) as interrupt:
-            state = train(dual, rows, self.config, rows.digest, hooks)
+            state = train(dual, sequences, self.config, sequences.digest, hooks)
         if self.stopped:
             note(f"stopped after step {state.step}; the same command goes on from there, and nothing changed")
             raise typer.Exit(interrupt.status)
         recipe = to_plain(self.config)
         dual.config = replace(
             dual.config,
-            provenance={"recipe": recipe, "corpus": {"digest": rows.digest, "dialogues": rows.dialogues}},
+            provenance={
+                "recipe": recipe,
+                "corpus": {"digest": sequences.digest, "dialogues": sequences.dialogues},
+            },
         )
 
     def _say(self, line: str) -> None:

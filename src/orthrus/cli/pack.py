@@ -1,4 +1,4 @@
-"""`orthrus pack`: a corpus into rows in memory-mapped files, once, for every process that trains on it."""
+"""`orthrus pack`: a corpus into sequences in memory-mapped files, once, for every process that trains on it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def pack(
     folder: Annotated[Path, typer.Argument(help="A corpus that `orthrus synth` made, or a packed one.")],
-    row_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a row, as in the recipe.", show_default=False)
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a sequence, as in the recipe.", show_default=False)
     ] = None,
     output: Annotated[
         Path | None,
@@ -28,7 +28,7 @@ def pack(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Pack a corpus into rows for training, or check a packed one.
+    """Pack a corpus into sequences for training, or check a packed one.
 
     `orthrus train` packs by itself what is not packed yet. Of a folder that is packed, all files are read and held
     against the digests in its index.
@@ -40,21 +40,23 @@ def pack(
 
     folder = folder.expanduser()
     if (folder / INDEX).is_file():
-        if row_length is not None or output is not None:
+        if sequence_length is not None or output is not None:
             raise UserInputError(
-                f"{folder} is packed already; leave out --row-length and --output to check it."
+                f"{folder} is packed already; leave out --sequence-length and --output to check it."
             )
         found = open_pack(folder)
         check_files(found)
-    elif row_length is None:
-        raise UserInputError("give --row-length, the row_length of the recipe that will train on this.")
+    elif sequence_length is None:
+        raise UserInputError(
+            "give --sequence-length, the sequence_length of the recipe that will train on this."
+        )
     else:
         with ProgressDisplay(quiet=quiet) as on_progress:
             if output is None:
-                found = packed(folder, row_length, on_progress)
+                found = packed(folder, sequence_length, on_progress)
             else:
                 with atomic_folder(output) as scratch:
-                    pack_corpus(folder, scratch, row_length, on_progress)
+                    pack_corpus(folder, scratch, sequence_length, on_progress)
                 found = open_pack(output)
     report = _report(found)
     if json:
@@ -67,8 +69,8 @@ def _report(pack: "Pack") -> dict[str, Any]:
     index = pack.about
     return {
         "path": str(pack.folder),
-        "row_length": index.row_length,
-        "rows": index.num_rows,
+        "sequence_length": index.sequence_length,
+        "sequences": index.num_sequences,
         "dialogues": index.dialogues,
         "too_long": index.num_long,
         "longest": index.longest,
@@ -82,14 +84,14 @@ def _report(pack: "Pack") -> dict[str, Any]:
 
 def _print(report: dict[str, Any]) -> None:
     lines = [
-        f"{report['rows']:,} rows of {report['row_length']:,} tokens in {report['path']}: {report['dialogues']:,} "
-        f"dialogues, {report['tokens']:,} tokens, {report['answer_tokens']:,} of them answers",
+        f"{report['sequences']:,} sequences of {report['sequence_length']:,} tokens in {report['path']}: "
+        f"{report['dialogues']:,} dialogues, {report['tokens']:,} tokens, {report['answer_tokens']:,} of them answers",
         f"digest {report['digest']}",
     ]
     if report["too_long"]:
         lines.insert(
             1,
-            f"{report['too_long']:,} dialogues are longer than a row and not in it (the longest has "
+            f"{report['too_long']:,} dialogues are longer than a sequence and not in it (the longest has "
             f"{report['longest']:,} tokens): train wants drop_long for that",
         )
     out("\n".join(lines) + "\n")

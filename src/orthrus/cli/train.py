@@ -114,16 +114,16 @@ def _train(recipe: Path, overrides: list[str] | None, *, quiet: bool, json: bool
     if first:
         check_run_folder(config.output_folder)
     with ProgressDisplay(quiet=quiet or not first) as on_progress:
-        rows = packed_corpora(
-            config.corpus, config.row_length, drop_long=config.drop_long, on_progress=on_progress
+        sequences = packed_corpora(
+            config.corpus, config.sequence_length, drop_long=config.drop_long, on_progress=on_progress
         )
     from orthrus.training.trainer import train as run_training
 
-    run = _Run(config, rows, quiet=quiet)
+    run = _Run(config, sequences, quiet=quiet)
     with run_folder(config.output_folder, is_main=run.is_main) as held:
         run.begin(held)
         with run.display, cancel_on_interrupt(run, on_kill=True) as interrupt:
-            state = run_training(run.dual, rows, config, rows.digest, run.hooks(), held)
+            state = run_training(run.dual, sequences, config, sequences.digest, run.hooks(), held)
             run.finish(state)
     if run.is_main:
         report = run.report(state)
@@ -140,7 +140,7 @@ def _train(recipe: Path, overrides: list[str] | None, *, quiet: bool, json: bool
 class _Run:
     """One invocation: the model with its view, and what the trainer is given to call."""
 
-    def __init__(self, config: "TrainConfig", rows: "Packs", *, quiet: bool) -> None:
+    def __init__(self, config: "TrainConfig", sequences: "Packs", *, quiet: bool) -> None:
         from orthrus.model.loading import load_frozen
         from orthrus.training.flex_blocks import check_attention
         from orthrus.training.processes import this_process
@@ -156,18 +156,18 @@ class _Run:
             base = load_frozen(
                 config.base, dtype=config.dtype, device=str(process.device), on_progress=on_progress
             ).base
-            check_packs(base, rows)
+            check_packs(base, sequences)
             self.dual: DualView = starting_view(base, config)
         self.config, self.output = config, config.output_folder
         self.base, self.process = base, process
         self.display = TrainDisplay(
-            f"{base.name}, {rows.dialogues:,} dialogues, K = {config.block_size}",
+            f"{base.name}, {sequences.dialogues:,} dialogues, K = {config.block_size}",
             quiet=quiet,
             peak_flops=None if quiet else matmul_peak(base.model.dtype, base.model.device),
         )
         self.stopped, self.num_steps = False, 0
         self.last_log: TrainLog | None = None
-        self.origin = _origin(config, rows, str(process.device)) | self.dual.config.provenance
+        self.origin = _origin(config, sequences, str(process.device)) | self.dual.config.provenance
         self.prompts = held_out_prompts(base, config.evaluate_prompts, config.block_size)
         self.scorer: Scorer | None = None
         self.held: RunFolder | None = None
@@ -255,20 +255,20 @@ class _Run:
         return value
 
 
-def _origin(config: "TrainConfig", rows: "Packs", device: str) -> dict[str, Any]:
+def _origin(config: "TrainConfig", sequences: "Packs", device: str) -> dict[str, Any]:
     """Provenance of the views of this run, as far as it is known before the first step."""
     from orthrus.base.provenance import provenance
     from orthrus.training.recipe import to_plain
 
-    packs = rows.parts.values()
+    packs = sequences.parts.values()
     parts = [
         {"folder": folder, "digest": pack.about.digest} | _counts([pack])
-        for folder, pack in rows.parts.items()
+        for folder, pack in sequences.parts.items()
     ]
     sources = dict.fromkeys(source for pack in packs for source in pack.about.sources)
     return {
         "recipe": to_plain(config),
-        "corpus": {"digest": rows.digest} | _counts(packs) | {"sources": list(sources), "parts": parts},
+        "corpus": {"digest": sequences.digest} | _counts(packs) | {"sources": list(sources), "parts": parts},
         "run": provenance(device=device, dtype=config.dtype, seed=config.seed),
     }
 

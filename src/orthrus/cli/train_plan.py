@@ -45,9 +45,9 @@ def print_plan(recipe: "TrainConfig", options: PlanOptions, *, quiet: bool, json
     gpu, machine = _machine(recipe, options)
     with ProgressDisplay(quiet=quiet) as on_progress:
         base, name = model_config(recipe.base, on_progress)
-    num_rows = _num_rows(recipe, options.corpus_tokens)
+    num_sequences = _num_sequences(recipe, options.corpus_tokens)
     shape = plan_shape(base, recipe)
-    plan = plan_run(shape, recipe, machine, num_rows)
+    plan = plan_run(shape, recipe, machine, num_sequences)
     fits = plan.peak_bytes <= machine.bytes_each
     if json:
         print_json(_report(plan, recipe, machine, gpu, name))
@@ -63,7 +63,7 @@ def print_plan(recipe: "TrainConfig", options: PlanOptions, *, quiet: bool, json
 
         def fits_too(other: "TrainConfig") -> bool:
             changed = shape if other.rank == recipe.rank else plan_shape(base, other)
-            return plan_run(changed, other, machine, num_rows).peak_bytes <= machine.bytes_each
+            return plan_run(changed, other, machine, num_sequences).peak_bytes <= machine.bytes_each
 
         changes = what_to_change(recipe, machine.num_gpus, fits_too)
         keys = " and ".join(f"{key}: {value}" for key, value in changes.items())
@@ -93,17 +93,17 @@ def _machine(recipe: "TrainConfig", options: PlanOptions) -> "tuple[str, Machine
     )
 
 
-def _num_rows(recipe: "TrainConfig", corpus_tokens: float | None) -> int | None:
-    """Packed rows of the corpus: of so many tokens, or of the one that is there; None where there is none."""
+def _num_sequences(recipe: "TrainConfig", corpus_tokens: float | None) -> int | None:
+    """Packed sequences of the corpus: of so many tokens, or of the one that is there; None where there is none."""
     if corpus_tokens is not None:
         if not 0 < corpus_tokens < math.inf:
             raise UserInputError(f"--corpus-tokens must be a positive number, not {corpus_tokens}.")
-        return math.ceil(corpus_tokens / recipe.row_length)
+        return math.ceil(corpus_tokens / recipe.sequence_length)
     from orthrus.training.packs import has_corpus, packed_corpora
 
     if not all(map(has_corpus, recipe.corpus)):
         return None
-    return len(packed_corpora(recipe.corpus, recipe.row_length, drop_long=recipe.drop_long))
+    return len(packed_corpora(recipe.corpus, recipe.sequence_length, drop_long=recipe.drop_long))
 
 
 def _report(plan: "Plan", recipe: "TrainConfig", machine: "Machine", gpu: str, name: str) -> dict[str, Any]:
@@ -129,8 +129,8 @@ def _report(plan: "Plan", recipe: "TrainConfig", machine: "Machine", gpu: str, n
         "hours": plan.hours,
         "fits": plan.peak_bytes <= machine.bytes_each,
         "recipe": {
-            "batch_rows": recipe.batch_rows,
-            "micro_rows": recipe.micro_rows,
+            "batch_size": recipe.batch_size,
+            "micro_batch_size": recipe.micro_batch_size,
             "activations": recipe.activations,
             "sharding": recipe.sharding,
         },
@@ -160,7 +160,7 @@ def _lines(plan: "Plan", recipe: "TrainConfig", machine: "Machine", gpu: str, na
         )
     lines += [
         f"  state on disk {_gb(plan.state_bytes)}",
-        f"  step          {recipe.batch_rows:,} rows, {plan.tokens:,} tokens, at most {plan.targets:,} targets, "
+        f"  step          {recipe.batch_size:,} sequences, {plan.tokens:,} tokens, at most {plan.targets:,} targets, "
         f"{_flops(plan.step_flops)}",
     ]
     if plan.num_steps is None or plan.total_flops is None or plan.hours is None:

@@ -23,9 +23,9 @@ _SETTINGS = {
     "clean_share": "share of blocks with more than one known token",
     "reveal": "mask rows that show their token",
     "rejected_share": "share of blocks that start at rejected drafts",
-    "num_anchors": "blocks in a row",
-    "row_length": "tokens of a row",
-    "batch_rows": "rows of a step",
+    "num_anchors": "blocks in a sequence",
+    "sequence_length": "tokens of a sequence",
+    "batch_size": "sequences of a step",
     "loss": "loss",
     "weights": "weights of block positions",
     "gamma": "gamma of the decay",
@@ -35,6 +35,8 @@ _SETTINGS = {
     "dtype": "dtype of the frozen base",
     "seed": "seed",
 }
+# What views that are older than these names have in their recipes.
+_OLDER_NAMES = {"row_length": "sequence_length", "batch_rows": "batch_size"}
 # Values that mean "not used", not worth a line.
 _ORDINARY = {
     "train": "view",
@@ -188,7 +190,7 @@ def _averaged(config: ViewConfig) -> list[ViewConfig]:
 
 
 def _training(config: ViewConfig, title: str = "Training") -> str:
-    recipe, corpus = _mapping(config, "recipe"), _mapping(config, "corpus")
+    recipe, corpus = _recipe(config), _mapping(config, "corpus")
     if not config.trained or not (recipe or corpus):
         return ""
     parts = [
@@ -250,7 +252,7 @@ def _limits(config: ViewConfig) -> str:
         "It belongs to the base of this fingerprint: on a fine-tuned one it stays lossless and drafts worse.",
         f"Blocks are at most {config.block_size} tokens long: that is what it was trained with.",
     ]
-    length = _mapping(config, "recipe").get("row_length")
+    length = _recipe(config).get("sequence_length")
     if config.trained and length:
         lines.append(
             f"It was trained on texts of up to {length} tokens; on longer ones, and on other kinds and "
@@ -274,8 +276,13 @@ def _licence(config: ViewConfig, folder: Folder) -> str:
 
 
 def _stated_licence(config: ViewConfig) -> str | None:
-    stated = config.provenance.get("license") or _mapping(config, "recipe").get("license")
+    stated = config.provenance.get("license") or _recipe(config).get("license")
     return " ".join(str(stated).split()) or None if stated else None
+
+
+def _recipe(config: ViewConfig) -> dict[str, Any]:
+    """The recipe in the provenance, by the names that its keys have today."""
+    return {_OLDER_NAMES.get(key, key): value for key, value in _mapping(config, "recipe").items()}
 
 
 def _mapping(config: ViewConfig, key: str) -> dict[str, Any]:

@@ -27,9 +27,9 @@ _CPU_BLOCKS = 8
 
 
 class BlockGroup(NamedTuple):
-    """Blocks `first` to `end` of one row of a batch; AR rows `low` to `high` hold all that they read."""
+    """Blocks `first` to `end` of one sequence of a batch; AR rows `low` to `high` hold all that they read."""
 
-    row: int
+    sequence: int
     first: int
     end: int
     low: int
@@ -58,22 +58,22 @@ class BlockContext:
 
 
 def block_groups(batch: BlockBatch) -> tuple[BlockGroup, ...]:
-    """All blocks of a batch: on a CPU a few at a time, elsewhere those of a row at once, over all AR rows."""
+    """All blocks of a batch: on a CPU a few at a time, elsewhere those of a sequence at once, over all AR rows."""
     num_sequences, num_blocks = batch.anchor_BN.shape
     num_rows = batch.token_ids_BT.shape[1]
     if batch.anchor_BN.device.type != "cpu":
-        return tuple(BlockGroup(row, 0, num_blocks, 0, num_rows) for row in range(num_sequences))
+        return tuple(BlockGroup(sequence, 0, num_blocks, 0, num_rows) for sequence in range(num_sequences))
     # A block reads its document up to its anchor.
     begin_BN = batch.anchor_BN - batch.position_ids_BT.gather(1, batch.anchor_BN)
     return tuple(
         BlockGroup(
-            row,
+            sequence,
             first,
             min(first + _CPU_BLOCKS, num_blocks),
-            int(begin_BN[row, first : first + _CPU_BLOCKS].min()),
-            int(batch.anchor_BN[row, first : first + _CPU_BLOCKS].max()),
+            int(begin_BN[sequence, first : first + _CPU_BLOCKS].min()),
+            int(batch.anchor_BN[sequence, first : first + _CPU_BLOCKS].max()),
         )
-        for row in range(num_sequences)
+        for sequence in range(num_sequences)
         for first in range(0, num_blocks, _CPU_BLOCKS)
     )
 
@@ -136,10 +136,10 @@ class _Attend(torch.autograd.Function):
         out_BQHD = query_BHQD.new_empty(batch, rows, heads, dim)
         size, num_kv, saved = context.block_size, key_BMQD.shape[1], []
         for group in context.groups:
-            q_MNGKD = _folded(query_BHQD[group.row], group, num_kv, size)
-            k_MNKD, v_MNKD = (_blocks(whole[group.row], group, size) for whole in (key_BMQD, value_BMQD))
+            q_MNGKD = _folded(query_BHQD[group.sequence], group, num_kv, size)
+            k_MNKD, v_MNKD = (_blocks(whole[group.sequence], group, size) for whole in (key_BMQD, value_BMQD))
             q_MRD = q_MNGKD.flatten(1, 3)
-            far_MRT = (q_MRD @ context_key_BMTD[group.row, :, group.low : group.high].mT).float()
+            far_MRT = (q_MRD @ context_key_BMTD[group.sequence, :, group.low : group.high].mT).float()
             near_MRK = (q_MNGKD.flatten(2, 3) @ k_MNKD.mT).flatten(1, 2).float()
             slopes: tuple[Tensor, ...] = ()
             if softcap is not None:
@@ -147,16 +147,16 @@ class _Attend(torch.autograd.Function):
                     scores.div_(softcap).tanh_()
                 slopes = (1.0 - far_MRT.square(), 1.0 - near_MRK.square())
                 far_MRT, near_MRK = far_MRT.mul_(softcap), near_MRK.mul_(softcap)
-            bias_NKT = bias_BQT[group.row, _rows(group, size), group.low : group.high].unflatten(
+            bias_NKT = bias_BQT[group.sequence, _rows(group, size), group.low : group.high].unflatten(
                 0, (-1, size)
             )
             far_MRT.view(*q_MNGKD.shape[:-1], -1).add_(bias_NKT[:, None])
             _softmax_(far_MRT, near_MRK)
             far_MRT, near_MRK = far_MRT.to(q_MRD.dtype), near_MRK.to(q_MRD.dtype)
-            out_MRD = far_MRT @ context_value_BMTD[group.row, :, group.low : group.high]
+            out_MRD = far_MRT @ context_value_BMTD[group.sequence, :, group.low : group.high]
             near_MNPK = near_MRK.view(*q_MNGKD.shape[:2], -1, size)
             out_MRD += (near_MNPK @ v_MNKD).flatten(1, 2)
-            _put(out_BQHD[group.row].transpose(0, 1), group, out_MRD.view_as(q_MNGKD))
+            _put(out_BQHD[group.sequence].transpose(0, 1), group, out_MRD.view_as(q_MNGKD))
             saved += [far_MRT, near_MRK, *slopes]
         ctx.save_for_backward(
             query_BHQD, key_BMQD, value_BMQD, context_key_BMTD, context_value_BMTD, out_BQHD, *saved
@@ -178,19 +178,19 @@ class _Attend(torch.autograd.Function):
         shift_BQH1 = (grad_BQHD.float() * out_BQHD.float()).sum(-1, keepdim=True)
         for index, group in enumerate(context.groups):
             far_MRT, near_MRK, *slopes = saved[index * ctx.num_saved : (index + 1) * ctx.num_saved]
-            q_MNGKD = _folded(query_BHQD[group.row], group, num_kv, size)
-            k_MNKD, v_MNKD = (_blocks(whole[group.row], group, size) for whole in (key_BMQD, value_BMQD))
+            q_MNGKD = _folded(query_BHQD[group.sequence], group, num_kv, size)
+            k_MNKD, v_MNKD = (_blocks(whole[group.sequence], group, size) for whole in (key_BMQD, value_BMQD))
             grad_MNPD, shift_MNP1 = (
-                _folded(whole[group.row].transpose(0, 1), group, num_kv, size).flatten(2, 3)
+                _folded(whole[group.sequence].transpose(0, 1), group, num_kv, size).flatten(2, 3)
                 for whole in (grad_BQHD, shift_BQH1)
             )
             grad_MRD, shift_MR1 = grad_MNPD.flatten(1, 2), shift_MNP1.flatten(1, 2)
             far_key, far_value = (
-                whole[group.row, :, group.low : group.high]
+                whole[group.sequence, :, group.low : group.high]
                 for whole in (context_key_BMTD, context_value_BMTD)
             )
             near_MNPK = near_MRK.view(*grad_MNPD.shape[:3], size)
-            _put_blocks(grad_value[group.row], group, near_MNPK.mT @ grad_MNPD)
+            _put_blocks(grad_value[group.sequence], group, near_MNPK.mT @ grad_MNPD)
             far_grad = (grad_MRD @ far_value.mT).float().sub_(shift_MR1).mul_(far_MRT)
             near_grad = (grad_MNPD @ v_MNKD.mT).float().sub_(shift_MNP1).mul_(near_MNPK)
             if slopes:
@@ -199,8 +199,8 @@ class _Attend(torch.autograd.Function):
             near_grad = near_grad.to(q_MNGKD.dtype)
             grad_q_MRD = far_grad.to(q_MNGKD.dtype) @ far_key
             grad_q_MRD += (near_grad @ k_MNKD).flatten(1, 2)
-            _put(grad_query[group.row], group, grad_q_MRD.view_as(q_MNGKD))
-            _put_blocks(grad_key[group.row], group, near_grad.mT @ q_MNGKD.flatten(2, 3))
+            _put(grad_query[group.sequence], group, grad_q_MRD.view_as(q_MNGKD))
+            _put_blocks(grad_key[group.sequence], group, near_grad.mT @ q_MNGKD.flatten(2, 3))
         return (grad_query, grad_key, grad_value, *([None] * 5))
 
 

@@ -1,4 +1,4 @@
-"""Which diffusion blocks a row trains, and what each of their rows reads and predicts."""
+"""Which diffusion blocks a packed sequence trains, and what each of their rows reads and predicts."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orthrus.training.packing import PackedRow
+from orthrus.training.packing import PackedSequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +37,9 @@ class BlockLayout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockBatch:
-    """B packed rows with N blocks each; J = K - 1 targets a block. Indices point into the row (0..T-1).
+    """B packed sequences with N blocks each; J = K - 1 targets a block. Indices point into the sequence (0..T-1).
 
-    token_ids_BT, position_ids_BT, document_BT, answer_BT: the AR rows, as in `PackedRow`. anchor_BN: index of
+    token_ids_BT, position_ids_BT, document_BT, answer_BT: the AR rows, as in `PackedSequence`. anchor_BN: index of
     each block's anchor. target_BNJ: index of the AR row whose prediction target row j imitates (anchor + j).
     valid_BNJ: whether that target lies in the same answer and carries weight. known_BNK: which rows of a
     block show their true token; the others are masks. draws: what was drawn for each block, wherever it
@@ -72,7 +72,7 @@ class BlockDraws(NamedTuple):
     moving_BN: Tensor
 
     def of(self, index_BM: Tensor) -> "BlockDraws":
-        """Those of some blocks of each row, in the order of their indices."""
+        """Those of some blocks of each sequence, in the order of their indices."""
         index_BMK = index_BM[..., None].expand(-1, -1, self.shown_BNK.shape[-1])
         return BlockDraws(
             self.used_BN.gather(1, index_BM),
@@ -95,17 +95,17 @@ _TENSORS = (
 
 
 def draw_blocks(
-    rows: Sequence[PackedRow], seeds: Sequence[int], num_anchors: int, layout: BlockLayout
+    sequences: Sequence[PackedSequence], seeds: Sequence[int], num_anchors: int, layout: BlockLayout
 ) -> BlockBatch:
-    """Draw anchors among the assistant's tokens, without replacement and sorted; one seed a row.
+    """Draw anchors among the assistant's tokens, without replacement and sorted; one seed a sequence.
 
-    A row with fewer candidates than `num_anchors` repeats its last one with weight zero. What the blocks
+    A sequence with fewer candidates than `num_anchors` repeats its last one with weight zero. What the blocks
     know is drawn after the anchors, so that the same seed gives the same anchors in every layout.
     """
     anchors, draws = [], []
-    for row, seed in zip(rows, seeds, strict=True):
+    for sequence, seed in zip(sequences, seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
-        anchor_N, used_N = _anchors(row, generator, num_anchors)
+        anchor_N, used_N = _anchors(sequence, generator, num_anchors)
         anchors.append(anchor_N)
         clean_N = torch.rand(num_anchors, generator=generator) < layout.clean_share
         shown_NK = torch.rand(num_anchors, layout.block_size, generator=generator) < layout.reveal
@@ -113,10 +113,10 @@ def draw_blocks(
         moving_N = torch.randperm(num_anchors, generator=generator) < num_moving
         draws.append((used_N, clean_N, shown_NK, moving_N))
     return _placed(
-        torch.stack([r.token_ids_T for r in rows]),
-        torch.stack([r.position_ids_T for r in rows]),
-        torch.stack([r.document_T for r in rows]),
-        torch.stack([r.answer_T for r in rows]),
+        torch.stack([s.token_ids_T for s in sequences]),
+        torch.stack([s.position_ids_T for s in sequences]),
+        torch.stack([s.document_T for s in sequences]),
+        torch.stack([s.answer_T for s in sequences]),
         torch.stack(anchors),
         BlockDraws(*(torch.stack(draw) for draw in zip(*draws, strict=True))),
         layout,
@@ -124,7 +124,7 @@ def draw_blocks(
 
 
 def moving_blocks(batch: BlockBatch) -> BlockBatch:
-    """Those blocks alone that move: the same number of each row, in the order of the batch."""
+    """Those blocks alone that move: the same number of each sequence, in the order of the batch."""
     index_BM = batch.draws.moving_BN.nonzero()[:, 1].view(len(batch.anchor_BN), -1)
     return _moved(batch, batch.anchor_BN.gather(1, index_BM), batch.draws.of(index_BM))
 
@@ -151,8 +151,8 @@ def rejected_anchors(batch: BlockBatch, hit_BMJ: Tensor) -> BlockBatch:
 
 
 def _moved(batch: BlockBatch, anchor_BN: Tensor, draws: BlockDraws) -> BlockBatch:
-    rows = (batch.token_ids_BT, batch.position_ids_BT, batch.document_BT, batch.answer_BT)
-    return _placed(*rows, anchor_BN, draws, batch.layout)
+    sequences = (batch.token_ids_BT, batch.position_ids_BT, batch.document_BT, batch.answer_BT)
+    return _placed(*sequences, anchor_BN, draws, batch.layout)
 
 
 def _placed(
@@ -166,12 +166,12 @@ def _placed(
 ) -> BlockBatch:
     """Blocks at these anchors: what they show and predict."""
     clean_BN1 = draws.clean_BN[..., None]
-    row_length = token_ids_BT.shape[1]
+    sequence_length = token_ids_BT.shape[1]
     offset_K = torch.arange(layout.block_size, device=anchor_BN.device)
     index_BNK = anchor_BN[..., None] + offset_K
     # Tokens that are shown or predicted must exist in the anchor's own answer.
-    answers_BNK = _of_row(answer_BT, index_BNK.clamp_max(row_length - 1))
-    inside_BNK = (answers_BNK == answer_BT.gather(1, anchor_BN)[..., None]) & (index_BNK < row_length)
+    answers_BNK = _at(answer_BT, index_BNK.clamp_max(sequence_length - 1))
+    inside_BNK = (answers_BNK == answer_BT.gather(1, anchor_BN)[..., None]) & (index_BNK < sequence_length)
     known_BNK = (offset_K < torch.where(clean_BN1, layout.num_clean, 1)) | draws.shown_BNK
     target_BNJ = index_BNK[..., :-1]
     valid_BNJ = inside_BNK[..., 1:] & draws.used_BN[..., None]
@@ -182,7 +182,7 @@ def _placed(
         document_BT=document_BT,
         answer_BT=answer_BT,
         anchor_BN=anchor_BN,
-        target_BNJ=target_BNJ.clamp_max(row_length - 1),
+        target_BNJ=target_BNJ.clamp_max(sequence_length - 1),
         valid_BNJ=valid_BNJ,
         known_BNK=known_BNK & inside_BNK,
         draws=draws,
@@ -190,15 +190,15 @@ def _placed(
     )
 
 
-def _of_row(values_BT: Tensor, index_BNK: Tensor) -> Tensor:
-    """The row's values at each block's indices, (B, N, K)."""
+def _at(values_BT: Tensor, index_BNK: Tensor) -> Tensor:
+    """The sequence's values at each block's indices, (B, N, K)."""
     return values_BT.gather(1, index_BNK.flatten(1)).view_as(index_BNK)
 
 
-def _anchors(row: PackedRow, generator: torch.Generator, num_anchors: int) -> tuple[Tensor, Tensor]:
+def _anchors(sequence: PackedSequence, generator: torch.Generator, num_anchors: int) -> tuple[Tensor, Tensor]:
     """(anchor_N, used_N): candidates are tokens of answers that another token of their answer follows."""
-    follows_T = row.answer_T >= 0
-    follows_T[:-1] &= row.answer_T[1:] == row.answer_T[:-1]
+    follows_T = sequence.answer_T >= 0
+    follows_T[:-1] &= sequence.answer_T[1:] == sequence.answer_T[:-1]
     follows_T[-1] = False
     candidates = follows_T.nonzero()[:, 0]
     if not len(candidates):
@@ -229,6 +229,6 @@ def block_inputs(batch: BlockBatch, mask_token_id: int) -> tuple[Tensor, Tensor]
     """(token_ids, position_ids), each (B, N, K): known tokens and masks at their true positions."""
     offset_K = torch.arange(batch.layout.block_size, device=batch.anchor_BN.device)
     index_BNK = (batch.anchor_BN[..., None] + offset_K).clamp_max(batch.token_ids_BT.shape[1] - 1)
-    token_ids_BNK = _of_row(batch.token_ids_BT, index_BNK).where(batch.known_BNK, mask_token_id)
+    token_ids_BNK = _at(batch.token_ids_BT, index_BNK).where(batch.known_BNK, mask_token_id)
     start_BN = batch.position_ids_BT.gather(1, batch.anchor_BN)
     return token_ids_BNK, start_BN[..., None] + offset_K

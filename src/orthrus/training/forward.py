@@ -255,10 +255,11 @@ def block_losses(
     hidden, teacher: final hidden states. repair: from hidden states (R, C) and the tokens (R) before their targets to
     hidden states that know those tokens.
     """
-    row_length = batch.token_ids_BT.shape[1]
+    sequence_length = batch.token_ids_BT.shape[1]
     rows_BNJ = (
         batch.target_BNJ
-        + torch.arange(len(batch.token_ids_BT), device=batch.target_BNJ.device)[:, None, None] * row_length
+        + torch.arange(len(batch.token_ids_BT), device=batch.target_BNJ.device)[:, None, None]
+        * sequence_length
     )
     corpus_BNJ = batch.token_ids_BT.flatten()[(rows_BNJ + 1).clamp_max(batch.token_ids_BT.numel() - 1)]
     keep = batch.valid_BNJ

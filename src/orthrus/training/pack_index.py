@@ -14,6 +14,7 @@ from orthrus.training.corpus import MOST_IDS
 
 INDEX = "pack.json"
 KIND = "orthrus-pack"
+FORMAT = 2
 WORD = np.dtype("<u4")
 
 
@@ -21,14 +22,14 @@ WORD = np.dtype("<u4")
 class PackIndex:
     """What a packed folder holds.
 
-    num_long: dialogues longer than a row, which were left out; longest: tokens of the longest one, those
+    num_long: dialogues longer than a sequence, which were left out; longest: tokens of the longest one, those
     included. digest: of all dialogues, in order. shard_digests: of the files. base: fingerprint of the base that
     answered, None where nobody said. sources: of the prompts. files: size and time of change of the corpus files.
     """
 
-    row_length: int
-    num_rows: int
-    shard_rows: int
+    sequence_length: int
+    num_sequences: int
+    shard_sequences: int
     digest: str
     shard_digests: tuple[str, ...]
     dialogues: int
@@ -48,7 +49,7 @@ def read_index(folder: Path) -> PackIndex:
     file = folder / INDEX
     try:
         content = json.loads(file.read_bytes())
-        if content["kind"] != KIND or content["format"] != 1:
+        if content["kind"] != KIND or content["format"] != FORMAT:
             raise ValueError("another format")
         values = {field.name: content[field.name] for field in fields(PackIndex)}
         for name in ("shard_digests", "sources"):
@@ -63,9 +64,9 @@ def read_index(folder: Path) -> PackIndex:
 def _check(index: PackIndex) -> None:
     """ValueError for an index that nothing of ours wrote."""
     counts = (
-        index.row_length,
-        index.num_rows,
-        index.shard_rows,
+        index.sequence_length,
+        index.num_sequences,
+        index.shard_sequences,
         index.dialogues,
         index.longest,
         index.tokens,
@@ -77,7 +78,7 @@ def _check(index: PackIndex) -> None:
     sound = sound and isinstance(index.digest, str) and (index.base is None or isinstance(index.base, str))
     if not sound or index.largest_id >= MOST_IDS:
         raise ValueError("wrong values")
-    if len(index.shard_digests) != math.ceil(index.num_rows / index.shard_rows):
+    if len(index.shard_digests) != math.ceil(index.num_sequences / index.shard_sequences):
         raise ValueError("wrong number of shards")
 
 
@@ -87,7 +88,7 @@ def file_digest(file: Path) -> str:
 
 
 def shard_name(shard: int) -> str:
-    return f"rows-{shard:05d}.u32"
+    return f"sequences-{shard:05d}.u32"
 
 
 def named(digest: Any) -> str:

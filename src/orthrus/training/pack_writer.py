@@ -1,4 +1,4 @@
-"""Packing a corpus: its dialogues, one at a time, into rows in files, and the index beside them."""
+"""Packing a corpus: its dialogues, one at a time, into sequences in files, and the index beside them."""
 
 import hashlib
 import json
@@ -12,38 +12,40 @@ from orthrus.base.storage import Progress
 from orthrus.errors import UserInputError
 from orthrus.training import manifest
 from orthrus.training.corpus import MOST_IDS, Sample, corpus_files, read_corpus
-from orthrus.training.pack_index import INDEX, KIND, WORD, PackIndex, file_digest, named, shard_name
+from orthrus.training.pack_index import FORMAT, INDEX, KIND, WORD, PackIndex, file_digest, named, shard_name
 from orthrus.training.packing import Places, Words, dialogue_words, empty_words
 
 _SHARD_WORDS = 2**26
 
 
-def pack_corpus(folder: Path, target: Path, row_length: int, on_progress: Progress | None = None) -> None:
+def pack_corpus(
+    folder: Path, target: Path, sequence_length: int, on_progress: Progress | None = None
+) -> None:
     """Pack a corpus folder into `target`, an empty folder; raises as `packed`."""
     files = stamps(folder)
     samples = _with_progress(folder, files, on_progress)
     base, sources = manifest.base_fingerprint(folder), tuple(manifest.corpus_sources(folder))
-    write_pack(samples, target, row_length, base=base, sources=sources, files=files)
+    write_pack(samples, target, sequence_length, base=base, sources=sources, files=files)
 
 
 def write_pack(
     samples: Iterable[Sample],
     target: Path,
-    row_length: int,
+    sequence_length: int,
     *,
     base: str | None = None,
     sources: tuple[str, ...] = (),
     files: dict[str, list[int]] | None = None,
 ) -> PackIndex:
-    """Pack dialogues into `target`, an empty folder; those longer than a row are counted and left out.
+    """Pack dialogues into `target`, an empty folder; those longer than a sequence are counted and left out.
 
     Raises UserInputError when none is left.
     """
-    shard_rows = max(1, _SHARD_WORDS // row_length)
-    places, digest, domains = Places(row_length), hashlib.blake2b(digest_size=16), Counter[str]()
-    open_rows: dict[int, Words] = {}
+    shard_sequences = max(1, _SHARD_WORDS // sequence_length)
+    places, digest, domains = Places(sequence_length), hashlib.blake2b(digest_size=16), Counter[str]()
+    open_sequences: dict[int, Words] = {}
     num_long = longest = largest_id = tokens = answer_tokens = 0
-    with _Shards(target, row_length, shard_rows) as shards:
+    with _Shards(target, sequence_length, shard_sequences) as shards:
         for sample in samples:
             words = dialogue_words(sample)
             digest.update(words.astype(WORD, copy=False).tobytes())
@@ -51,21 +53,23 @@ def write_pack(
             largest_id = max(largest_id, int((words & (MOST_IDS - 1)).max()))
             tokens, answer_tokens = tokens + len(words), answer_tokens + sample.num_answered
             domains[sample.domain] += 1
-            if len(words) > row_length:
+            if len(words) > sequence_length:
                 num_long += 1
                 continue
-            row, at, closed = places.place(len(words))
-            open_rows.setdefault(row, empty_words(row_length))[at : at + len(words)] = words
+            sequence, at, closed = places.place(len(words))
+            open_sequences.setdefault(sequence, empty_words(sequence_length))[at : at + len(words)] = words
             if closed is not None:
-                shards.write(closed, open_rows.pop(closed))
-        for row, words in open_rows.items():
-            shards.write(row, words)
-    if not places.num_rows:
-        raise UserInputError(f"every dialogue is longer than a row of {row_length} tokens; raise row_length.")
+                shards.write(closed, open_sequences.pop(closed))
+        for sequence, words in open_sequences.items():
+            shards.write(sequence, words)
+    if not places.num_sequences:
+        raise UserInputError(
+            f"every dialogue is longer than a sequence of {sequence_length} tokens; raise sequence_length."
+        )
     index = PackIndex(
-        row_length=row_length,
-        num_rows=places.num_rows,
-        shard_rows=shard_rows,
+        sequence_length=sequence_length,
+        num_sequences=places.num_sequences,
+        shard_sequences=shard_sequences,
         digest=named(digest),
         shard_digests=tuple(map(file_digest, shards.files)),
         dialogues=domains.total(),
@@ -79,7 +83,7 @@ def write_pack(
         sources=sources,
         files=files or {},
     )
-    content = {"kind": KIND, "format": 1} | asdict(index)
+    content = {"kind": KIND, "format": FORMAT} | asdict(index)
     (target / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return index
 
@@ -110,10 +114,11 @@ def _with_progress(
 
 
 class _Shards:
-    """The files of rows, written in any order."""
+    """The files of sequences, written in any order."""
 
-    def __init__(self, folder: Path, row_length: int, shard_rows: int) -> None:
-        self._folder, self._row_bytes, self._shard_rows = folder, row_length * WORD.itemsize, shard_rows
+    def __init__(self, folder: Path, sequence_length: int, shard_sequences: int) -> None:
+        self._folder, self._shard_sequences = folder, shard_sequences
+        self._sequence_bytes = sequence_length * WORD.itemsize
         self._open: dict[int, BinaryIO] = {}
 
     def __enter__(self) -> "_Shards":
@@ -123,11 +128,11 @@ class _Shards:
         for file in self._open.values():
             file.close()
 
-    def write(self, row: int, words_T: Words) -> None:
-        shard, at = divmod(row, self._shard_rows)
+    def write(self, sequence: int, words_T: Words) -> None:
+        shard, at = divmod(sequence, self._shard_sequences)
         if shard not in self._open:
             self._open[shard] = (self._folder / shard_name(shard)).open("wb")
-        self._open[shard].seek(at * self._row_bytes)
+        self._open[shard].seek(at * self._sequence_bytes)
         self._open[shard].write(words_T.astype(WORD, copy=False).tobytes())
 
     @property

@@ -1,6 +1,6 @@
-"""Dialogues into rows of a fixed length; documents share a row but neither mask nor positions.
+"""Dialogues into sequences of a fixed length; documents share a sequence but neither mask nor positions.
 
-A row is coded in four bytes a token: its id, and whether a dialogue or an answer begins there.
+A sequence is coded in four bytes a token: its id, and whether a dialogue or an answer begins there.
 """
 
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ _BEGINS = 1 << 31
 _ANSWER_BEGINS = 1 << 30
 _ANSWERED = 1 << 29
 _PADDING = 1 << 28
-_OPEN_ROWS = 16
+_OPEN_SEQUENCES = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PackedRow:
-    """One row; all int64 of length T. document_T: number of the dialogue, -1 on padding. answer_T: number of
-    the answer in the row that a token belongs to, -1 on tokens that the base did not write."""
+class PackedSequence:
+    """One sequence; all int64 of length T. document_T: number of the dialogue, -1 on padding. answer_T: number of
+    the sequence's answer that a token belongs to, -1 on tokens that the base did not write."""
 
     token_ids_T: Tensor
     position_ids_T: Tensor
@@ -45,13 +45,13 @@ def dialogue_words(sample: Sample) -> Words:
     return words
 
 
-def empty_words(row_length: int) -> Words:
-    """A row of padding."""
-    return np.full(row_length, _PADDING, dtype=np.uint32)
+def empty_words(sequence_length: int) -> Words:
+    """A sequence of padding."""
+    return np.full(sequence_length, _PADDING, dtype=np.uint32)
 
 
-def row_of(words_T: NDArray[Any]) -> PackedRow:
-    """A coded row of T words in full."""
+def sequence_of(words_T: NDArray[Any]) -> PackedSequence:
+    """A coded sequence of T words in full."""
     word_T = torch.from_numpy(words_T.astype(np.int64))
     used_T, begins_T, answered_T = (
         word_T != _PADDING,
@@ -60,7 +60,7 @@ def row_of(words_T: NDArray[Any]) -> PackedRow:
     )
     index_T = torch.arange(len(word_T))
     start_T = index_T.where(begins_T, 0).cummax(0).values
-    return PackedRow(
+    return PackedSequence(
         token_ids_T=(word_T & (MOST_IDS - 1)).where(used_T, 0),
         position_ids_T=(index_T - start_T).where(used_T, 0),
         document_T=(begins_T.cumsum(0) - 1).where(used_T, -1),
@@ -69,36 +69,36 @@ def row_of(words_T: NDArray[Any]) -> PackedRow:
 
 
 class Place(NamedTuple):
-    """Where a dialogue goes: the number of its row, its first token in it; closed: a row that takes no more."""
+    """Where a dialogue goes: the number of its sequence, its first token there; closed: a sequence that is full."""
 
-    row: int
+    sequence: int
     at: int
     closed: int | None
 
 
 class Places:
-    """First-fit packing in the given order, so that the same dialogues always give the same rows.
+    """First-fit packing in the given order, so that the same dialogues always give the same sequences.
 
-    Rows are numbered in the order in which they are begun.
+    Sequences are numbered in the order in which they are begun.
     """
 
-    def __init__(self, row_length: int) -> None:
-        self._row_length = row_length
+    def __init__(self, sequence_length: int) -> None:
+        self._sequence_length = sequence_length
         self._open: list[tuple[int, int]] = []
-        self.num_rows = 0
+        self.num_sequences = 0
 
     def place(self, length: int) -> Place:
-        """The place of a dialogue of 1 to `row_length` tokens."""
-        for i, (room, row) in enumerate(self._open):
+        """The place of a dialogue of 1 to `sequence_length` tokens."""
+        for i, (room, sequence) in enumerate(self._open):
             if length <= room:
-                self._open[i] = (room - length, row)
-                return Place(row, self._row_length - room, None)
-        row, closed = self.num_rows, None
-        self.num_rows += 1
-        self._open.append((self._row_length - length, row))
-        # A short list of open rows keeps this linear; the fullest one closes first.
-        if len(self._open) > _OPEN_ROWS:
-            fullest = min(self._open, key=lambda open_row: open_row[0])
+                self._open[i] = (room - length, sequence)
+                return Place(sequence, self._sequence_length - room, None)
+        sequence, closed = self.num_sequences, None
+        self.num_sequences += 1
+        self._open.append((self._sequence_length - length, sequence))
+        # A short list of open sequences keeps this linear; the fullest one closes first.
+        if len(self._open) > _OPEN_SEQUENCES:
+            fullest = min(self._open, key=lambda place: place[0])
             self._open.remove(fullest)
             closed = fullest[1]
-        return Place(row, 0, closed)
+        return Place(sequence, 0, closed)

@@ -1,7 +1,7 @@
-"""Packed corpora on disk: rows of coded tokens in memory-mapped shards, and an index that says what they are.
+"""Packed corpora on disk: sequences of coded tokens in memory-mapped shards, and an index that says what they are.
 
-Layout of a packed folder: `pack.json` (the index), `rows-00000.u32`, ... (little-endian words, T a row; see
-`packing`). A corpus folder keeps its own in `packed/ROW_LENGTH`; a packed folder elsewhere stands for itself.
+Layout of a packed folder: `pack.json` (the index), `sequences-00000.u32`, ... (little-endian words, T a sequence; see
+`packing`). A corpus folder keeps its own in `packed/SEQUENCE_LENGTH`; a packed folder elsewhere stands for itself.
 """
 
 import hashlib
@@ -32,47 +32,49 @@ from orthrus.training.pack_index import (
     shard_name,
 )
 from orthrus.training.pack_writer import pack_corpus, stamps
-from orthrus.training.packing import PackedRow, row_of
+from orthrus.training.packing import PackedSequence, sequence_of
 
 CACHE = "packed"
 
 
-class _Rows(Sequence[PackedRow], ABC):
-    """Rows that are read when they are asked for, one by one."""
+class _Sequences(Sequence[PackedSequence], ABC):
+    """Sequences that are read when they are asked for, one by one."""
 
     @overload
-    def __getitem__(self, at: int) -> PackedRow: ...
+    def __getitem__(self, at: int) -> PackedSequence: ...
     @overload
-    def __getitem__(self, at: slice) -> list[PackedRow]: ...
-    def __getitem__(self, at: int | slice) -> PackedRow | list[PackedRow]:
+    def __getitem__(self, at: slice) -> list[PackedSequence]: ...
+    def __getitem__(self, at: int | slice) -> PackedSequence | list[PackedSequence]:
         places = range(len(self))[at]
-        return self._row(places) if isinstance(places, int) else [self._row(place) for place in places]
+        return (
+            self._sequence(places) if isinstance(places, int) else [self._sequence(place) for place in places]
+        )
 
     @abstractmethod
-    def _row(self, at: int) -> PackedRow:
-        """Row `at`, from 0."""
+    def _sequence(self, at: int) -> PackedSequence:
+        """Sequence `at`, from 0."""
 
 
-class Pack(_Rows):
-    """The rows of a packed folder, read from its files when they are asked for."""
+class Pack(_Sequences):
+    """The sequences of a packed folder, read from its files when they are asked for."""
 
     def __init__(self, folder: Path, index: PackIndex, shards: Sequence[Any]) -> None:
         self.folder, self.about, self._shards = folder, index, shards
 
     def __len__(self) -> int:
-        return self.about.num_rows
+        return self.about.num_sequences
 
-    def _row(self, at: int) -> PackedRow:
-        """Raises CorruptFileError for a row with a token id that the index does not know of."""
-        shard, row = divmod(at, self.about.shard_rows)
-        found = row_of(self._shards[shard][row])
+    def _sequence(self, at: int) -> PackedSequence:
+        """Raises CorruptFileError for a sequence with a token id that the index does not know of."""
+        shard, sequence = divmod(at, self.about.shard_sequences)
+        found = sequence_of(self._shards[shard][sequence])
         if int(found.token_ids_T.max()) > self.about.largest_id:
-            raise damaged(self.folder / shard_name(shard), f"row {row} has an unknown token id")
+            raise damaged(self.folder / shard_name(shard), f"sequence {sequence} has an unknown token id")
         return found
 
 
-class Packs(_Rows):
-    """The rows of several packed folders, one after the other. parts: by the names under which they were given."""
+class Packs(_Sequences):
+    """The sequences of several packed folders, one after the other. parts: by the names that they were given under."""
 
     def __init__(self, parts: dict[str, Pack]) -> None:
         self.parts = parts
@@ -82,7 +84,7 @@ class Packs(_Rows):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def _row(self, at: int) -> PackedRow:
+    def _sequence(self, at: int) -> PackedSequence:
         which = bisect_right(self._ends, at)
         return self._packs[which][at - self._ends[which]]
 
@@ -108,21 +110,27 @@ def has_corpus(folder: str) -> bool:
 
 
 def packed_corpora(
-    folders: Sequence[str], row_length: int, *, drop_long: bool = False, on_progress: Progress | None = None
+    folders: Sequence[str],
+    sequence_length: int,
+    *,
+    drop_long: bool = False,
+    on_progress: Progress | None = None,
 ) -> Packs:
-    """The packed rows of corpus folders, packed first where that was not done yet. Several must be answers of one base.
+    """The packed sequences of corpus folders, packed first where that was not done yet. Several must be of one base.
 
-    Raises UserInputError when they are of different bases or one does not say of which, when dialogues are
-    longer than a row and `drop_long` does not leave them out; and as `packed`.
+    Raises UserInputError when they are answers of different bases or one does not say of which, when dialogues are
+    longer than a sequence and `drop_long` does not leave them out; and as `packed`.
     """
-    packs = {folder: packed(Path(os.path.expanduser(folder)), row_length, on_progress) for folder in folders}
+    packs = {
+        folder: packed(Path(os.path.expanduser(folder)), sequence_length, on_progress) for folder in folders
+    }
     for folder, pack in packs.items():
         index = pack.about
         if index.num_long and not drop_long:
             raise UserInputError(
-                f"{index.num_long} of {index.dialogues} dialogues in {folder} are longer than a row of "
-                f"{index.row_length} tokens (the longest has {index.longest}); raise row_length, or set drop_long "
-                "to leave them out."
+                f"{index.num_long} of {index.dialogues} dialogues in {folder} are longer than a sequence of "
+                f"{index.sequence_length} tokens (the longest has {index.longest}); raise sequence_length, or set "
+                "drop_long to leave them out."
             )
         if len(folders) > 1 and index.base is None:
             raise UserInputError(
@@ -137,23 +145,23 @@ def packed_corpora(
     return Packs(packs)
 
 
-def packed(folder: Path, row_length: int, on_progress: Progress | None = None) -> Pack:
-    """The rows of a corpus folder, from its cache where that is fresh, else packed now; or of a packed folder.
+def packed(folder: Path, sequence_length: int, on_progress: Progress | None = None) -> Pack:
+    """The sequences of a corpus folder, from its cache where that is fresh, else packed now; or of a packed folder.
 
     Several processes may ask at once: one packs, the others wait. Raises UserInputError when there is no corpus, it
-    is empty, every dialogue is longer than a row, or a packed folder has rows of another length; CorruptFileError
-    when a file is damaged; StorageError when the cache cannot be written.
+    is empty, every dialogue is longer than a sequence, or a packed folder has sequences of another length;
+    CorruptFileError when a file is damaged; StorageError when the cache cannot be written.
     """
     if (folder / INDEX).is_file():
         pack = open_pack(folder)
-        if pack.about.row_length != row_length:
+        if pack.about.sequence_length != sequence_length:
             raise UserInputError(
-                f"the rows in {folder} have {pack.about.row_length} tokens, the recipe wants {row_length}; set "
-                f"row_length: {pack.about.row_length}, or pack the corpus again."
+                f"the sequences in {folder} have {pack.about.sequence_length} tokens, the recipe wants "
+                f"{sequence_length}; set sequence_length: {pack.about.sequence_length}, or pack the corpus again."
             )
         return pack
     files = stamps(folder)
-    place = folder / CACHE / str(row_length)
+    place = folder / CACHE / str(sequence_length)
     if (found := _fresh(place, files)) is not None:
         return found
     try:
@@ -167,7 +175,7 @@ def packed(folder: Path, row_length: int, on_progress: Progress | None = None) -
         if (found := _fresh(place, files)) is None:
             restore_folder(place, KIND)
             with replace_folder(place, KIND) as scratch:
-                pack_corpus(folder, scratch, row_length, on_progress)
+                pack_corpus(folder, scratch, sequence_length, on_progress)
             found = open_pack(place)
     return found
 
@@ -177,12 +185,12 @@ def open_pack(folder: Path) -> Pack:
     index = read_index(folder)
     shards = []
     for shard in range(len(index.shard_digests)):
-        rows = min(index.shard_rows, index.num_rows - shard * index.shard_rows)
+        sequences = min(index.shard_sequences, index.num_sequences - shard * index.shard_sequences)
         file = folder / shard_name(shard)
         try:
-            if file.stat().st_size != rows * index.row_length * WORD.itemsize:
-                raise damaged(file, "its size is not that of its rows")
-            shards.append(np.memmap(file, WORD, "r", shape=(rows, index.row_length)))
+            if file.stat().st_size != sequences * index.sequence_length * WORD.itemsize:
+                raise damaged(file, "its size is not that of its sequences")
+            shards.append(np.memmap(file, WORD, "r", shape=(sequences, index.sequence_length)))
         except OSError as error:
             raise damaged(file, error.strerror or str(error)) from error
     return Pack(folder, index, shards)

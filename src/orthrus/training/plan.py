@@ -1,9 +1,9 @@
 """What a training run needs, by arithmetic: memory by part, operations, tokens and hours. Pure functions.
 
 Names in the formulas: C hidden size, q and kv the widths of all query heads and of all key heads, H query heads,
-I width of the MLP that a row meets, V vocabulary, L layers, T row length, B micro_rows, N num_anchors, K block_size,
-Q = B N K block rows, c bytes of a number in `dtype`. Frozen weights need no gradient, so autograd keeps for them
-nothing but themselves: that is why a step needs much less than one of full training.
+I width of the MLP that a row meets, V vocabulary, L layers, T sequence_length, B micro_batch_size, N num_anchors,
+K block_size, Q = B N K block rows, c bytes of a number in `dtype`. Frozen weights need no gradient, so autograd keeps
+for them nothing but themselves: that is why a step needs much less than one of full training.
 """
 
 from collections.abc import Mapping
@@ -109,8 +109,8 @@ class Work:
     block row reads, on average; the share of blocks that are probed and moved first; recomputed: whether layers keep
     their input alone."""
 
-    micro_rows: int
-    row_length: int
+    micro_batch_size: int
+    sequence_length: int
     num_anchors: int
     block_size: int
     targets: float
@@ -122,16 +122,16 @@ class Work:
 
     @property
     def block_rows(self) -> int:
-        return self.micro_rows * self.num_anchors * self.block_size
+        return self.micro_batch_size * self.num_anchors * self.block_size
 
     @property
     def target_rows(self) -> float:
-        return self.micro_rows * self.num_anchors * self.targets
+        return self.micro_batch_size * self.num_anchors * self.targets
 
     @property
     def teacher_rows(self) -> float:
         """Rows of the AR pass whose law is imitated: different blocks share them."""
-        return min(self.micro_rows * self.row_length, self.target_rows)
+        return min(self.micro_batch_size * self.sequence_length, self.target_rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +192,7 @@ def layer_bytes(shape: Shape, work: Work, layer: int) -> float:
 
 
 def activation_bytes(shape: Shape, work: Work) -> float:
-    """Bytes that live from the forward pass to the backward pass, of B rows of T tokens with N blocks each.
+    """Bytes that live from the forward pass to the backward pass, of B sequences of T tokens with N blocks each.
 
     Q (sum of `layer_bytes` over the layers from the first that learns + 4 C + 4 of the last norm
         + 2 D c of each kind of rotary table, D being the head's size)
@@ -204,10 +204,10 @@ def activation_bytes(shape: Shape, work: Work) -> float:
     Recomputed: of the layers that learn only the largest, and c C Q for the input of each.
     """
     c, rows, learning = work.dtype_bytes, work.block_rows, shape.learning_layers
-    context_rows = work.micro_rows * work.row_length
+    context_rows = work.micro_batch_size * work.sequence_length
     total = float(c * context_rows) * (shape.num_layers * (shape.keys + shape.values) + shape.hidden)
     if work.attention == "dense":
-        total += (1 + shape.windowed) * c * rows * work.row_length
+        total += (1 + shape.windowed) * c * rows * work.sequence_length
     total += work.target_rows * (c * shape.hidden + 22.0)
     if shape.repair_rank:
         repaired = c * (2.0 * shape.hidden + 2 * shape.repair_rank)
@@ -306,7 +306,8 @@ def pass_flops(shape: Shape, work: Work) -> float:
     twins = len(shape.twin_layers)
     # Full twins replace what they are twins of.
     more = shape.view_weights * twins if shape.low_rank else 0
-    teacher = work.micro_rows * work.row_length * layers * (2 * shape.layer_weights + 4 * work.row_length * q)
+    context_rows = work.micro_batch_size * work.sequence_length
+    teacher = context_rows * layers * (2 * shape.layer_weights + 4 * work.sequence_length * q)
     reach = work.read_rows + work.block_size
     forward = work.block_rows * (layers * (2 * shape.layer_weights + 4 * q * reach) + 2 * more)
     attention = 10 * q * reach if work.attention == "flex" else q * (4 * work.read_rows + 8 * work.block_size)

@@ -65,34 +65,34 @@ class Plan:
         return max(self.memory.total, self.gathered)
 
 
-def plan_run(shape: Shape, recipe: TrainConfig, machine: Machine, num_rows: int | None) -> Plan:
-    """The plan of a recipe for its base and view; num_rows: packed rows of its corpus, None where it is not there.
+def plan_run(shape: Shape, recipe: TrainConfig, machine: Machine, num_sequences: int | None) -> Plan:
+    """The plan of a recipe for its base and view; num_sequences: of its packed corpus, None where it is not there.
 
-    Raises UserInputError for a batch that leaves processes without a row.
+    Raises UserInputError for a batch that leaves processes without a sequence.
     """
     processes = machine.num_gpus
-    if recipe.batch_rows < processes:
+    if recipe.batch_size < processes:
         raise UserInputError(
-            f"batch_rows {recipe.batch_rows} is less than a row for each of {processes} processes; raise it."
+            f"batch_size {recipe.batch_size} is less than a sequence for each of {processes} processes; raise it."
         )
     work = work_of(recipe, shape)
     sharded, averaged = recipe.sharding == "fsdp2" and processes > 1, bool(recipe.ema_decay)
-    row_flops = pass_flops(shape, replace(work, micro_rows=1))
+    sequence_flops = pass_flops(shape, replace(work, micro_batch_size=1))
     num_steps = recipe.steps or (
-        None if num_rows is None else max(1, round(recipe.epochs * num_rows / recipe.batch_rows))
+        None if num_sequences is None else max(1, round(recipe.epochs * num_sequences / recipe.batch_size))
     )
-    # The others wait for the process with the most rows.
-    waited = math.ceil(recipe.batch_rows / processes) * processes * row_flops
+    # The others wait for the process with the most sequences.
+    waited = math.ceil(recipe.batch_size / processes) * processes * sequence_flops
     return Plan(
         shape=shape,
         work=work,
         memory=memory(shape, work, processes=processes, sharded=sharded, averaged=averaged),
         gathered=gathered_bytes(shape, work, processes=processes, averaged=averaged) if sharded else 0,
-        tokens=recipe.batch_rows * recipe.row_length,
-        targets=round(recipe.batch_rows * recipe.num_anchors * work.targets),
-        step_flops=recipe.batch_rows * row_flops,
+        tokens=recipe.batch_size * recipe.sequence_length,
+        targets=round(recipe.batch_size * recipe.num_anchors * work.targets),
+        step_flops=recipe.batch_size * sequence_flops,
         num_steps=num_steps,
-        total_flops=None if num_steps is None else num_steps * recipe.batch_rows * row_flops,
+        total_flops=None if num_steps is None else num_steps * recipe.batch_size * sequence_flops,
         hours=None
         if num_steps is None
         else hours(
@@ -103,20 +103,20 @@ def plan_run(shape: Shape, recipe: TrainConfig, machine: Machine, num_rows: int 
 
 
 def work_of(recipe: TrainConfig, shape: Shape) -> Work:
-    """What a pass of the recipe works on, on a GPU. A row is supposed to hold one dialogue, the longest reach."""
+    """What a pass of the recipe works on, on a GPU. A sequence is supposed to hold one dialogue, the longest reach."""
     import torch
 
     attention = pick_attention(recipe.attention, torch.device("cuda"), shape.head_dim)
     # A share of the blocks alone leaves targets out; the others weigh all of them.
     without = recipe.first_target if recipe.clean_share == 1 else 0
-    length = recipe.row_length
+    length = recipe.sequence_length
     return Work(
-        micro_rows=min(recipe.micro_rows, recipe.batch_rows),
-        row_length=length,
+        micro_batch_size=min(recipe.micro_batch_size, recipe.batch_size),
+        sequence_length=length,
         num_anchors=recipe.num_anchors,
         block_size=recipe.block_size,
         targets=recipe.block_size - 1 - without,
-        # Anchors lie anywhere in a row; the dense code multiplies by all of it all the same.
+        # Anchors lie anywhere in a sequence; the dense code multiplies by all of it all the same.
         read_rows=length if attention == "dense" else length / 2,
         rejected_share=recipe.rejected_share,
         dtype_bytes=BYTES[recipe.dtype],
@@ -128,8 +128,8 @@ def work_of(recipe: TrainConfig, shape: Shape) -> Work:
 def what_to_change(recipe: TrainConfig, num_gpus: int, fits: Callable[[TrainConfig], bool]) -> dict[str, Any]:
     """The keys, with values, that make a recipe fit which does not; empty where none of these do.
 
-    In this order: micro_rows and activations (change nothing else), sharding, num_anchors, rank; no more of them than
-    needed.
+    In this order: micro_batch_size and activations (change nothing else), sharding, num_anchors, rank; no more of
+    them than needed.
     """
     changes: dict[str, Any] = {}
     for key, value in _candidates(recipe, num_gpus):
@@ -145,8 +145,8 @@ def what_to_change(recipe: TrainConfig, num_gpus: int, fits: Callable[[TrainConf
 
 def _candidates(recipe: TrainConfig, num_gpus: int) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
-    if recipe.micro_rows > 1:
-        found.append(("micro_rows", 1))
+    if recipe.micro_batch_size > 1:
+        found.append(("micro_batch_size", 1))
     if recipe.activations == "none":
         found.append(("activations", "layer"))
     if recipe.sharding != "fsdp2" and num_gpus > 1:

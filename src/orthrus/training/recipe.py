@@ -15,9 +15,9 @@ from orthrus.training.losses import LOSSES, WEIGHTS, LossKind, WeightKind
 _MOST = {
     "block_size": 2**12,
     "num_anchors": 2**16,
-    "row_length": 2**20,
-    "batch_rows": 2**20,
-    "micro_rows": 2**16,
+    "sequence_length": 2**20,
+    "batch_size": 2**20,
+    "micro_batch_size": 2**16,
     "rank": 2**16,
     "repair_rank": 2**16,
     "evaluate_prompts": 2**16,
@@ -34,10 +34,10 @@ class TrainConfig:
     """Settings of `orthrus train`.
 
     base, corpus, output: the model, the corpus folders, and where the run keeps its state and its view.
-    Blocks: block_size (K), num_anchors (blocks a row), row_length (tokens), drop_long; num_clean,
+    Blocks: block_size (K), num_anchors (blocks a sequence), sequence_length (tokens), drop_long; num_clean,
     first_target, clean_share, reveal and rejected_share as in `BlockLayout`.
-    Loss: loss, weights, gamma (decay), smoothing (dpace). Batch: batch_rows rows a step over all processes,
-    in micro-batches of micro_rows. Optimiser: AdamW with cosine schedule; learning_rate, warmup and
+    Loss: loss, weights, gamma (decay), smoothing (dpace). Batch: batch_size sequences a step over all processes,
+    in micro-batches of micro_batch_size. Optimiser: AdamW with cosine schedule; learning_rate, warmup and
     min_lr_ratio (shares of all steps and of the peak), weight_decay, clip_norm. steps: 0 means `epochs` passes
     over the corpus. ema_decay: the run scores and keeps an exponential moving average of the weights (0: the weights
     themselves). View: layers and twins (None for all), rank (None for full twins), rank_scale (what low-rank parts
@@ -56,7 +56,7 @@ class TrainConfig:
     init_view: str | None = None
     block_size: int = 8
     num_anchors: int = 64
-    row_length: int = 512
+    sequence_length: int = 512
     drop_long: bool = False
     num_clean: int = 1
     first_target: int = 0
@@ -75,8 +75,8 @@ class TrainConfig:
     weights: WeightKind = "dpace"
     gamma: float = 4.0
     smoothing: float = 0.5
-    batch_rows: int = 4
-    micro_rows: int = 1
+    batch_size: int = 4
+    micro_batch_size: int = 1
     steps: int = 0
     epochs: float = 1.0
     learning_rate: float = 4e-4
@@ -121,17 +121,17 @@ class TrainConfig:
             )
         for name in (
             "num_anchors",
-            "row_length",
-            "batch_rows",
-            "micro_rows",
+            "sequence_length",
+            "batch_size",
+            "micro_batch_size",
             "save_every",
             "evaluate_every",
             "log_every",
         ):
             if getattr(self, name) < 1:
                 raise UserInputError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if not 2 <= self.block_size <= self.row_length:
-            raise UserInputError(f"block_size must lie between 2 and row_length, not {self.block_size}.")
+        if not 2 <= self.block_size <= self.sequence_length:
+            raise UserInputError(f"block_size must lie between 2 and sequence_length, not {self.block_size}.")
         for name, most in _MOST.items():
             value = getattr(self, name)
             if isinstance(value, int | float) and value > most:

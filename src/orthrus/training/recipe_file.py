@@ -65,9 +65,17 @@ def _check_key(kind: type[TrainConfig], key: object, *, where: str) -> None:
     """UserInputError, with a suggestion, for what is no key of a recipe."""
     known = [f.name for f in fields(kind)]
     if key not in known:
-        close = get_close_matches(str(key)[:50], known, n=1) if isinstance(key, str) else []
-        hint = f"; did you mean {close[0]}?" if close else f"; the keys are {', '.join(known)}."
+        close = _meant(key[:50], known) if isinstance(key, str) else None
+        hint = f"; did you mean {close}?" if close else f"; the keys are {', '.join(known)}."
         raise UserInputError(f"{where}: unknown key {shown(key)}{hint}")
+
+
+def _meant(key: str, known: list[str]) -> str | None:
+    """The key that is spelt most alike, if any is: of those that share a word with it, else of all."""
+    words = set(key.split("_"))
+    related = [name for name in known if words & set(name.split("_"))]
+    close = get_close_matches(key, related, n=1, cutoff=0.5) or get_close_matches(key, known, n=1)
+    return close[0] if close else None
 
 
 def _coerced(kind: type[TrainConfig], key: str, value: Any) -> Any:

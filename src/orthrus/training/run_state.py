@@ -34,7 +34,7 @@ _FREE = {
     "log_every",
     "output",
     "corpus",
-    "micro_rows",
+    "micro_batch_size",
     "sharding",
     "trackers",
     "attention",

@@ -18,7 +18,7 @@ from orthrus.training.blocks import BlockLayout, draw_blocks
 from orthrus.training.flex_blocks import pick_attention
 from orthrus.training.forward import Objective, StepOutput, TrainingPass
 from orthrus.training.moving_mean import MovingMean
-from orthrus.training.packing import PackedRow
+from orthrus.training.packing import PackedSequence
 from orthrus.training.processes import Processes, plain
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.run_folder import RunFolder, run_folder
@@ -62,7 +62,7 @@ class Hooks:
 
 def train(
     dual: DualView,
-    rows: Sequence[PackedRow],
+    sequences: Sequence[PackedSequence],
     config: TrainConfig,
     corpus_digest: str,
     hooks: Hooks,
@@ -73,15 +73,15 @@ def train(
     held: that folder, where the caller holds it already; else the main process holds it until the end.
     Base weights stay frozen, with `train: repair` all but the repair head. The view is kept in float32 and
     used in `config.dtype`. With `config.ema_decay` the moving mean of the weights is what decodes score, and what
-    `dual` holds in the end. Every random choice is a function of (seed, epoch, row), so a resumed run repeats
+    `dual` holds in the end. Every random choice is a function of (seed, epoch, sequence), so a resumed run repeats
     what an unbroken one would have done, bit for bit. Raises UserInputError when the folder holds another
     run, another process trains there, or something in it is not the run's; StorageError when it cannot be
     written or has too little room; DivergedError when the loss is not a number.
     """
     processes = Processes(config)
-    if config.batch_rows < processes.count:
+    if config.batch_size < processes.count:
         raise UserInputError(
-            f"batch_rows {config.batch_rows} is less than a row for each of {processes.count} processes; "
+            f"batch_size {config.batch_size} is less than a sequence for each of {processes.count} processes; "
             "raise it."
         )
     for name, parameter in dual.view_parameters().items():
@@ -89,13 +89,13 @@ def train(
         parameter.requires_grad_(config.train == "view" or name.startswith(REPAIR_PREFIX))
     holding = run_folder(config.output_folder, is_main=processes.is_main) if held is None else nullcontext()
     with closing(processes), holding:
-        return _train(processes, dual, rows, config, corpus_digest, hooks)
+        return _train(processes, dual, sequences, config, corpus_digest, hooks)
 
 
 def _train(
     processes: Processes,
     dual: DualView,
-    rows: Sequence[PackedRow],
+    sequences: Sequence[PackedSequence],
     config: TrainConfig,
     corpus_digest: str,
     hooks: Hooks,
@@ -120,7 +120,7 @@ def _train(
     state = RunState() if saved is None else load_state(saved, dual, optimizer, mean, processes)
     if processes.is_main:
         check_room(folder, dual, config)
-    num_steps = config.steps or max(1, round(config.epochs * len(rows) / config.batch_rows))
+    num_steps = config.steps or max(1, round(config.epochs * len(sequences) / config.batch_size))
     if processes.is_main:
         hooks.on_start(state.step, num_steps)
     # Compiled kernels and gathered shards do not run under a counter.
@@ -132,7 +132,7 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with meter.counting():
-                output = _accumulate(processes, rows, config, state.step)
+                output = _accumulate(processes, sequences, config, state.step)
             grad_norm = _apply(processes, parameters, optimizer, output, config.clip_norm)
             state.step += 1
             mean.update(state.step)
@@ -166,27 +166,27 @@ def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
     )
 
 
-def rows_of_step(num_rows: int, batch_rows: int, step: int, seed: int) -> list[tuple[int, int]]:
-    """(row index, anchor seed) of each row of a step: every epoch is a fresh permutation of the corpus."""
+def sequences_of_step(num_sequences: int, batch_size: int, step: int, seed: int) -> list[tuple[int, int]]:
+    """(index, anchor seed) of each sequence of a step: every epoch is a fresh permutation of the corpus."""
     picked = []
-    for position in range(step * batch_rows, (step + 1) * batch_rows):
-        epoch, at = divmod(position, num_rows)
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, at = divmod(position, num_sequences)
         epoch_seed = (seed * 1_000_003 + epoch) % 2**63
-        row = int(_epoch_order(num_rows, epoch_seed)[at])
-        picked.append((row, (epoch_seed * 1_000_003 + row) % 2**63))
+        index = int(_epoch_order(num_sequences, epoch_seed)[at])
+        picked.append((index, (epoch_seed * 1_000_003 + index) % 2**63))
     return picked
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(num_rows: int, seed: int) -> Tensor:
-    """The rows of one epoch; kept, since every row of every step asks for it. Two: a step may span both."""
-    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
+def _epoch_order(num_sequences: int, seed: int) -> Tensor:
+    """The order of one epoch; kept, since every sequence of every step asks for it. Two: a step may span both."""
+    return torch.randperm(num_sequences, generator=torch.Generator().manual_seed(seed))
 
 
 def _accumulate(
-    processes: Processes, rows: Sequence[PackedRow], config: TrainConfig, step: int
+    processes: Processes, sequences: Sequence[PackedSequence], config: TrainConfig, step: int
 ) -> StepOutput:
-    """Gradients of the summed loss over this process's share of the step's rows; returns all sums."""
+    """Gradients of the summed loss over this process's share of the step's sequences; returns all sums."""
     layout = BlockLayout(
         block_size=config.block_size,
         num_clean=config.num_clean,
@@ -195,17 +195,17 @@ def _accumulate(
         reveal=config.reveal,
         rejected_share=config.rejected_share,
     )
-    picked = rows_of_step(len(rows), config.batch_rows, step, config.seed)
+    picked = sequences_of_step(len(sequences), config.batch_size, step, config.seed)
     mine = picked[processes.index :: processes.count]
-    # As many passes as the first process makes, which has the most rows: with shards, a pass needs everybody.
-    starts = range(0, len(picked[:: processes.count]), config.micro_rows)
+    # As many passes as the first process makes, which has the most sequences: with shards, a pass needs everybody.
+    starts = range(0, len(picked[:: processes.count]), config.micro_batch_size)
     total: StepOutput | None = None
     for start in starts:
-        part = mine[start : start + config.micro_rows]
+        part = mine[start : start + config.micro_batch_size]
         used = part or mine[:1]
-        batch = draw_blocks([rows[i] for i, _ in used], [s for _, s in used], config.num_anchors, layout)
+        batch = draw_blocks([sequences[i] for i, _ in used], [s for _, s in used], config.num_anchors, layout)
         total = _plus(total, processes.gradients(batch, counts=bool(part), last=start == starts[-1]))
-    assert total is not None, "a step has at least one row for each process"
+    assert total is not None, "a step has at least one sequence for each process"
     return processes.total(total)
 
 
