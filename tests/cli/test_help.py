@@ -21,7 +21,7 @@ from orthrus.cli.app import main
 try:
     main()
 except SystemExit as leaving:
-    assert not leaving.code, leaving.code
+    assert (leaving.code or 0) == {code}, leaving.code
 loaded = [name for name in {heavy!r} if name in sys.modules]
 assert not loaded, loaded
 """
@@ -33,7 +33,10 @@ assert not loaded, loaded
 def test_help_imports_nothing_heavy(args: list[str]) -> None:
     before = os.times()
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(heavy=HEAVY), *args], capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT.format(heavy=HEAVY, code=0), *args],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -41,6 +44,27 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
     after = os.times()
     used_s = after.children_user + after.children_system - before.children_user - before.children_system
     assert used_s < 2.0
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "-n", "0", "hello"],
+        ["serve", "--port", "99999"],
+        ["bench", "--prompts", "nowhere"],
+        ["audit", "--prompts", "nowhere"],
+        ["verify", "nowhere.json"],
+        ["train", "nowhere.yaml"],
+        ["train", "recipes/smoke-cpu.yaml", "loss=kld"],
+        ["adapt", "nowhere.jsonl"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_option_or_file_is_refused_before_torch_is_loaded(args: list[str]) -> None:
+    script = SCRIPT.format(heavy=("torch", "transformers"), code=2)
+    run = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize("name", NAMES)

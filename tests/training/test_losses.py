@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from orthrus.training.losses import LOSSES, pointwise_loss, position_weights, row_losses
+from orthrus.training.loss_kinds import LOSSES
+from orthrus.training.losses import pointwise_loss, position_weights, row_losses
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from orthrus.cli import options
+from orthrus.cli.adapt_run import Adapting, check_log
 from orthrus.cli.render import out, print_json
 from orthrus.errors import UserInputError
 
@@ -58,7 +59,8 @@ def adapt(
         raise UserInputError("give the log to learn from, or --rollback.")
     if not 0 < held_back < 1:
         raise UserInputError(f"held-back must lie between 0 and 1, not {held_back}.")
-    from orthrus.cli.adapt_run import Adapting
+    # A bad line is found before torch is loaded.
+    check_log(log)
     from orthrus.training.adapt import GENERAL_PROMPTS
     from orthrus.training.recipe import TrainConfig
 

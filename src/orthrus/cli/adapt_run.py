@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 REPORT, BEFORE = "report.json", "before.json"
 
 
+def check_log(log: Path) -> None:
+    """UserInputError for a log that is not there, or for the first line of it that is no request."""
+    from orthrus.base.prompt_files import read_prompt_file
+
+    if not log.is_file():
+        raise UserInputError(f"there is no log {log}; give a JSONL file.")
+    read_prompt_file(log)
+
+
 class Adapting:
     """One invocation, from the log to the verdict. What it makes on the way lies in a folder beside the view."""
 
@@ -39,17 +48,12 @@ class Adapting:
         quiet: bool,
     ) -> None:
         from orthrus.base.outputs import check_writable
-        from orthrus.base.prompt_files import read_prompt_file
         from orthrus.model.checkpoint import WEIGHTS_FILE
         from orthrus.training.adapt import work_key
         from orthrus.training.recipe import to_plain
 
         self.log, self.view, self.start, self.quiet = log, view, start, quiet
         self.settings = settings
-        if not log.is_file():
-            raise UserInputError(f"there is no log {log}; give a JSONL file.")
-        # A bad line is found before the model is loaded.
-        read_prompt_file(log)
         key = work_key(log, _digest(start / WEIGHTS_FILE), settings | to_plain(config))
         self.work = view.with_name(f"{view.name}.adapt-{key}")
         self.config = replace(config, corpus=(str(self.work / "corpus"),), output=str(self.work / "run"))

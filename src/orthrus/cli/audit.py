@@ -70,11 +70,12 @@ def audit(
     }
     check_decode(decode)
     chosen_strategies = check_strategies(strategy)
-    from orthrus.audit import AuditOptions, FullOptions, run_audit
     from orthrus.base.bench_prompts import load_prompts
 
     check_output(output)
     chosen = load_prompts(prompts, tuple(domain or ()), limit)
+    from orthrus.audit import AuditOptions, FullOptions, run_audit
+
     orthrus = load_orthrus(
         options.one_model(model, named_model),
         view=view,

@@ -101,18 +101,19 @@ def train(
 
 
 def _train(recipe: Path, overrides: list[str] | None, *, quiet: bool, json: bool) -> None:
-    from orthrus.training.packs import packed_corpora
     from orthrus.training.recipe_file import load_recipe
     from orthrus.training.run_folder import check_run_folder, run_folder
-    from orthrus.training.trackers import wanted
 
-    # What costs nothing is checked before the model is loaded.
+    # What costs nothing is checked before the model is loaded, and before torch is.
     config = load_recipe(recipe, overrides)
-    wanted(config.trackers)
     # Of several processes under torchrun, only the first one writes.
     first = os.environ.get("RANK", "0") == "0"
     if first:
         check_run_folder(config.output_folder)
+    from orthrus.training.packs import packed_corpora
+    from orthrus.training.trackers import wanted
+
+    wanted(config.trackers)
     with ProgressDisplay(quiet=quiet or not first) as on_progress:
         sequences = packed_corpora(
             config.corpus, config.sequence_length, drop_long=config.drop_long, on_progress=on_progress

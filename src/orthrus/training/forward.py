@@ -24,7 +24,8 @@ from orthrus.training.blocks import (
     rejected_anchors,
 )
 from orthrus.training.flex_blocks import flex_masks, pick_attention
-from orthrus.training.losses import Head, LossKind, WeightKind, position_weights, row_losses
+from orthrus.training.loss_kinds import LossKind, WeightKind
+from orthrus.training.losses import Head, position_weights, row_losses
 from orthrus.training.recipe import ActivationKind, AttentionKind
 
 # Rows whose logits are looked at together.

@@ -1,15 +1,12 @@
 """Losses of a draft row against the AR view's row, computed a few vocabulary rows at a time."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-LossKind = Literal["kl", "ce", "tv", "lk"]
-WeightKind = Literal["uniform", "decay", "dpace"]
-LOSSES: tuple[LossKind, ...] = get_args(LossKind)
-WEIGHTS: tuple[WeightKind, ...] = get_args(WeightKind)
+from orthrus.training.loss_kinds import LossKind, WeightKind
 
 Head = Callable[[Tensor], Tensor]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from orthrus.errors import UserInputError
-from orthrus.training.losses import LOSSES, WEIGHTS, LossKind, WeightKind
+from orthrus.training.loss_kinds import LOSSES, WEIGHTS, LossKind, WeightKind
 
 # Far above what any machine holds; beyond it lies a slip of the finger.
 _MOST = {
