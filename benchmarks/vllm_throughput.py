@@ -36,13 +36,17 @@ LEGEND = (
 START_SECONDS = 900
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class Server:
     """A vLLM server in a process of its own."""
 
-    def __init__(self, model: Path, log: Path, *options: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+    def __init__(self, model: Path, log: Path, *options: str, port: int | None = None) -> None:
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         quiet |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
@@ -66,10 +70,12 @@ class Server:
             except OSError:
                 time.sleep(0.5)
 
-    def counter(self, name: str) -> float:
+    def counter(self, name: str, label: str = "") -> float:
+        """Of /metrics, summed over its lines, or over those with the label: engine="0"."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
             lines = answer.read().decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"vllm:{name}_total{{"))
+        found = [line for line in lines if line.startswith(f"vllm:{name}_total{{") and label in line]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
 
     def cpu_seconds(self) -> float:
         """What the server and its engine have taken of the processors so far: a busy neighbour changes it little."""

@@ -1,12 +1,13 @@
 """Each family on a tiny random model: our own engine's tokens, and its drafts. One engine start each."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orthrus.integrations.vllm.names import engine_arguments
+from orthrus.integrations.vllm.names import command_line, engine_arguments
 
 pytestmark = pytest.mark.families
 NAMES = ("llama", "llama-rank-4-of-one-layer", "qwen2", "qwen3", "qwen3-released", "mistral")
@@ -49,3 +50,29 @@ def test_two_processes_share_a_model(name: str, families: Path, run: Any) -> Non
     oracle = json.loads((families / "families.json").read_text())[name]
     found = drafted(run, families / name / "vllm", oracle, tensor_parallel_size=2)
     assert_like_our_engine(found, oracle)
+
+
+def test_two_engines_share_a_server(families: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data parallel: vLLM offers it in a server, and both engines get requests."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    from vllm_throughput import Server, ask_all
+
+    oracle = json.loads((families / "families.json").read_text())["qwen3"]
+    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--block-size", "32"]
+    options += ["--data-parallel-size", "2", *command_line(7, adaptive=False)]
+    server = Server(families / "qwen3" / "vllm", tmp_path / "server.log", *options)
+    try:
+        server.wait()
+        token_ids = asyncio.run(ask_all(server, oracle["prompts"], 4, oracle["new_tokens"]))[1]
+        requests = [server.counter("request_success", f'engine="{engine}"') for engine in range(2)]
+        accepted = "spec_decode_num_accepted_tokens_per_pos"
+        counters = {
+            "vllm:spec_decode_num_drafts": server.counter("spec_decode_num_drafts"),
+            f"vllm:{accepted}": [server.counter(accepted, f'position="{i}"') for i in range(7)],
+        }
+    finally:
+        server.leave()
+    assert min(requests) > 0
+    assert sum(requests) == len(oracle["prompts"])
+    assert_like_our_engine({"token_ids": [[ids] for ids in token_ids], "counters": counters}, oracle)
