@@ -2,7 +2,7 @@
 
 PREPARED is a folder of `python -m tests.vllm.prepare_families`: tiny models. Two servers hold one of them, and
 `vllm-router` (its own package, in an environment of its own) stands before both. Greedy requests arrive at a steady
-rate, every other one as a stream. One server is killed (SIGKILL) and later started again at the same address. The
+rate, half of them as streams. One server is killed (SIGKILL) and later started again at the same address. The
 script counts what clients saw, and compares answers with the stock model's own, which transformers makes beforehand.
 The environment is that of `make test-vllm`.
 """
