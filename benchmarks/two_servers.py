@@ -48,6 +48,7 @@ LEGEND = {
     "latency_s": "from sending to the end, whole answers: median and longest",
     "restart_s": "from the start of the new server to its first answer of /health",
     "requests_again_s": "from then to when its counters showed a request; null: none until the load ended",
+    "running": "requests that the killed server was answering just before, by its own gauge",
     "served": "requests that ended, as the servers' own counters have it (the killed one's: just before the kill)",
 }
 
@@ -92,7 +93,8 @@ async def happen(
     """The load, the kill and the restart. again: starts the killed server anew."""
     work = asyncio.create_task(load.run(rate))
     await asyncio.sleep(before)
-    served = [await asyncio.to_thread(one.counter, "request_success") for one in servers]
+    served = await asyncio.to_thread(servers[0].counter, "request_success")
+    running = await asyncio.to_thread(servers[0].figure, "num_requests_running")
     killed = time.monotonic()
     kill(servers[0].process)
     await asyncio.sleep(down)
@@ -112,7 +114,8 @@ async def happen(
         "ready": ready,
         "restart_s": restart_s,
         "requests_again_s": first,
-        "served": {"killed": served[0], "other": ended[1], "restarted": ended[0]},
+        "running": running,
+        "served": {"killed": served, "other": ended[1], "restarted": ended[0]},
     }
 
 
@@ -181,7 +184,6 @@ def main(
     """Start all, kill one, count, and write a result file."""
     rng = random.Random(seed)
     prompts = ["".join(rng.choices("abcdefghij .", k=PROMPT_LETTERS)) for _ in range(NUM_PROMPTS)]
-    plain = plain_answers(prepared / family / "base", prompts, tokens)
     common = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "16"]
     common += command_line(7)
 
@@ -197,6 +199,7 @@ def main(
         return server
 
     try:
+        plain = plain_answers(prepared / family / "base", prompts, tokens)
         for one in servers:
             one.wait()
         urls, log = [one.url for one in servers], output.with_suffix(".router.log")

@@ -71,10 +71,13 @@ class Server:
                 time.sleep(0.5)
 
     def counter(self, name: str, label: str = "") -> float:
+        return self.figure(f"{name}_total", label)
+
+    def figure(self, name: str, label: str = "") -> float:
         """Of /metrics, summed over its lines, or over those with the label: engine="0"."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
             lines = answer.read().decode().splitlines()
-        found = [line for line in lines if line.startswith(f"vllm:{name}_total{{") and label in line]
+        found = [line for line in lines if line.startswith(f"vllm:{name}{{") and label in line]
         return sum(float(line.rsplit(" ", 1)[1]) for line in found)
 
     def cpu_seconds(self) -> float:
