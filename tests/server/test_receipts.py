@@ -96,6 +96,16 @@ def test_answers_are_made_again_from_their_receipts(orthrus, elsewhere, fields):
         assert [each.text for each in checked] == [c["message"]["content"] for c in answer["choices"]]
 
 
+def test_compact_json_is_part_of_a_receipt(orthrus, elsewhere):
+    body = chat(
+        seed=9, response_format={"type": "json_object"}, ignore_eos=False, max_tokens=60, temperature=1.0
+    )
+    (answer,) = run(answers, orthrus, CHAT, body | asking(compact_json=True))
+    checked = verify(elsewhere, received(answer))
+    assert [each.position for each in checked] == [None]
+    assert [each.text for each in checked] == [c["message"]["content"] for c in answer["choices"]]
+
+
 def test_a_stop_string_and_several_prompts(orthrus, elsewhere):
     (plain,) = run(answers, orthrus, TEXT, text("Hello", max_tokens=40))
     stop = plain["choices"][0]["text"][10:12]

@@ -64,6 +64,7 @@ WRONG = [
     ({"stop_token_ids": [-1]}, "stop_token_ids"),
     ({"stop_token_ids": [100_000]}, "stop_token_ids"),
     ({"response_format": {"type": "xml"}}, "response_format"),
+    ({"orthrus": {"compact_json": True}}, "orthrus.compact_json"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
     ({"response_format": {"type": "json_object"}}, None),
     ({"orthrus": {"strategy": "magic"}}, "orthrus"),

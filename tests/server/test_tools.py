@@ -33,12 +33,12 @@ def compiler():
     return GrammarCompiler(byte_tokenizer(), {END}, NUM_IDS)
 
 
-def taken(compiler, text, **fields):
+def taken(compiler, text, *, compact=False, **fields):
     """How much of a text the grammar of such a request takes, and whether the text may end there."""
     body = ChatRequest.model_validate(
         {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, **fields}
     )
-    state = compiler.state(call_grammar(calling(body), body.response_format))
+    state = compiler.state(call_grammar(calling(body), body.response_format, compact=compact))
     for count, token_id in enumerate(byte_tokenizer()(text, add_special_tokens=False)["input_ids"]):
         if not state.mask()[token_id]:
             return count, False
@@ -154,6 +154,16 @@ def test_other_templates_read_of_tools_in_the_text():
     assert tools == TOOLS
     assert native[2]["tool_calls"][0]["function"]["arguments"] == {"city": "Ulm"}
     assert native[3:] == turns[3:]
+
+
+@pytest.mark.parametrize("fields", [{}, {"response_format": {"type": "json_object"}}])
+def test_compact_json_in_arguments_and_beside_calls(compiler, fields):
+    tight = WEATHER.replace('{"city": "Ulm"}', '{"city":"Ulm"}')
+    assert taken(compiler, tight, compact=True, **fields) == (len(tight), True)
+    assert taken(compiler, WEATHER, compact=True, **fields)[0] < len(WEATHER)
+    if fields:
+        assert taken(compiler, '{"a":1}', compact=True, **fields) == (7, True)
+        assert taken(compiler, '{"a": 1}', compact=True, **fields)[0] < 8
 
 
 def test_a_call_whole_and_in_chunks(orthrus):

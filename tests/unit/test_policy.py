@@ -321,6 +321,28 @@ def test_beside_a_prompt_rows_cost_their_full_price() -> None:
     assert (straight.plain_rate, straight.pass_ms(3, 0), straight.pass_ms(0, 1)) == rates
 
 
+class Dearer(Policy):
+    SHARED = 5.0
+
+
+def test_policies_that_share_prices_decide_as_with_prices_of_their_own() -> None:
+    kinds = [(kind, own) for kind in (Policy, Dearer) for own in (False, True)]
+    together = Prices(MIDDLE)
+    shared = [kind(together, 6, 24, 3, own_head=own) for kind, own in kinds]
+    for busy in (False, True):
+        for company in ((1, 0), (4, 0), (4, 32), (16, 0)):
+            for decider, (kind, own) in zip(shared, kinds, strict=True):
+                alone = kind(Prices(MIDDLE), 6, 24, 3, own_head=own)
+                for each in (together, alone.costs) if busy else ():
+                    while each.version == 0:
+                        each.observe(1, 0, 0, 3 * MIDDLE(1))
+                decider.among(*company)
+                alone.among(*company)
+                for num_nodes, num_blocks in ((0, 0), (3, 0), (3, 1), (8, 2), (0, 1)):
+                    assert decider.pass_ms(num_nodes, num_blocks) == alone.pass_ms(num_nodes, num_blocks)
+                assert decider.least_chance(12) == alone.least_chance(12)
+
+
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("company", [(1, 0), (4, 0), (16, 0), (4, 32)])
 def test_a_chain_whose_first_node_is_too_unlikely_never_pays(name: str, company: tuple[int, int]) -> None:

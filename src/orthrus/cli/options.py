@@ -292,15 +292,16 @@ def grammar_of(
 
 def _file_text(file: Path) -> str:
     """The text of a grammar's file, or a little more than may be used of it."""
+    name = str(file) if len(str(file)) <= 200 else f"{str(file)[:200]} ..."
     try:
-        with file.expanduser().open(encoding="utf-8") as content:
+        with file.expanduser().open(encoding="utf-8-sig") as content:
             return content.read(LONGEST_GRAMMAR + 1)
     except UnicodeDecodeError as e:
-        raise UserInputError(f"{file} is no UTF-8 text; give a file that holds the schema or grammar.") from e
+        raise UserInputError(f"{name} is no UTF-8 text; give a file that holds the schema or grammar.") from e
     except (OSError, RuntimeError, ValueError) as e:
         reason = (e.strerror if isinstance(e, OSError) else None) or str(e)
         raise UserInputError(
-            f"{file} cannot be read ({reason}); name the file with the schema or grammar."
+            f"{name} cannot be read ({reason}); name the file with the schema or grammar."
         ) from e
 
 

@@ -56,8 +56,9 @@ class ProgressDisplay:
         is_new = stage != self._stage
         if is_new:
             print(printable(stage), file=sys.stderr, flush=True)
-        elif total and self._unit != BYTES and now - self._last_line >= LINE_SECONDS:
-            print(printable(f"{stage}: {done:,} of {total:,} {self._unit}"), file=sys.stderr, flush=True)
+        elif total and now - self._last_line >= LINE_SECONDS:
+            far = f"{done / total:.0%}" if self._unit == BYTES else f"{done:,} of {total:,} {self._unit}"
+            print(printable(f"{stage}: {far}"), file=sys.stderr, flush=True)
         else:
             return
         self._last_line = now

@@ -107,7 +107,10 @@ class Policy:
     def pass_ms(self, num_nodes: int, num_blocks: int, length: BlockLength | None = None) -> float:
         """A verification with blocks beside it; without nodes a draft pass, without either a plain one."""
         length = length or self._length
-        key = self.SHARED, self.own_head, self._company, num_nodes, num_blocks, length.num_guesses
+        key = (
+            *(self.costs.version, self.SHARED, self.own_head, self._company),
+            *(num_nodes, num_blocks, length.num_guesses),
+        )
         ms = self.costs.shared_ms.get(key)
         if ms is None:
             n, num_prompt_rows = self._company
@@ -129,7 +132,7 @@ class Policy:
 
     def least_chance(self, most_nodes: int) -> float:
         """Below this chance of its first node, no chain of at most so many nodes pays, however sure the others are."""
-        key = self.SHARED, self._company, most_nodes
+        key = self.costs.version, self.SHARED, self._company, most_nodes
         row_ms = self.costs.shared_ms.get(key)
         if row_ms is None:
             rows = range(1, most_nodes + 1)

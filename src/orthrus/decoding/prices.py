@@ -13,8 +13,9 @@ must not change decisions."""
 class Prices:
     """A cost table that follows the machine: beside a busy process passes cost more, and not all alike.
 
-    version: rises whenever prices have changed. shared_ms: what the policies of all requests have worked out from
-    them, empty after a change. The engine that runs the passes is the only one to call `observe`.
+    version: rises once prices have changed. shared_ms: what the policies of all requests have worked out from them, by
+    keys that begin with the version, read first: so another thread that asks meanwhile leaves nothing stale. The engine
+    that runs the passes is the only one to call `observe`; any thread may ask.
     """
 
     def __init__(self, costs: CostTable) -> None:
@@ -24,7 +25,7 @@ class Prices:
         self._correction = PriceCorrection()
         self._steps = dict.fromkeys(CLASSES, 0)
         # All requests ask for the same few again and again.
-        self._known: dict[tuple[int, int, int], float] = {}
+        self._known: dict[tuple[int, int, int, int], float] = {}
 
     @property
     def draft_ms(self) -> float:
@@ -33,10 +34,12 @@ class Prices:
 
     def __call__(self, num_ar: int, num_block: int = 0, num_projected: int = 0) -> float:
         """Milliseconds of a pass of AR rows, all projected, and block rows, of which `num_projected` are."""
-        key = num_ar, num_block, num_projected
-        if key not in self._known:
-            self._known[key] = self.costs(*key) * self._factor(num_ar + num_block)
-        return self._known[key]
+        key = self.version, num_ar, num_block, num_projected
+        ms = self._known.get(key)
+        if ms is None:
+            ms = self.costs(num_ar, num_block, num_projected) * self._factor(num_ar + num_block)
+            self._known[key] = ms
+        return ms
 
     def observe(self, num_ar: int, num_block: int, num_projected: int, measured_ms: float) -> None:
         """Take note of what a pass took."""

@@ -37,7 +37,7 @@ def adaptive_work(request: Request, dual: DualView) -> Work:
     ):
         return draft_work(request, dual, "tree", copy)
     # Many requests have nothing at hand that pays, in every pass: for them this must not take long.
-    nothing = request.drafts is None and copy_rate <= policy.plain_rate
+    nothing = request.drafts is None and copy_rate * policy.pass_ms(0, 0) <= 1.0
     work = None if nothing else adaptive_verify(request, dual, copy, trying=False)
     return work or verify_work(request, dual, "ar", EMPTY_TREE, [], copy=copy)
 

@@ -32,6 +32,7 @@ _SETTINGS = {
     "smoothing": "smoothing of dpace",
     "learning_rate": "learning rate (peak)",
     "weight_decay": "weight decay",
+    "ema_decay": "decay of the weights' moving mean",
     "dtype": "dtype of the frozen base",
     "seed": "seed",
 }
@@ -46,6 +47,7 @@ _ORDINARY = {
     "reveal": 0.0,
     "rejected_share": 0.0,
     "weight_decay": 0.0,
+    "ema_decay": 0.0,
 }
 
 

@@ -189,6 +189,11 @@ def _grammar(body: Sampling) -> Grammar | None:
     if isinstance(body, ChatRequest) and (allowed := calling(body)) is not None:
         return call_grammar(allowed, wanted, compact=compact)
     if wanted is None or wanted.type == "text":
+        if compact:
+            raise bad_request(
+                "compact_json is for JSON: give a response_format or tools, or leave it out.",
+                param="orthrus.compact_json",
+            )
         return None
     if wanted.type == "json_object":
         return Grammar("json_object", compact=compact)

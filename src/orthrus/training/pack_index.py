@@ -49,8 +49,12 @@ def read_index(folder: Path) -> PackIndex:
     file = folder / INDEX
     try:
         content = json.loads(file.read_bytes())
-        if content["kind"] != KIND or content["format"] != FORMAT:
-            raise ValueError("another format")
+        if content["kind"] != KIND:
+            raise ValueError("another kind of file")
+        if content["format"] != FORMAT:
+            raise CorruptFileError(
+                f"another version of Orthrus wrote {file}; delete its folder and pack the corpus again."
+            )
         values = {field.name: content[field.name] for field in fields(PackIndex)}
         for name in ("shard_digests", "sources"):
             values[name] = tuple(map(str, values[name]))
