@@ -11,7 +11,7 @@ import torch
 from tests.folders import load_disturbed, save_base
 from tests.quantised_folders import KINDS, save_quantised
 from tests.tiny import disturb_view, tiny_prompt
-from tests.training.test_forward import LAYOUT, _rows, assert_training_equals_decoding
+from tests.training.test_forward import LAYOUT, _sequences, assert_training_equals_decoding
 from tests.ways import WAYS
 from torch import nn
 
@@ -201,7 +201,7 @@ def test_training_over_quantised_weights(folders: dict[str, Path], kind: str, ra
     gradients = []
     for _ in range(2):
         dual.zero_grad()
-        TrainingPass(dual, Objective())(draw_blocks(_rows(), [0, 1], 6, LAYOUT)).loss.backward()
+        TrainingPass(dual, Objective())(draw_blocks(_sequences(), [0, 1], 6, LAYOUT)).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in dual.view_parameters().items()})
         for path, module in list(dual.base.named_modules()):
             if type(module) is nn.Linear and type(module.weight) is not nn.Parameter:
