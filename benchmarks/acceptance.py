@@ -9,14 +9,13 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
 
 from orthrus.api import Orthrus
 from orthrus.base.bench_prompts import BenchPrompt, load_prompts
-from orthrus.base.fingerprint import fingerprint
+from orthrus.base.fingerprint import weights_fingerprint
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import provenance
 from orthrus.bench.cycles import without_reuse
@@ -96,11 +95,10 @@ def open_report(
     output: Path | None, orthrus: Orthrus, options: dict[str, Any], sets: dict[str, list[BenchPrompt]]
 ) -> dict[str, Any]:
     """The report so far, or a new one; refuses to mix models, views, options or prompts."""
-    # fingerprint() asks for named parameters only.
-    view: Any = SimpleNamespace(named_parameters=orthrus.dual.view_parameters().items)
+    view = weights_fingerprint(orthrus.dual.view_parameters().items())
     about = {
         "options": options,
-        "model": orthrus.describe() | {"view_fingerprint": fingerprint(view)},
+        "model": orthrus.describe() | {"view_fingerprint": view},
         "formulas": FORMULAS,
     }
     digests = {name: prompts_digest(prompts) for name, prompts in sets.items()}

@@ -11,14 +11,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
 
 from orthrus.api import Orthrus
 from orthrus.base.bench_prompts import load_prompts
-from orthrus.base.fingerprint import fingerprint
+from orthrus.base.fingerprint import weights_fingerprint
 from orthrus.base.outputs import check_report, write_text_atomic
 from orthrus.base.provenance import provenance
 
@@ -67,7 +66,9 @@ def main(
         views = {"before": Orthrus.load(model, before, name), "now": Orthrus.load(model, now, name)}
         for one in views.values():
             one.generate("Hello.", max_new_tokens=16)
-        report["views"] = {arm: named(one) for arm, one in views.items()}
+        report["views"] = {
+            arm: weights_fingerprint(one.dual.view_parameters().items()) for arm, one in views.items()
+        }
         found = report["results"][name] = {}
         for file in files:
             prompts = [prompt.prompt for prompt in load_prompts(file, (), limit)]
@@ -80,12 +81,6 @@ def main(
         write_text_atomic(output, json.dumps(report, indent=1) + "\n")
     if report["num_different"]:
         raise typer.Exit(1)
-
-
-def named(orthrus: Orthrus) -> str:
-    """A short name for the weights of a view."""
-    view: Any = SimpleNamespace(named_parameters=orthrus.dual.view_parameters().items)
-    return fingerprint(view)
 
 
 def measured(

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 from orthrus.base.quantised import stored_parts
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Iterable
+
+    from torch import Tensor, nn
 
 NUM_SAMPLES = 1024
 
@@ -14,17 +16,25 @@ NUM_SAMPLES = 1024
 def fingerprint(model: "nn.Module") -> str:
     """Digest of a model's parameters: "blake2b:" and 32 hex digits.
 
-    Covers the sorted parameter names, their shapes, and up to 1024 evenly spaced entries of each tensor,
-    rounded to bfloat16, so that loading the same checkpoint in another precision keeps the name. A tied
-    tensor counts once; buffers do not count. A quantised weight counts as the numbers that it is stored as.
-    Take it before twins are put in: they change the names.
+    As `weights_fingerprint`; a tied tensor counts once, buffers do not count. Take it before twins are put in: they
+    change the names.
+    """
+    # named_parameters yields a tied tensor under its first name only.
+    return weights_fingerprint(model.named_parameters())
+
+
+def weights_fingerprint(named: "Iterable[tuple[str, Tensor]]") -> str:
+    """Digest of weights by name, such as those of a view: "blake2b:" and 32 hex digits.
+
+    Covers the sorted names, the shapes, and up to 1024 evenly spaced entries of each tensor, rounded to bfloat16, so
+    that loading the same checkpoint in another precision keeps the name. A quantised weight counts as the numbers
+    that it is stored as.
     """
     import torch
 
     digest = hashlib.blake2b(digest_size=16)
     samples: list[torch.Tensor] = []
-    # named_parameters yields a tied tensor under its first name only.
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(named, key=lambda pair: pair[0]):
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())
         for part in stored_parts(parameter.detach()):
             values = part.reshape(-1)

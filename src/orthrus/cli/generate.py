@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from orthrus.base.prompt import check_text
-from orthrus.cli import options
+from orthrus.cli import forms, options
 from orthrus.cli.common import (
     INTERRUPTED,
     cancel_on_interrupt,
@@ -50,10 +50,10 @@ def generate(
     seed: options.Seed = None,
     stop: options.Stop = None,
     ignore_eos: options.IgnoreEos = False,
-    json_schema: options.JsonSchema = None,
-    regex: options.Regex = None,
-    grammar: options.LarkGrammar = None,
-    compact_json: options.CompactJson = False,
+    json_schema: forms.JsonSchema = None,
+    regex: forms.Regex = None,
+    grammar: forms.LarkGrammar = None,
+    compact_json: forms.CompactJson = False,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it stands, without chat template.")
     ] = False,
@@ -125,7 +125,7 @@ def generate(
         "seed": seed,
         "stop": options.stop_texts(stop),
         "ignore_eos": ignore_eos,
-        "grammar": options.grammar_of(json_schema, regex, grammar, compact=compact_json),
+        "grammar": forms.grammar_of(json_schema, regex, grammar, compact=compact_json),
     }
     check_decode(decode)
     load = {

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from orthrus.config import LONGEST_GRAMMAR, STRATEGIES, Baseline, Grammar, Strategy
+from orthrus.config import STRATEGIES, Baseline, Strategy
 from orthrus.errors import UserInputError
 
-_MODEL, _DECODING, _FORM, _OUTPUT = "Model", "Decoding", "Form of the answer", "Output"
+_MODEL, _DECODING, _OUTPUT = "Model", "Decoding", "Output"
 
 KEY_VARIABLE = "ORTHRUS_API_KEY"
 """The environment's variable for a server's key, here and there."""
@@ -229,80 +229,6 @@ OutputFile = Annotated[
         "--output", "-o", help="Also write the full result as JSON to this file.", rich_help_panel=_OUTPUT
     ),
 ]
-
-
-JsonSchema = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE|JSON",
-        help="The answer is JSON that fits this JSON Schema: a file, or the schema itself, which begins with {.",
-        rich_help_panel=_FORM,
-        show_default=False,
-    ),
-]
-Regex = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PATTERN",
-        help="The whole answer matches this regular expression.",
-        rich_help_panel=_FORM,
-        show_default=False,
-    ),
-]
-LarkGrammar = Annotated[
-    Path | None,
-    typer.Option(
-        "--grammar",
-        metavar="FILE",
-        help="The answer fits this context-free grammar, in llguidance's dialect of Lark, with the rule start.",
-        rich_help_panel=_FORM,
-        show_default=False,
-    ),
-]
-CompactJson = Annotated[
-    bool,
-    typer.Option(
-        "--compact-json",
-        help="JSON has no blanks between its parts: fewer tokens.",
-        rich_help_panel=_FORM,
-    ),
-]
-
-
-def grammar_of(
-    json_schema: str | None, regex: str | None, grammar: Path | None, *, compact: bool
-) -> Grammar | None:
-    """The form that an answer must have; None for any. UserInputError for several, or a file without text."""
-    given = [
-        name
-        for name, value in (("--json-schema", json_schema), ("--regex", regex), ("--grammar", grammar))
-        if value is not None
-    ]
-    if len(given) > 1:
-        raise UserInputError(f"{' and '.join(given)} exclude each other; give one.")
-    if compact and json_schema is None:
-        raise UserInputError("--compact-json is for JSON; give --json-schema too.")
-    if json_schema is not None:
-        is_schema = json_schema.lstrip().startswith("{")
-        return Grammar("json_schema", json_schema if is_schema else _file_text(Path(json_schema)), compact)
-    if regex is not None:
-        return Grammar("regex", regex)
-    return None if grammar is None else Grammar("lark", _file_text(grammar))
-
-
-def _file_text(file: Path) -> str:
-    """The text of a grammar's file, or a little more than may be used of it."""
-    name = str(file) if len(str(file)) <= 200 else f"{str(file)[:200]} ..."
-    try:
-        with file.expanduser().open(encoding="utf-8-sig") as content:
-            return content.read(LONGEST_GRAMMAR + 1)
-    except UnicodeDecodeError as e:
-        raise UserInputError(f"{name} is no UTF-8 text; give a file that holds the schema or grammar.") from e
-    except (OSError, RuntimeError, ValueError) as e:
-        reason = (e.strerror if isinstance(e, OSError) else None) or str(e)
-        raise UserInputError(
-            f"{name} cannot be read ({reason}); name the file with the schema or grammar."
-        ) from e
 
 
 def one_model(argument: str | None, named: str | None) -> str:

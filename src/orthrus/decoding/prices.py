@@ -13,9 +13,9 @@ must not change decisions."""
 class Prices:
     """A cost table that follows the machine: beside a busy process passes cost more, and not all alike.
 
-    version: rises once prices have changed. shared_ms: what the policies of all requests have worked out from them, by
-    keys that begin with the version, read first: so another thread that asks meanwhile leaves nothing stale. The engine
-    that runs the passes is the only one to call `observe`; any thread may ask.
+    version: rises after each change of prices. shared_ms: what the policies of all requests worked out from the prices.
+    Its keys begin with the version, which a policy reads before it asks for a price: so what another thread works out
+    during a change is not used after it. Only the engine that runs the passes calls `observe`; any thread may ask.
     """
 
     def __init__(self, costs: CostTable) -> None:

@@ -20,6 +20,7 @@ from orthrus.base.outputs import check_writable
 from orthrus.errors import CorruptFileError, UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.training.moving_mean import MovingMean
+from orthrus.training.plan import kept_bytes
 from orthrus.training.processes import Processes
 from orthrus.training.recipe import TrainConfig, to_plain
 from orthrus.training.run_folder import BEST, LAST
@@ -294,7 +295,7 @@ def check_room(run: Path, dual: DualView, config: TrainConfig) -> None:
     parameters = dual.view_parameters().values()
     view_bytes = 4 * sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    state_bytes = view_bytes + (12 if config.ema_decay else 8) * trained
+    state_bytes = view_bytes + kept_bytes(averaged=bool(config.ema_decay)) * trained
     sizes = {state_file(run): state_bytes, run / BEST: view_bytes, run / LAST: view_bytes}
     missing = sum(size for place, size in sizes.items() if not place.exists())
     check_writable(run, missing + max(sizes.values()))
