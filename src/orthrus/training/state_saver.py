@@ -1,5 +1,6 @@
 """Saving a run's state while the training goes on: each process writes its shards, the first one names them."""
 
+import json
 import warnings
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from orthrus.training.moving_mean import MovingMean
 from orthrus.training.processes import Processes
 from orthrus.training.recipe import TrainConfig, to_plain
 from orthrus.training.run_state import KIND, RunState, file_digest, state_tensors, trained_parameters
-from orthrus.training.state_folder import STATE, drop_unnamed, place_state, shards_folder
+from orthrus.training.state_folder import STATE, drop_unnamed, place_state, shards_folder, state_file
 
 
 class StateSaver:
@@ -85,11 +86,7 @@ class StateSaver:
         # One transfer for all counts.
         counts = torch.stack([entry["step"] for entry in held.values()]).tolist() if held else []
         updates = {name: int(count) for name, count in zip(held, counts, strict=True)}
-        facts = {
-            "step": state.step,
-            "scores": [[at, float(score)] for at, score in state.scores],
-            "updates": updates,
-        }
+        facts = {"step": state.step, "scores": _plain_scores(state), "updates": updates}
         writer = _Writer(self._run, state.step, self._about | facts)
         index, count = self._processes.index, self._processes.count
         # Of what all hold in full, each writes some; of what is in shards, its own.
@@ -102,6 +99,16 @@ class StateSaver:
         saving = async_save(mine, storage_writer=writer, process_group=group, no_dist=group is None)
         assert isinstance(saving, Future), "the copy to the CPU was to end before the call"
         self._saving = saving
+
+    def note_scores(self, state: RunState) -> None:
+        """Write the scores into the state that was saved last, whose tensors stay; waits for its save.
+
+        Raises StorageError when that one failed or the disk is full.
+        """
+        self.wait()
+        if self._processes.is_main:
+            content = json.loads(state_file(self._run).read_bytes())
+            place_state(self._run, content | {"scores": _plain_scores(state)})
 
     def wait(self) -> None:
         """Wait until nothing is being written; StorageError when the last save failed."""
@@ -121,6 +128,10 @@ class StateSaver:
             f"the state of the run in {self._run} was not saved ({type(cause).__name__}: {cause}); the one saved "
             "before it is kept: give the same command again."
         ) from cause
+
+
+def _plain_scores(state: RunState) -> list[list[float]]:
+    return [[at, float(score)] for at, score in state.scores]
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -126,7 +126,22 @@ def _train(
     # Compiled kernels and gathered shards do not run under a counter.
     dense = pick_attention(config.attention, dual.device, head_dim(dual.base.config)) == "dense"
     meter = _Meter(num_steps, state.step, countable=dense and not processes.sharded)
+
+    def due() -> bool:
+        """Whether this step's view is to be scored and has not been: the run was killed over it, or it is new."""
+        is_step = state.step % config.evaluate_every == 0 or state.step == num_steps
+        known = any(step == state.step for step, _ in state.scores)
+        return hooks.evaluate is not None and state.step > 0 and is_step and not known
+
+    def score() -> None:
+        assert hooks.evaluate is not None
+        with mean.in_place(), processes.whole(), torch.no_grad():
+            state.scores.append((state.step, hooks.evaluate(dual, state.step)))
+
     with StateSaver(folder, dual, optimizer, mean, config, corpus_digest, processes) as saver:
+        if due():
+            score()
+            saver.note_scores(state)
         while state.step < num_steps:
             rate = learning_rate(config, state.step, num_steps)
             for group in optimizer.param_groups:
@@ -140,14 +155,13 @@ def _train(
             last = state.step == num_steps or processes.any(hooks.should_stop() or saver.failed)
             if processes.is_main and (state.step % config.log_every == 0 or last):
                 hooks.on_log(meter.log(state.step, rate, grad_norm))
-            if hooks.evaluate is not None and (
-                state.step % config.evaluate_every == 0 or state.step == num_steps
-            ):
-                with mean.in_place(), processes.whole(), torch.no_grad():
-                    state.scores.append((state.step, hooks.evaluate(dual, state.step)))
-                meter.restart(state.step)
-            if state.step % config.save_every == 0 or last:
+            # A score takes minutes: whoever is killed meanwhile loses nothing else.
+            if state.step % config.save_every == 0 or last or due():
                 saver.save(state)
+            if due():
+                score()
+                saver.note_scores(state)
+                meter.restart(state.step)
             if last:
                 break
     mean.trade_places()
