@@ -139,7 +139,9 @@ def test_killed_twice_at_random_moments(folder: Path, seed: int) -> None:
     assert_ends_as_the_unbroken_run(folder, name)
 
 
-@pytest.mark.parametrize("moment", ["writing", "before placing", "after placing", "scoring", "between renames"])
+@pytest.mark.parametrize(
+    "moment", ["writing", "before placing", "after placing", "scoring", "between renames"]
+)
 def test_killed_while_saving(folder: Path, moment: str) -> None:
     process = start(train_until, moment, str(folder), moment)
     process.join(120)

@@ -6,6 +6,7 @@ from math import exp, log
 
 import pytest
 
+from orthrus.decoding.compete import num_winners
 from orthrus.decoding.cost_table import CostTable
 from orthrus.decoding.policy import Left, Policy
 from orthrus.decoding.prices import Prices
@@ -358,4 +359,16 @@ def test_a_chain_whose_first_node_is_too_unlikely_never_pays(name: str, company:
             assert decider.worth(log_probs, [False] * num_nodes, stale=False) == 0
             assert decider.chain_rate([first * n for n in range(1, num_nodes + 1)]) <= decider.rate()
     if 1.01 * least < 1.0:
-        assert any(decider.worth([log(1.01 * least)] * n, [False] * n, stale=False) for n in range(1, 13))
+        n, num_prompt_rows = company
+        num_rows = num_prompt_rows + n
+        # All verify as much: then some length pays.
+        assert any(
+            sum(
+                num_winners(
+                    [[1.01 * least] * num_nodes] * n,
+                    lambda num: decider.costs(num_rows + num) - decider.costs(num_rows),
+                    decider.rate(),
+                )
+            )
+            for num_nodes in range(1, 13)
+        )

@@ -65,6 +65,7 @@ class Policy:
     _draft_rate: float = field(init=False)
     _company: tuple[int, int] = (1, 0)
     _version: int = 0
+    _has_learnt: bool = False
 
     def __post_init__(self) -> None:
         self._lengths = block_lengths(self.most_guesses, self.LENGTHS, self.goes_on)
@@ -131,12 +132,17 @@ class Policy:
         return max(self.plain_rate, self.draft_rate)
 
     def least_chance(self, most_nodes: int) -> float:
-        """Below this chance of its first node, no chain of at most so many nodes pays, however sure the others are."""
-        key = self.costs.version, self.SHARED, self._company, most_nodes
+        """Below this chance of its first node, no chain of at most so many nodes pays, however sure the others are and
+        however many of its company verify as much."""
+        key = self.costs.version, self._company, most_nodes
         row_ms = self.costs.shared_ms.get(key)
         if row_ms is None:
-            rows = range(1, most_nodes + 1)
-            row_ms = min((self.pass_ms(n, 0) - self.pass_ms(0, 0)) / n for n in rows)
+            n, num_prompt_rows = self._company
+            num_rows = num_prompt_rows + n
+            without_ms = self.costs(num_rows)
+            row_ms = min(
+                (self.costs(num_rows + added) - without_ms) / added for added in range(1, n * most_nodes + 1)
+            )
             self.costs.shared_ms[key] = row_ms
         return self.rate() * row_ms
 
@@ -232,6 +238,7 @@ class Policy:
     ) -> None:
         """Take note of a verification: its nodes, how many stood, and whether their draft was a stale one; the
         chances that the path would end at its blocks, and what draft it left."""
+        self._has_learnt = True
         verified = sum(exp(log_prob) for log_prob in log_probs)
         if block_probs:
             hit = float(left == "fresh")
@@ -269,12 +276,21 @@ class Policy:
         Nothing is learnt while nothing is drafted, so the choice is kept by the company.
         """
         if self._company not in self._choices:
-            rates = [
-                max(self._steady_rate(length, m) for m in range(self.max_blocks + 1))
-                for length in self._lengths
-            ]
-            best = _best(rates)
-            self._choices[self._company] = self._lengths[best], rates[best]
+            # Requests that have learnt nothing yet choose alike.
+            known = self.costs.first_choices if not self._has_learnt else {}
+            key = (
+                *(self.costs.version, type(self), self.own_head, self._company),
+                *(self.most_guesses, self.max_blocks, self.goes_on),
+            )
+            if key not in known:
+                rates = [
+                    max(self._steady_rate(length, m) for m in range(self.max_blocks + 1))
+                    for length in self._lengths
+                ]
+                best = _best(rates)
+                known[key] = best, rates[best]
+            index, rate = known[key]
+            self._choices[self._company] = self._lengths[index], rate
         self._length, self._draft_rate = self._choices[self._company]
 
     def _hoped_rate(self) -> float:

@@ -13,8 +13,9 @@ must not change decisions."""
 class Prices:
     """A cost table that follows the machine: beside a busy process passes cost more, and not all alike.
 
-    version: rises after each change of prices. shared_ms: what the policies of all requests worked out from the prices.
-    Its keys begin with the version, which a policy reads before it asks for a price: so what another thread works out
+    version: rises after each change of prices. shared_ms: what the policies of all requests worked out from the prices;
+    first_choices: the index of the length of blocks that a request chooses before it has learnt anything, and its rate.
+    Their keys begin with the version, which a policy reads before it asks for a price: so what another thread works out
     during a change is not used after it. Only the engine that runs the passes calls `observe`; any thread may ask.
     """
 
@@ -22,6 +23,7 @@ class Prices:
         self.costs = costs
         self.version = 0
         self.shared_ms: dict[tuple[object, ...], float] = {}
+        self.first_choices: dict[tuple[object, ...], tuple[int, float]] = {}
         self._correction = PriceCorrection()
         self._steps = dict.fromkeys(CLASSES, 0)
         # All requests ask for the same few again and again.
@@ -52,6 +54,7 @@ class Prices:
                 self.version += 1
                 self._known.clear()
                 self.shared_ms.clear()
+                self.first_choices.clear()
 
     def _factor(self, num_rows: int) -> float:
         rows = next((rows for rows in CLASSES if num_rows <= rows), CLASSES[-1])

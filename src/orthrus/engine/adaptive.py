@@ -7,12 +7,15 @@ where they stood before; tokens that a grammar forces. Copies and forced tokens 
 from itertools import accumulate
 from math import exp
 
+from orthrus.decoding.compete import num_winners
 from orthrus.decoding.copies import NO_COPY, Copy
+from orthrus.decoding.cost_table import joint_guesses
 from orthrus.decoding.policy import Left, Policy
-from orthrus.decoding.tree import EMPTY_TREE, with_chain
+from orthrus.decoding.tree import EMPTY_TREE, DraftTree, with_chain
 from orthrus.engine.parts import block_rows, deepest_draft, draft_tree, draft_work, may_draft, verify_work
 from orthrus.engine.request import Request, Work
 from orthrus.model.dual_view import DualView
+from orthrus.types import CycleKind
 
 FORCED = 1 << 20
 """Match length of tokens that a grammar forces: they stand for certain."""
@@ -26,20 +29,59 @@ def adaptive_work(request: Request, dual: DualView) -> Work:
     assert policy is not None
     copy = copied(request)
     request.block_size = policy.block_size
-    copy_rate = _copy_rate(request, policy, copy)
+    chances = _likely(request, policy, copy)
     is_due = request.drafts is None or (request.stale and not policy.keeps_stale())
     # A copy that makes more of its time than a draft would spares the draft pass.
     if (
         is_due
-        and copy_rate <= policy.rate()
         and may_draft(request, dual, floor=True)
         and policy.wants_draft()
+        and policy.chain_rate(list(accumulate(chances))) <= policy.rate()
     ):
         return draft_work(request, dual, "tree", copy)
-    # Many requests have nothing at hand that pays, in every pass: for them this must not take long.
-    nothing = request.drafts is None and copy_rate * policy.pass_ms(0, 0) <= 1.0
-    work = None if nothing else adaptive_verify(request, dual, copy, trying=False)
+    work = None
+    if request.drafts is not None:
+        work = adaptive_verify(request, dual, copy, trying=False)
+    elif chances:
+        work = copy_work(request, dual, copy, min(len(chances), policy.max_nodes))
     return work or verify_work(request, dual, "ar", EMPTY_TREE, [], copy=copy)
+
+
+def copy_work(request: Request, dual: DualView, copy: Copy, num_nodes: int) -> Work:
+    """A verification of the first tokens of a copy; of none of them a plain pass."""
+    log_probs = list(accumulate(_log_probs(request, copy)[:num_nodes]))
+    tree = DraftTree(list(copy.token_ids[:num_nodes]), list(range(num_nodes)), log_probs)
+    is_view = [False] * num_nodes
+    kind: CycleKind = "tree" if num_nodes else "ar"
+    return verify_work(request, dual, kind, tree, [], is_view=is_view, copy=copy)
+
+
+def compete(chosen: list[tuple[Request, Work]], dual: DualView) -> list[tuple[Request, Work]]:
+    """The same, but of copies that nothing else rides on only as many tokens as their rows are worth beside all others.
+
+    Each request has offered what might pay; what a row costs only the whole pass tells.
+    """
+    copies = [i for i, (_, work) in enumerate(chosen) if work.is_copy]
+    if not copies:
+        return chosen
+    policies = [request.policy for request, _ in chosen if request.policy is not None]
+    prices = policies[0].costs
+    num_ar = sum(work.part.num_ar - (work.tree.num_nodes if work.is_copy else 0) for _, work in chosen)
+    num_block = sum(work.part.num_rows - work.part.num_ar for _, work in chosen)
+    num_guesses = sum(len(work.block_rows) * work.num_guesses for _, work in chosen)
+    num_guesses = joint_guesses(num_guesses, own_head=dual.draft_head is not None)
+    without_ms = prices(num_ar, num_block, num_guesses)
+    won = num_winners(
+        [list(map(exp, chosen[i][1].tree.log_probs)) for i in copies],
+        lambda num: prices(num_ar + num, num_block, num_guesses) - without_ms,
+        sum(policy.rate() for policy in policies) / len(policies),
+    )
+    after = list(chosen)
+    for i, num_nodes in zip(copies, won, strict=True):
+        request, work = chosen[i]
+        if num_nodes < work.tree.num_nodes:
+            after[i] = request, copy_work(request, dual, work.copy, num_nodes)
+    return after
 
 
 def adaptive_verify(request: Request, dual: DualView, copy: Copy, *, trying: bool) -> Work | None:
@@ -118,15 +160,16 @@ def observe_copy(request: Request, copy: Copy, token_ids: list[int]) -> None:
         request.copies.extend(token_ids)
 
 
-def _copy_rate(request: Request, policy: Policy, copy: Copy) -> float:
-    """Tokens a millisecond of verifying a copy; 0 where that cannot be worth its rows."""
+def _likely(request: Request, policy: Policy, copy: Copy) -> list[float]:
+    """The chance of each copied token to stand; none where they cannot be worth their rows, as is so in most passes
+    of many requests."""
     if not copy.token_ids:
-        return 0.0
+        return []
     if copy.match_length != FORCED:
         chance = request.copy_promise.chance(copy.match_length, 1)
         if chance < policy.least_chance(MOST_COPIED):
-            return 0.0
-    return policy.chain_rate(list(accumulate(map(exp, accumulate(_log_probs(request, copy))))))
+            return []
+    return list(map(exp, accumulate(_log_probs(request, copy))))
 
 
 def _log_probs(request: Request, copy: Copy) -> list[float]:

@@ -23,6 +23,7 @@ from orthrus.decoding.policy import Policy
 from orthrus.decoding.prices import Prices
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.stopping import StopRules, end_ids
+from orthrus.engine.adaptive import compete
 from orthrus.engine.costs import Costs, OnMeasure, pass_costs
 from orthrus.engine.detokenize import AnswerText, Decoder
 from orthrus.engine.limits import check_block_size, check_prompt, check_token_ids
@@ -164,7 +165,7 @@ class Engine:
             scheduler = self.scheduler
             alive = [*scheduler.running, *scheduler.waiting]
             company = scheduler.num_sharing, scheduler.num_prompt_rows
-            chosen = scheduler.next_pass(partial(self._wanted, company=company))
+            chosen = compete(scheduler.next_pass(partial(self._wanted, company=company)), self.runner.dual)
             try:
                 ended = self._run(chosen) if chosen else []
             except BaseException as error:

@@ -43,6 +43,11 @@ class Work:
     without_floor: bool = False
     is_last: bool = True
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether all that is verified was copied, or forced by a grammar, and no block rides on it."""
+        return bool(self.tree.num_nodes) and not self.block_rows and not any(self.is_view)
+
     def guess_rows(self, block: int, first: int = 0) -> range:
         """Rows of the part that guess, of one block, from guess `first` on.
 

@@ -112,10 +112,11 @@ struct Bfloat16Dot {
 #endif
 
 // Rows x (kM, inputs), a multiple of those side by side, times a block of weights, to sums (kM, kDotWidth).
-// Sums start with those of `starts` (kM), if there are any.
+// Sums start with those of `starts` (kM), if there are any. next: what is wanted afterwards, `share` bytes of it.
 template <typename Dot, int kM, typename Sum>
 void multiply_dots(
-    const typename Dot::X* x, int64_t x_step, const char* weight, int64_t inputs, const Sum* starts, Sum* sums) {
+    const typename Dot::X* x, int64_t x_step, const char* weight, int64_t inputs, const Sum* starts, Sum* sums,
+    const char* next, int64_t share) {
   constexpr int64_t kStep = 4 * Dot::kBeside;
   const int64_t vector = kLanes * Dot::kBytes;
   typename Dot::Sums acc[kM][kDotVectors];
@@ -134,9 +135,12 @@ void multiply_dots(
       for (int v = 0; v < kDotVectors; ++v) acc[m][v] = Dot::add(acc[m][v], w[v], each);
     }
   };
+  const int64_t wanted = share * kStep / inputs;
   int64_t k = 0;
   for (; k + kStep <= inputs; k += kStep) {
     ask_ahead(weight, 4 * kDotVectors * vector);
+    ask_for(next, wanted);
+    next += wanted;
 #pragma GCC unroll 4
     for (int64_t i = 0; i < 4; ++i) add(x + k + i * Dot::kBeside, weight + i * kDotVectors * vector);
     weight += 4 * kDotVectors * vector;

@@ -58,15 +58,20 @@ inline Floats floats(const c10::Half* from) {
 }
 
 // Rows from `row` on times a block of weights of four bits, to sums (kM, kGroupWidth); each in the order of groups.
+// next: what is wanted afterwards, `share` bytes of it.
 template <int kM>
-void multiply_groups(const GroupedRows& rows, int64_t row, const char* weight, int64_t inputs, float* sums) {
+void multiply_groups(
+    const GroupedRows& rows, int64_t row, const char* weight, int64_t inputs, float* sums, const char* next,
+    int64_t share) {
   const int8_t* x = rows.x.get() + row * inputs;
   const int64_t groups = inputs / kGroup;
   const float *scales = rows.scales.get() + row * groups, *totals = rows.sums.get() + row * groups;
   Floats acc[kM][kGroupVectors];
   clear(acc);
-  for (int64_t g = 0; g < groups; ++g, weight += kGroupBytes) {
+  const int64_t wanted = share / groups;
+  for (int64_t g = 0; g < groups; ++g, weight += kGroupBytes, next += wanted) {
     ask_ahead(weight, kGroupBytes);
+    ask_for(next, wanted);
     const auto* steps = reinterpret_cast<const c10::Half*>(weight);
     const c10::Half* least = steps + kGroupWidth;
     const char* packed = weight + 4 * kGroupWidth;

@@ -111,8 +111,9 @@ void finish(
 }
 
 // Calls multiply(first row, rows, block of weights, what comes next, share of it, sums) for all products, no more than
-// kMost rows at a time, and writes the sums (rows, kWidth) to the outputs.
-template <int kMost, int64_t kWidth, typename Sum, typename Out, typename Multiply>
+// kMost rows at a time, and writes the sums (rows, kWidth) to the outputs. asks_alone: whether a single part of rows
+// asks for the next block too, rather than a little ahead of where it reads.
+template <int kMost, int64_t kWidth, typename Sum, bool asks_alone, typename Out, typename Multiply>
 void products_of(const std::vector<Side>& sides, const Target<Out>& to, const Multiply& multiply) {
   const int64_t bytes = sides[0].weight.nbytes() / sides[0].weight.size(0);
   parallel_for(0, sides[0].weight.size(0), 1, [&](int64_t begin, int64_t end) {
@@ -122,8 +123,8 @@ void products_of(const std::vector<Side>& sides, const Target<Out>& to, const Mu
       const int64_t parts = (side.rows + kMost - 1) / kMost;
       for (int64_t b = begin; b < end; ++b) {
         const char* here = static_cast<const char*>(side.weight.const_data_ptr()) + b * bytes;
-        // Each part of the rows may ask for its share of the next block.
-        const int64_t share = b + 1 < end ? bytes / parts : 0;
+        // Each part of the rows asks for its share of the next block, so that only the first one waits for memory.
+        const int64_t share = b + 1 < end && (asks_alone || parts > 1) ? bytes / parts : 0;
         const char* next = here + bytes;
         evenly(side.rows, kMost, [&](int64_t first, int64_t rows) {
           first += side.first;
@@ -173,7 +174,7 @@ void multiply_block(
 // x: rows filled up to what lies side by side.
 template <typename T, int kBeside, typename Out>
 void float_rows(const float* x, int64_t inputs, const std::vector<Side>& sides, const Target<Out>& to) {
-  products_of<kPanelRows, kPlainWidth, float>(
+  products_of<kPanelRows, kPlainWidth, float, true>(
       sides, to, [&](int64_t first, int64_t rows, const char* here, const char* next, int64_t share, float* sums) {
         multiply_block<kBeside>(x + first * inputs, rows, inputs, reinterpret_cast<const T*>(here), sums, next, share);
       });
@@ -213,11 +214,11 @@ template <typename Dot, typename Sum, typename Out>
 void dots(
     const typename Dot::X* x, int64_t filled, const Sum* starts, const std::vector<Side>& sides,
     const Target<Out>& to) {
-  products_of<kDotRows, kDotWidth, Sum>(
-      sides, to, [&](int64_t first, int64_t rows, const char* here, const char*, int64_t, Sum* sums) {
+  products_of<kDotRows, kDotWidth, Sum, false>(
+      sides, to, [&](int64_t first, int64_t rows, const char* here, const char* next, int64_t share, Sum* sums) {
         with_known<kDotRows>(rows, [&](auto num) {
           multiply_dots<Dot, decltype(num)::value>(
-              x + first * filled, filled, here, filled, starts ? starts + first : nullptr, sums);
+              x + first * filled, filled, here, filled, starts ? starts + first : nullptr, sums, next, share);
         });
       });
 }
@@ -242,10 +243,10 @@ void int8_rows(
 void int4_rows(
     const float* x, int64_t rows, int64_t inputs, const std::vector<Side>& sides, const Target<float>& to) {
   const GroupedRows grouped(x, rows, inputs);
-  products_of<kGroupRows, kGroupWidth, float>(
-      sides, to, [&](int64_t first, int64_t num, const char* here, const char*, int64_t, float* sums) {
+  products_of<kGroupRows, kGroupWidth, float, false>(
+      sides, to, [&](int64_t first, int64_t num, const char* here, const char* next, int64_t share, float* sums) {
         with_known<kGroupRows>(num, [&](auto known) {
-          multiply_groups<decltype(known)::value>(grouped, first, here, inputs, sums);
+          multiply_groups<decltype(known)::value>(grouped, first, here, inputs, sums, next, share);
         });
       });
 }

@@ -82,6 +82,11 @@ inline void ask_ahead(const char* from, int64_t bytes) {
   for (int64_t byte = 0; byte < bytes; byte += kCacheLine) __builtin_prefetch(from + kAhead + byte);
 }
 
+// Brings what is wanted soon into the second cache.
+inline void ask_for(const char* from, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += kCacheLine) __builtin_prefetch(from + byte, 0, 2);
+}
+
 inline Floats all(float value) { return value - Floats{}; }
 
 // The same numbers as vectors of PyTorch's.
@@ -229,8 +234,7 @@ void multiply(
 #endif
   int64_t k = 0;
   for (; k + kSteps <= inputs; k += kSteps) {
-    for (int64_t byte = k * next_step; byte < (k + kSteps) * next_step; byte += kCacheLine)
-      __builtin_prefetch(next + byte, 0, 2);
+    ask_for(next + k * next_step, kSteps * next_step);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kSteps; i += kBeside) add(k + i);
   }

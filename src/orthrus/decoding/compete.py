@@ -1,0 +1,21 @@
+"""Nodes of several requests compete for the rows of a pass, at one price."""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+
+def num_winners(
+    chances: Sequence[Sequence[float]], added_ms: Callable[[int], float], rate: float
+) -> list[int]:
+    """How many nodes of each request a pass is to verify: those that together make most of its time.
+
+    chances: of each request's nodes to stand, none above the one before it. added_ms: what so many rows add to the
+    pass. rate: tokens that a millisecond is worth.
+    """
+    ranked = sorted(((p, i) for i, falling in enumerate(chances) for p in falling), reverse=True)
+    promised = accumulate((p for p, _ in ranked), initial=0.0)
+    values = [tokens - rate * added_ms(num) for num, tokens in enumerate(promised)]
+    winners = [0] * len(chances)
+    for _, i in ranked[: max(range(len(values)), key=values.__getitem__)]:
+        winners[i] += 1
+    return winners
