@@ -144,7 +144,7 @@ class _Run:
     def __init__(self, config: "TrainConfig", sequences: "Packs", *, quiet: bool) -> None:
         from orthrus.model.loading import load_frozen
         from orthrus.training.flex_blocks import check_attention
-        from orthrus.training.processes import this_process
+        from orthrus.training.processes import loading_device, this_process
         from orthrus.training.speed import matmul_peak
         from orthrus.training.start import check_packs, starting_view
         from orthrus.training.view_score import held_out_prompts
@@ -155,7 +155,7 @@ class _Run:
         quiet = quiet or not self.is_main
         with ProgressDisplay(quiet=quiet) as on_progress:
             base = load_frozen(
-                config.base, dtype=config.dtype, device=str(process.device), on_progress=on_progress
+                config.base, dtype=config.dtype, device=loading_device(config), on_progress=on_progress
             ).base
             check_packs(base, sequences)
             self.dual: DualView = starting_view(base, config)
@@ -164,7 +164,7 @@ class _Run:
         self.display = TrainDisplay(
             f"{base.name}, {sequences.dialogues:,} dialogues, K = {config.block_size}",
             quiet=quiet,
-            peak_flops=None if quiet else matmul_peak(base.model.dtype, base.model.device),
+            peak_flops=None if quiet else matmul_peak(base.model.dtype, process.device),
         )
         self.stopped, self.num_steps = False, 0
         self.last_log: TrainLog | None = None

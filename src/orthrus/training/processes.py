@@ -25,6 +25,20 @@ def this_process() -> PartialState:
     return PartialState(cpu=cpu)
 
 
+def loading_device(config: TrainConfig) -> str:
+    """Where each process loads the base before `Processes.share` places it.
+
+    With shards that is the CPU: weights in the dtype of their files stay mapped from them, which all processes of a
+    machine share, and go to the device layer by layer. So no device ever holds the whole base.
+    """
+    process = this_process()
+    return "cpu" if _is_sharded(config, process.num_processes) else str(process.device)
+
+
+def _is_sharded(config: TrainConfig, num_processes: int) -> bool:
+    return config.sharding == "fsdp2" and num_processes > 1
+
+
 class Processes:
     """The processes of a run and the training pass that they share.
 
@@ -40,7 +54,7 @@ class Processes:
         self.count: int = self._accelerator.num_processes
         self.index: int = self._accelerator.process_index
         self.is_main: bool = self._accelerator.is_main_process
-        self.sharded = config.sharding == "fsdp2" and self.count > 1
+        self.sharded = _is_sharded(config, self.count)
         # A group of its own, and on the CPU: a save in the background talks at the same time as the training.
         self.cpu_group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._training: Any = None
