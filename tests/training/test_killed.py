@@ -50,6 +50,11 @@ def kill_at(moment: str) -> None:
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def late(*_: Any) -> None:
+        # A score of a real model takes minutes, so the save beside it has ended.
+        time.sleep(2)
+        die()
+
     def second(function: Any, killer: Any, fits: Any) -> Any:
         calls = 0
 
@@ -79,10 +84,9 @@ def kill_at(moment: str) -> None:
     elif moment == "after placing":
         Path.replace = second(place, lambda *args: die(place(*args)), is_state)
     elif moment == "between renames":
-        Path.rename = second(rename, die, takes_best)
+        Path.rename = second(rename, late, takes_best)
     elif moment == "scoring":
-        # Scores of a real model take minutes, so the save beside them has ended.
-        Scorer.__call__ = second(Scorer.__call__, lambda *_: (time.sleep(2), die()), lambda *_: True)
+        Scorer.__call__ = second(Scorer.__call__, late, lambda *_: True)
 
 
 @pytest.fixture(scope="module")

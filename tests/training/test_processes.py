@@ -14,7 +14,7 @@ from tests.training.test_trainer import CONFIG, run
 from tests.workers import run_together
 from torch.distributed.tensor import DTensor
 
-from orthrus.errors import DivergedError
+from orthrus.errors import DivergedError, UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.training.processes import this_process
 from orthrus.training.recipe import TrainConfig
@@ -91,11 +91,24 @@ def diverge(folder: str) -> None:
         run(Path(folder), "diverged", replace(CASE, sharding="fsdp2"), dual=dual)
 
 
+def leave_while_scoring(folder: str, name: str, config: TrainConfig) -> None:
+    """A run that ends, on all processes, over the real decode of step 4."""
+
+    def fail(dual: DualView, step: int) -> float:
+        raise UserInputError("interrupted")
+
+    dual = tiny_dual(block_size=5, mask_token_id=None)
+    with pytest.raises(UserInputError):
+        run(Path(folder), name, config, Hooks(evaluate=fail), dual)
+
+
 def in_two(folder: str) -> None:
     for sharding in ("ddp", "fsdp2"):
         train_and_score(folder, f"two-{sharding}", replace(CASE, sharding=sharding))
     train_and_score(folder, "begun-two", replace(CASE, sharding="fsdp2"), stop_after=3)
     train_and_score(folder, "begun-one", replace(CASE, sharding="fsdp2"))
+    leave_while_scoring(folder, "left-scoring", replace(CASE, sharding="fsdp2"))
+    train_and_score(folder, "left-scoring", replace(CASE, sharding="fsdp2"))
     diverge(folder)
     train_and_score(folder, "head-two", replace(HEAD, sharding="fsdp2"))
     train_and_score(folder, "half-two", replace(HALF, sharding="fsdp2"))
@@ -113,7 +126,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["two-ddp", "two-fsdp2", "begun-one", "begun-two"])
+@pytest.mark.parametrize("name", ["two-ddp", "two-fsdp2", "begun-one", "begun-two", "left-scoring"])
 def test_the_saved_state_is_that_of_one_process(runs: Path, name: str) -> None:
     one, other = state(runs / "one"), state(runs / name)
     assert other["step"] == 6

@@ -41,8 +41,9 @@ def cut(name: str) -> None:
     assert loading_device(SHARDED) == "cpu"
     base = load_base(name, dtype="float32", device=loading_device(SHARDED))
     dual = fresh_view(base, CONFIG.block_size)
-    num_frozen = sum(p.numel() for p in base.model.parameters() if is_mapped(p, folder))
-    assert num_frozen > 0
+    frozen = [p for p in base.model.parameters() if not p.requires_grad]
+    assert frozen
+    assert all(is_mapped(p, folder) for p in frozen)
     Processes(SHARDED).share(
         TrainingPass(dual, Objective(loss="kl", weights="uniform", gamma=1.0, smoothing=0.0))
     )

@@ -358,17 +358,17 @@ def test_a_chain_whose_first_node_is_too_unlikely_never_pays(name: str, company:
             log_probs = [log(first)] * num_nodes
             assert decider.worth(log_probs, [False] * num_nodes, stale=False) == 0
             assert decider.chain_rate([first * n for n in range(1, num_nodes + 1)]) <= decider.rate()
+            assert not any(won_together(decider, first, num_nodes, company))
     if 1.01 * least < 1.0:
-        n, num_prompt_rows = company
-        num_rows = num_prompt_rows + n
-        # All verify as much: then some length pays.
-        assert any(
-            sum(
-                num_winners(
-                    [[1.01 * least] * num_nodes] * n,
-                    lambda num: decider.costs(num_rows + num) - decider.costs(num_rows),
-                    decider.rate(),
-                )
-            )
-            for num_nodes in range(1, 13)
-        )
+        assert any(any(won_together(decider, 1.01 * least, n, company)) for n in range(1, 13))
+
+
+def won_together(decider: Policy, chance: float, num_nodes: int, company: tuple[int, int]) -> list[int]:
+    """How many nodes of each request are verified where all of the company offer as many, of the same chance."""
+    num_requests, num_prompt_rows = company
+    num_rows = num_prompt_rows + num_requests
+    return num_winners(
+        [[chance] * num_nodes] * num_requests,
+        lambda num: decider.costs(num_rows + num) - decider.costs(num_rows),
+        decider.rate(),
+    )

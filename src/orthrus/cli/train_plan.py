@@ -156,7 +156,7 @@ def _lines(plan: "Plan", recipe: "TrainConfig", machine: "Machine", gpu: str, na
     lines.append(f"    {'in a step':<15} {_gb(memory.total):>9} of {_gb(machine.bytes_each)}")
     if plan.gathered:
         lines.append(
-            f"    {'gathered':<15} {_gb(plan.gathered):>9} at the start, in real decodes and at the end"
+            f"    {'gathered':<15} {_gb(plan.gathered):>9} in real decodes and at the end"
         )
     lines += [
         f"  state on disk {_gb(plan.state_bytes)}",

@@ -33,8 +33,8 @@ class Policy:
     text went on exactly where one of them stood; and how often a stale draft was left where it did not.
 
     PATIENCE: plain tokens before drafting gets another chance; doubled, up to MOST_PATIENCE, whenever the chance
-    was wasted. SHARED: how much more the rows that are added to a pass of several requests count than the table
-    says, because a request's draft costs time beside the pass too, and all requests wait for it. LENGTHS: see
+    was wasted. SHARED: how much more the rows of drafts in a pass of several requests count than the table
+    says (those of copies alone do not, see `compete`), because a request's draft costs time beside the pass too, and all requests wait for it. LENGTHS: see
     `block_lengths`. `benchmarks/policy_ablation.py` measures what each of them is worth.
     """
 
@@ -277,20 +277,20 @@ class Policy:
         """
         if self._company not in self._choices:
             # Requests that have learnt nothing yet choose alike.
-            known = self.costs.first_choices if not self._has_learnt else {}
+            known = {} if self._has_learnt else self.costs.first_choices
             key = (
                 *(self.costs.version, type(self), self.own_head, self._company),
                 *(self.most_guesses, self.max_blocks, self.goes_on),
             )
-            if key not in known:
+            choice = known.get(key)
+            if choice is None:
                 rates = [
                     max(self._steady_rate(length, m) for m in range(self.max_blocks + 1))
                     for length in self._lengths
                 ]
                 best = _best(rates)
-                known[key] = best, rates[best]
-            index, rate = known[key]
-            self._choices[self._company] = self._lengths[index], rate
+                choice = known[key] = best, rates[best]
+            self._choices[self._company] = self._lengths[choice[0]], choice[1]
         self._length, self._draft_rate = self._choices[self._company]
 
     def _hoped_rate(self) -> float:

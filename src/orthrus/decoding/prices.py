@@ -10,6 +10,10 @@ STEP, HOLD = 0.25, 0.2
 must not change decisions."""
 
 
+MOST_KNOWN = 1 << 14
+"""Prices that are kept; a pass of many requests asks for some hundred."""
+
+
 class Prices:
     """A cost table that follows the machine: beside a busy process passes cost more, and not all alike.
 
@@ -40,6 +44,8 @@ class Prices:
         ms = self._known.get(key)
         if ms is None:
             ms = self.costs(num_ar, num_block, num_projected) * self._factor(num_ar + num_block)
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
             self._known[key] = ms
         return ms
 

@@ -34,9 +34,9 @@ def adaptive_work(request: Request, dual: DualView) -> Work:
     # A copy that makes more of its time than a draft would spares the draft pass.
     if (
         is_due
+        and (not chances or policy.chain_rate(list(accumulate(chances))) <= policy.rate())
         and may_draft(request, dual, floor=True)
         and policy.wants_draft()
-        and policy.chain_rate(list(accumulate(chances))) <= policy.rate()
     ):
         return draft_work(request, dual, "tree", copy)
     work = None
@@ -52,7 +52,7 @@ def copy_work(request: Request, dual: DualView, copy: Copy, num_nodes: int) -> W
     log_probs = list(accumulate(_log_probs(request, copy)[:num_nodes]))
     tree = DraftTree(list(copy.token_ids[:num_nodes]), list(range(num_nodes)), log_probs)
     is_view = [False] * num_nodes
-    kind: CycleKind = "tree" if num_nodes else "ar"
+    kind: CycleKind = "tree" if num_nodes or request.step is not None else "ar"
     return verify_work(request, dual, kind, tree, [], is_view=is_view, copy=copy)
 
 
@@ -64,7 +64,8 @@ def compete(chosen: list[tuple[Request, Work]], dual: DualView) -> list[tuple[Re
     copies = [i for i, (_, work) in enumerate(chosen) if work.is_copy]
     if not copies:
         return chosen
-    policies = [request.policy for request, _ in chosen if request.policy is not None]
+    # A request whose prompt is being fed has not been told its company.
+    policies = [r.policy for r, work in chosen if r.policy is not None and work.kind != "prefill"]
     prices = policies[0].costs
     num_ar = sum(work.part.num_ar - (work.tree.num_nodes if work.is_copy else 0) for _, work in chosen)
     num_block = sum(work.part.num_rows - work.part.num_ar for _, work in chosen)

@@ -113,9 +113,10 @@ def end_pass(request: Request, dual: DualView, work: Work) -> bool:
     if request.finish is None and is_draft and request.drafts is not None:
         if request.policy is not None:
             work_after = adaptive_verify(request, dual, copied(request), trying=True)
-            if work_after is None:
-                # The draft pass has decided a token; without a draft worth verifying, that is all.
+            if work_after is None or not any(work_after.is_view):
+                # The draft pass has decided a token; nothing of the draft is worth verifying.
                 request.policy.observe([], 0, [], stale=False, left="none")
+            if work_after is None:
                 return True
         else:
             work_after = _verify(request, dual, fixed_plan(request.config, request.block_size))

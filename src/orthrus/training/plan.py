@@ -277,8 +277,8 @@ def memory(
 
 
 def gathered_bytes(shape: Shape, work: Work, *, processes: int, averaged: bool = False) -> int:
-    """Memory of one process of a sharded run while weights are whole: at its start, during real decodes and at
-    its end. c P + 4 W, the optimizer's share 8 G / n (12 with a mean), and the workspace's 1 GB."""
+    """Memory of one process of a sharded run while weights are whole: during real decodes and at its end.
+    c P + 4 W, the optimizer's share 8 G / n (12 with a mean), and the workspace's 1 GB."""
     whole = work.dtype_bytes * shape.parameters + 4 * shape.view_parameters
     kept = kept_bytes(averaged=averaged) * shape.trained_parameters
     return round(whole + kept / processes + _FIXED_BYTES)

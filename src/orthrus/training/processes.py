@@ -127,6 +127,9 @@ class Processes:
 
     def gather(self) -> None:
         """Make every process hold all weights; all of them must call this."""
+        if self.sharded:
+            # Else the first layer that a decode runs would take itself for the root, where no step came before.
+            self._training._get_fsdp_state()._lazy_init()
         for module in self._shards():
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()

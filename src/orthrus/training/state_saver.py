@@ -103,12 +103,19 @@ class StateSaver:
     def note_scores(self, state: RunState) -> None:
         """Write the scores into the state that was saved last, whose tensors stay; waits for its save.
 
-        Raises StorageError when that one failed or the disk is full.
+        Raises StorageError, on all processes, when that one failed or the disk is full.
         """
         self.wait()
+        problem: str | None = None
         if self._processes.is_main:
             content = json.loads(state_file(self._run).read_bytes())
-            place_state(self._run, content | {"scores": _plain_scores(state)})
+            try:
+                place_state(self._run, content | {"scores": _plain_scores(state)})
+            except StorageError as error:
+                problem = str(error)
+        problem = self._processes.first_problem(problem)
+        if problem is not None:
+            raise StorageError(problem)
 
     def wait(self) -> None:
         """Wait until nothing is being written; StorageError when the last save failed."""

@@ -142,6 +142,7 @@ def _train(
         if due():
             score()
             saver.note_scores(state)
+            meter.restart(state.step)
         while state.step < num_steps:
             rate = learning_rate(config, state.step, num_steps)
             for group in optimizer.param_groups:

@@ -1,0 +1,118 @@
+"""Texts of a given form: under drafts, copies and forced tokens, in company, those of plain constrained decoding."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.engines import engine_for, run_all
+from tests.tiny import VOCAB, tiny_dual, tiny_prompt
+from tests.unit.test_policy import FLAT, MIDDLE
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from orthrus.config import STRATEGIES, DecodeConfig, Grammar, SamplingParams
+from orthrus.decoding import compete as module
+from orthrus.decoding.grammar import GrammarCompiler
+from orthrus.engine.costs import Costs
+from orthrus.engine.engine import Engine
+from orthrus.engine.request import Request
+
+END = 2
+FORMS = (r"(yes|no)( (yes|no)){3,9}", r"[a-f]{4,30}", r"ab(cab){2,12}", r"(a{3}b{3}){1,6}")
+
+
+def letters() -> Any:
+    """A letter a token, in bytes, as llguidance reads them."""
+    alphabet = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?\u0120"
+    names = ["<pad>", "<s>", "</s>", *alphabet][: VOCAB - 1]
+    made = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    made.add_special_tokens(names[:3])
+    return SimpleNamespace(backend_tokenizer=made)
+
+
+TOKENIZER = letters()
+COMPILER = GrammarCompiler(TOKENIZER, {END}, VOCAB)
+DUAL = tiny_dual("llama", disturb=0.1)
+
+
+@pytest.fixture(autouse=True)
+def made_up_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "orthrus.engine.engine.pass_costs", lambda *_, **__: Costs(greedy=MIDDLE, sampled=FLAT)
+    )
+
+
+def asked(seed: int, num: int) -> list[tuple[list[int], DecodeConfig]]:
+    chance = random.Random(seed)
+    asks = []
+    for i in range(num):
+        config = DecodeConfig(
+            max_new_tokens=chance.randint(8, 40),
+            strategy=chance.choice(["auto", "auto", "auto", *STRATEGIES]),
+            logprobs=chance.choice([None, 2]),
+            grammar=chance.choice([None, *(Grammar("regex", form) for form in FORMS)]),
+            sampling=SamplingParams(
+                temperature=chance.choice([0.0, 0.0, 1.0]),
+                seed=chance.randrange(99),
+                repetition_penalty=chance.choice([1.0, 1.2]),
+            ),
+        )
+        asks.append(
+            (tiny_prompt(chance.choice([3, 20]), seed=100 * seed + i) * chance.choice([1, 3]), config)
+        )
+    return asks
+
+
+def submit(engine: Engine, prompt: list[int], config: DecodeConfig) -> Request:
+    state = None if config.grammar is None else COMPILER.state(config.grammar)
+    return engine.submit(prompt, config, eos_token_ids=frozenset({END}), grammar=state)
+
+
+def logprobs_of(request: Request) -> list[float]:
+    return [p.logprob for cycle in request.cycles for p in cycle.logprobs or ()]
+
+
+def check(seed: int) -> list[Request]:
+    asks = asked(seed, 8)
+    engine = engine_for(DUAL)
+    requests = [submit(engine, *ask) for ask in asks]
+    run_all(engine, requests)
+    for request, (prompt, config) in zip(requests, asks, strict=True):
+        assert request.failure is None
+        alone_engine = engine_for(DUAL)
+        alone = submit(alone_engine, prompt, replace(config, strategy="ar"))
+        run_all(alone_engine, [alone])
+        assert request.token_ids == alone.token_ids
+        assert request.finish == alone.finish
+        assert logprobs_of(request) == pytest.approx(logprobs_of(alone), abs=1e-4)
+        if config.grammar is not None and request.finish == "stop":
+            text = TOKENIZER.backend_tokenizer.decode(request.token_ids[:-1])
+            assert re.fullmatch(config.grammar.text, text), text
+    return requests
+
+
+def test_constrained_texts_in_company_are_those_of_plain_decoding_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    offered: list[int] = []
+    taken: list[int] = []
+
+    def noting(chances: Sequence[Sequence[float]], *prices: Any) -> list[int]:
+        won = module.num_winners(chances, *prices)
+        offered.append(sum(map(len, chances)))
+        taken.append(sum(won))
+        return won
+
+    monkeypatch.setattr("orthrus.engine.adaptive.num_winners", noting)
+    requests = [request for seed in range(8) for request in check(seed)]
+    # The law is about something: copies and forced tokens were verified and stood, and some that were offered were cut.
+    assert sum(taken) > 100
+    assert sum(won < num for won, num in zip(taken, offered, strict=True)) > 3
+    assert any(0 < won < num for won, num in zip(taken, offered, strict=True))
+    assert sum(cycle.num_copied for request in requests for cycle in request.cycles) > 100
+    assert sum(request.finish == "stop" and request.config.grammar is not None for request in requests) > 10
