@@ -155,9 +155,7 @@ def _lines(plan: "Plan", recipe: "TrainConfig", machine: "Machine", gpu: str, na
     lines += [f"    {part.replace('_', ' '):<15} {_gb(size):>9}" for part, size in asdict(memory).items()]
     lines.append(f"    {'in a step':<15} {_gb(memory.total):>9} of {_gb(machine.bytes_each)}")
     if plan.gathered:
-        lines.append(
-            f"    {'gathered':<15} {_gb(plan.gathered):>9} in real decodes and at the end"
-        )
+        lines.append(f"    {'gathered':<15} {_gb(plan.gathered):>9} in real decodes and at the end")
     lines += [
         f"  state on disk {_gb(plan.state_bytes)}",
         f"  step          {recipe.batch_size:,} sequences, {plan.tokens:,} tokens, at most {plan.targets:,} targets, "

@@ -33,9 +33,9 @@ class Policy:
     text went on exactly where one of them stood; and how often a stale draft was left where it did not.
 
     PATIENCE: plain tokens before drafting gets another chance; doubled, up to MOST_PATIENCE, whenever the chance
-    was wasted. SHARED: how much more the rows of drafts in a pass of several requests count than the table
-    says (those of copies alone do not, see `compete`), because a request's draft costs time beside the pass too, and all requests wait for it. LENGTHS: see
-    `block_lengths`. `benchmarks/policy_ablation.py` measures what each of them is worth.
+    was wasted. SHARED: how much more the rows of drafts in a pass of several requests count than the table says (those
+    of copies alone do not, see `compete`), because a request's draft costs time beside the pass too, and all requests
+    wait for it. LENGTHS: see `block_lengths`. `benchmarks/policy_ablation.py` measures what each of them is worth.
     """
 
     PATIENCE: ClassVar[int] = 24
