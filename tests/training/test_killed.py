@@ -128,6 +128,7 @@ def assert_ends_as_the_unbroken_run(folder: Path, name: str) -> None:
     assert scores == sorted(scores)
     torch.testing.assert_close(ours["view"], whole["view"], atol=0, rtol=0)
     torch.testing.assert_close(ours["optimizer"], whole["optimizer"], atol=0, rtol=0)
+    assert ours["goes_on"] == whole["goes_on"] is not None
     best = [(folder / run / BEST / "view.safetensors").read_bytes() for run in ("whole", name)]
     assert best[0] == best[1]
     assert sorted(p.name for p in (folder / name).iterdir()) == [LOCK, BEST, RUN_FILE, STATE]

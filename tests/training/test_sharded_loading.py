@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from orthrus.base.loading import load_base
 from orthrus.model.checkpoint import fresh_view
 from orthrus.training.forward import Objective, TrainingPass
 from orthrus.training.processes import Processes, loading_device
+from orthrus.training.recipe import TrainConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the system does not say what is mapped")
 SHARDED = replace(CONFIG, sharding="fsdp2")
@@ -49,7 +51,7 @@ def cut(name: str) -> None:
     )
     shards = [p for p in dual.parameters() if isinstance(p, DTensor)]
     assert len(shards) == len(list(dual.parameters()))
-    # Nothing of the files is left, and each process holds its half of every tensor, up to what does not divide.
+    # No shard lies in the files, and each process holds half of every tensor, up to what does not divide.
     assert not any(is_mapped(shard.to_local(), folder) for shard in shards)
     whole, held = (sum(map(size, shards)) for size in (torch.Tensor.numel, lambda p: p.to_local().numel()))
     assert abs(held / whole - 0.5) < 0.05
@@ -60,5 +62,13 @@ def test_no_process_keeps_what_it_does_not_share(tmp_path: Path) -> None:
     run_together(cut, 2, tmp_path / "store", str(folder))
 
 
-def test_alone_the_base_goes_where_the_run_is() -> None:
-    assert loading_device(SHARDED) == loading_device(CONFIG)
+@pytest.mark.parametrize(
+    ("config", "num_processes", "expected"),
+    [(SHARDED, 2, "cpu"), (SHARDED, 1, "cuda:0"), (CONFIG, 2, "cuda:0")],
+)
+def test_only_sharded_runs_load_on_the_cpu(
+    config: TrainConfig, num_processes: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = SimpleNamespace(num_processes=num_processes, device="cuda:0")
+    monkeypatch.setattr("orthrus.training.processes.this_process", lambda: process)
+    assert loading_device(config) == expected

@@ -133,7 +133,7 @@ class Policy:
 
     def least_chance(self, most_nodes: int) -> float:
         """Below this chance of its first node, no chain of at most so many nodes pays, however sure the others are and
-        however many of its company verify as much."""
+        however many of its company verify as much, where no other drafts are in the pass."""
         key = self.costs.version, self._company, most_nodes
         row_ms = self.costs.shared_ms.get(key)
         if row_ms is None:

@@ -81,8 +81,20 @@ def compete(chosen: list[tuple[Request, Work]], dual: DualView) -> list[tuple[Re
     for i, num_nodes in zip(copies, won, strict=True):
         request, work = chosen[i]
         if num_nodes < work.tree.num_nodes:
-            after[i] = request, copy_work(request, dual, work.copy, num_nodes)
+            after[i] = request, _cut(request, dual, work, num_nodes)
     return after
+
+
+def _cut(request: Request, dual: DualView, work: Work, num_nodes: int) -> Work:
+    """Less of a copy. Where nothing is left of it, a draft has its turn, which the copy would have spared."""
+    policy = request.policy
+    assert policy is not None
+    is_free = not num_nodes and request.drafts is None and request.step is None
+    if is_free and may_draft(request, dual, floor=True) and policy.wants_draft():
+        draft = draft_work(request, dual, "tree", work.copy)
+        if request.slots.reserve(request.slots.length + draft.part.num_rows):
+            return draft
+    return copy_work(request, dual, work.copy, num_nodes)
 
 
 def adaptive_verify(request: Request, dual: DualView, copy: Copy, *, trying: bool) -> Work | None:

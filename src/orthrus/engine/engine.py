@@ -165,8 +165,9 @@ class Engine:
             scheduler = self.scheduler
             alive = [*scheduler.running, *scheduler.waiting]
             company = scheduler.num_sharing, scheduler.num_prompt_rows
-            chosen = compete(scheduler.next_pass(partial(self._wanted, company=company)), self.runner.dual)
+            chosen = scheduler.next_pass(partial(self._wanted, company=company))
             try:
+                chosen = compete(chosen, self.runner.dual)
                 ended = self._run(chosen) if chosen else []
             except BaseException as error:
                 for request, _ in chosen:

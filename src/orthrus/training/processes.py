@@ -29,7 +29,7 @@ def loading_device(config: TrainConfig) -> str:
     """Where each process loads the base before `Processes.share` places it.
 
     With shards that is the CPU: weights in the dtype of their files stay mapped from them, which all processes of a
-    machine share, and go to the device layer by layer. So no device ever holds the whole base.
+    machine share, and go to the device layer by layer. So no device holds the whole base at the start.
     """
     process = this_process()
     return "cpu" if _is_sharded(config, process.num_processes) else str(process.device)

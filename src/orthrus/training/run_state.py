@@ -47,10 +47,12 @@ _MEAN = "mean"
 
 @dataclass(slots=True)
 class RunState:
-    """Steps done, and scores of the real decodes as (step, tokens per cycle)."""
+    """Steps done, scores of the real decodes as (step, tokens per cycle), and what the last one found for
+    `ViewConfig.goes_on`."""
 
     step: int = 0
     scores: list[tuple[int, float]] = field(default_factory=list)
+    goes_on: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ def find_state(run: Path, dual: DualView, config: TrainConfig, corpus_digest: st
     if problem is not None:
         raise _damaged(file.parent, problem)
     return SavedState(
-        RunState(content["step"], [tuple(score) for score in content["scores"]]),
+        RunState(content["step"], [tuple(score) for score in content["scores"]], content.get("goes_on")),
         content["updates"],
         file.parent / content["folder"],
         {name: about["sha256"] for name, about in content["files"].items()},
@@ -186,6 +188,8 @@ def _content_problem(content: dict[str, Any], dual: DualView) -> str | None:
     step, scores, updates = content.get("step"), content.get("scores"), content.get("updates")
     if not _is_count(step):
         return "step is no count"
+    if not _is_chance(content.get("goes_on")):
+        return "goes_on is no chance"
     if not isinstance(scores, list) or not all(map(_is_score, scores)):
         return "scores are no pairs of a step and a number"
     if (
@@ -278,6 +282,11 @@ def _number_problem(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**53
+
+
+def _is_chance(value: object) -> bool:
+    """Whether this is a number from 0 to 1, or none at all."""
+    return value is None or (type(value) in (int, float) and 0 <= value <= 1)  # type: ignore[operator]
 
 
 def _is_score(score: object) -> bool:

@@ -86,7 +86,7 @@ class StateSaver:
         # One transfer for all counts.
         counts = torch.stack([entry["step"] for entry in held.values()]).tolist() if held else []
         updates = {name: int(count) for name, count in zip(held, counts, strict=True)}
-        facts = {"step": state.step, "scores": _plain_scores(state), "updates": updates}
+        facts = {"step": state.step, "updates": updates, **_plain_scores(state)}
         writer = _Writer(self._run, state.step, self._about | facts)
         index, count = self._processes.index, self._processes.count
         # Of what all hold in full, each writes some; of what is in shards, its own.
@@ -108,10 +108,11 @@ class StateSaver:
         self.wait()
         problem: str | None = None
         if self._processes.is_main:
-            content = json.loads(state_file(self._run).read_bytes())
+            file = state_file(self._run)
             try:
-                place_state(self._run, content | {"scores": _plain_scores(state)})
-            except StorageError as error:
+                with storage_errors(file):
+                    place_state(self._run, json.loads(file.read_bytes()) | _plain_scores(state))
+            except (StorageError, OSError, ValueError) as error:
                 problem = str(error)
         problem = self._processes.first_problem(problem)
         if problem is not None:
@@ -137,8 +138,8 @@ class StateSaver:
         ) from cause
 
 
-def _plain_scores(state: RunState) -> list[list[float]]:
-    return [[at, float(score)] for at, score in state.scores]
+def _plain_scores(state: RunState) -> dict[str, Any]:
+    return {"scores": [[at, float(score)] for at, score in state.scores], "goes_on": state.goes_on}
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from time import perf_counter
 
@@ -118,6 +118,8 @@ def _train(
     )
     mean = MovingMean(trained, config.ema_decay)
     state = RunState() if saved is None else load_state(saved, dual, optimizer, mean, processes)
+    if state.scores:
+        dual.config = replace(dual.config, goes_on=state.goes_on)
     if processes.is_main:
         check_room(folder, dual, config)
     num_steps = config.steps or max(1, round(config.epochs * len(sequences) / config.batch_size))
@@ -137,6 +139,7 @@ def _train(
         assert hooks.evaluate is not None
         with mean.in_place(), processes.whole(), torch.no_grad():
             state.scores.append((state.step, hooks.evaluate(dual, state.step)))
+        state.goes_on = dual.config.goes_on
 
     with StateSaver(folder, dual, optimizer, mean, config, corpus_digest, processes) as saver:
         if due():
