@@ -12,10 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engines import acceptance, check_pages, engine_for
 from tests.tiny import tiny_dual, tiny_prompt
-from tests.unit.test_policy import FLAT, MIDDLE
 
 from orthrus.config import STRATEGIES, DecodeConfig, SamplingParams
-from orthrus.engine.costs import Costs
 from orthrus.engine.engine import Engine
 from orthrus.engine.request import Request
 from orthrus.engine.runners import make_runner
@@ -23,6 +21,7 @@ from orthrus.model.dual_view import DualView
 from orthrus.model.quantise import quantise
 from orthrus.model.runner import Runner
 
+pytestmark = pytest.mark.usefixtures("made_up_costs")
 EOS = frozenset({2, 17})
 laws = settings(max_examples=30, deadline=None, derandomize=True)
 
@@ -150,13 +149,6 @@ def check_company(
     kept = 0 if scheduler.prefixes is None else len(scheduler.prefixes)
     assert scheduler.pool.num_free + kept == scheduler.pool.num_pages
     return requests
-
-
-@pytest.fixture(autouse=True)
-def made_up_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "orthrus.engine.engine.pass_costs", lambda *_, **__: Costs(greedy=MIDDLE, sampled=FLAT)
-    )
 
 
 @cache

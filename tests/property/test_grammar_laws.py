@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 from tests.engines import engine_for, run_all
 from tests.tiny import VOCAB, tiny_dual, tiny_prompt
-from tests.unit.test_policy import FLAT, MIDDLE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from orthrus.config import STRATEGIES, DecodeConfig, Grammar, SamplingParams
 from orthrus.decoding import compete as module
 from orthrus.decoding.grammar import GrammarCompiler
-from orthrus.engine.costs import Costs
 from orthrus.engine.engine import Engine
 from orthrus.engine.request import Request
 
+pytestmark = pytest.mark.usefixtures("made_up_costs")
 END = 2
 FORMS = (r"(yes|no)( (yes|no)){3,9}", r"[a-f]{4,30}", r"ab(cab){2,12}", r"(a{3}b{3}){1,6}")
 
@@ -38,13 +37,6 @@ def letters() -> Any:
 TOKENIZER = letters()
 COMPILER = GrammarCompiler(TOKENIZER, {END}, VOCAB)
 DUAL = tiny_dual("llama", disturb=0.1)
-
-
-@pytest.fixture(autouse=True)
-def made_up_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "orthrus.engine.engine.pass_costs", lambda *_, **__: Costs(greedy=MIDDLE, sampled=FLAT)
-    )
 
 
 def asked(seed: int, num: int) -> list[tuple[list[int], DecodeConfig]]:

@@ -29,31 +29,34 @@ def adaptive_work(request: Request, dual: DualView) -> Work:
     assert policy is not None
     copy = copied(request)
     request.block_size = policy.block_size
-    chances = _likely(request, policy, copy)
+    chain = _likely_chain(request, policy, copy)
     is_due = request.drafts is None or (request.stale and not policy.keeps_stale())
     # A copy that makes more of its time than a draft would spares the draft pass.
-    if (
-        is_due
-        and (not chances or policy.chain_rate(list(accumulate(chances))) <= policy.rate())
-        and may_draft(request, dual, floor=True)
-        and policy.wants_draft()
-    ):
-        return draft_work(request, dual, "tree", copy)
+    if is_due and policy.chain_rate(list(accumulate(map(exp, chain.log_probs)))) <= policy.rate():
+        draft = _wanted_draft(request, dual, copy)
+        if draft is not None:
+            return draft
     work = None
     if request.drafts is not None:
         work = adaptive_verify(request, dual, copy, trying=False)
-    elif chances:
-        work = copy_work(request, dual, copy, min(len(chances), policy.max_nodes))
+    elif chain.num_nodes:
+        work = _copy_work(request, dual, copy, chain.first(policy.max_nodes))
     return work or verify_work(request, dual, "ar", EMPTY_TREE, [], copy=copy)
 
 
-def copy_work(request: Request, dual: DualView, copy: Copy, num_nodes: int) -> Work:
-    """A verification of the first tokens of a copy; of none of them a plain pass."""
-    log_probs = list(accumulate(_log_probs(request, copy)[:num_nodes]))
-    tree = DraftTree(list(copy.token_ids[:num_nodes]), list(range(num_nodes)), log_probs)
-    is_view = [False] * num_nodes
-    kind: CycleKind = "tree" if num_nodes or request.step is not None else "ar"
-    return verify_work(request, dual, kind, tree, [], is_view=is_view, copy=copy)
+def _wanted_draft(request: Request, dual: DualView, copy: Copy) -> Work | None:
+    """A draft pass where one can be made and the policy wants it; else the policy counts a pass without."""
+    policy = request.policy
+    assert policy is not None
+    if may_draft(request, dual, floor=True) and policy.wants_draft():
+        return draft_work(request, dual, "tree", copy)
+    return None
+
+
+def _copy_work(request: Request, dual: DualView, copy: Copy, chain: DraftTree) -> Work:
+    """A verification of the first tokens of a copy, which are in `chain`; of none of them a plain pass."""
+    kind: CycleKind = "tree" if chain.num_nodes or request.step is not None else "ar"
+    return verify_work(request, dual, kind, chain, [], is_view=[False] * chain.num_nodes, copy=copy)
 
 
 def compete(chosen: list[tuple[Request, Work]], dual: DualView) -> list[tuple[Request, Work]]:
@@ -87,30 +90,25 @@ def compete(chosen: list[tuple[Request, Work]], dual: DualView) -> list[tuple[Re
 
 def _cut(request: Request, dual: DualView, work: Work, num_nodes: int) -> Work:
     """Less of a copy. Where nothing is left of it, a draft has its turn, which the copy would have spared."""
-    policy = request.policy
-    assert policy is not None
-    is_free = not num_nodes and request.drafts is None and request.step is None
-    if is_free and may_draft(request, dual, floor=True) and policy.wants_draft():
-        draft = draft_work(request, dual, "tree", work.copy)
-        if request.slots.reserve(request.slots.length + draft.part.num_rows):
+    if not num_nodes and request.drafts is None and request.step is None:
+        draft = _wanted_draft(request, dual, work.copy)
+        if draft is not None and request.slots.reserve(request.slots.length + draft.part.num_rows):
             return draft
-    return copy_work(request, dual, work.copy, num_nodes)
+    return _copy_work(request, dual, work.copy, work.tree.first(num_nodes))
 
 
 def adaptive_verify(request: Request, dual: DualView, copy: Copy, *, trying: bool) -> Work | None:
-    """The drafts and blocks that are worth their rows; None where no draft is.
+    """Of the drafts at hand, those that are worth their rows, with blocks; None where none is.
 
     trying: a draft pass was made for them, maybe as a chance only.
     """
     policy = request.policy
-    assert policy is not None
+    assert policy is not None and request.drafts is not None
     drafts = draft_tree(request, policy.max_nodes, request.room - 1, branching=True)
-    num_guesses = 0 if request.drafts is None else len(request.drafts)
-    if request.drafts is not None:
-        num_nodes = policy.num_nodes(
-            drafts.log_probs, drafts.depths(), num_guesses, stale=request.stale, trying=trying
-        )
-        drafts = drafts.first(num_nodes)
+    num_nodes = policy.num_nodes(
+        drafts.log_probs, drafts.depths(), len(request.drafts), stale=request.stale, trying=trying
+    )
+    drafts = drafts.first(num_nodes)
     is_view, has_view = [True] * drafts.num_nodes, drafts.num_nodes > 0
     if copy.token_ids:
         drafts, is_view = with_chain(drafts, copy.token_ids, _log_probs(request, copy))
@@ -173,16 +171,16 @@ def observe_copy(request: Request, copy: Copy, token_ids: list[int]) -> None:
         request.copies.extend(token_ids)
 
 
-def _likely(request: Request, policy: Policy, copy: Copy) -> list[float]:
-    """The chance of each copied token to stand; none where they cannot be worth their rows, as is so in most passes
-    of many requests."""
+def _likely_chain(request: Request, policy: Policy, copy: Copy) -> DraftTree:
+    """A copy as a chain of drafts; empty where it cannot be worth its rows, as in most passes of many requests."""
     if not copy.token_ids:
-        return []
+        return EMPTY_TREE
     if copy.match_length != FORCED:
         chance = request.copy_promise.chance(copy.match_length, 1)
         if chance < policy.least_chance(MOST_COPIED):
-            return []
-    return list(map(exp, accumulate(_log_probs(request, copy))))
+            return EMPTY_TREE
+    ids = list(copy.token_ids)
+    return DraftTree(ids, list(range(len(ids))), list(accumulate(_log_probs(request, copy))))
 
 
 def _log_probs(request: Request, copy: Copy) -> list[float]:

@@ -48,9 +48,7 @@ class ViewConfig:
             raise CheckpointError(
                 f"the scale of a view's low-rank twins must be a positive number, not {self.rank_scale!r}."
             )
-        if self.goes_on is not None and not (
-            type(self.goes_on) in (int, float) and 0.0 <= self.goes_on <= 1.0
-        ):
+        if self.goes_on is not None and not is_chance(self.goes_on):
             raise CheckpointError(
                 f"the chance that a view's guesses go on must lie within 0 and 1, not {self.goes_on!r}."
             )
@@ -93,3 +91,8 @@ class ViewConfig:
             return cls(**fields)
         except TypeError as e:
             raise CheckpointError(f"view_config.json does not fit this release: {e}.") from e
+
+
+def is_chance(value: object) -> bool:
+    """Whether this is a number from 0 to 1."""
+    return type(value) in (int, float) and 0 <= value <= 1  # type: ignore[operator]

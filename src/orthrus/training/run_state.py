@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from orthrus.base.outputs import check_writable
 from orthrus.errors import CorruptFileError, UserInputError
 from orthrus.model.dual_view import DualView
+from orthrus.model.view_config import is_chance
 from orthrus.training.moving_mean import MovingMean
 from orthrus.training.plan import kept_bytes
 from orthrus.training.processes import Processes
@@ -188,7 +189,8 @@ def _content_problem(content: dict[str, Any], dual: DualView) -> str | None:
     step, scores, updates = content.get("step"), content.get("scores"), content.get("updates")
     if not _is_count(step):
         return "step is no count"
-    if not _is_chance(content.get("goes_on")):
+    goes_on = content.get("goes_on")
+    if goes_on is not None and not is_chance(goes_on):
         return "goes_on is no chance"
     if not isinstance(scores, list) or not all(map(_is_score, scores)):
         return "scores are no pairs of a step and a number"
@@ -282,11 +284,6 @@ def _number_problem(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**53
-
-
-def _is_chance(value: object) -> bool:
-    """Whether this is a number from 0 to 1, or none at all."""
-    return value is None or (type(value) in (int, float) and 0 <= value <= 1)  # type: ignore[operator]
 
 
 def _is_score(score: object) -> bool:

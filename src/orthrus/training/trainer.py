@@ -132,20 +132,21 @@ def _train(
     def due() -> bool:
         """Whether this step's view is to be scored and has not been: the run was killed over it, or it is new."""
         is_step = state.step % config.evaluate_every == 0 or state.step == num_steps
-        known = any(step == state.step for step, _ in state.scores)
-        return hooks.evaluate is not None and state.step > 0 and is_step and not known
-
-    def score() -> None:
-        assert hooks.evaluate is not None
-        with mean.in_place(), processes.whole(), torch.no_grad():
-            state.scores.append((state.step, hooks.evaluate(dual, state.step)))
-        state.goes_on = dual.config.goes_on
+        is_new = state.step > 0 and state.step not in dict(state.scores)
+        return hooks.evaluate is not None and is_step and is_new
 
     with StateSaver(folder, dual, optimizer, mean, config, corpus_digest, processes) as saver:
-        if due():
-            score()
+
+        def score_if_due() -> None:
+            if hooks.evaluate is None or not due():
+                return
+            with mean.in_place(), processes.whole(), torch.no_grad():
+                state.scores.append((state.step, hooks.evaluate(dual, state.step)))
+            state.goes_on = dual.config.goes_on
             saver.note_scores(state)
             meter.restart(state.step)
+
+        score_if_due()
         while state.step < num_steps:
             rate = learning_rate(config, state.step, num_steps)
             for group in optimizer.param_groups:
@@ -162,10 +163,7 @@ def _train(
             # A score takes minutes: whoever is killed meanwhile loses nothing else.
             if state.step % config.save_every == 0 or last or due():
                 saver.save(state)
-            if due():
-                score()
-                saver.note_scores(state)
-                meter.restart(state.step)
+            score_if_due()
             if last:
                 break
     mean.trade_places()
