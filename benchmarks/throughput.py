@@ -3,15 +3,18 @@
 The same prompts are answered 1, 2, 4, ... at a time, by plain decoding and by `auto` through the engine, by the
 stock model's own `generate` over padded batches, and by llama.cpp with as many sequences, where it is there.
 Arms take turns at each concurrency, repeat by repeat. Every answer has the same number of tokens, so that a
-batch has no stragglers, which is the best case for `generate` and for llama.cpp. Each place in the engine is
-filled several times, since a server's places are too: in a single round the slowest request decides alone, and
-tokens that others save are lost. Leave the machine alone meanwhile; --quick rehearses.
+batch has no stragglers, which is the best case for `generate` and for llama.cpp; or lengths are drawn
+(`--shortest`), as a server sees them. Then those two decode each batch up to its longest answer, and what lies
+beyond the length of an answer does not count. Each place in the engine is filled several times, since a server's
+places are too: in a single round the slowest request decides alone, and tokens that others save are lost. Leave
+the machine alone meanwhile; --quick rehearses.
 """
 
 import hashlib
 import json
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,9 +24,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from llama_side import LlamaSide, best_threads, default_gguf, usable_cores
-from transformers import GenerationConfig
+from throughput_arms import Answers, Arm, Asked, llama_arm, our_arm, stock_arm
 
-from orthrus.api import Orthrus, decode_config
+from orthrus.api import Orthrus
 from orthrus.audit.explain import first_difference
 from orthrus.base.bench_prompts import BenchPrompt, load_prompts
 from orthrus.base.devices import synchronize
@@ -32,7 +35,6 @@ from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import installed_version, provenance
 from orthrus.bench.runner import prompts_digest
 from orthrus.bench.statistics import Spread
-from orthrus.engine.beside import EngineBeside
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32)
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
@@ -52,60 +54,6 @@ LEGEND = {
     "tokens_per_pass": "of our arms: new tokens / passes of the engine, prompts included",
 }
 
-Answers = list[tuple[int, ...]]
-Arm = Callable[[list[list[int]], int], tuple[Answers, int | None]]
-"""Answers prompts, so many at a time; returns new tokens and passes, where they are counted."""
-
-
-def our_arm(orthrus: Orthrus, strategy: str, num_new: int) -> Arm:
-    config = decode_config(strategy=strategy, max_new_tokens=num_new, ignore_eos=True)  # type: ignore[arg-type]
-
-    def run(prompts: list[list[int]], concurrency: int) -> tuple[Answers, int | None]:
-        num_passes = 0
-
-        def count(*_: object) -> None:
-            nonlocal num_passes
-            num_passes += 1
-
-        # An engine of its own: nothing is left of an earlier run.
-        engine = EngineBeside(orthrus.engine, reuse=False, max_running=concurrency)
-        engine.observers.append(count)
-        requests = [engine.submit(ids, config, eos_token_ids=frozenset()) for ids in prompts]
-        while not all(request.closed for request in requests):
-            engine.step()
-        return [tuple(request.token_ids) for request in requests], num_passes
-
-    return run
-
-
-def stock_arm(orthrus: Orthrus, num_new: int) -> Arm:
-    model = orthrus.stock()
-    config = GenerationConfig(max_new_tokens=num_new, do_sample=False, pad_token_id=0, eos_token_id=None)
-
-    def run(prompts: list[list[int]], concurrency: int) -> tuple[Answers, int | None]:
-        found: Answers = []
-        generate: Any = model.generate
-        for start in range(0, len(prompts), concurrency):
-            batch = prompts[start : start + concurrency]
-            longest = max(map(len, batch))
-            ids_BT = torch.tensor([[0] * (longest - len(ids)) + ids for ids in batch], device=model.device)
-            mask_BT = torch.tensor(
-                [[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=model.device
-            )
-            new_BT = generate(ids_BT, attention_mask=mask_BT, generation_config=config)[:, longest:]
-            found += map(tuple, new_BT.tolist())
-        return found, None
-
-    return run
-
-
-def llama_arm(side: LlamaSide, num_new: int) -> Arm:
-    def run(prompts: list[list[int]], concurrency: int) -> tuple[Answers, int | None]:
-        groups = [prompts[at : at + concurrency] for at in range(0, len(prompts), concurrency)]
-        return [ids for group in groups for ids in side.decode_together(group, num_new)], None
-
-    return run
-
 
 def main(
     files: Annotated[list[Path], typer.Argument(help="JSONL files of prompts.")],
@@ -122,7 +70,15 @@ def main(
     requests: Annotated[int, typer.Option(min=1, help="Prompts, from all files in turn, at least.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Prompts for each place, at least.")] = 4,
     longest: Annotated[int, typer.Option(min=1, help="Prompts of more tokens are passed over.")] = 400,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the longest answer.")] = 64,
+    shortest: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens of the shortest answer: lengths are drawn evenly, the same in each run. Left out: all "
+            "are equally long.",
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each arm at each concurrency.")] = 3,
     stock: Annotated[bool, typer.Option(help="The stock model's generate beside ours.")] = True,
     llama: Annotated[bool, typer.Option(help="llama.cpp beside ours, where it is installed.")] = True,
@@ -133,6 +89,7 @@ def main(
     levels, precisions = sorted(set(concurrency or CONCURRENCY)), precision or list(PRECISIONS)
     if quick:
         levels, requests, max_new_tokens, repeats = levels[:3], min(requests, 4), min(max_new_tokens, 8), 1
+        shortest = shortest and min(shortest, max_new_tokens)
         precisions, rounds = precisions[:1], 1
     asked = in_turn([load_prompts(file) for file in files])
     report: dict[str, Any] = {
@@ -146,6 +103,7 @@ def main(
             "requests": requests,
             "rounds": rounds,
             "max_new_tokens": max_new_tokens,
+            "shortest": shortest,
             "repeats": repeats,
             "quick": quick,
         },
@@ -158,22 +116,25 @@ def main(
         numbers = {level: max(requests, rounds * level) for level in levels}
         kept = chosen(orthrus, asked, max(numbers.values()), longest, max_new_tokens)
         prompts = [ids for _, ids in kept]
-        arms = {strategy: our_arm(orthrus, strategy, max_new_tokens) for strategy in OURS}
+        lengths = drawn(len(prompts), shortest or max_new_tokens, max_new_tokens)
+        arms = {strategy: our_arm(orthrus, strategy) for strategy in OURS}
         if stock:
-            arms[STOCK] = stock_arm(orthrus, max_new_tokens)
+            arms[STOCK] = stock_arm(orthrus)
         if llama and side is None and find_spec("llama_cpp"):
             side = LlamaSide(default_gguf(), max(map(len, prompts)) + max_new_tokens, max(levels))
             tried = best_threads(side, prompts[0], range(1, usable_cores() + 1), min(48, max_new_tokens))
             side.set_threads(max(tried, key=tried.__getitem__))
             report["llama_cpp"] = {"version": installed_version("llama-cpp-python"), "threads": tried}
         if side is not None:
-            arms[LLAMA] = llama_arm(side, max_new_tokens)
-        report["results"] += measure(name, arms, prompts, numbers, repeats, orthrus.dual.device)
+            arms[LLAMA] = llama_arm(side)
+        jobs = list(map(Asked, prompts, lengths))
+        report["results"] += measure(name, arms, jobs, numbers, repeats, orthrus.dual.device)
         about = orthrus.describe()
         report["settings"][name] = about
         report["prompts"] = {
             "digest": prompts_digest([prompt for prompt, _ in kept]),
             "lengths": list(map(len, prompts)),
+            "new_tokens": lengths,
         }
         report["provenance"] = provenance(
             device=about["device"], dtype=", ".join(report["settings"]), seed=None
@@ -200,6 +161,14 @@ def in_turn(sets: Sequence[Sequence[BenchPrompt]]) -> list[BenchPrompt]:
     return [prompts[i] for i in range(most) for prompts in sets if i < len(prompts)]
 
 
+def drawn(number: int, shortest: int, longest: int) -> list[int]:
+    """Lengths of answers, the same each time."""
+    if shortest > longest:
+        raise typer.BadParameter(f"--shortest {shortest} is more than --max-new-tokens {longest}")
+    draw = random.Random(0)
+    return [draw.randint(shortest, longest) for _ in range(number)]
+
+
 def chosen(
     orthrus: Orthrus, asked: list[BenchPrompt], number: int, longest: int, num_new: int
 ) -> list[tuple[BenchPrompt, list[int]]]:
@@ -218,19 +187,19 @@ def chosen(
 def measure(
     precision: str,
     arms: dict[str, Arm],
-    prompts: list[list[int]],
+    asked: list[Asked],
     numbers: dict[int, int],
     repeats: int,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """A row for each arm and concurrency; numbers: prompts to answer, by concurrency."""
+    """A row for each arm and concurrency; numbers: requests to answer, by concurrency."""
     names, levels = list(arms), list(numbers)
     speeds: dict[tuple[str, int], list[float]] = {}
     answers: dict[tuple[str, int], Answers] = {}
     passes: dict[tuple[str, int], int | None] = {}
     for arm in arms.values():
         # Not timed: lazy initialisation, and memory that is taken for the first time.
-        arm(prompts[: numbers[levels[0]]], levels[-1])
+        arm(asked[: numbers[levels[0]]], levels[-1])
     for repeat in range(repeats):
         for level in levels:
             shift = (repeat + levels.index(level)) % len(names)
@@ -239,7 +208,7 @@ def measure(
                 time.sleep(SETTLE_S)
                 synchronize(device)
                 started = time.perf_counter()
-                answers[name, level], passes[name, level] = arms[name](prompts[: numbers[level]], level)
+                answers[name, level], passes[name, level] = arms[name](asked[: numbers[level]], level)
                 synchronize(device)
                 seconds = time.perf_counter() - started
                 speed = sum(map(len, answers[name, level])) / seconds

@@ -53,7 +53,7 @@ def test_a_corpus_from_servers(
     ]
     assert "sk-" not in manifest
     assert cli("synth", str(tmp_path / "there"), *common, *asked).code == 0
-    assert_refused(cli("synth", str(tmp_path / "there"), *common), "begun with another answerer")
+    assert_refused(cli("synth", str(tmp_path / "there"), *common), "begun with other settings (answerer)")
 
 
 def test_another_model_is_refused_in_one_sentence(

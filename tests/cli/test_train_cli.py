@@ -125,7 +125,7 @@ def test_a_run_may_start_from_another_runs_view(cli: Cli, recipe: str, tmp_path:
     config = json.loads((tmp_path / "then" / "view" / "view_config.json").read_text())
     assert config["block_size"] == 6
     assert config["layers"] == [1]
-    assert_refused(cli("train", recipe, *then[:1], *then[2:]), "another init_view")
+    assert_refused(cli("train", recipe, *then[:1], *then[2:]), "other settings (init_view)")
     other = (f"output={tmp_path / 'other'}", then[1], "layers=[0]")
     assert_refused(cli("train", recipe, *other), "layers [1]", "wants layers [0]")
     assert_refused(cli("train", recipe, *other[:1], "init_view=absent"), "view_config.json")

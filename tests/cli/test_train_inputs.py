@@ -49,8 +49,10 @@ def test_wrong_recipes_corpora_and_bases(
 
     assert cli("train", recipe, "steps=2").code == 0
     before = state_bytes(tmp_path / "run")
-    assert_refused(cli("train", recipe, "steps=2", "loss=tv"), "another loss")
-    assert_refused(cli("train", recipe, "steps=2", f"base={other_model_folder}"), "another base")
+    assert_refused(cli("train", recipe, "steps=2", "loss=tv"), "other settings (loss)")
+    assert_refused(
+        cli("train", recipe, "steps=2", f"base={other_model_folder}"), "other settings (base, base weights)"
+    )
     assert state_bytes(tmp_path / "run") == before
 
 
@@ -107,7 +109,7 @@ def test_a_corpus_begun_with_other_settings(cli: Cli, tmp_path: Path, model_fold
     first, again = cli(*command), cli(*command)
     assert first.code == again.code == 0
     assert first.out == again.out
-    assert_refused(cli(*command, "--seed", "3"), "another seed")
+    assert_refused(cli(*command, "--seed", "3"), "other settings (seed)")
 
 
 def test_sources_are_read_as_written(tmp_path: Path) -> None:
@@ -187,11 +189,11 @@ def test_a_corpus_goes_on_with_its_own_base_and_precision(
     command = ("synth", str(target), "--model", str(model), "--prompts", prompts, *SYNTH)
     assert cli(*command).code == 0
     before = {file.name: file.read_bytes() for file in target.iterdir()}
-    assert_refused(cli(*command, "--dtype", "bfloat16"), "begun with another dtype;", "a new folder")
+    assert_refused(cli(*command, "--dtype", "bfloat16"), "begun with other settings (dtype);", "a new folder")
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    assert_refused(cli(*command), "begun with another base_fingerprint;")
+    assert_refused(cli(*command), "begun with other settings (base_fingerprint);")
     (target / "manifest.json").write_text("[]")
     assert_refused(cli(*command), "manifest.json is damaged")
     after = {file.name: file.read_bytes() for file in target.iterdir()}
@@ -232,7 +234,7 @@ def test_a_mix_of_corpora(cli: Cli, recipe: str, corpus: str, tmp_path: Path) ->
     assert first["dialogues"] > second["dialogues"] > 0
     assert made["corpus"]["dialogues"] == first["dialogues"] + second["dialogues"]
     assert len({first["digest"], second["digest"], made["corpus"]["digest"]}) == 3
-    assert_refused(cli("train", recipe, "steps=2", "evaluate_prompts=0"), "another corpus content")
+    assert_refused(cli("train", recipe, "steps=2", "evaluate_prompts=0"), "other settings (corpus content)")
 
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["settings"]["base_fingerprint"] = "blake2b:0"

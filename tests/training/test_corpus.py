@@ -228,12 +228,12 @@ def test_a_prompt_of_its_own_begins_with_the_opening_and_no_opening_ends_with_a_
 def test_a_manifest_of_other_settings_or_another_base_is_refused(tmp_path: Path) -> None:
     folder = make(tmp_path)
     before = contents(folder)
-    with pytest.raises(UserInputError, match="another seed, temperature"):
+    with pytest.raises(UserInputError, match=r"other settings \(seed, temperature"):
         make(tmp_path, config_=config(tmp_path, seed=6, temperature=0.7))
     other = dataclasses.replace(
         ORTHRUS.base, source=dataclasses.replace(ORTHRUS.base.source, origin="elsewhere")
     )
-    with pytest.raises(UserInputError, match="another base"):
+    with pytest.raises(UserInputError, match=r"other settings \(base"):
         make(tmp_path, base=other)
     assert contents(folder) == before
     (folder / MANIFEST).write_text("{")

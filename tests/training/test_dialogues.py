@@ -137,7 +137,7 @@ def test_blocks_train_answers_alone() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "has no chat template"),
+        (None, "has no chat template.*; give --turns 1"),
         ("{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}", "one turn only"),
         ("U {{ messages[0].content }}", "does not keep what was said"),
     ],

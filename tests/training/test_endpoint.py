@@ -120,7 +120,7 @@ def test_answers_from_here_and_from_a_server_are_not_mixed(
 ) -> None:
     folder = make(orthrus, server, tmp_path / "corpus", config(tmp_path))
     here = EngineAnswerer(orthrus.engine, 3, orthrus.base.eos_token_ids)
-    with pytest.raises(UserInputError, match="begun with another answerer"):
+    with pytest.raises(UserInputError, match=r"begun with other settings \(answerer"):
         synthesise(orthrus.base, here, config(tmp_path), folder)
 
 

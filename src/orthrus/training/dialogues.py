@@ -72,7 +72,7 @@ def turn_template(base: Base) -> TurnTemplate:
 
     if not getattr(base.tokenizer, "chat_template", None):
         raise UserInputError(
-            f"{base.name} has no chat template, so it cannot make dialogues of several turns; leave --turns out."
+            f"{base.name} has no chat template, so it cannot make dialogues of several turns; give --turns 1."
         )
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)]
@@ -80,14 +80,14 @@ def turn_template(base: Base) -> TurnTemplate:
         text = base.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as e:
         raise UserInputError(
-            f"the chat template of {base.name} refuses several turns ({e}); leave --turns out."
+            f"the chat template of {base.name} refuses several turns ({e}); give --turns 1."
         ) from e
     _, answered, rest = str(text).partition(_MARKS[1])
     to_user, asked, to_answer = rest.partition(_MARKS[2])
     if not answered or not asked:
         raise UserInputError(
             f"the chat template of {base.name} does not keep what was said, so it cannot make dialogues of "
-            "several turns; leave --turns out."
+            "several turns; give --turns 1."
         )
     return TurnTemplate(to_user, to_answer)
 

@@ -80,7 +80,7 @@ def begin(folder: Path, settings: dict[str, Any], provenance: dict[str, Any]) ->
         _write(folder, {"format": 1, "settings": settings, "sources": {}, "provenance": provenance})
     elif changed:
         raise UserInputError(
-            f"the corpus in {folder} was begun with another {', '.join(changed)}; use a new folder or the "
+            f"the corpus in {folder} was begun with other settings ({', '.join(changed)}); use a new folder or the "
             "old settings."
         )
 

@@ -116,7 +116,7 @@ def find_state(run: Path, dual: DualView, config: TrainConfig, corpus_digest: st
         changed.append("base weights")
     if changed:
         raise UserInputError(
-            f"the run in {run} was begun with another {', '.join(changed)}; resume it with its own "
+            f"the run in {run} was begun with other settings ({', '.join(changed)}); resume it with its own "
             "recipe, or give another output folder."
         )
     problem = _content_problem(content, dual) or _files_problem(content, file.parent)

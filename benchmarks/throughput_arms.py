@@ -1,0 +1,86 @@
+"""Who answers many requests at once, for throughput.py: our engine, the stock model's `generate`, and llama.cpp."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from llama_side import LlamaSide
+from transformers import GenerationConfig
+
+from orthrus.api import Orthrus, decode_config
+from orthrus.engine.beside import EngineBeside
+
+
+class Asked(NamedTuple):
+    """One request. num_new: tokens of its answer."""
+
+    ids: list[int]
+    num_new: int
+
+
+Answers = list[tuple[int, ...]]
+Arm = Callable[[list[Asked], int], tuple[Answers, int | None]]
+"""Answers requests, so many at a time; returns new tokens and passes, where they are counted."""
+
+
+def our_arm(orthrus: Orthrus, strategy: str) -> Arm:
+    config = decode_config(strategy=strategy, ignore_eos=True)  # type: ignore[arg-type]
+
+    def run(asked: list[Asked], concurrency: int) -> tuple[Answers, int | None]:
+        num_passes = 0
+
+        def count(*_: object) -> None:
+            nonlocal num_passes
+            num_passes += 1
+
+        # An engine of its own: nothing is left of an earlier run.
+        engine = EngineBeside(orthrus.engine, reuse=False, max_running=concurrency)
+        engine.observers.append(count)
+        requests = [
+            engine.submit(each.ids, replace(config, max_new_tokens=each.num_new), eos_token_ids=frozenset())
+            for each in asked
+        ]
+        while not all(request.closed for request in requests):
+            engine.step()
+        return [tuple(request.token_ids) for request in requests], num_passes
+
+    return run
+
+
+def stock_arm(orthrus: Orthrus) -> Arm:
+    model = orthrus.stock()
+
+    def together(batch: list[Asked]) -> list[list[int]]:
+        longest = max(len(each.ids) for each in batch)
+        num_new = max(each.num_new for each in batch)
+        gaps = [longest - len(each.ids) for each in batch]
+        ids_BT = torch.tensor(
+            [[0] * gap + each.ids for gap, each in zip(gaps, batch, strict=True)], device=model.device
+        )
+        mask_BT = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps], device=model.device)
+        config = GenerationConfig(max_new_tokens=num_new, do_sample=False, pad_token_id=0, eos_token_id=None)
+        generate: Any = model.generate
+        new_BT = generate(ids_BT, attention_mask=mask_BT, generation_config=config)[:, longest:]
+        return list(new_BT.tolist())
+
+    return lambda asked, concurrency: (in_batches(together, asked, concurrency), None)
+
+
+def llama_arm(side: LlamaSide) -> Arm:
+    def together(batch: list[Asked]) -> list[tuple[int, ...]]:
+        return side.decode_together([each.ids for each in batch], max(each.num_new for each in batch))
+
+    return lambda asked, concurrency: (in_batches(together, asked, concurrency), None)
+
+
+def in_batches(
+    together: Callable[[list[Asked]], Sequence[Sequence[int]]], asked: list[Asked], size: int
+) -> Answers:
+    """Each batch up to its longest answer; every answer is cut to its own length."""
+    batches = [asked[start : start + size] for start in range(0, len(asked), size)]
+    return [
+        tuple(ids[: each.num_new])
+        for batch in batches
+        for each, ids in zip(batch, together(batch), strict=True)
+    ]
