@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 from orthrus.decoding.average import MEMORY, Average, Ratio
 from orthrus.decoding.block_lengths import LENGTHS, BlockLength, Offer, block_lengths, first_expected, learn
-from orthrus.decoding.cost_table import joint_guesses
+from orthrus.decoding.company import Company
 from orthrus.decoding.prices import Prices
 
 Left = Literal["fresh", "stale", "none"]
@@ -63,7 +63,7 @@ class Policy:
     _choices: dict[tuple[int, int], tuple[BlockLength, float]] = field(default_factory=dict)
     _hopes: dict[tuple[int, int], float] = field(default_factory=dict)
     _draft_rate: float = field(init=False)
-    _company: tuple[int, int] = (1, 0)
+    _company: Company = field(init=False)
     _version: int = 0
     _has_learnt: bool = False
 
@@ -72,16 +72,12 @@ class Policy:
         self._patience = self.PATIENCE
         self._stale = Average(first_expected(self.most_guesses, self.goes_on))
         self._hits = [Average(1.0 - 0.8**m) for m in range(self.max_blocks + 1)]
+        self._company = Company(self.costs, self.own_head, self.SHARED)
         self._choose_length()
 
     def among(self, num_requests: int, num_prompt_rows: int = 0) -> None:
-        """Decide as one of so many running requests: a pass costs this one its share of what it costs when all
-        carry as much. Rows then cost more beside the weights that are read once, and drafts shrink.
-
-        num_prompt_rows: rows of prompts in the pass. They are paid for anyway, and beside them each further row
-        costs its full price.
-        """
-        company = num_requests, num_prompt_rows
+        """Decide as one of so many running requests, beside so many rows of prompts, see `Company`: drafts shrink."""
+        company = Company(self.costs, self.own_head, self.SHARED, num_requests, num_prompt_rows)
         if self.costs.version != self._version:
             self._choices.clear()
             self._hopes.clear()
@@ -106,26 +102,8 @@ class Policy:
         return self._draft_rate
 
     def pass_ms(self, num_nodes: int, num_blocks: int, length: BlockLength | None = None) -> float:
-        """A verification with blocks beside it; without nodes a draft pass, without either a plain one."""
-        length = length or self._length
-        key = (
-            *(self.costs.version, self.SHARED, self.own_head, self._company),
-            *(num_nodes, num_blocks, length.num_guesses),
-        )
-        ms = self.costs.shared_ms.get(key)
-        if ms is None:
-            n, num_prompt_rows = self._company
-            num_guesses = joint_guesses(n * num_blocks * length.num_guesses, own_head=self.own_head)
-            if not num_nodes and not self.own_head:
-                # A block that is drafted alone serves whatever the AR view chooses.
-                num_guesses = n * num_blocks * length.num_guesses
-            num_rows = num_prompt_rows + n * (1 + num_nodes)
-            ms = self.costs(num_rows, n * num_blocks * length.rows, num_guesses) / n
-            if n > 1:
-                added_ms = ms - self.costs(num_prompt_rows + n) / n
-                ms = self.costs(n) / n + self.SHARED * added_ms
-            self.costs.shared_ms[key] = ms
-        return ms
+        """What the pass costs this request, see `Company`; length: of the blocks, the chosen one if left out."""
+        return self._company.pass_ms(num_nodes, num_blocks, length or self._length)
 
     def rate(self) -> float:
         """The best rate known: what a millisecond is worth."""
@@ -134,17 +112,7 @@ class Policy:
     def least_chance(self, most_nodes: int) -> float:
         """Below this chance of its first node, no chain of at most so many nodes pays, however sure the others are and
         however many of its company verify as much, where no other drafts are in the pass."""
-        key = self.costs.version, self._company, most_nodes
-        row_ms = self.costs.shared_ms.get(key)
-        if row_ms is None:
-            n, num_prompt_rows = self._company
-            num_rows = num_prompt_rows + n
-            without_ms = self.costs(num_rows)
-            row_ms = min(
-                (self.costs(num_rows + added) - without_ms) / added for added in range(1, n * most_nodes + 1)
-            )
-            self.costs.shared_ms[key] = row_ms
-        return self.rate() * row_ms
+        return self.rate() * self._company.least_row_ms(most_nodes)
 
     def wants_draft(self) -> bool:
         """Whether a draft pass is to be made now, where there is no draft."""
@@ -275,11 +243,12 @@ class Policy:
 
         Nothing is learnt while nothing is drafted, so the choice is kept by the company.
         """
-        if self._company not in self._choices:
+        size = self._company.size
+        if size not in self._choices:
             # Requests that have learnt nothing yet choose alike.
             known = {} if self._has_learnt else self.costs.first_choices
             key = (
-                *(self.costs.version, type(self), self.own_head, self._company),
+                *(self.costs.version, type(self), self.own_head, size),
                 *(self.most_guesses, self.max_blocks, self.goes_on),
             )
             choice = known.get(key)
@@ -290,17 +259,18 @@ class Policy:
                 ]
                 best = _best(rates)
                 choice = known[key] = best, rates[best]
-            self._choices[self._company] = self._lengths[choice[0]], choice[1]
-        self._length, self._draft_rate = self._choices[self._company]
+            self._choices[size] = self._lengths[choice[0]], choice[1]
+        self._length, self._draft_rate = self._choices[size]
 
     def _hoped_rate(self) -> float:
         """Tokens a millisecond of drafts that fare as first expected. It depends on prices and company alone."""
-        if self._company not in self._hopes:
-            self._hopes[self._company] = max(
+        size = self._company.size
+        if size not in self._hopes:
+            self._hopes[size] = max(
                 self._two_pass_rate(n, first_expected(n.num_guesses, self.goes_on), n.num_guesses)
                 for n in self._lengths
             )
-        return self._hopes[self._company]
+        return self._hopes[size]
 
     def _two_pass_rate(self, length: BlockLength, num_stand: float, num_nodes: int) -> float:
         """Tokens a millisecond of a draft pass and a verification that leaves no draft; num_stand: drafts."""

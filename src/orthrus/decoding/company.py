@@ -1,0 +1,66 @@
+"""What a pass costs one of the requests that share it."""
+
+from dataclasses import dataclass
+
+from orthrus.decoding.block_lengths import BlockLength
+from orthrus.decoding.cost_table import joint_guesses
+from orthrus.decoding.prices import Prices
+
+
+@dataclass(frozen=True, slots=True)
+class Company:
+    """The requests of a pass, each of which carries as much, and the rows of prompts beside them.
+
+    Each pays its share of the pass. So with more requests rows cost more beside the weights, which are read once.
+    Rows of prompts are paid for anyway, and beside them each further row costs its full price.
+
+    prices: of whole passes. own_head: drafts have a head of their own. shared: how much more the rows of drafts
+    count than the prices say where several requests run.
+    """
+
+    prices: Prices
+    own_head: bool
+    shared: float
+    num_requests: int = 1
+    num_prompt_rows: int = 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """What two companies of one request may differ in."""
+        return self.num_requests, self.num_prompt_rows
+
+    def pass_ms(self, num_nodes: int, num_blocks: int, length: BlockLength) -> float:
+        """A verification with blocks beside it; without nodes a draft pass, without either a plain one."""
+        key = (
+            *(self.prices.version, self.shared, self.own_head, self.size),
+            *(num_nodes, num_blocks, length.num_guesses),
+        )
+        ms = self.prices.shared_ms.get(key)
+        if ms is None:
+            n = self.num_requests
+            num_guesses = joint_guesses(n * num_blocks * length.num_guesses, own_head=self.own_head)
+            if not num_nodes and not self.own_head:
+                # A block that is drafted alone serves whatever the AR view chooses.
+                num_guesses = n * num_blocks * length.num_guesses
+            num_rows = self.num_prompt_rows + n * (1 + num_nodes)
+            ms = self.prices(num_rows, n * num_blocks * length.rows, num_guesses) / n
+            if n > 1:
+                added_ms = ms - self.prices(self.num_prompt_rows + n) / n
+                ms = self.prices(n) / n + self.shared * added_ms
+            self.prices.shared_ms[key] = ms
+        return ms
+
+    def least_row_ms(self, most_nodes: int) -> float:
+        """The least that a row of drafts adds to the pass, where each request verifies at most so many nodes and no
+        other drafts are in the pass."""
+        key = self.prices.version, self.size, most_nodes
+        ms = self.prices.shared_ms.get(key)
+        if ms is None:
+            num_rows = self.num_prompt_rows + self.num_requests
+            without_ms = self.prices(num_rows)
+            ms = min(
+                (self.prices(num_rows + added) - without_ms) / added
+                for added in range(1, self.num_requests * most_nodes + 1)
+            )
+            self.prices.shared_ms[key] = ms
+        return ms
