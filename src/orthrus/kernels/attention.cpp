@@ -112,28 +112,58 @@ void divided(const float* sums, int64_t size, float total, T* to) {
   for (; d < size; ++d) to[d] = static_cast<T>(sums[d] / total);
 }
 
+// kLanes keys, `step` numbers apart, as float32: out has a line of kSlots numbers for each number of a key.
+inline void turned_square(const float* keys, int64_t step, float* out) {
+  Floats square[kLanes];
+#pragma GCC unroll 16
+  for (int row = 0; row < kLanes; ++row) square[row] = floats(keys + row * step);
+  turn(square);
+#pragma GCC unroll 16
+  for (int row = 0; row < kLanes; ++row) store(square[row], out + row * kSlots);
+}
+
+// The same of twice as many numbers: two neighbours change places as one, and are widened afterwards.
+inline void turned_square(const c10::BFloat16* keys, int64_t step, float* out) {
+  Floats square[kLanes];
+#pragma GCC unroll 16
+  for (int row = 0; row < kLanes; ++row) square[row] = read<Floats>(keys + row * step);
+  turn(square);
+#pragma GCC unroll 16
+  for (int row = 0; row < kLanes; ++row) {
+    const auto pairs = bits<Ints>(square[row]);
+    store(first_of(pairs), out + 2 * row * kSlots);
+    store(second_of(pairs), out + (2 * row + 1) * kSlots);
+  }
+}
+
 // Keys [first, first + count) as (size filled up, kSlots) float32, zeros where there is none.
 template <typename T>
 void turned(const Head<T>& head, int64_t first, int64_t count, float* out) {
+  constexpr int64_t kSquare = kLanes * sizeof(float) / sizeof(T);
   for (int64_t s = 0; s < kSlots; s += kLanes) {
     const T* keys = s < count ? head.keys + head.span->place(first + s) * head.key_step : nullptr;
-    for (int64_t d = 0; d < head.key_size; d += kLanes) {
-      Floats square[kLanes];
+    int64_t d = 0;
+    if (s + kLanes <= count)
+      for (; d + kSquare <= head.key_size; d += kSquare)
+        turned_square(keys + d, head.key_step, out + d * kSlots + s);
+    for (; d < head.key_size; d += kLanes) {
+      float some[kLanes * kLanes] = {};
       const int64_t width = std::min<int64_t>(kLanes, head.key_size - d);
-      if (s + kLanes <= count && width == kLanes) {
-#pragma GCC unroll 16
-        for (int row = 0; row < kLanes; ++row) square[row] = floats(keys + d + row * head.key_step);
-      } else {
-        for (int64_t row = 0; row < kLanes; ++row) {
-          float some[kLanes] = {};
-          if (s + row < count) widen(keys + d + row * head.key_step, width, some);
-          square[row] = floats(some);
-        }
-      }
-      turn(square);
-#pragma GCC unroll 16
-      for (int row = 0; row < kLanes; ++row) store(square[row], out + (d + row) * kSlots + s);
+      for (int64_t row = 0; row < std::min<int64_t>(kLanes, count - s); ++row)
+        widen(keys + d + row * head.key_step, width, some + row * kLanes);
+      turned_square(some, kLanes, out + d * kSlots + s);
     }
+  }
+}
+
+// Brings the keys and values of slots [first, first + count) near; slots are read in the order of the text.
+template <typename T>
+void ask_for_slots(const Head<T>& head, int64_t first, int64_t count) {
+  const int64_t key_bytes = head.key_step * sizeof(T), value_bytes = head.value_step * sizeof(T);
+  for (int64_t s = 0; s < count; s += kLanes) {
+    const int64_t place = head.span->place(first + s), num = std::min<int64_t>(kLanes, count - s);
+    ask_for(reinterpret_cast<const char*>(head.keys) + place * key_bytes, num * key_bytes);
+    ask_for(reinterpret_cast<const char*>(head.values) + place * value_bytes, num * value_bytes);
   }
 }
 
@@ -151,7 +181,9 @@ void score(
     float* scores, int64_t padded, Floats* most) {
   const Span& span = *head.span;
   const auto keys = room<float>(whole(head.key_size, kLanes) * kSlots);
+  ask_for_slots(head, start, std::min(kSlots, slots));
   for (int64_t first = 0; first < slots; first += kSlots) {
+    ask_for_slots(head, start + first + kSlots, std::min(kSlots, slots - first - kSlots));
     turned(head, start + first, std::min(kSlots, slots - first), keys.get());
     evenly(queries.num, kRows, [&](int64_t q, int64_t rows_here) {
       multiply_rows<kRows, kVectors>(
