@@ -212,6 +212,13 @@ def test_no_prompt_at_a_terminal(cli: Cli) -> None:
     assert_refused(cli("generate", tty=True), "there is no prompt")
 
 
+def test_a_model_without_a_prompt(cli: Cli, model_folder: str, tmp_path: Path) -> None:
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    for model in (model_folder, str(gguf)):
+        assert_refused(cli("generate", model, tty=True), f"{model} is a model, and there is no prompt")
+
+
 def test_unquoted_prompt(cli: Cli) -> None:
     assert_refused(cli("generate", "why", "is", "it"), "quotes")
 

@@ -30,6 +30,30 @@ serve(load, ServeConfig(), "127.0.0.1", 0)
 """
 
 
+TAKEN = """
+import socket
+from orthrus.errors import UserInputError
+from orthrus.server.run import serve
+from orthrus.server.settings import ServeConfig
+from tests.server.conftest import byte_orthrus
+
+with socket.create_server(("127.0.0.1", 0)) as taken:
+    port = taken.getsockname()[1]
+    try:
+        serve(byte_orthrus, ServeConfig(), "127.0.0.1", port)
+    except UserInputError as error:
+        print(str(error).replace(str(port), "PORT"))
+"""
+
+
+def test_a_taken_port_is_told_of_once_with_its_reason() -> None:
+    done = subprocess.run([sys.executable, "-c", TAKEN], capture_output=True, text=True, timeout=120)
+    assert done.stdout == (
+        "cannot listen on 127.0.0.1:PORT (address already in use): choose another --port or --host.\n"
+    )
+    assert "Errno" not in done.stderr
+
+
 @pytest.mark.parametrize("busy_with", ["passes", "compiler"])
 def test_sigterm_while_loading_ends_the_process_cleanly(busy_with: str, tmp_path: Path) -> None:
     """It used to abort: Python tears threads down in the middle of compiled code."""

@@ -86,6 +86,8 @@ WRONG_CHATS = [
     ({"messages": [{"role": "user", "content": " "}]}, "messages"),
     ({"messages": [{"role": "", "content": "x"}]}, "messages"),
     ({"messages": [{"role": "pirate", "content": "x"}]}, "messages"),
+    # A role that there is, and that this template refuses.
+    ({"messages": [{"role": "function", "content": "x"}]}, "messages"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "messages",
@@ -127,9 +129,13 @@ def test_the_message_says_what_is_wrong(orthrus):
             image = [{"type": "image_url", "image_url": {"url": "x"}}]
             assert "image_url" in check_error(await client.post(CHAT, json=chat(image)), 400)
             told = check_error(
+                await client.post(CHAT, json=chat(messages=[{"role": "function", "content": "x"}])), 400
+            )
+            assert "no role function" in told
+            told = check_error(
                 await client.post(CHAT, json=chat(messages=[{"role": "pirate", "content": "x"}])), 400
             )
-            assert "no role pirate" in told
+            assert "role: must be 'system', 'developer'" in told
             told = check_error(
                 await client.post(CHAT, json=chat("x" * CONTEXT)), 400, code="context_length_exceeded"
             )

@@ -1,5 +1,9 @@
 """The view that a run begins with: of the recipe's kind, or that of `init_view`, or one clear sentence."""
 
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from tests.engines import decode
@@ -10,10 +14,10 @@ from tests.training.test_trainer import CONFIG, own_answers, run
 from orthrus.base.loading import load_base
 from orthrus.base.resolve import resolve
 from orthrus.config import DecodeConfig
-from orthrus.errors import UserInputError
+from orthrus.errors import OrthrusWarning, UserInputError
 from orthrus.model.checkpoint import fresh_view, save_view
 from orthrus.training.recipe import TrainConfig
-from orthrus.training.start import starting_view
+from orthrus.training.start import starting_view, warn_of_other_models
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -25,6 +29,21 @@ def base_folder(tmp_path):
 
 def load(folder):
     return load_base(resolve(str(folder)), device="cpu")
+
+
+def packs_of(**bases: str | None) -> Any:
+    about = {name: SimpleNamespace(about=SimpleNamespace(base=base)) for name, base in bases.items()}
+    return SimpleNamespace(parts=about)
+
+
+def test_answers_of_another_model_are_warned_of(base_folder):
+    dual = starting_view(load(base_folder), CONFIG)
+    own = dual.config.base_fingerprint
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_other_models(dual, packs_of(own=own, unknown=None))
+    with pytest.warns(OrthrusWarning, match=r"the corpus in other are another model's \(blake2b:0\)"):
+        warn_of_other_models(dual, packs_of(own=own, other="blake2b:0"))
 
 
 def test_a_fresh_view_is_of_the_recipes_kind(base_folder):

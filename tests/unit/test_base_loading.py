@@ -124,6 +124,15 @@ def test_hub_id_while_offline() -> None:
     assert "no-such-owner/no-such-model at revision 'v1'" in str(caught.value)
 
 
+def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    backend = Tokenizer(models.WordLevel({word: 40 + i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+    with pytest.raises(
+        CorruptFileError, match="gives token id 40, but the model knows 0 to 6: they are of different"
+    ):
+        load_base(str(folder), device="cpu")
+
+
 def test_missing_shard_is_named(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "sharded", max_shard_size="20KB")
     shards = sorted(folder.glob("model-*.safetensors"))

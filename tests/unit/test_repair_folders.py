@@ -53,7 +53,7 @@ def test_the_head_comes_back_from_every_folder(folders: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rank", "message"),
-    [(None, "has unknown 4 tensors, repair.hidden.bias first"), (7, r"hidden.weight has shape \(5, 32\)")],
+    [(None, "has 4 tensors too many, repair.hidden.bias first"), (7, r"hidden.weight has shape \(5, 32\)")],
 )
 def test_a_rank_that_does_not_fit_the_weights_is_refused(
     folders: Path, rank: int | None, message: str

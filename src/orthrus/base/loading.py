@@ -128,6 +128,7 @@ def load_base(
     check_attention(getattr(loaded.config, "_attn_implementation", None), picked_device)
     check_layers(loaded, family)
     tokenizer = _read_tokenizer(folder, name)
+    _check_vocabulary(tokenizer, int(loaded.get_input_embeddings().weight.shape[0]), name)  # type: ignore[index]
     loaded.requires_grad_(False)
     loaded.eval()
     # Quantised models are placed while they load, and refuse to be moved.
@@ -285,6 +286,21 @@ def _weights_failed(folder: Path, name: str, method: str | None, error: Exceptio
     return CorruptFileError(
         f"The weights of {name} cannot be read ({_reason(error)}): fetch the model again."
     )
+
+
+def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", num_rows: int, name: str) -> None:
+    """CorruptFileError for a tokenizer that writes ordinary text with ids that the model has no embedding for.
+
+    Ids that only special tokens have may lie beyond: such models are about.
+    """
+    ids = tokenizer("The quick brown fox: 12 + 30 = 42, \u00e9t\u00e9!", add_special_tokens=False)[
+        "input_ids"
+    ]
+    if max(ids, default=0) >= num_rows:
+        raise CorruptFileError(
+            f"the tokenizer of {name} gives token id {max(ids)}, but the model knows 0 to {num_rows - 1}: they are of "
+            "different models; put the model's own tokenizer into its folder."
+        )
 
 
 def _read_tokenizer(folder: Path, name: str) -> "PreTrainedTokenizerBase":

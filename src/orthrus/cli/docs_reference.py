@@ -95,7 +95,28 @@ def http_page() -> str:
         told.append(name)
         parts += _model(name, models[name], bodies.get(name, []))
         waiting += [found for found in _names_in(models[name]) if found not in told]
-    return "\n".join(parts)
+    return "\n".join([*parts, *_figures()])
+
+
+def _figures() -> Iterator[str]:
+    """What /metrics shows."""
+    from orthrus.server.live_audit import COUNTERS
+    from orthrus.server.metrics import GAUGES, Metrics
+
+    yield "## Figures of /metrics\n"
+    yield wrapped(
+        "For Prometheus. Where vLLM has the same figure, its name is `vllm:` and what follows `orthrus_` here. "
+        "[Metrics](../metrics.md) defines cycles, drafts and passes."
+    )
+    yield "\n| name | kind | meaning |\n| --- | --- | --- |"
+    for metric in Metrics().registry.collect():
+        suffix = "_total" if metric.type == "counter" else ""
+        yield f"| `{metric.name}{suffix}` | {metric.type} | {metric.documentation} |"
+    for name, text in GAUGES.items():
+        yield f"| `orthrus_{name}` | gauge | {text} |"
+    for name, text in COUNTERS.items():
+        yield f"| `orthrus_audit_{name}_total` | counter | {text} |"
+    yield ""
 
 
 def wrapped(paragraph: str) -> str:

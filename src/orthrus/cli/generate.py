@@ -195,6 +195,10 @@ def _model_and_prompt(words: list[str], named_model: str | None) -> tuple[str, s
         )
     model = options.one_model(words[0] if len(words) == 2 else None, named_model)
     text = words[-1] if words else "-"
+    if len(words) == 1 and named_model is None and _is_model(text):
+        raise UserInputError(
+            f"{text} is a model, and there is no prompt; give one behind it, in quotes, or - to read it from stdin."
+        )
     if text == "-":
         # The line break that every shell pipe ends with is not part of the prompt.
         text = read_stdin().removesuffix("\n")
@@ -202,6 +206,15 @@ def _model_and_prompt(words: list[str], named_model: str | None) -> tuple[str, s
         raise UserInputError("the prompt is empty; give some text to answer or continue.")
     check_text(text, "The prompt")
     return model, text
+
+
+def _is_model(word: str) -> bool:
+    """Whether it names a model's file or folder here; a prompt may look like a hub id."""
+    path = Path(word).expanduser()
+    try:
+        return (path.suffix == ".gguf" and path.is_file()) or (path / "config.json").is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _model_for_file(words: list[str], named_model: str | None, output: Path | None, one_answer: bool) -> str:

@@ -186,7 +186,10 @@ def serve(
         gc.collect()
         gc.freeze()
         if not quiet:
-            print(f"Orthrus answers at http://{host}:{port}/v1", file=sys.stderr)
+            where = f"http://{host}:{port}"
+            print(
+                f"Orthrus answers at {where}/v1{f'; its page is {where}/' if page else ''}", file=sys.stderr
+            )
         return orthrus
 
     run(load, config, host, port)

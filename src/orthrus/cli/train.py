@@ -146,7 +146,7 @@ class _Run:
         from orthrus.training.flex_blocks import check_attention
         from orthrus.training.processes import loading_device, this_process
         from orthrus.training.speed import matmul_peak
-        from orthrus.training.start import check_packs, starting_view
+        from orthrus.training.start import check_packs, starting_view, warn_of_other_models
         from orthrus.training.view_score import held_out_prompts
 
         process = this_process()
@@ -159,6 +159,8 @@ class _Run:
             ).base
             check_packs(base, sequences)
             self.dual: DualView = starting_view(base, config)
+        if self.is_main:
+            warn_of_other_models(self.dual, sequences)
         self.config, self.output = config, config.output_folder
         self.base, self.process = base, process
         self.display = TrainDisplay(

@@ -52,7 +52,7 @@ class TrainDisplay:
         self._refresh()
 
     def scoring(self) -> None:
-        self._state = "decoding held-out prompts"
+        self._state = "decoding held-out prompts (the time left does not count this)"
         if self._live is None:
             self._say(self._state)
         self._refresh()

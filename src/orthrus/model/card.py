@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
@@ -59,7 +60,7 @@ def view_card(dual: DualView, encoding: Encoding = "full", folder: Folder = "vie
     recipe.
     """
     config = dual.config
-    name = HUB_ID.rpartition("/")[2] if config.base_name == DEFAULT else config.base_name or "its base"
+    name = HUB_ID.rpartition("/")[2] if config.base_name == DEFAULT else _public_name(config) or "its base"
     title = f"# Orthrus view for {name}" if folder == "view" else f"# {name} with its Orthrus view"
     sections = [
         f"---\n{_metadata(config, folder)}\n---",
@@ -77,6 +78,12 @@ def view_card(dual: DualView, encoding: Encoding = "full", folder: Folder = "vie
         _licence(config, folder),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _public_name(config: ViewConfig) -> str:
+    """What others may call the base: of a file or folder of somebody's disk, its own name alone."""
+    name = config.base_name
+    return name if name == DEFAULT or is_hub_id(name) else PurePath(name).name
 
 
 def _metadata(config: ViewConfig, folder: Folder) -> str:
@@ -106,7 +113,7 @@ def _state(config: ViewConfig) -> str:
 def _at_a_glance(dual: DualView, encoding: Encoding) -> dict[str, str]:
     config = dual.config
     total, added = sum(p.numel() for p in dual.parameters()), dual.num_view_parameters()
-    base = f"`default` ({HUB_ID})" if config.base_name == DEFAULT else config.base_name
+    base = f"`default` ({HUB_ID})" if config.base_name == DEFAULT else _public_name(config)
     return {
         "base": base,
         "base fingerprint": f"`{config.base_fingerprint}`",
@@ -143,8 +150,9 @@ def _stored(config: ViewConfig, encoding: Encoding) -> str:
 
 def _use(config: ViewConfig, folder: Folder) -> str:
     if folder == "view":
-        arguments = f'{json.dumps(config.base_name or "BASE")}, view="path/to/this/folder"'
-        shell = f"orthrus generate {config.base_name or 'BASE'} PROMPT --view path/to/this/folder"
+        base = _public_name(config) or "BASE"
+        arguments = f'{json.dumps(base)}, view="path/to/this/folder"'
+        shell = f"orthrus generate {base} PROMPT --view path/to/this/folder"
     else:
         arguments = '"path/to/this/folder"'
         shell = "orthrus generate path/to/this/folder PROMPT"

@@ -147,7 +147,14 @@ def load_view(base: Base, folder: Path | str, *, dtype: torch.dtype | None = Non
     """
     folder = Path(folder)
     config = ViewConfig.from_dict(read_json(folder / CONFIG_FILE))
+    # Twins change the names of the weights.
     found = fingerprint(base.model)
+    # In memory the weights are whole, whatever the folder does.
+    dual = DualView(base.model, base.family, replace(config, encoding="full"))
+    if dtype is not None:
+        for parameter in dual.view_parameters().values():
+            parameter.data = parameter.data.to(dtype)
+    assign_view(dual, _whole_tensors(dual, folder, config.encoding), where=str(folder))
     if config.base_fingerprint and config.base_fingerprint != found:
         kind = f", quantised as {base.quantised}" if base.quantised else ""
         warnings.warn(
@@ -156,12 +163,6 @@ def load_view(base: Base, folder: Path | str, *, dtype: torch.dtype | None = Non
             OrthrusWarning,
             stacklevel=2,
         )
-    # In memory the weights are whole, whatever the folder does.
-    dual = DualView(base.model, base.family, replace(config, encoding="full"))
-    if dtype is not None:
-        for parameter in dual.view_parameters().values():
-            parameter.data = parameter.data.to(dtype)
-    assign_view(dual, _whole_tensors(dual, folder, config.encoding), where=str(folder))
     return dual
 
 
@@ -223,12 +224,12 @@ def assign_view(dual: DualView, tensors: dict[str, Tensor], *, where: str) -> No
     """Copy file-named tensors into the twins; CheckpointError names the first that is missing or misfits."""
     wanted = {to_file(name): parameter for name, parameter in dual.view_parameters().items()}
     for kind, names in (
-        ("lacks", wanted.keys() - tensors.keys()),
-        ("has unknown", tensors.keys() - wanted.keys()),
+        ("lacks {} tensors", wanted.keys() - tensors.keys()),
+        ("has {} tensors too many", tensors.keys() - wanted.keys()),
     ):
         if names:
             raise CheckpointError(
-                f"the view in {where} {kind} {len(names)} tensors, {min(names)} first: it belongs to another "
+                f"the view in {where} {kind.format(len(names))}, {min(names)} first: it belongs to another "
                 "base model or family; load it with the base that its view_config.json names."
             )
     with torch.no_grad():

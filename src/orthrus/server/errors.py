@@ -1,6 +1,7 @@
 """Errors as clients of OpenAI's interface know them: a status, and one object that says what to do."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from random import uniform
@@ -26,6 +27,8 @@ TYPES = {
 
 
 ANTHROPIC_PATHS = "/v1/messages"
+_PYDANTIC = re.compile(r"^[A-Z][a-z]+ should ")
+"""How pydantic begins what a field must be."""
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -95,7 +98,7 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 def wrong_field(place: Sequence[str], error: Mapping[str, Any]) -> ApiError:
     """A 400 for a field that pydantic refused, without what it held. place: the names that lead to it."""
-    name, said = ".".join(place)[:200], f"{error['msg']}."
+    name, said = ".".join(place)[:200], _PYDANTIC.sub("must ", f"{error['msg']}.")
     if error["type"] == "extra_forbidden" and place[0] == "orthrus":
         close = get_close_matches(place[-1][:50], OrthrusOptions.model_fields, n=1)
         known = ", ".join(OrthrusOptions.model_fields)

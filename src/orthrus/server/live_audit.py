@@ -35,6 +35,15 @@ AROUND = 8
 SCRATCH = 1024
 """Slots beside a whole context, for the rows of one pass, where an answer is decoded as it was."""
 
+COUNTERS = {
+    "checked": "Answers that were decoded again by plain decoding.",
+    "identical": "Of these, answers with the very same tokens.",
+    "near_tie": "Of these, answers that differ where rounding decides.",
+    "violation": "Of these, answers that break the rule.",
+    "dropped": "Answers that were chosen for the audit and not decoded again.",
+}
+"""What an audit of live traffic counts, for Prometheus."""
+
 
 @dataclass(slots=True)
 class Counts:
@@ -169,13 +178,7 @@ class LiveAudit(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """For Prometheus."""
-        for name, text in (
-            ("checked", "Answers that were decoded again by plain decoding."),
-            ("identical", "Of these, answers with the very same tokens."),
-            ("near_tie", "Of these, answers that differ where rounding decides."),
-            ("violation", "Of these, answers that break the rule."),
-            ("dropped", "Answers that were chosen for the audit and not decoded again."),
-        ):
+        for name, text in COUNTERS.items():
             yield CounterMetricFamily(f"orthrus_audit_{name}", text, getattr(self.counts, name))
 
 

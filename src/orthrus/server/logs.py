@@ -26,6 +26,19 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+class BindErrors(logging.Filter):
+    """Takes uvicorn's word that it cannot listen out of its log, for a message of ours. reason: why, once known."""
+
+    reason: str | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not isinstance(record.msg, OSError):
+            return True
+        # asyncio writes the address before the reason.
+        self.reason = (record.msg.strerror or str(record.msg)).rpartition(": ")[2]
+        return False
+
+
 def log_to_stderr() -> None:
     """Send the server's log to stderr."""
     logger = logging.getLogger("orthrus.server")

@@ -12,6 +12,12 @@ from orthrus.engine.request import Request
 from orthrus.server.calls import Call
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+GAUGES = {
+    "num_requests_running": "Answers that are written.",
+    "num_requests_waiting": "Answers that wait for pages.",
+    "kv_cache_usage_perc": "Share of the pages that answers use, from 0 to 1.",
+}
+"""What is read from the engine when it is asked for."""
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
@@ -101,13 +107,6 @@ class _EngineState(Collector):
         # Copies first: the engine's thread goes on.
         running = list(scheduler.running)
         pages = {page for request in running for page in list(request.slots.pages)}
-        for name, text, value in (
-            ("num_requests_running", "Answers that are written.", len(running)),
-            ("num_requests_waiting", "Answers that wait for pages.", len(scheduler.waiting)),
-            (
-                "kv_cache_usage_perc",
-                "Share of the pages that answers use, from 0 to 1.",
-                len(pages) / scheduler.pool.num_pages,
-            ),
-        ):
+        values = (len(running), len(scheduler.waiting), len(pages) / scheduler.pool.num_pages)
+        for (name, text), value in zip(GAUGES.items(), values, strict=True):
             yield GaugeMetricFamily(f"orthrus_{name}", text, value)

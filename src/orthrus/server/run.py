@@ -1,6 +1,7 @@
 """The application on a socket: signals, drain, and the way out."""
 
 import asyncio
+import logging
 import os
 import sys
 import threading
@@ -15,7 +16,7 @@ from fastapi import FastAPI
 from orthrus.api import Orthrus
 from orthrus.errors import UserInputError
 from orthrus.server.app import create_app
-from orthrus.server.logs import log_to_stderr
+from orthrus.server.logs import BindErrors, log_to_stderr
 from orthrus.server.settings import ServeConfig
 
 LAST_WORDS = 5
@@ -31,6 +32,8 @@ def serve(load: Callable[[], Orthrus], config: ServeConfig, host: str, port: int
     status 0. Raises what `load` raises, and UserInputError for an address that cannot be had.
     """
     log_to_stderr()
+    binding = BindErrors()
+    logging.getLogger("uvicorn.error").addFilter(binding)
     app = create_app(load, config)
     server = _Server(app, config, host, port)
     service = app.state.service
@@ -38,11 +41,13 @@ def serve(load: Callable[[], Orthrus], config: ServeConfig, host: str, port: int
     try:
         asyncio.run(server.serve())
     except SystemExit as leaving:
-        # uvicorn's way to say that it cannot listen; its reason went to its own log.
+        # uvicorn's way to say that it cannot listen.
         if leaving.code:
             raise UserInputError(
-                f"cannot listen on {host}:{port}: choose another --port or --host."
+                f"cannot listen on {host}:{port} ({binding.reason}): choose another --port or --host."
             ) from leaving
+    finally:
+        logging.getLogger("uvicorn.error").removeFilter(binding)
     _end_busy_threads()
     if service.failure is not None:
         raise service.failure

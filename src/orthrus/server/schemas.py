@@ -69,7 +69,7 @@ class ContentPart(Open):
 class Message(Open):
     """A turn of a chat. content may be null beside the tool calls of an assistant."""
 
-    role: str = Field(min_length=1, max_length=64)
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart | str] | None = None
     tool_calls: list[dict[str, JsonValue]] | None = None
     tool_call_id: str | None = None

@@ -123,6 +123,8 @@ class Service:
     async def drain(self, seconds: float) -> None:
         """Let running answers end, at most so long; then end them."""
         if self._live is not None:
+            about = {"open_answers": len(self._live.loop.calls), "seconds_at_most": seconds}
+            log.info("draining", extra={"data": about})
             await self._live.loop.drain(seconds)
 
     def end_all(self) -> None:

@@ -1,5 +1,6 @@
 """The view that a run begins with."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base
 from orthrus.base.quantised import check_gradients
-from orthrus.errors import UserInputError
+from orthrus.errors import OrthrusWarning, UserInputError
 from orthrus.model.checkpoint import fresh_view, load_view
 from orthrus.model.dual_view import DualView
 from orthrus.model.twin import chosen_names
@@ -108,6 +109,22 @@ def _words(key: str, value: object) -> str:
     if key == "rank" and value is None:
         return "full-rank twins"
     return f"{key} {value}"
+
+
+def warn_of_other_models(dual: DualView, packs: Packs) -> None:
+    """Warn where another model than the base answered: nothing else would show it.
+
+    No error, since it may be meant, as with a base that was quantised since.
+    """
+    own = dual.config.base_fingerprint
+    for corpus, pack in packs.parts.items():
+        if pack.about.base is not None and pack.about.base != own:
+            warnings.warn(
+                f"the answers of the corpus in {corpus} are another model's ({pack.about.base}), not those of "
+                f"{dual.config.base_name} ({own}): a view learns to foresee its own base, so make a corpus with it.",
+                OrthrusWarning,
+                stacklevel=2,
+            )
 
 
 def check_packs(base: Base, packs: Packs) -> None:
