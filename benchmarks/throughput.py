@@ -91,6 +91,8 @@ def main(
         levels, requests, max_new_tokens, repeats = levels[:3], min(requests, 4), min(max_new_tokens, 8), 1
         shortest = shortest and min(shortest, max_new_tokens)
         precisions, rounds = precisions[:1], 1
+    if shortest is not None and shortest > max_new_tokens:
+        raise typer.BadParameter(f"--shortest {shortest} is more than --max-new-tokens {max_new_tokens}")
     asked = in_turn([load_prompts(file) for file in files])
     report: dict[str, Any] = {
         "kind": "orthrus-throughput",
@@ -163,8 +165,6 @@ def in_turn(sets: Sequence[Sequence[BenchPrompt]]) -> list[BenchPrompt]:
 
 def drawn(number: int, shortest: int, longest: int) -> list[int]:
     """Lengths of answers, the same each time."""
-    if shortest > longest:
-        raise typer.BadParameter(f"--shortest {shortest} is more than --max-new-tokens {longest}")
     draw = random.Random(0)
     return [draw.randint(shortest, longest) for _ in range(number)]
 

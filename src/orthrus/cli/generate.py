@@ -195,7 +195,7 @@ def _model_and_prompt(words: list[str], named_model: str | None) -> tuple[str, s
         )
     model = options.one_model(words[0] if len(words) == 2 else None, named_model)
     text = words[-1] if words else "-"
-    if len(words) == 1 and named_model is None and _is_model(text):
+    if len(words) == 1 and named_model is None and text.strip() and _is_model(text):
         raise UserInputError(
             f"{text} is a model, and there is no prompt; give one behind it, in quotes, or - to read it from stdin."
         )
@@ -210,10 +210,10 @@ def _model_and_prompt(words: list[str], named_model: str | None) -> tuple[str, s
 
 def _is_model(word: str) -> bool:
     """Whether it names a model's file or folder here; a prompt may look like a hub id."""
-    path = Path(word).expanduser()
     try:
-        return (path.suffix == ".gguf" and path.is_file()) or (path / "config.json").is_file()
-    except (OSError, ValueError):
+        path = Path(word).expanduser()
+        return (path.suffix.lower() == ".gguf" and path.is_file()) or (path / "config.json").is_file()
+    except (OSError, RuntimeError, ValueError):
         return False
 
 

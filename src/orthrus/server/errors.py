@@ -27,8 +27,6 @@ TYPES = {
 
 
 ANTHROPIC_PATHS = "/v1/messages"
-_PYDANTIC = re.compile(r"^[A-Z][a-z]+ should ")
-"""How pydantic begins what a field must be."""
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -39,6 +37,8 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+_PYDANTIC = re.compile(r"^[A-Z][a-z]+ should ")
+"""How pydantic begins what a field must be."""
 
 
 class ApiError(Exception):

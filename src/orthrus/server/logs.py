@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import traceback
 from datetime import UTC, datetime
@@ -34,8 +35,9 @@ class BindErrors(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if not isinstance(record.msg, OSError):
             return True
-        # asyncio writes the address before the reason.
-        self.reason = (record.msg.strerror or str(record.msg)).rpartition(": ")[2]
+        # asyncio writes the address into the reason, in another form from version to version.
+        number = record.msg.errno or 0
+        self.reason = os.strerror(number).lower() if number > 0 else str(record.msg)
         return False
 
 

@@ -12,13 +12,13 @@ from orthrus.engine.request import Request
 from orthrus.server.calls import Call
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 GAUGES = {
     "num_requests_running": "Answers that are written.",
     "num_requests_waiting": "Answers that wait for pages.",
     "kv_cache_usage_perc": "Share of the pages that answers use, from 0 to 1.",
 }
 """What is read from the engine when it is asked for."""
-_LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
 class Metrics:
@@ -33,9 +33,9 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"orthrus_{name}", text, buckets=buckets, registry=self.registry)
 
-        self.finished = counter("request_success", "Answers by the reason of their end.", "finished_reason")
+        self.finished = counter("request_success", "Answers, by `finished_reason`.", "finished_reason")
         self.failed = counter("request_failure", "Answers that failed.")
-        self.responses = counter("http_responses", "HTTP responses by status.", "status")
+        self.responses = counter("http_responses", "HTTP responses, by `status`.", "status")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self.generation_tokens = counter("generation_tokens", "Tokens written.")
         self.prefix_queries = counter("prefix_cache_queries", "Tokens of prompts looked up in the cache.")
@@ -45,7 +45,9 @@ class Metrics:
         self.drafted = counter("spec_decode_num_draft_tokens", "Tokens drafted.")
         self.accepted = counter("spec_decode_num_accepted_tokens", "Drafts accepted.")
         self.accepted_at = counter(
-            "spec_decode_num_accepted_tokens_per_pos", "Drafts accepted, by their place.", "position"
+            "spec_decode_num_accepted_tokens_per_pos",
+            "Drafts accepted, by their `position` in a block.",
+            "position",
         )
         self.passes = counter("passes", "Passes that answers took part in.")
         self.ttft = histogram("time_to_first_token_seconds", "From a request to its first token.", _LONG)

@@ -32,20 +32,22 @@ def serve(load: Callable[[], Orthrus], config: ServeConfig, host: str, port: int
     status 0. Raises what `load` raises, and UserInputError for an address that cannot be had.
     """
     log_to_stderr()
-    binding = BindErrors()
-    logging.getLogger("uvicorn.error").addFilter(binding)
     app = create_app(load, config)
     server = _Server(app, config, host, port)
     service = app.state.service
     service.on_failure = server.stop
+    binding = BindErrors()
+    logging.getLogger("uvicorn.error").addFilter(binding)
     try:
         asyncio.run(server.serve())
     except SystemExit as leaving:
         # uvicorn's way to say that it cannot listen.
-        if leaving.code:
+        if leaving.code and binding.reason is not None:
             raise UserInputError(
                 f"cannot listen on {host}:{port} ({binding.reason}): choose another --port or --host."
             ) from leaving
+        if leaving.code:
+            raise
     finally:
         logging.getLogger("uvicorn.error").removeFilter(binding)
     _end_busy_threads()

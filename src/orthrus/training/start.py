@@ -114,14 +114,15 @@ def _words(key: str, value: object) -> str:
 def warn_of_other_models(dual: DualView, packs: Packs) -> None:
     """Warn where another model than the base answered: nothing else would show it.
 
-    No error, since it may be meant, as with a base that was quantised since.
+    No error, since it may be meant, and the same model counts as another one once it was quantised.
     """
     own = dual.config.base_fingerprint
     for corpus, pack in packs.parts.items():
         if pack.about.base is not None and pack.about.base != own:
             warnings.warn(
-                f"the answers of the corpus in {corpus} are another model's ({pack.about.base}), not those of "
-                f"{dual.config.base_name} ({own}): a view learns to foresee its own base, so make a corpus with it.",
+                f"the answers of the corpus in {corpus} are another model's ({pack.about.base}), or this one's in int8 "
+                f"or int4, not those of {dual.config.base_name} ({own}): a view learns to foresee its own base, so "
+                "make a corpus with it.",
                 OrthrusWarning,
                 stacklevel=2,
             )
