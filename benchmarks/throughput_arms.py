@@ -64,23 +64,25 @@ def stock_arm(orthrus: Orthrus) -> Arm:
         new_BT = generate(ids_BT, attention_mask=mask_BT, generation_config=config)[:, longest:]
         return list(new_BT.tolist())
 
-    return lambda asked, concurrency: (in_batches(together, asked, concurrency), None)
+    return in_batches(together)
 
 
 def llama_arm(side: LlamaSide) -> Arm:
     def together(batch: list[Asked]) -> list[tuple[int, ...]]:
         return side.decode_together([each.ids for each in batch], max(each.num_new for each in batch))
 
-    return lambda asked, concurrency: (in_batches(together, asked, concurrency), None)
+    return in_batches(together)
 
 
-def in_batches(
-    together: Callable[[list[Asked]], Sequence[Sequence[int]]], asked: list[Asked], size: int
-) -> Answers:
+def in_batches(together: Callable[[list[Asked]], Sequence[Sequence[int]]]) -> Arm:
     """Each batch up to its longest answer; every answer is cut to its own length."""
-    batches = [asked[start : start + size] for start in range(0, len(asked), size)]
-    return [
-        tuple(ids[: each.num_new])
-        for batch in batches
-        for each, ids in zip(batch, together(batch), strict=True)
-    ]
+
+    def run(asked: list[Asked], concurrency: int) -> tuple[Answers, None]:
+        batches = [asked[start : start + concurrency] for start in range(0, len(asked), concurrency)]
+        return [
+            tuple(ids[: each.num_new])
+            for batch in batches
+            for each, ids in zip(batch, together(batch), strict=True)
+        ], None
+
+    return run

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from orthrus.base.prompt import check_text
+from orthrus.base.resolve import resolve
 from orthrus.cli import forms, options
 from orthrus.cli.common import (
     INTERRUPTED,
@@ -20,7 +21,7 @@ from orthrus.cli.common import (
 )
 from orthrus.cli.generate_file import generate_file
 from orthrus.cli.render import DraftMarker, footer, note, print_json, print_result, print_stream
-from orthrus.errors import UserInputError
+from orthrus.errors import OrthrusError, UserInputError
 
 
 def generate(
@@ -195,7 +196,7 @@ def _model_and_prompt(words: list[str], named_model: str | None) -> tuple[str, s
         )
     model = options.one_model(words[0] if len(words) == 2 else None, named_model)
     text = words[-1] if words else "-"
-    if len(words) == 1 and named_model is None and text.strip() and _is_model(text):
+    if len(words) == 1 and named_model is None and _is_model(text):
         raise UserInputError(
             f"{text} is a model, and there is no prompt; give one behind it, in quotes, or - to read it from stdin."
         )
@@ -211,9 +212,8 @@ def _model_and_prompt(words: list[str], named_model: str | None) -> tuple[str, s
 def _is_model(word: str) -> bool:
     """Whether it names a model's file or folder here; a prompt may look like a hub id."""
     try:
-        path = Path(word).expanduser()
-        return (path.suffix.lower() == ".gguf" and path.is_file()) or (path / "config.json").is_file()
-    except (OSError, RuntimeError, ValueError):
+        return resolve(word).kind in ("folder", "gguf")
+    except OrthrusError:
         return False
 
 

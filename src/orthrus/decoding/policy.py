@@ -77,13 +77,14 @@ class Policy:
 
     def among(self, num_requests: int, num_prompt_rows: int = 0) -> None:
         """Decide as one of so many running requests, beside so many rows of prompts, see `Company`: drafts shrink."""
-        company = Company(self.costs, self.own_head, self.SHARED, num_requests, num_prompt_rows)
+        size = num_requests, num_prompt_rows
         if self.costs.version != self._version:
             self._choices.clear()
             self._hopes.clear()
-        elif company == self._company:
+        elif size == self._company.size:
             return
-        self._company, self._version = company, self.costs.version
+        self._company = Company(self.costs, self.own_head, self.SHARED, *size)
+        self._version = self.costs.version
         self._choose_length()
 
     @property

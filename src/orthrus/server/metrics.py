@@ -46,7 +46,7 @@ class Metrics:
         self.accepted = counter("spec_decode_num_accepted_tokens", "Drafts accepted.")
         self.accepted_at = counter(
             "spec_decode_num_accepted_tokens_per_pos",
-            "Drafts accepted, by their `position` in a block.",
+            "Drafts accepted, by their `position` among those of a cycle.",
             "position",
         )
         self.passes = counter("passes", "Passes that answers took part in.")
