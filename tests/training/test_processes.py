@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from safetensors.torch import load_file
 from tests.run_states import state
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.training.test_trainer import CONFIG, run
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from orthrus.errors import DivergedError, UserInputError
 from orthrus.model.dual_view import DualView
+from orthrus.model.twin import twins
 from orthrus.training.processes import this_process
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.run_folder import BEST, LAST, RunFolder, run_folder
@@ -58,6 +60,9 @@ def _train_and_score(
 ) -> None:
     scorer = Scorer(BASE, PROMPTS, held, {}, process)
     logs: list[tuple[float, float]] = []
+    used: set[torch.dtype] = set()
+    for twin in twins(dual.base).values():
+        twin.diffusion.register_forward_pre_hook(lambda module, _: used.add(module.weight.dtype))
 
     def stop() -> bool:
         dtype = getattr(torch, config.dtype)
@@ -71,6 +76,8 @@ def _train_and_score(
         on_log=lambda log: logs.append((log.loss, log.grad_norm)), evaluate=scorer, should_stop=stop
     )
     _, state = run(held.path.parent, name, config, hooks, dual, held=held)
+    if config.sharding == "fsdp2" and not alone and not state.scores:
+        assert used == {getattr(torch, config.dtype)}
     # The view is whole again, for everybody.
     assert not any(isinstance(p, DTensor) for p in dual.parameters())
     if state.scores and state.scores[-1][0] == state.step:
@@ -159,4 +166,9 @@ def test_losses_and_gradient_norms_are_those_of_one_process(runs: Path, name: st
 def test_a_base_in_half_precision_stays_so_in_shards(runs: Path) -> None:
     one, two = (torch.load(runs / f"half-{run}" / "logs.pt") for run in ("one", "two"))
     torch.testing.assert_close(torch.tensor(two), torch.tensor(one), atol=1e-2, rtol=1e-2)
-    assert {t.dtype for t in state(runs / "half-two")["view"].values()} == {torch.float32}
+    saved = state(runs / "half-two")
+    assert {t.dtype for t in saved["view"].values()} == {torch.float32}
+    # What passes gather is rounded; what is kept is not.
+    kept = load_file(runs / "half-two" / LAST / "view.safetensors")
+    mean = {name.replace(".diffusion", "_diff"): t for name, t in saved["mean"].items()}
+    torch.testing.assert_close(kept, mean, atol=0, rtol=0)

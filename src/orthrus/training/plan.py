@@ -242,7 +242,7 @@ def memory(
 ) -> Memory:
     """Memory of one process at the peak of a step, P being the base's, W the view's, G the trained parameters.
 
-    base c P; view 4 W, and 2 G of the copies that bfloat16 works with
+    base c P; view 4 W, and 2 G of the copies that bfloat16 works with (with shards, of two layers alone)
     gradients 4 G, twice with DDP (its buckets); AdamW 8 G, and 4 G more of the weights' mean where it is kept
     activations as `activation_bytes`, logits as `logits_bytes`
     workspace 1 GB + Q (3 c I + 12 C) of one layer's backward pass + 5 % of all that for memory in pieces
@@ -254,14 +254,14 @@ def memory(
     view = 4 * shape.view_parameters / share
     gradients = 4 * shape.trained_parameters / share
     optimizer = kept_bytes(averaged=averaged) * shape.trained_parameters / share
-    if c == BYTES["bfloat16"]:
-        view += c * shape.trained_parameters
     if sharded:
         base += c * (shape.root_parameters + 2 * shape.layer_parameters)
-        view += 8 * shape.view_layer_parameters
-        gradients += 8 * shape.view_layer_parameters
-    elif processes > 1:
-        gradients *= 2
+        view += 2 * c * shape.view_layer_parameters
+        # As a pass gives them, and in float32 to be summed.
+        gradients += 2 * (c + 4 * (c != BYTES["float32"])) * shape.view_layer_parameters
+    else:
+        view += c * shape.trained_parameters * (c == BYTES["bfloat16"])
+        gradients *= 1 + (processes > 1)
     activations, logits = activation_bytes(shape, work), logits_bytes(shape, work)
     backward = work.block_rows * (3 * c * shape.mlp * _chosen(shape) + 12 * shape.hidden)
     known = base + view + gradients + optimizer + activations + logits + backward
@@ -278,8 +278,10 @@ def memory(
 
 def gathered_bytes(shape: Shape, work: Work, *, processes: int, averaged: bool = False) -> int:
     """Memory of one process of a sharded run while weights are whole: during real decodes and at its end.
-    c P + 4 W, the optimizer's share 8 G / n (12 with a mean), and the workspace's 1 GB."""
-    whole = work.dtype_bytes * shape.parameters + 4 * shape.view_parameters
+    c P + 4 W, c W more of what bfloat16 works with, the optimizer's share 8 G / n (12 with a mean), and the
+    workspace's 1 GB."""
+    c = work.dtype_bytes
+    whole = c * shape.parameters + (4 + c * (c == BYTES["bfloat16"])) * shape.view_parameters
     kept = kept_bytes(averaged=averaged) * shape.trained_parameters
     return round(whole + kept / processes + _FIXED_BYTES)
 

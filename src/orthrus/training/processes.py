@@ -10,7 +10,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from orthrus.training.blocks import BlockBatch
@@ -68,18 +68,21 @@ class Processes:
             self._training = self._accelerator.prepare_model(training)
             return
         mesh = init_device_mesh(self._accelerator.device.type, (self.count,))
+        # Twins travel in the precision that they are used in; their shards and the sums of gradients stay float32.
+        # The pass casts its own inputs.
+        half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = half if self._bfloat16 else MixedPrecisionPolicy()
         for layer in training.dual.base.get_decoder().layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         # What is left: embeddings, last norm and head, which the losses call again in the backward pass.
-        self._training = fully_shard(training, mesh=mesh, reshard_after_forward=False)
+        self._training = fully_shard(training, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
 
     def gradients(self, batch: BlockBatch, *, counts: bool, last: bool) -> StepOutput:
         """Add the gradients of a micro-batch's summed loss; the mean over processes is taken after the last.
 
         `counts` is false for a pass that is made only because others make one: it adds nothing.
         """
-        if self.sharded:
-            self._training.set_requires_gradient_sync(last)
+        # With shards every pass hands its gradients over: to wait, each process would hold all of them.
         waiting = nullcontext() if self.sharded or last else self._accelerator.no_sync(self._training)
         device = self._accelerator.device
         with waiting:
@@ -117,22 +120,35 @@ class Processes:
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Inside, every process holds all weights as plain tensors, and a pass needs no other process."""
-        self.gather()
+        gathered = self.gather()
         yield
         # Not after an error: processes that fail one by one would wait for each other.
+        for parameter, data in gathered:
+            parameter.data = data
         for module in self._shards():
             if module is not self._training:
                 module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
 
-    def gather(self) -> None:
-        """Make every process hold all weights; all of them must call this."""
-        if self.sharded:
-            # Else the first layer that a decode runs would take itself for the root, where no step came before.
-            self._training._get_fsdp_state()._lazy_init()
+    def gather(self) -> list[tuple[Tensor, Tensor]]:
+        """Make every process hold all weights, the trained ones in float32; all of them must call this.
+
+        Returns the trained parameters, each with the data that a pass of the training gathered for it.
+        """
+        if not self.sharded:
+            return []
+        # Else the first layer that a decode runs would take itself for the root, where no step came before.
+        self._training._get_fsdp_state()._lazy_init()
+        trained = {name: plain(p.data) for name, p in self._training.named_parameters() if p.requires_grad}
         for module in self._shards():
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
+        gathered = []
+        for name, parameter in self._training.named_parameters():
+            if name in trained:
+                gathered.append((parameter, parameter.data))
+                parameter.data = trained[name]
+        return gathered
 
     def _shards(self) -> list[FSDPModule]:
         if not self.sharded:
