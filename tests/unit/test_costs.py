@@ -1,6 +1,6 @@
 """Tables of timed rounds: what a machine that drifts, or was interrupted, leaves in them."""
 
-from orthrus.engine.costs import BESIDE, cost_table
+from orthrus.engine.costs import BESIDE, cost_table, quiet_rounds
 
 TRUE_MS = {
     "body 1+0": 10.0,
@@ -54,3 +54,11 @@ def test_one_quiet_or_busy_moment_changes_nothing() -> None:
 def test_more_rows_never_cost_less() -> None:
     table = cost_table([TRUE_MS | {"body 1+0": 13.0}])
     assert table.body_ms == (12.0, 12.0, 14.0)
+
+
+def test_rounds_of_a_busy_machine_are_dropped_once_there_is_a_quiet_one() -> None:
+    busy = [{name: 1.5 * ms for name, ms in TRUE_MS.items()} | {"body 16+0": 90.0}] * 5
+    assert quiet_rounds(busy) == busy
+    assert quiet_rounds([*busy, TRUE_MS]) == [TRUE_MS]
+    drifting = [{name: slow * ms for name, ms in TRUE_MS.items()} for slow in (1.0, 1.1, 1.2)]
+    assert quiet_rounds(drifting) == drifting

@@ -51,8 +51,9 @@ PLAIN_RUN = 3
 WARM_ROWS = 32
 """The largest passes of the round that warms up."""
 REPEATS, ENOUGH = 5, 10
-"""Rounds of the first measurement, and in all, of which each later start adds one: a machine that was busy
-when it was timed shows its true costs in the next starts."""
+"""Rounds of the first measurement, and in all, of which each later start adds one."""
+BUSY = 1.25
+"""A round that takes so many times as long as the fastest was timed on a busy machine."""
 
 OnMeasure = Callable[[int, int], None]
 """Called with (rounds done, rounds in all) while passes are timed."""
@@ -72,14 +73,15 @@ class Costs(NamedTuple):
 def pass_costs(runner: Runner, on_measure: OnMeasure | None = None, *, add_round: bool = True) -> Costs:
     """The cost tables of this runner here: from the cache folder, or measured now (a few seconds).
 
-    add_round: the first starts after that add a round each; a start that is in a hurry does not.
+    add_round: the first starts after that add a round each; a start that is in a hurry does not. Rounds of a busy
+    machine are dropped once there are quiet ones.
     """
     key = _key(runner)
     file = _file(key)
     rounds = _read(file)
     if not rounds or (add_round and len(rounds) < ENOUGH):
         repeats = 1 if rounds else REPEATS
-        rounds = rounds + time_rounds(runner, on_measure, repeats=repeats)
+        rounds = quiet_rounds(rounds + time_rounds(runner, on_measure, repeats=repeats))
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomic(file, json.dumps({"key": key, "rounds": rounds}, indent=1) + "\n")
@@ -100,10 +102,8 @@ def cost_table(rounds: Sequence[Round], *, greedy: bool = True) -> CostTable:
     A machine that drifts slows all passes of a round alike; that cancels. The least of each pass would not
     do: a plain pass, which waits for memory, has more to gain from a quiet moment than one of many rows.
     """
-    usual = {name: median(each[name] for each in rounds) for name in rounds[0]}
-    speeds = [median(each[name] / ms for name, ms in usual.items() if ms > 0.0) for each in rounds]
-    pairs = list(zip(rounds, speeds, strict=True))
-    ms = {name: median(each[name] / speed for each, speed in pairs) for name in usual}
+    pairs = list(zip(rounds, _slowness(rounds), strict=True))
+    ms = {name: median(each[name] / slowness for each, slowness in pairs) for name in rounds[0]}
     bodies = [tuple(map(int, name[5:].split("+"))) for name in ms if name.startswith("body ")]
     rows = sorted(n for n, block in bodies if not block)
     draft_rows = sorted(block for n, block in bodies if n == 1 and block)
@@ -120,6 +120,22 @@ def cost_table(rounds: Sequence[Round], *, greedy: bool = True) -> CostTable:
         draft_pass_ms=_ascending([ms[f"body 1+{n}"] for n in draft_rows]),
         draft_ms=ms[f"{kind} draft"],
     )
+
+
+def quiet_rounds(rounds: Sequence[Round]) -> list[Round]:
+    """Those of a machine that was as quiet as in the fastest of them.
+
+    Other processes slow some passes more than others, so what they leave is not a slower machine but another one.
+    """
+    slowness = _slowness(rounds)
+    least = min(slowness)
+    return [each for each, slow in zip(rounds, slowness, strict=True) if slow < BUSY * least]
+
+
+def _slowness(rounds: Sequence[Round]) -> list[float]:
+    """How many times as long as usual the passes of each round took."""
+    usual = {name: median(each[name] for each in rounds) for name in rounds[0]}
+    return [median(each[name] / ms for name, ms in usual.items() if ms > 0.0) for each in rounds]
 
 
 @torch.inference_mode()
