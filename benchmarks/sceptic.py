@@ -29,11 +29,13 @@ LEGEND = {
     "base": "strategy ar; orthrus: fused_tree, verified; unverified: fused, one block a pass, every draft taken",
     "tokens_per_pass": "sum of new tokens / sum of passes, prompts' passes included. The AR rows that write an "
     "unverified block into the cache ride on the next block's pass, and decide the one token after it",
+    "num_prompts": "from the top of each file; those without an answer or tests to grade by are left out",
     "accuracy": "right answers / prompts; interval: 95 % (Clopper-Pearson). GSM8K: the boxed or last number; "
     "HumanEval: the task's tests pass, greedy, one answer",
     "identical": "prompts whose tokens all equal the base's",
     "mcnemar": "right only with the base, right only with this arm, and the exact two-sided p of McNemar's test",
 }
+NEEDED = {"gsm8k": ("turns", "answer"), "humaneval": ("turns", "prompt", "entry_point", "test")}
 PUBLISHED = (
     "Published losses of diffusion decoding stand in the papers of Dream, SDAR and Fast-dLLM v2 (11 points on "
     "MATH-500, as issue 21 of this project quotes it); other models and sizes, so only the direction compares."
@@ -69,15 +71,25 @@ def main(
     """Answer, grade, print a table; runs code that the model wrote (see `code_answers.passes`)."""
     check_report(output)
     files = {"gsm8k": gsm8k, "humaneval": humaneval}
-    tasks = {name: [json.loads(line) for line in file.open()][:limit] for name, file in files.items()}
+    tasks = {name: graded(file, NEEDED[name])[:limit] for name, file in files.items()}
     orthrus = without_reuse(Orthrus.load(model, view, dtype))
+    about = orthrus.describe()
+    options = {"limit": limit, "max_new_tokens": max_new_tokens, "arms": ARMS, "model": about}
+    # What a run that was stopped has answered; the same command goes on with it.
+    kept = output.with_suffix(".part.json")
+    part = json.loads(kept.read_text()) if kept.is_file() else {}
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {name: {arm: [] for arm in ARMS} for name in tasks}
+    if part.get("options") == options:
+        runs = part["runs"]
     for name, some in tasks.items():
         for number, task in enumerate(some):
-            for arm in ARMS:
-                runs[name][arm].append(answer(orthrus, arm, name, task, max_new_tokens))
+            if number < len(runs[name]["base"]):
+                continue
+            answers = {arm: answer(orthrus, arm, name, task, max_new_tokens) for arm in ARMS}
+            for arm, found in answers.items():
+                runs[name][arm].append(found)
+            write_text_atomic(kept, json.dumps({"options": options, "runs": runs}) + "\n")
             typer.echo(f"{name}: {number + 1} of {len(some)}", err=True)
-    about = orthrus.describe()
     report = {
         "kind": "orthrus-sceptic",
         "legend": LEGEND,
@@ -85,13 +97,23 @@ def main(
         "results": {
             name: {arm: summary(by_arm[arm], by_arm["base"]) for arm in ARMS} for name, by_arm in runs.items()
         },
-        "options": {"limit": limit, "max_new_tokens": max_new_tokens, "arms": ARMS},
+        "options": {name: options[name] for name in ("limit", "max_new_tokens", "arms")},
         "model": about,
         "provenance": provenance(device=about["device"], dtype=about["dtype"], seed=None),
         "runs": runs,
     }
     write_text_atomic(output, json.dumps(report, indent=1) + "\n")
+    kept.unlink(missing_ok=True)
     typer.echo(table(report["results"]))
+
+
+def graded(file: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
+    """The tasks of a JSONL file that have all that grading takes."""
+    tasks = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    found = [task for task in tasks if all(name in task for name in needed)]
+    if not found:
+        raise typer.BadParameter(f"no task of {file} has {', '.join(needed)}")
+    return found
 
 
 def answer(orthrus: Orthrus, arm: str, name: str, task: dict[str, Any], num_tokens: int) -> dict[str, Any]:
