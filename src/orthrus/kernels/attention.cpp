@@ -53,6 +53,18 @@ struct Span {
     while (other < rows() && reads(row, other)) ++other;
     return length + other;
   }
+  // Behind the last slot that the row may read.
+  int64_t end(int64_t row) const { return tail == nullptr ? length + row + 1 : slots(); }
+  // What queries up to so many cost, those of one head of keys behind those of another: each reads up to its row.
+  double cost(int64_t queries, int64_t group) const {
+    const auto rows_cost = [&](double num) {
+      const double each = static_cast<double>(length + kPage) + (tail == nullptr ? 0.5 * num : rows());
+      return group * num * each;
+    };
+    const int64_t of_head = group * rows();
+    return static_cast<double>(queries / of_head) * rows_cost(rows()) +
+           rows_cost(static_cast<double>(queries % of_head) / group);
+  }
   // The first slot of the history inside the row's window.
   int64_t from(int64_t row, int64_t window) const {
     return window <= 0 ? 0 : std::clamp<int64_t>(positions[row_of_pass(row)] - window + 1, 0, length);
@@ -202,9 +214,11 @@ void score(
     if (cap > 0.0f)
       for (int64_t s = 0; s < slots; ++s) here[s] = cap * std::tanh(here[s] / cap);
     std::fill(here, here + std::max<int64_t>(0, from - start), kNever);
-    for (int64_t s = lead; s < start + slots; ++s)
+    // Without a tail a row reads nothing behind itself.
+    const int64_t end = std::min(span.end(row) - start, slots);
+    for (int64_t s = lead; s < start + end; ++s)
       if (!span.sees(row, s - span.length, window)) here[s - start] = kNever;
-    std::fill(here + slots, here + padded, kNever);
+    std::fill(here + end, here + padded, kNever);
     Floats largest = all(kNever);
     for (int64_t s = 0; s < padded; s += kLanes) {
       const Floats found = floats(here + s);
@@ -284,7 +298,7 @@ void sums_of(
     });
     if (common <= start) std::fill(sums + q * width, sums + (q + num) * width, 0.0f);
     for (int64_t i = q; i < q + num; ++i)
-      for (int64_t s = std::max(common, start); s < span.slots(); ++s)
+      for (int64_t s = std::max(common, start); s < span.end(queries.rows[i]); ++s)
         if (span.sees(queries.rows[i], s - span.length, window))
           each(s, s + 1, [&](int64_t slot, auto* values, int64_t step, int64_t count) {
             weigh(1, weights + i * padded + slot - start, padded, values, step, count, width, sums + i * width, true);
@@ -297,11 +311,14 @@ template <typename T>
 void attend(
     const Head<T>& head, const Queries& queries, int64_t window, float cap, float* sums, float* totals) {
   const Span& span = *head.span;
-  int64_t start = span.length;
-  for (int64_t q = 0; q < queries.num; ++q) start = std::min(start, span.from(queries.rows[q], window));
+  int64_t start = span.length, end = 0;
+  for (int64_t q = 0; q < queries.num; ++q) {
+    start = std::min(start, span.from(queries.rows[q], window));
+    end = std::max(end, span.end(queries.rows[q]));
+  }
   // Squares of keys begin where a page's squares do.
   start = start / kLanes * kLanes;
-  const int64_t slots = span.slots() - start, padded = whole(slots, kSlots), width = whole(head.value_size, kLanes);
+  const int64_t slots = end - start, padded = whole(slots, kSlots), width = whole(head.value_size, kLanes);
   const auto scores = room<float>(queries.num * padded);
   std::vector<Floats> most(queries.num);
   score(head, queries, start, slots, window, cap, scores.get(), padded, most.data());
@@ -376,22 +393,30 @@ void attend_all(
       query.size(1), keys.size(1), query.size(1) / keys.size(1), keys.size(3), values.size(3),
       whole(values.size(3), kLanes)};
   T* to = out.mutable_data_ptr<T>();
-  // Threads share all queries, weighted by the slots that they read.
+  // Threads share all queries by what they cost.
   std::vector<double> costs{0.0};
   int64_t num_queries = 0;
   for (const Span& span : spans) {
     const int64_t queries = shape.num_heads * span.rows();
     num_queries += queries;
-    costs.push_back(costs.back() + static_cast<double>(queries) * (span.slots() + kPage));
+    costs.push_back(costs.back() + span.cost(queries, shape.group));
   }
   const int64_t threads = num_queries > kRows ? std::max<int64_t>(1, at::get_num_threads()) : 1;
   parallel_for(0, threads, 1, [&](int64_t first_thread, int64_t last_thread) {
     const double low = costs.back() * first_thread / threads, high = costs.back() * last_thread / threads;
     for (size_t i = 0; i < spans.size(); ++i) {
       const int64_t queries = shape.num_heads * spans[i].rows();
-      const double cost = (costs[i + 1] - costs[i]) / queries;
+      // The first query with which the cost so far is reached.
       const auto place = [&](double at) {
-        return std::clamp<int64_t>(std::llround((at - costs[i]) / cost), 0, queries);
+        int64_t first = 0, last = queries;
+        while (first < last) {
+          const int64_t middle = (first + last) / 2;
+          if (costs[i] + spans[i].cost(middle, shape.group) < at)
+            first = middle + 1;
+          else
+            last = middle;
+        }
+        return first;
       };
       const int64_t begin = place(low), end = place(high);
       if (begin < end)
