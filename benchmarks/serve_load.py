@@ -76,7 +76,11 @@ def main(
         str | None, typer.Option(help="An `orthrus serve` that runs already, in place of our own.")
     ] = None,
     rival: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=URL", help="Another server; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=URL[#MODEL]",
+            help="Another server, and its model's name, where it does not list it; may be repeated.",
+        ),
     ] = None,
     concurrency: Annotated[
         list[int] | None, typer.Option(min=1, help=f"May be repeated. Left out: {CONCURRENCY}.")
@@ -134,10 +138,12 @@ def main(
         # Other prompts than at any other level: salts are made of the seed.
         its_seed = next(seeds)
         plain: list[float] = []
-        for name, where, arms in [("orthrus", address, ARMS), *((*pair, (None,)) for pair in rivals)]:
+        ours: tuple[str, str, str | None, tuple[str | None, ...]] = ("orthrus", address, None, ARMS)
+        for name, where, its_model, arms in [ours, *((*rival, (None,)) for rival in rivals)]:
             found = run_load(
                 LoadOptions(
                     url=where,
+                    model=its_model,
                     asks=mixed(number, 0.1 if quick else 1.0),
                     levels=[level],
                     strategies=arms,
@@ -183,11 +189,13 @@ def main(
     typer.echo(json.dumps({"to_ar": line, "num_different": num_different}))
 
 
-def _rival(pair: str) -> tuple[str, str]:
-    name, found, url = pair.partition("=")
+def _rival(text: str) -> tuple[str, str, str | None]:
+    """Name, URL and model of a server."""
+    name, found, where = text.partition("=")
+    url, _, model = where.partition("#")
     if not (name and found and url) or name in ARMS:
-        raise typer.BadParameter(f"{pair!r} is not NAME=URL, with a name of its own")
-    return name, url
+        raise typer.BadParameter(f"{text!r} is not NAME=URL or NAME=URL#MODEL, with a name of its own")
+    return name, url, model or None
 
 
 class _Told:
