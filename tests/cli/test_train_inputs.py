@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.run_states import state, state_bytes
 
 from orthrus.cli.synth_sources import parse_sources
-from orthrus.errors import UserInputError
+from orthrus.errors import OrthrusWarning, UserInputError
 
 from .conftest import Cli, Run, assert_refused
 from .training_files import SYNTH, stopped_after, write_prompts
@@ -101,6 +101,12 @@ def test_wrong_prompts(cli: Cli, tmp_path: Path, model_folder: str, other_model_
     assert_refused(synth("--prompts", str(file), "--greedy-share", "2"), "greedy_share")
     assert_refused(synth("--prompts", str(file), "-n", "300"), "no room for a prompt")
     assert_refused(synth("--self-prompts", "math=2", model=other_model_folder), "no chat template")
+
+
+def test_own_prompts_of_a_kind_without_openings_are_told_of() -> None:
+    with pytest.warns(OrthrusWarning, match="no openings for 'maths'.*math, code"):
+        (source,) = parse_sources([], [], ["maths=2"], [])
+    assert (source.domain, source.count) == ("maths", 2)
 
 
 def test_a_corpus_begun_with_other_settings(cli: Cli, tmp_path: Path, model_folder: str) -> None:

@@ -37,6 +37,9 @@ def test_the_panel_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         display.start(3, 40)
         display.log(LOG)
         display.scoring()
+        display.scoring(3, 16)
+        decoding = io.StringIO()
+        Console(file=decoding, width=100).print(display._panel())
         display.score(20, 2.5, best=True)
         display.score(30, 2.25, best=False)
         screen = io.StringIO()
@@ -44,6 +47,7 @@ def test_the_panel_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     text = screen.getvalue()
     for words in ("a title", "20 of 40", "about 10 min left", "1.5000", "75%", "2.12", "1,234 (50% of"):
         assert words in text
+    assert "decoding held-out prompts, 3 of 16" in decoding.getvalue()
     assert "2.25 at step 30, best 2.50 at step 20" in text
     assert "Traceback" not in sys.stderr.getvalue()  # type: ignore[attr-defined]
 
@@ -52,10 +56,13 @@ def test_lines_anywhere_else(capsys: pytest.CaptureFixture[str]) -> None:
     with TrainDisplay("a title") as display:
         display.start(0, 40)
         display.log(LOG)
+        display.scoring()
+        display.scoring(1, 16)
         display.score(20, 2.5, best=True)
         display.stopping()
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == log_line(LOG)
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == log_line(LOG)
+    assert lines[0].startswith("decoding held-out prompts")
     assert lines[1] == "step 20: 2.50 tokens per cycle on held-out prompts (best so far)"
     assert lines[2].startswith("stopping after this step")
     with TrainDisplay("a title", quiet=True) as display:

@@ -34,6 +34,12 @@ def test_a_command_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPat
 
     assert command_line() == "bench runs/a.json gsm8k.jsonl --output=gsm8k.jsonl --limit=2 data/b.jsonl /"
 
+    keys = [f"init_view={outside}", f"corpus=[{inside}, {outside},/x/y]", "url=http://host/v1", "n=1/2"]
+    monkeypatch.setattr(sys, "argv", ["train", *keys])
+
+    shown = "train init_view=gsm8k.jsonl 'corpus=[runs/a.json, gsm8k.jsonl,y]' url=http://host/v1 n=1/2"
+    assert command_line() == shown
+
 
 def test_only_a_checkout_of_this_package_counts(tmp_path: Path) -> None:
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]

@@ -1,6 +1,7 @@
 """Where a number comes from: what every report and checkpoint stores beside its figures."""
 
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -46,15 +47,23 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *map(_portable, sys.argv[1:])])
 
 
+# Of a list in a recipe's key, say; not of an address.
+_PATH = re.compile(r"(?<![^\s,\[=])/[^\s,\]]+")
+
+
 def _portable(argument: str) -> str:
-    option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
-    if not Path(value).is_absolute():
-        return argument
-    path = Path(value)
+    key, equals, value = argument.partition("=")
+    if Path(argument).is_absolute():
+        return _without_folder(argument)
+    if Path(value).is_absolute():
+        return key + equals + _without_folder(value)
+    return _PATH.sub(lambda found: _without_folder(found[0]), argument)
+
+
+def _without_folder(path: str) -> str:
+    """An absolute path from here on, or its last part alone."""
     here = Path.cwd()
-    return (
-        option + equals + (str(path.relative_to(here)) if path.is_relative_to(here) else path.name or value)
-    )
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else Path(path).name or path
 
 
 def git_state(package: Path = Path(__file__).parents[1]) -> tuple[str | None, bool | None]:

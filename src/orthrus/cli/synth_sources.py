@@ -2,13 +2,14 @@
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orthrus.cli.options import KEY_VARIABLE
-from orthrus.errors import UserInputError
+from orthrus.errors import OrthrusWarning, UserInputError
 
 if TYPE_CHECKING:
     from orthrus.api import Orthrus
@@ -37,6 +38,7 @@ def parse_sources(
         domain, found, number = spec.partition("=")
         if not found or not domain or not number.isdecimal() or int(number) < 1:
             raise UserInputError(f"--self-prompts takes DOMAIN=COUNT, such as math=200, not '{spec}'.")
+        _note_no_openings(domain)
         sources.append(PromptSource(domain=domain, count=int(number)))
     for spec in suffixes:
         domain, found, text = spec.partition("=")
@@ -48,6 +50,18 @@ def parse_sources(
         text = text.replace("\\n", "\n")
         sources = [replace(s, suffix=s.suffix + text) if s.domain == domain else s for s in sources]
     return tuple(sources)
+
+
+def _note_no_openings(domain: str) -> None:
+    from orthrus.training.self_prompts import OPENINGS
+
+    if domain not in OPENINGS:
+        warnings.warn(
+            f"--self-prompts knows no openings for '{domain}' (only for {', '.join(OPENINGS)}), so the model chooses "
+            "the subjects itself.",
+            OrthrusWarning,
+            stacklevel=3,
+        )
 
 
 def check_sources(config: "SynthConfig", folder: Path) -> None:

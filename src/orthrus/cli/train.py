@@ -183,7 +183,9 @@ class _Run:
 
         self.held = held
         if self.prompts:
-            self.scorer = Scorer(self.base, self.prompts, held, self.origin, self.process)
+            self.scorer = Scorer(
+                self.base, self.prompts, held, self.origin, self.process, on_decoded=self.display.scoring
+            )
             if state_file(held.path).is_file():
                 self.scorer.remember()
 

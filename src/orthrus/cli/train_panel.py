@@ -51,10 +51,13 @@ class TrainDisplay:
             self._say(log_line(log, self._peak_flops))
         self._refresh()
 
-    def scoring(self) -> None:
+    def scoring(self, done: int = 0, total: int | None = None) -> None:
+        """done: of this process's held-out prompts, of which there are `total`."""
         self._state = "decoding held-out prompts (the time left does not count this)"
-        if self._live is None:
+        if self._live is None and not done:
             self._say(self._state)
+        if total:
+            self._state = f"decoding held-out prompts, {done} of {total} (the time left does not count this)"
         self._refresh()
 
     def score(self, step: int, value: float, best: bool) -> None:

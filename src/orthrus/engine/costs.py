@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from orthrus.base.devices import synchronize
 from orthrus.base.outputs import write_text_atomic
@@ -42,7 +43,7 @@ DRAFT_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
 """Rows of a block that is drafted alone, as far as blocks go, and one as long as they go."""
 HISTORY = 256
 """Committed tokens that timed passes read: about as many as in the middle of an answer."""
-TABLE_VERSION = 13
+TABLE_VERSION = 14
 """Of what a stored table means: raised when passes come to do more, or less, beside their layers."""
 TREE = 24
 """Nodes of the tree whose making is timed with a draft's."""
@@ -181,6 +182,8 @@ def time_rounds(
                 hidden_RC = runner.hidden(join([(part, slots)], dual.device), pool)
             if block:
                 continue
+            # The last logits, megabytes, are given back before a clock runs, not under it.
+            logits_RV = hidden_RC
             with clock(f"head {n}"):
                 logits_RV = runner.head(hidden_RC)
             # Rows of a tree share positions, and noise once made is kept.
@@ -190,18 +193,20 @@ def time_rounds(
                     choose(logits_RV, [Judged(request, slice(0, n), positions, [[] for _ in range(n)])])
         for kind, request in requests.items():
             with clock(f"{kind} draft"):
-                # And what comes with one: a tree, the part that verifies it, an accepted path to be gathered.
-                rows = slice(0, num_guesses)
-                hidden_DC = hidden_RC[rows]
-                joint = dual.draft_head is None
-                logits_DV = logits_RV[rows] if joint else runner.head(hidden_DC, drafts=True)
-                (drafts,) = rank(runner, hidden_DC, logits_DV, [Guessed(request, rows, HISTORY + 1)])
-                nodes = best_first_tree(drafts, TREE)
-                tree([ids[0], *nodes.token_ids], nodes.parents)
-                slots.compact(sorted({0, nodes.num_nodes}))
+                _draft(runner, request, hidden_RC[:num_guesses], logits_RV[:num_guesses], ids[0])
             slots.length = HISTORY
         rounds.append(clock.round())
     return rounds[1:]
+
+
+def _draft(runner: Runner, request: Request, hidden_DC: Tensor, logits_DV: Tensor, anchor_id: int) -> None:
+    """What a draft takes: its candidates, a tree, the part that verifies it, an accepted path to be gathered."""
+    if runner.dual.draft_head is not None:
+        logits_DV = runner.head(hidden_DC, drafts=True)
+    (drafts,) = rank(runner, hidden_DC, logits_DV, [Guessed(request, slice(0, len(logits_DV)), HISTORY + 1)])
+    nodes = best_first_tree(drafts, TREE)
+    tree([anchor_id, *nodes.token_ids], nodes.parents)
+    request.slots.compact(sorted({0, nodes.num_nodes}))
 
 
 def _timed_request(dual: DualView, slots: Slots, temperature: float) -> Request:

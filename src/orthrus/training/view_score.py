@@ -1,7 +1,7 @@
 """Real decodes of held-out prompts during training, and the view folders that a run leaves behind."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -23,6 +23,9 @@ from orthrus.training.run_folder import BEST, RunFolder
 
 NUM_TOKENS = 64
 
+OnDecoded = Callable[[int, int], None]
+"""Called with (prompts decoded, prompts in all): of this process, where several share them."""
+
 
 class Decoded(NamedTuple):
     """Of decoding by `chain`: tokens after the first, cycles, guesses that stood, and guesses that could have stood."""
@@ -39,8 +42,8 @@ class Scorer:
 
     The view with the highest score is kept in the run's folder as `best`. Every score also puts the chance that a
     guess stands into the view's config (`goes_on`). `origin` is the part of its provenance that is known before the
-    run. `best` is (score, step), None before the first score. Of several processes each decodes some of the prompts,
-    all come to the same score, and the main one keeps the view.
+    run. `best` is (score, step), None before the first score. `on_decoded` is told of each prompt. Of several
+    processes each decodes some of the prompts, all come to the same score, and the main one keeps the view.
     """
 
     base: Base
@@ -49,10 +52,11 @@ class Scorer:
     origin: dict[str, Any]
     process: PartialState
     best: tuple[float, int] | None = None
+    on_decoded: OnDecoded | None = None
 
     def __call__(self, dual: DualView, step: int) -> float:
         mine = self.prompts[self.process.process_index :: self.process.num_processes]
-        counts = torch.tensor(decoded(dual, self.base, mine), device=self.process.device)
+        counts = torch.tensor(decoded(dual, self.base, mine, self.on_decoded), device=self.process.device)
         total = Decoded(*reduce(counts, "sum").tolist())
         score = total.num_tokens / total.num_cycles if total.num_cycles else 1.0
         goes_on = total.num_stood / total.num_judged if total.num_judged else None
@@ -89,14 +93,20 @@ def held_out_prompts(base: Base, number: int, block_size: int) -> list[list[int]
     return [ids for ids in encoded if len(ids) <= room][:number]
 
 
-def decoded(dual: DualView, base: Base, prompts: list[list[int]]) -> Decoded:
+def decoded(
+    dual: DualView, base: Base, prompts: Sequence[Sequence[int]], on_decoded: OnDecoded | None = None
+) -> Decoded:
     """The sums over all prompts; the view in the base's precision, as served."""
-    each = decoded_each(dual, base, prompts)
+    each = decoded_each(dual, base, prompts, on_decoded=on_decoded)
     return Decoded(*map(sum, zip(*each, strict=True))) if each else Decoded(0, 0, 0, 0)
 
 
 def decoded_each(
-    dual: DualView, base: Base, prompts: Iterable[Sequence[int]], max_new_tokens: int = NUM_TOKENS
+    dual: DualView,
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = NUM_TOKENS,
+    on_decoded: OnDecoded | None = None,
 ) -> list[Decoded]:
     """Of each prompt: greedy, chain."""
     config = DecodeConfig(max_new_tokens=max_new_tokens, strategy="chain")
@@ -116,6 +126,8 @@ def decoded_each(
                     sum(min(c.num_accepted + 1, c.num_drafted) for c in drafting),
                 )
             )
+            if on_decoded is not None:
+                on_decoded(len(counts), len(prompts))
     return counts
 
 
