@@ -93,6 +93,27 @@ def test_with_much_company_no_trial_is_made_that_could_not_pay() -> None:
         assert world.over_plain(num_requests) > 0.97
 
 
+def test_slow_steps_after_a_change_do_not_speak_for_plain_ones() -> None:
+    """Three plain steps after a change take half as long again; drafts bring what they cost, and no more."""
+    world = World(chance=0.72, plain_ms=28, row_ms=0, draft_ms=62)
+    slow = iter([1.5, 1.4, 1.2])
+    policy = DraftPolicy(7)
+    for _ in range(100):
+        plain = policy.choose(4) == 0 and world.last == 0
+        world.plain_ms = 28 * (next(slow, 1.0) if plain else 1.0)
+        world.run(policy, 1, num_requests=4)
+    assert policy.choose(4) == 0
+    assert policy.rates(4)[0] == pytest.approx(1 / 28, rel=0.05)
+
+
+def test_drafts_that_a_step_alone_would_make_pay_by_little_are_not_worth_it() -> None:
+    world = World(chance=0.72, plain_ms=30, row_ms=0, draft_ms=66)
+    policy = DraftPolicy(7)
+    world.run(policy, 400, num_requests=4)
+    assert 1.0 < sum(0.72**place for place in range(8)) / 96 / (1 / 30) < 1.1
+    assert policy.choose(4) == 0
+
+
 def test_times_of_steps_not_seen_follow_from_their_rows() -> None:
     times = StepTimes()
     assert times.of_drafts(1, 7) is None

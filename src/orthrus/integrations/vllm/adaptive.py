@@ -9,15 +9,23 @@ view reads the served model's own cache, so drafting resumes at once after any p
 text.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from orthrus.decoding.average import Average
 from orthrus.decoding.block_lengths import first_expected
 from orthrus.integrations.vllm.step_times import StepTimes
 
-RUN = 4
-"""Steps that a choice on trial gets; the first is no cycle yet, for it verifies what was drafted before."""
+RUN, PLAIN_RUN = 4, 8
+"""Steps that a choice on trial gets, and plain ones, which are short: the first is no cycle yet, for it verifies what
+was drafted before, and what follows a change is slow for some steps more."""
+RECENT = 9
+"""Steps of a choice whose times are kept; their median counts."""
+WORTH = 1.1
+"""How much faster a step with drafts must be for each token: requests that draft end at different times, so later
+steps carry fewer of them, and prompts come one by one. No step's own time tells of that."""
 PATIENCE, MAX_PATIENCE = 48, 1536
 """Steps until something other than the best is tried again; doubled whenever the trial was lost."""
 MARGIN = 1.03
@@ -28,9 +36,9 @@ MEMORY = 0.99
 
 @dataclass(slots=True)
 class _Company:
-    """What is known for steps of about as many requests: times in ms by the number of drafts."""
+    """What is known for steps of about as many requests: the last times in ms by the number of drafts."""
 
-    step_ms: dict[int, Average]
+    step_ms: dict[int, deque[float]]
     current: int
     trial: int | None = None
     left: int = 0
@@ -64,7 +72,7 @@ class DraftPolicy:
         company = self._company(num_requests)
         if company.trial is None:
             company.until_trial -= 1
-            unknown = [c for c in self.choices if company.step_ms[c].num_observed == 0]
+            unknown = [c for c in self.choices if not company.step_ms[c]]
             if unknown:
                 # What runs is to be timed first.
                 if company.current not in unknown:
@@ -77,23 +85,23 @@ class DraftPolicy:
 
     def _try(self, company: _Company, choice: int, num_requests: int) -> None:
         """Begin a trial, unless even a lucky one would be lost."""
-        company.left = RUN
+        company.left = RUN if choice else PLAIN_RUN
         ms = self._expected_ms(company, choice, num_requests)
         if choice == 0 or ms is None:
             company.trial = choice
             return
-        hoped = max(self.tokens_per_cycle(choice), 1.0 + first_expected(choice, self.goes_on)) / ms
+        hoped = max(self.tokens_per_cycle(choice), 1.0 + first_expected(choice, self.goes_on)) / (WORTH * ms)
         if hoped > MARGIN * max(self._rates(company).values(), default=0.0):
             company.trial = choice
         else:
             # What is known of an untried choice is what was expected of it.
-            company.step_ms[choice].add(ms)
+            company.step_ms[choice].append(ms)
             company.until_trial = company.patience = min(2 * company.patience, MAX_PATIENCE)
 
     def _expected_ms(self, company: _Company, choice: int, num_requests: int) -> float | None:
         """Of a step that drafts and verifies so many: as timed, or else by its rows; None where nothing says."""
-        if company.step_ms[choice].num_observed:
-            return company.step_ms[choice].value
+        if company.step_ms[choice]:
+            return median(company.step_ms[choice])
         return self._times.of_drafts(num_requests, choice)
 
     def see_rows(self, num_ar_rows: int, num_draft_rows: int, ms: float) -> None:
@@ -112,7 +120,7 @@ class DraftPolicy:
             return
         company = self._company(num_requests)
         if verified == drafted and drafted in company.step_ms:
-            company.step_ms[drafted].add(ms)
+            company.step_ms[drafted].append(ms)
         if company.trial is None:
             self._switch(company)
         if company.trial is None or drafted != company.trial:
@@ -127,19 +135,22 @@ class DraftPolicy:
         return 1.0 + sum(average.value for average in self._stood[:num_drafts])
 
     def rates(self, num_requests: int) -> dict[int, float]:
-        """Tokens per ms and request by number of drafts, of those that were timed."""
+        """Tokens per ms and request by number of drafts, of those that were timed; of drafts, less `WORTH`."""
         return self._rates(self._company(num_requests))
 
     def _rates(self, company: _Company) -> dict[int, float]:
-        timed = company.step_ms.items()
-        return {c: self.tokens_per_cycle(c) / a.value for c, a in timed if a.num_observed and a.value > 0}
+        timed = {c: median(times) for c, times in company.step_ms.items() if times}
+        return {c: self._rate(c, ms) for c, ms in timed.items() if ms > 0}
+
+    def _rate(self, choice: int, ms: float) -> float:
+        return self.tokens_per_cycle(choice) / (ms * (WORTH if choice else 1.0))
 
     def _company(self, num_requests: int) -> _Company:
         # Powers of two: 1, 2, 3-4, 5-8, ...
         key = (num_requests - 1).bit_length()
         if key not in self._companies:
             self._companies[key] = _Company(
-                {c: Average(0.0, num_observed=0) for c in self.choices},
+                {c: deque(maxlen=RECENT) for c in self.choices},
                 current=self._first_choice(num_requests),
             )
         return self._companies[key]
@@ -151,7 +162,7 @@ class DraftPolicy:
             ms = self._times.of_drafts(num_requests, choice)
             if ms is None:
                 return self.most
-            rates[choice] = self.tokens_per_cycle(choice) / ms
+            rates[choice] = self._rate(choice, ms)
         return max(rates, key=rates.__getitem__)
 
     def _switch(self, company: _Company) -> None:
