@@ -170,7 +170,9 @@ def main(
     concurrency: Annotated[list[int] | None, typer.Option(help="Requests open at a time.")] = None,
     tokens: Annotated[int, typer.Option(help="New tokens of a request.")] = 64,
     rounds: Annotated[int, typer.Option(help="Measured rounds, after one that is not.")] = 3,
-    least: Annotated[int, typer.Option(help="Requests of a round, at least.")] = 2,
+    least: Annotated[
+        int, typer.Option(help="Requests of a round, at least; else four for each that is open.")
+    ] = 2,
     drafts: Annotated[int, typer.Option(help="Drafts of a cycle at most.")] = 7,
     adaptive: Annotated[bool, typer.Option(help="Draft fewer tokens, or none, where that is faster.")] = True,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
@@ -200,7 +202,8 @@ def main(
         for open_at_once in concurrency or [1, 4, 8, 16]:
             if time.monotonic() - begun > budget:
                 break
-            number = max(open_at_once, least)
+            # Requests that draft end one by one: with few of them, the last ones would run alone for a large part.
+            number = max(4 * open_at_once, least)
             prompts = [oracle["prompts"][i % len(oracle["prompts"])] for i in range(number)]
             found = []
             for index in range(rounds + 1):
