@@ -65,7 +65,7 @@ def test_drafting_comes_back_when_it_pays_again() -> None:
     world.run(policy, 300)
     assert world.drafted_steps < 40
     world.chance = 0.9
-    world.run(policy, 3000)
+    world.run(policy, 4000)
     assert policy.rates(1)[7] > policy.rates(1)[0]
     before = world.drafted_steps
     world.run(policy, 100)
@@ -104,6 +104,19 @@ def test_slow_steps_after_a_change_do_not_speak_for_plain_ones() -> None:
         world.run(policy, 1, num_requests=4)
     assert policy.choose(4) == 0
     assert policy.rates(4)[0] == pytest.approx(1 / 28, rel=0.05)
+
+
+def test_a_busy_second_does_not_end_drafts_that_pay() -> None:
+    world = World(chance=0.85, plain_ms=20, row_ms=1, draft_ms=20)
+    policy = DraftPolicy(7)
+    world.run(policy, 100)
+    assert policy.choose(1) == 7
+    world.plain_ms, world.draft_ms = 50, 50
+    world.run(policy, 12)
+    world.plain_ms, world.draft_ms = 20, 20
+    before = world.drafted_steps
+    world.run(policy, 100)
+    assert world.drafted_steps - before > 90
 
 
 def test_drafts_that_a_step_alone_would_make_pay_by_little_are_not_worth_it() -> None:

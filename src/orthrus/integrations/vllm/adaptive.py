@@ -10,9 +10,8 @@ text.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 from orthrus.decoding.average import Average
 from orthrus.decoding.block_lengths import first_expected
@@ -21,14 +20,16 @@ from orthrus.integrations.vllm.step_times import StepTimes
 RUN, PLAIN_RUN = 4, 8
 """Steps that a choice on trial gets, and plain ones, which are short: the first is no cycle yet, for it verifies what
 was drafted before, and what follows a change is slow for some steps more."""
-RECENT = 9
-"""Steps of a choice whose times are kept; their median counts."""
+RECENT = 24
+"""Steps of a choice whose times are kept; see `_usual`."""
 WORTH = 1.15
 """How much faster a step with drafts must be for each token. Requests that draft end at different times, so their
 successors' prompts come one by one, and the last steps of a burst carry few requests: no step's own time tells of
 that. Measured with four requests at a time, it costs a seventh."""
 PATIENCE, MAX_PATIENCE = 48, 1536
 """Steps until something other than the best is tried again; doubled whenever the trial was lost."""
+LONGER = 8
+"""How often a trial may go on because its own drafts fare well, where earlier ones did not."""
 MARGIN = 1.03
 """How much better another choice must be to take over."""
 MEMORY = 0.99
@@ -43,6 +44,7 @@ class _Company:
     current: int
     trial: int | None = None
     left: int = 0
+    longer: int = 0
     patience: int = PATIENCE
     until_trial: int = PATIENCE
     next_trial: int = 0
@@ -58,6 +60,7 @@ class DraftPolicy:
     goes_on: float | None = None
     choices: tuple[int, ...] = field(init=False)
     _stood: list[Average] = field(init=False)
+    _trial_stood: Average = field(init=False)
     _companies: dict[int, _Company] = field(default_factory=dict)
     _times: StepTimes = field(default_factory=StepTimes)
 
@@ -65,6 +68,7 @@ class DraftPolicy:
         # Drafting much, not at all, and little: what the second takes is cheap to learn.
         self.choices = tuple(dict.fromkeys((self.most, 0, (self.most + 1) // 2)))
         self._stood = [Average(0.0, num_observed=0, memory=MEMORY) for _ in range(self.most)]
+        self._trial_stood = Average(0.0, num_observed=0, memory=MEMORY)
 
     def choose(self, num_requests: int) -> int:
         """Drafts for each request of the step that comes."""
@@ -85,10 +89,14 @@ class DraftPolicy:
         return company.current if company.trial is None else company.trial
 
     def _try(self, company: _Company, choice: int, num_requests: int) -> None:
-        """Begin a trial, unless even a lucky one would be lost."""
-        company.left = RUN if choice else PLAIN_RUN
+        """Begin a trial, unless even a lucky one would be lost: with drafts as first hoped, in the least time seen.
+
+        Where nothing was tried for longest, one is made all the same: drafts may fare better than anybody hoped.
+        """
+        company.left, company.longer = RUN if choice else PLAIN_RUN, 0
+        self._trial_stood = Average(0.0, num_observed=0, memory=MEMORY)
         ms = self._expected_ms(company, choice, num_requests)
-        if choice == 0 or ms is None:
+        if choice == 0 or ms is None or company.patience == MAX_PATIENCE:
             company.trial = choice
             return
         hoped = max(self.tokens_per_cycle(choice), 1.0 + first_expected(choice, self.goes_on)) / (WORTH * ms)
@@ -100,9 +108,9 @@ class DraftPolicy:
             company.until_trial = company.patience = min(2 * company.patience, MAX_PATIENCE)
 
     def _expected_ms(self, company: _Company, choice: int, num_requests: int) -> float | None:
-        """Of a step that drafts and verifies so many: as timed, or else by its rows; None where nothing says."""
+        """Least of a step that drafts and verifies so many: as timed, or else by its rows; None where nothing says."""
         if company.step_ms[choice]:
-            return median(company.step_ms[choice])
+            return min(company.step_ms[choice])
         return self._times.of_drafts(num_requests, choice)
 
     def see_rows(self, num_ar_rows: int, num_draft_rows: int, ms: float) -> None:
@@ -114,6 +122,7 @@ class DraftPolicy:
         """What became of one request's drafts."""
         for position in range(min(num_drafts, self.most)):
             self._stood[position].add(float(position < num_accepted))
+        self._trial_stood.add(float(num_accepted))
 
     def see_step(self, num_requests: int, verified: int, drafted: int, ms: float) -> None:
         """The time of a step in which each request verified so many drafts and was asked for so many more."""
@@ -140,7 +149,7 @@ class DraftPolicy:
         return self._rates(self._company(num_requests))
 
     def _rates(self, company: _Company) -> dict[int, float]:
-        timed = {c: median(times) for c, times in company.step_ms.items() if times}
+        timed = {c: _usual(times) for c, times in company.step_ms.items() if times}
         return {c: self._rate(c, ms) for c, ms in timed.items() if ms > 0}
 
     def _rate(self, choice: int, ms: float) -> float:
@@ -174,14 +183,32 @@ class DraftPolicy:
             company.current = best
 
     def _judge(self, company: _Company) -> None:
-        """End a trial: keep the better of the two, and be more patient when it was in vain."""
-        trial, company.trial = company.trial, None
+        """End a trial: keep the better of the two, and be more patient when it was in vain. Or let it go on."""
+        trial = company.trial
         assert trial is not None, "there is no trial to judge"
-        if _beats(self._rates(company), trial, company.current):
+        rates = self._rates(company)
+        won = _beats(rates, trial, company.current)
+        if not won and company.longer < LONGER and self._fares_well(company, trial, rates):
+            company.left, company.longer = RUN, company.longer + 1
+            return
+        if won:
             company.current, company.patience = trial, PATIENCE
         else:
             company.patience = min(2 * company.patience, MAX_PATIENCE)
-        company.until_trial = company.patience
+        company.trial, company.until_trial = None, company.patience
+
+    def _fares_well(self, company: _Company, trial: int, rates: dict[int, float]) -> bool:
+        """Whether a trial would win by its own drafts, whatever became of earlier ones."""
+        if trial == 0 or trial not in rates:
+            return False
+        own = rates[trial] * (1.0 + self._trial_stood.value) / self.tokens_per_cycle(trial)
+        return _beats(rates | {trial: own}, trial, company.current)
+
+
+def _usual(times_ms: Iterable[float]) -> float:
+    """The lower quartile: a machine that is busy for a second slows many steps in a row, whatever they draft."""
+    ascending = sorted(times_ms)
+    return ascending[len(ascending) // 4]
 
 
 def _beats(rates: dict[int, float], choice: int, current: int) -> bool:
