@@ -136,6 +136,18 @@ def test_drawing_tokens_is_timed_in_the_same_rounds(timed: list[list[costs.Round
     assert sum(sampled_costs.head_ms) > sum(greedy_costs.head_ms)
 
 
+@pytest.mark.parametrize("change", [{"head 1": float("nan")}, {"body 1+0": -1.0}, {"head 7": 1.0}])
+def test_rounds_that_no_clock_timed_are_left_out(
+    change: dict[str, float], timed: list[list[costs.Round]]
+) -> None:
+    costs.pass_costs(tiny_orthrus().engine.runner)
+    (file,) = (costs.cache_dir() / "costs").iterdir()
+    stored = json.loads(file.read_text())
+    stored["rounds"] = [each | change for each in stored["rounds"]]
+    file.write_text(json.dumps(stored))
+    assert costs.pass_costs(tiny_orthrus().engine.runner) == costs.costs_of(timed[1])
+
+
 @pytest.mark.parametrize("content", ["{", '{"rounds": []}', '{"rounds": [{"head 1": 1.0}]}'])
 def test_a_table_that_cannot_be_read_is_measured_anew(content: str, timed: list[list[costs.Round]]) -> None:
     costs.pass_costs(tiny_orthrus().engine.runner)

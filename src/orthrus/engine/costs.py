@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +83,8 @@ def pass_costs(runner: Runner, on_measure: OnMeasure | None = None, *, add_round
     rounds = _read(file)
     if not rounds or (add_round and len(rounds) < ENOUGH):
         repeats = 1 if rounds else REPEATS
-        rounds = quiet_rounds(rounds + time_rounds(runner, on_measure, repeats=repeats))
+        timed = time_rounds(runner, on_measure, repeats=repeats)
+        rounds = quiet_rounds([each for each in rounds if each.keys() == timed[0].keys()] + timed)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomic(file, json.dumps({"key": key, "rounds": rounds}, indent=1) + "\n")
@@ -279,6 +281,8 @@ def _read(file: Path) -> list[Round]:
     try:
         rounds = json.loads(file.read_text(encoding="utf-8"))["rounds"]
         rounds = [{str(name): float(ms) for name, ms in each.items()} for each in rounds]
+        if not all(0.0 <= ms < math.inf for each in rounds for ms in each.values()):
+            return []
         # Raises where something is missing.
         costs_of(rounds)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
