@@ -187,6 +187,24 @@ def test_separators_inside_a_text_end_no_line() -> None:
     assert (row["num_ok"], row["num_failed"]) == (6, 0)
 
 
+@pytest.mark.parametrize(("num_lost", "num_failed"), [(1, 0), (2, 1)])
+def test_a_kept_connection_that_the_server_closed_is_tried_once_more(num_lost: int, num_failed: int) -> None:
+    good = Served()
+    lost: list[bytes] = []
+
+    class Closing(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            if len(good.bodies) == 3 and len(lost) < num_lost:
+                lost.append(request.content)
+                raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
+            return await good.handle_async_request(request)
+
+    report = measure(Closing(), check=False, levels=[Level(concurrency=1)])
+    assert len(set(lost)) == 1
+    assert report.rows[0]["num_failed"] == num_failed
+    assert report.rows[0]["num_ok"] == 6 - num_failed
+
+
 def test_an_answer_that_does_not_come_is_given_up() -> None:
     report = measure(Served(delay=0.01), check=False, timeout=0.5)
     assert report.rows[0]["num_ok"] == 6

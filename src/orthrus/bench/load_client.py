@@ -77,6 +77,11 @@ class Answer:
         return _object(self.metrics.get("speculative_decoding"))
 
     @property
+    def was_begun(self) -> bool:
+        """Whether anything of it has come."""
+        return bool(self.times or self.metrics or self.finish_reason or self.num_tokens)
+
+    @property
     def was_cut(self) -> bool:
         """Whether the server's clock ended it, so that it may be shorter than the same answer alone."""
         reasons = self.ours.get("finish_reasons")
@@ -127,7 +132,14 @@ class LoadClient:
         answer = Answer(ask, seed, now if due is None else due, sent=now)
         try:
             async with asyncio.timeout(self._timeout):
-                await self._stream(self._body(ask, seed, strategy), answer)
+                body = self._body(ask, seed, strategy)
+                try:
+                    await self._stream(body, answer)
+                except httpx.RemoteProtocolError:
+                    # A kept connection, which some servers close after a while: the request was not read.
+                    if answer.was_begun:
+                        raise
+                    await self._stream(body, answer)
         except TimeoutError:
             answer.fail(f"no answer within {self._timeout:g} seconds")
         except (httpx.HTTPError, httpx.StreamError, ValueError, TypeError) as error:
