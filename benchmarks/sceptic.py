@@ -82,14 +82,13 @@ def main(
     if part.get("options") == options:
         runs = part["runs"]
     for name, some in tasks.items():
-        for number, task in enumerate(some):
-            if number < len(runs[name]["base"]):
-                continue
+        done = len(runs[name]["base"])
+        for number, task in enumerate(some[done:], done + 1):
             answers = {arm: answer(orthrus, arm, name, task, max_new_tokens) for arm in ARMS}
             for arm, found in answers.items():
                 runs[name][arm].append(found)
             write_text_atomic(kept, json.dumps({"options": options, "runs": runs}) + "\n")
-            typer.echo(f"{name}: {number + 1} of {len(some)}", err=True)
+            typer.echo(f"{name}: {number} of {len(some)}", err=True)
     report = {
         "kind": "orthrus-sceptic",
         "legend": LEGEND,

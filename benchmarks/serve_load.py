@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from own_server import served
@@ -138,15 +138,14 @@ def main(
         # Other prompts than at any other level: salts are made of the seed.
         its_seed = next(seeds)
         plain: list[float] = []
-        ours: tuple[str, str, str | None, tuple[str | None, ...]] = ("orthrus", address, None, ARMS)
-        for name, where, its_model, arms in [ours, *((*rival, (None,)) for rival in rivals)]:
+        for side in [_Side("orthrus", address, arms=ARMS), *rivals]:
             found = run_load(
                 LoadOptions(
-                    url=where,
-                    model=its_model,
+                    url=side.url,
+                    model=side.model,
                     asks=mixed(number, 0.1 if quick else 1.0),
                     levels=[level],
-                    strategies=arms,
+                    strategies=side.arms,
                     temperature=temperature,
                     seed=its_seed,
                     repeats=repeats,
@@ -155,16 +154,16 @@ def main(
                     ttft_limit_ms=ttft_limit,
                     tpot_limit_ms=tpot_limit,
                 ),
-                _Told(name),
+                _Told(side.name),
             )
-            report["servers"][name] = found.server | {"check": found.options["check"]}
+            report["servers"][side.name] = found.server | {"check": found.options["check"]}
             for row in found.rows:
                 speeds = [repeat["output_tokens_per_second"] for repeat in row["repeats"]]
                 plain = plain or speeds
                 row["to_first_arm"] = (
                     median(a / b for a, b in zip(speeds, plain, strict=True)) if all(plain) else None
                 )
-                row |= {"arm": name if where != address else row["arm"]} | more
+                row |= {"arm": row["arm"] if side.arms == ARMS else side.name} | more
                 report["rows"].append(row)
         report["provenance"] = provenance(device="cpu", dtype=dtype, seed=seed)
         write_text_atomic(path, json.dumps(report, indent=2) + "\n")
@@ -189,13 +188,21 @@ def main(
     typer.echo(json.dumps({"to_ar": line, "num_different": num_different}))
 
 
-def _rival(text: str) -> tuple[str, str, str | None]:
-    """Name, URL and model of a server."""
+class _Side(NamedTuple):
+    """A server under load, its model's name where it does not list it, and the arms that it has."""
+
+    name: str
+    url: str
+    model: str | None = None
+    arms: tuple[str | None, ...] = (None,)
+
+
+def _rival(text: str) -> _Side:
     name, found, where = text.partition("=")
     url, _, model = where.partition("#")
     if not (name and found and url) or name in ARMS:
         raise typer.BadParameter(f"{text!r} is not NAME=URL or NAME=URL#MODEL, with a name of its own")
-    return name, url, model or None
+    return _Side(name, url, model or None)
 
 
 class _Told:

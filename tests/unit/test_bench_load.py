@@ -1,6 +1,7 @@
 """The load driver: what it sends, what it measures and how, and what it says of servers of all kinds."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -16,6 +17,19 @@ from orthrus.errors import UserInputError
 
 URL = "http://server:8000"
 ASKS = asks_of([BenchPrompt(f"prompt {i}", ("math", "chat")[i % 2]) for i in range(3)], 6, [7])
+
+
+class Faulty(httpx.AsyncBaseTransport):
+    """A good server, but what follows its third chat meets `fault`, so many times."""
+
+    def __init__(self, fault: Callable[[httpx.Request], httpx.Response], times: int = 1) -> None:
+        self._good, self._fault, self._left = Served(), fault, times
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if len(self._good.bodies) == 3 and self._left:
+            self._left -= 1
+            return self._fault(request)
+        return await self._good.handle_async_request(request)
 
 
 def measure(served: httpx.AsyncBaseTransport, **options: Any) -> LoadReport:
@@ -156,50 +170,28 @@ def test_refusals_and_failures_are_counted_apart() -> None:
     ],
 )
 def test_a_stream_that_breaks_is_a_failure(stream: bytes, reason: str) -> None:
-    good = Served()
-
-    class Broken(httpx.AsyncBaseTransport):
-        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            if len(good.bodies) == 3:
-                good.bodies.append({})
-                return httpx.Response(200, content=stream)
-            return await good.handle_async_request(request)
-
-    report = measure(Broken(), check=False)
+    report = measure(Faulty(lambda request: httpx.Response(200, content=stream)), check=False)
     assert report.rows[0]["num_failed"] == 1
     (told,) = (r["reason"] for r in report.requests if r["reason"])
     assert reason in told
 
 
 def test_separators_inside_a_text_end_no_line() -> None:
-    good = Served()
     text = 'data: {"choices": [{"delta": {"content": "a\u2028b\x85c"}, "finish_reason": "stop"}], '
     stream = (text + '"usage": {"prompt_tokens": 1, "completion_tokens": 3}}\n\ndata: [DONE]\n\n').encode()
-
-    class Odd(httpx.AsyncBaseTransport):
-        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            if len(good.bodies) == 3:
-                good.bodies.append({})
-                return httpx.Response(200, content=stream)
-            return await good.handle_async_request(request)
-
-    (row,) = measure(Odd(), check=False).rows
+    (row,) = measure(Faulty(lambda request: httpx.Response(200, content=stream)), check=False).rows
     assert (row["num_ok"], row["num_failed"]) == (6, 0)
 
 
 @pytest.mark.parametrize(("num_lost", "num_failed"), [(1, 0), (2, 1)])
 def test_a_kept_connection_that_the_server_closed_is_tried_once_more(num_lost: int, num_failed: int) -> None:
-    good = Served()
     lost: list[bytes] = []
 
-    class Closing(httpx.AsyncBaseTransport):
-        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            if len(good.bodies) == 3 and len(lost) < num_lost:
-                lost.append(request.content)
-                raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
-            return await good.handle_async_request(request)
+    def close(request: httpx.Request) -> httpx.Response:
+        lost.append(request.content)
+        raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
 
-    report = measure(Closing(), check=False, levels=[Level(concurrency=1)])
+    report = measure(Faulty(close, num_lost), check=False, levels=[Level(concurrency=1)])
     assert len(set(lost)) == 1
     assert report.rows[0]["num_failed"] == num_failed
     assert report.rows[0]["num_ok"] == 6 - num_failed

@@ -39,6 +39,12 @@ class World:
             self.steps, self.drafted_steps = self.steps + 1, self.drafted_steps + bool(drafts)
             self.last = drafts
 
+    def drafted_of(self, policy: DraftPolicy, steps: int = 100) -> int:
+        """Of so many steps more, those that drafted."""
+        before = self.drafted_steps
+        self.run(policy, steps)
+        return self.drafted_steps - before
+
     def over_plain(self, num_requests: int = 1) -> float:
         """Speed against steps that draft nothing, of so many requests."""
         return self.tokens / self.ms * (self.plain_ms / num_requests + self.row_ms)
@@ -65,11 +71,9 @@ def test_drafting_comes_back_when_it_pays_again() -> None:
     world.run(policy, 300)
     assert world.drafted_steps < 40
     world.chance = 0.9
-    world.run(policy, 4000)
+    world.run(policy, 3000)
     assert policy.rates(1)[7] > policy.rates(1)[0]
-    before = world.drafted_steps
-    world.run(policy, 100)
-    assert world.drafted_steps - before > 90
+    assert world.drafted_of(policy) > 90
 
 
 def test_much_company_may_want_fewer_drafts_than_none() -> None:
@@ -114,9 +118,7 @@ def test_a_busy_second_does_not_end_drafts_that_pay() -> None:
     world.plain_ms, world.draft_ms = 50, 50
     world.run(policy, 12)
     world.plain_ms, world.draft_ms = 20, 20
-    before = world.drafted_steps
-    world.run(policy, 100)
-    assert world.drafted_steps - before > 90
+    assert world.drafted_of(policy) > 90
 
 
 def test_drafts_that_a_step_alone_would_make_pay_by_little_are_not_worth_it() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal
@@ -77,11 +78,6 @@ class Answer:
         return _object(self.metrics.get("speculative_decoding"))
 
     @property
-    def was_begun(self) -> bool:
-        """Whether anything of it has come."""
-        return bool(self.times or self.metrics or self.finish_reason or self.num_tokens)
-
-    @property
     def was_cut(self) -> bool:
         """Whether the server's clock ended it, so that it may be shorter than the same answer alone."""
         reasons = self.ours.get("finish_reasons")
@@ -132,14 +128,7 @@ class LoadClient:
         answer = Answer(ask, seed, now if due is None else due, sent=now)
         try:
             async with asyncio.timeout(self._timeout):
-                body = self._body(ask, seed, strategy)
-                try:
-                    await self._stream(body, answer)
-                except httpx.RemoteProtocolError:
-                    # A kept connection, which some servers close after a while: the request was not read.
-                    if answer.was_begun:
-                        raise
-                    await self._stream(body, answer)
+                await self._stream(self._body(ask, seed, strategy), answer)
         except TimeoutError:
             answer.fail(f"no answer within {self._timeout:g} seconds")
         except (httpx.HTTPError, httpx.StreamError, ValueError, TypeError) as error:
@@ -167,7 +156,7 @@ class LoadClient:
         return body
 
     async def _stream(self, body: dict[str, Any], answer: Answer) -> None:
-        async with self._http.stream("POST", "chat/completions", json=body) as response:
+        async with aclosing(await self._send(body)) as response:
             if response.status_code != 200:
                 await response.aread()
                 answer.fail(error_of(response))
@@ -180,6 +169,15 @@ class LoadClient:
             answer.num_tokens = len(answer.token_ids)
         if answer.finish_reason is None and answer.status == "ok":
             answer.fail("the stream ended before the answer did")
+
+    async def _send(self, body: dict[str, Any]) -> httpx.Response:
+        """The response with its head alone; the caller closes it."""
+        request = self._http.build_request("POST", "chat/completions", json=body)
+        try:
+            return await self._http.send(request, stream=True)
+        except httpx.RemoteProtocolError:
+            # Some servers close kept connections after a while: then nobody read the request.
+            return await self._http.send(request, stream=True)
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:

@@ -260,7 +260,7 @@ def memory(
         # As a pass gives them, and in float32 to be summed.
         gradients += 2 * (c + 4 * (c != BYTES["float32"])) * shape.view_layer_parameters
     else:
-        view += c * shape.trained_parameters * (c == BYTES["bfloat16"])
+        view += _cast_bytes(c) * shape.trained_parameters
         gradients *= 1 + (processes > 1)
     activations, logits = activation_bytes(shape, work), logits_bytes(shape, work)
     backward = work.block_rows * (3 * c * shape.mlp * _chosen(shape) + 12 * shape.hidden)
@@ -281,9 +281,14 @@ def gathered_bytes(shape: Shape, work: Work, *, processes: int, averaged: bool =
     c P + 4 W, c W more of what bfloat16 works with, the optimizer's share 8 G / n (12 with a mean), and the
     workspace's 1 GB."""
     c = work.dtype_bytes
-    whole = c * shape.parameters + (4 + c * (c == BYTES["bfloat16"])) * shape.view_parameters
+    whole = c * shape.parameters + (4 + _cast_bytes(c)) * shape.view_parameters
     kept = kept_bytes(averaged=averaged) * shape.trained_parameters
     return round(whole + kept / processes + _FIXED_BYTES)
+
+
+def _cast_bytes(dtype_bytes: int) -> int:
+    """Of each weight of the view, beside its float32, where passes work with a cast of it."""
+    return dtype_bytes if dtype_bytes == BYTES["bfloat16"] else 0
 
 
 def kept_bytes(*, averaged: bool) -> int:

@@ -3,10 +3,10 @@
 A cycle commits 1 + the accepted drafts for each request. What D drafts bring is the mean number of them that
 stood; what they cost is the time of steps that verified D drafts and drafted D more, kept by the number of
 requests that share a step. The best rate wins. What has not been tried for a while gets another chance, ever
-more rarely while it keeps losing. With many requests a trial costs as much as many plain steps, so one is made
-only where drafts that fare as first expected would pay, by the times of the steps seen so far. The diffusion
-view reads the served model's own cache, so drafting resumes at once after any pause. None of this can change a
-text.
+more rarely while it keeps losing. With many requests a trial costs as much as many plain steps. So one is made
+where drafts that fare as first expected would pay, by the times of the steps seen so far, and else only after the
+longest pause. The diffusion view reads the served model's own cache, so drafting resumes at once after any pause.
+None of this can change a text.
 """
 
 from collections import deque
@@ -145,7 +145,7 @@ class DraftPolicy:
         return 1.0 + sum(average.value for average in self._stood[:num_drafts])
 
     def rates(self, num_requests: int) -> dict[int, float]:
-        """Tokens per ms and request by number of drafts, of those that were timed; of drafts, less `WORTH`."""
+        """Tokens per ms and request by number of drafts, of those that were timed; with drafts, divided by `WORTH`."""
         return self._rates(self._company(num_requests))
 
     def _rates(self, company: _Company) -> dict[int, float]:
