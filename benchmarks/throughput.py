@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from llama_side import LlamaSide, best_threads, default_gguf, usable_cores
-from throughput_arms import Answers, Arm, Asked, llama_arm, our_arm, stock_arm
+from throughput_arms import Answered, Arm, Asked, llama_arm, our_arm, stock_arm
 
 from orthrus.api import Orthrus
 from orthrus.audit.explain import first_difference
@@ -40,9 +40,13 @@ CONCURRENCY = (1, 2, 4, 8, 16, 32)
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 OURS, STOCK, LLAMA = ("ar", "auto"), "transformers", "llama.cpp"
 SETTLE_S = 0.02
+Runs = dict[tuple[str, int], list[tuple[float, Answered]]]
+"""By arm and concurrency: tokens a second of each repeat, and what came out."""
 LEGEND = {
     "tokens_per_second": "new tokens of all requests / time from the first request handed in to the last token, "
     "prompts included; median (min..max) over repeats",
+    "decoding": "of our arms: tokens / seconds of those passes that carry no rows of prompts; median (min..max)",
+    "decoding_to_one": "decoding / that of the same arm with one request at a time, same repeat; median",
     "to_one": "tokens_per_second / that of the same arm with one request at a time, same repeat; median",
     "to_ar": "tokens_per_second / that of ar at the same concurrency and repeat; median",
     "to_transformers": "the same against the stock model's `generate` over left-padded batches of that size",
@@ -194,9 +198,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each arm and concurrency; numbers: requests to answer, by concurrency."""
     names, levels = list(arms), list(numbers)
-    speeds: dict[tuple[str, int], list[float]] = {}
-    answers: dict[tuple[str, int], Answers] = {}
-    passes: dict[tuple[str, int], int | None] = {}
+    runs: Runs = {}
     for arm in arms.values():
         # Not timed: lazy initialisation, and memory that is taken for the first time.
         arm(asked[: numbers[levels[0]]], levels[-1])
@@ -208,27 +210,16 @@ def measure(
                 time.sleep(SETTLE_S)
                 synchronize(device)
                 started = time.perf_counter()
-                answers[name, level], passes[name, level] = arms[name](asked[: numbers[level]], level)
+                answered = arms[name](asked[: numbers[level]], level)
                 synchronize(device)
-                seconds = time.perf_counter() - started
-                speed = sum(map(len, answers[name, level])) / seconds
-                speeds.setdefault((name, level), []).append(speed)
+                speed = sum(map(len, answered.answers)) / (time.perf_counter() - started)
+                runs.setdefault((name, level), []).append((speed, answered))
                 typer.echo(f"{precision}, {level} at a time, {name}: {speed:.1f}/s", err=True)
-    return [
-        row(precision, name, level, speeds, answers, passes, levels) for level in levels for name in names
-    ]
+    return [row(precision, name, level, runs, levels) for level in levels for name in names]
 
 
-def row(
-    precision: str,
-    name: str,
-    level: int,
-    speeds: dict[tuple[str, int], list[float]],
-    answers: dict[tuple[str, int], Answers],
-    passes: dict[tuple[str, int], int | None],
-    levels: list[int],
-) -> dict[str, Any]:
-    mine = speeds[name, level]
+def row(precision: str, name: str, level: int, runs: Runs, levels: list[int]) -> dict[str, Any]:
+    mine = [speed for speed, _ in runs[name, level]]
     found: dict[str, Any] = {
         "precision": precision,
         "arm": name,
@@ -237,21 +228,32 @@ def row(
     }
     others = (("to_ar", "ar"), ("to_transformers", STOCK), ("to_llama_cpp", LLAMA))
     for key, other in (("to_one", (name, levels[0])), *((key, (arm, level)) for key, arm in others)):
-        if other in speeds and (key != "to_one" or levels[0] == 1):
-            found[key] = median(a / b for a, b in zip(mine, speeds[other], strict=True))
-    plain: Answers = []
+        if other in runs and (key != "to_one" or levels[0] == 1):
+            found[key] = median(a / b for a, (b, _) in zip(mine, runs[other], strict=True))
+    decoding = decode_speeds(runs, name, level)
+    if decoding:
+        found["decoding"] = asdict(Spread.of(decoding))
+        alone = decode_speeds(runs, name, levels[0])
+        if levels[0] == 1 and len(alone) == len(decoding):
+            found["decoding_to_one"] = median(a / b for a, b in zip(decoding, alone, strict=True))
+    plain: list[tuple[int, ...]] = []
     for each in levels:
-        plain += answers["ar", each][len(plain) :]
-    mine_and_plain = list(zip(answers[name, level], plain, strict=False))
+        plain += runs["ar", each][-1][1].answers[len(plain) :]
+    last = runs[name, level][-1][1]
+    mine_and_plain = list(zip(last.answers, plain, strict=False))
     found["num_requests"] = len(mine_and_plain)
     found["num_equal"] = sum(a == b for a, b in mine_and_plain)
     differ = {i: first_difference(a, b) for i, (a, b) in enumerate(mine_and_plain) if a != b}
     found["first_differences"] = differ
-    found["output"] = hashlib.blake2b(repr(answers[name, level]).encode(), digest_size=8).hexdigest()
-    num_passes = passes[name, level]
-    if num_passes:
-        found["tokens_per_pass"] = sum(map(len, answers[name, level])) / num_passes
+    found["output"] = hashlib.blake2b(repr(last.answers).encode(), digest_size=8).hexdigest()
+    if last.num_passes:
+        found["tokens_per_pass"] = sum(map(len, last.answers)) / last.num_passes
     return found
+
+
+def decode_speeds(runs: Runs, name: str, level: int) -> list[float]:
+    """Tokens a second of passes without prompts, by repeat; of other programs nothing is known."""
+    return [each.decoded / each.decode_s for _, each in runs[name, level] if each.decode_s]
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -265,11 +267,10 @@ def table(results: list[dict[str, Any]]) -> str:
             for key in ("to_one", "to_ar", "to_transformers", "to_llama_cpp")
         ]
         equal = f"{found['num_equal']} of {found['num_requests']}"
-        per_pass = f"{found['tokens_per_pass']:.2f}" if "tokens_per_pass" in found else "–"
-        lines.append(
-            [found["precision"], str(found["concurrency"]), found["arm"], shown, *ratios, per_pass, equal]
-        )
-    return markdown_table([*head, "tokens/pass", "equal"], lines, "lrl" + "r" * 7)
+        for key in ("decoding_to_one", "tokens_per_pass"):
+            ratios.append(f"{found[key]:.2f}" if key in found else "–")
+        lines.append([found["precision"], str(found["concurrency"]), found["arm"], shown, *ratios, equal])
+    return markdown_table([*head, "decoding to one", "tokens/pass", "equal"], lines, "lrl" + "r" * 8)
 
 
 app = typer.Typer(add_completion=False)

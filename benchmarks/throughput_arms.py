@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -19,31 +20,45 @@ class Asked(NamedTuple):
     num_new: int
 
 
-Answers = list[tuple[int, ...]]
-Arm = Callable[[list[Asked], int], tuple[Answers, int | None]]
-"""Answers requests, so many at a time; returns new tokens and passes, where they are counted."""
+class Answered(NamedTuple):
+    """New tokens of each request, and what our own engine counts: passes, and tokens and seconds of those passes that
+    carry no rows of prompts."""
+
+    answers: list[tuple[int, ...]]
+    num_passes: int | None = None
+    decoded: int = 0
+    decode_s: float = 0.0
+
+
+Arm = Callable[[list[Asked], int], Answered]
+"""Answers requests, so many at a time."""
 
 
 def our_arm(orthrus: Orthrus, strategy: str) -> Arm:
     config = decode_config(strategy=strategy, ignore_eos=True)  # type: ignore[arg-type]
 
-    def run(asked: list[Asked], concurrency: int) -> tuple[Answers, int | None]:
-        num_passes = 0
-
-        def count(*_: object) -> None:
-            nonlocal num_passes
-            num_passes += 1
-
+    def run(asked: list[Asked], concurrency: int) -> Answered:
         # An engine of its own: nothing is left of an earlier run.
         engine = EngineBeside(orthrus.engine, reuse=False, max_running=concurrency)
-        engine.observers.append(count)
         requests = [
             engine.submit(each.ids, replace(config, max_new_tokens=each.num_new), eos_token_ids=frozenset())
             for each in asked
         ]
+        num_passes, num_begun, num_tokens, decoded, decode_s = 0, 0, 0, 0, 0.0
         while not all(request.closed for request in requests):
+            started = perf_counter()
             engine.step()
-        return [tuple(request.token_ids) for request in requests], num_passes
+            seconds = perf_counter() - started
+            num_passes += 1
+            before = num_begun, num_tokens
+            num_begun = sum(bool(request.token_ids) for request in requests)
+            num_tokens = sum(len(request.token_ids) for request in requests)
+            # A pass carries a prompt where a request has no token after it, or its first.
+            in_prompt = any(not request.token_ids for request in engine.scheduler.running)
+            if not in_prompt and num_begun == before[0]:
+                decoded += num_tokens - before[1]
+                decode_s += seconds
+        return Answered([tuple(request.token_ids) for request in requests], num_passes, decoded, decode_s)
 
     return run
 
@@ -77,12 +92,14 @@ def llama_arm(side: LlamaSide) -> Arm:
 def in_batches(together: Callable[[list[Asked]], Sequence[Sequence[int]]]) -> Arm:
     """Each batch up to its longest answer; every answer is cut to its own length."""
 
-    def run(asked: list[Asked], concurrency: int) -> tuple[Answers, None]:
+    def run(asked: list[Asked], concurrency: int) -> Answered:
         batches = [asked[start : start + concurrency] for start in range(0, len(asked), concurrency)]
-        return [
-            tuple(ids[: each.num_new])
-            for batch in batches
-            for each, ids in zip(batch, together(batch), strict=True)
-        ], None
+        return Answered(
+            [
+                tuple(ids[: each.num_new])
+                for batch in batches
+                for each, ids in zip(batch, together(batch), strict=True)
+            ]
+        )
 
     return run

@@ -64,7 +64,7 @@ def test_all_arms_at_every_concurrency(
         def decode_together(self, ids: list[list[int]], num_new: int) -> Any:
             self.asked.append(len(ids))
             asked = [throughput.Asked(each, num_new) for each in ids]
-            return throughput.our_arm(tiny_orthrus(), "ar")(asked, 1)[0]
+            return throughput.our_arm(tiny_orthrus(), "ar")(asked, 1).answers
 
     sides: list[Side] = []
     monkeypatch.setattr(throughput, "LlamaSide", Side)
@@ -99,6 +99,9 @@ def test_all_arms_at_every_concurrency(
         assert row["tokens_per_second"]["low"] > 0
         assert row["to_ar"] == pytest.approx(1.0) if arm == "ar" else row["to_ar"] > 0
         assert row["to_one"] == pytest.approx(1.0) if level == 1 else row["to_one"] > 0
+        ours = arm in ("ar", "auto")
+        assert ours == ("decoding" in row) == ("decoding_to_one" in row)
+        assert not ours or level != 1 or row["decoding_to_one"] == pytest.approx(1.0)
     assert rows["ar", 1]["tokens_per_pass"] == 1.0
     # Six requests, three at a time: a prompt joins as soon as another has ended.
     assert 1.5 < rows["ar", 3]["tokens_per_pass"] <= 3.0
@@ -107,6 +110,18 @@ def test_all_arms_at_every_concurrency(
     assert all(shortest <= length <= 12 for length in lengths)
     (side,) = sides
     assert (side.num_sequences, set(side.asked)) == (3, {1, 3})
+
+
+def test_passes_with_prompts_are_not_decoding(throughput: Any) -> None:
+    asked = [throughput.Asked([1, 2, 3], 6), throughput.Asked([4, 5], 4), throughput.Asked([6], 5)]
+    arm = throughput.our_arm(tiny_orthrus(), "ar")
+    alone, together = arm(asked, 1), arm(asked, 2)
+    # One at a time, each prompt's pass decides one token.
+    assert (alone.num_passes, alone.decoded) == (15, 12)
+    assert alone.answers == together.answers
+    # Two begin in one pass; the third's prompt shares one with the first.
+    assert (together.num_passes, together.decoded) == (9, 15 - 2 - 2)
+    assert 0.0 < together.decode_s
 
 
 def test_quick_is_little(throughput: Any, prompts: Path, tmp_path: Path) -> None:
