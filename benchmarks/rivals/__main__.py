@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from arms import Answer, Arm, compiled_stock, llama_cpp, ours, stock
+from servers import server
 
 from orthrus.api import Orthrus
 from orthrus.base.bench_prompts import load_prompts
@@ -28,7 +29,7 @@ LEGEND = {
     "speedup": "whole time of stock generate / of the arm, same prompt and repeat; median over repeats; geometric "
     "mean over prompts; interval: 95 % of a bootstrap over prompts (10,000 draws, seed 0)",
     "tokens_per_second": "sum of new tokens / sum of whole time, prompt included; median over repeats",
-    "ttft_ms": "time to the first new token; median over prompts of the median over repeats",
+    "ttft_ms": "time to the first new token; median over prompts of the median over repeats; null of servers",
     "tokens_per_pass": "sum of new tokens / sum of passes of the model, prompts' included; null where not counted",
     "num_equal": "prompts whose tokens equal stock generate's in every repeat; llama.cpp computes in Q4_1",
     "runs": "by arm, prompt and repeat; output: a digest of the new tokens",
@@ -45,6 +46,15 @@ def main(
     strategy: Annotated[
         list[str] | None, typer.Option(help="Of ours; may be repeated. Left out: ar, auto.")
     ] = None,
+    servers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--server",
+            metavar="NAME=URL",
+            help="A server of the same model that runs already, such as llama.cpp's or vLLM's; may be repeated.",
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the stock arms and ours: float32 or bfloat16.")] = "float32",
     compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="The torch.compile arm.")] = True,
     quick: Annotated[bool, typer.Option(help="One prompt a domain, one repeat, 16 tokens.")] = False,
 ) -> None:
@@ -53,7 +63,8 @@ def main(
         limit, repeats, max_new_tokens = 1, 1, 16
     check_report(output)
     asked = load_prompts(prompts, (), limit)
-    orthrus = without_reuse(Orthrus.load())
+    others = dict(map(server, servers or []))
+    orthrus = without_reuse(Orthrus.load(dtype=dtype))
     ids = [orthrus.base.encode_prompt(prompt.prompt) for prompt in asked]
     longest = max(map(len, ids)) + max_new_tokens + 1
     strategies = strategy or ["ar", "auto"]
@@ -64,6 +75,7 @@ def main(
     arms |= {f"orthrus {name}": ours(orthrus, name) for name in strategies}
     if (llama := llama_cpp(torch.get_num_threads(), longest)) is not None:
         arms["llama.cpp"] = llama
+    arms |= others
     if "auto" in strategies:
         orthrus.time_passes()
     runs = measure(arms, ids, max_new_tokens, repeats)
@@ -73,7 +85,13 @@ def main(
         "kind": "orthrus-rivals",
         "legend": LEGEND,
         "results": results,
-        "options": {"max_new_tokens": max_new_tokens, "repeats": repeats, "limit": limit, "lookup": lookup},
+        "options": {
+            "max_new_tokens": max_new_tokens,
+            "repeats": repeats,
+            "limit": limit,
+            "lookup": lookup,
+            "servers": list(others),
+        },
         "prompts": {"digest": prompts_digest(asked), "domains": [prompt.domain for prompt in asked]},
         "model": about,
         "llama_cpp": installed_version("llama-cpp-python"),
@@ -114,6 +132,8 @@ def summary(mine: list[list[Answer]], base: list[list[Answer]]) -> dict[str, Any
     ]
     found = Interval.geometric_mean([ratios])
     passes = [answer.num_passes for row in mine for answer in row]
+    times = [[answer.ttft_ms for answer in row] for row in mine]
+    known = [[ms for ms in row if ms is not None] for row in times]
     tokens = sum(len(answer.token_ids) for row in mine for answer in row)
     return {
         "speedup": found.value,
@@ -122,7 +142,7 @@ def summary(mine: list[list[Answer]], base: list[list[Answer]]) -> dict[str, Any
             1e3 * sum(len(row[i].token_ids) for row in mine) / sum(row[i].total_ms for row in mine)
             for i in range(len(mine[0]))
         ),
-        "ttft_ms": median(median(answer.ttft_ms for answer in row) for row in mine),
+        "ttft_ms": median(map(median, known)) if known == times else None,
         "tokens_per_pass": None if None in passes else tokens / sum(p for p in passes if p is not None),
         "num_equal": sum(
             all(m.token_ids == b.token_ids for m, b in zip(some, others, strict=True))
@@ -134,15 +154,17 @@ def summary(mine: list[list[Answer]], base: list[list[Answer]]) -> dict[str, Any
 
 def kept(answer: Answer) -> dict[str, Any]:
     digest = output_digest(answer.token_ids)
-    return {"tokens": len(answer.token_ids), "ttft_ms": round(answer.ttft_ms, 3),
+    ttft_ms = None if answer.ttft_ms is None else round(answer.ttft_ms, 3)
+    return {"tokens": len(answer.token_ids), "ttft_ms": ttft_ms,
             "total_ms": round(answer.total_ms, 3), "passes": answer.num_passes, "output": digest}  # fmt: skip
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     header = ["arm", "speed-up", "95 %", "tokens/s", "first token, ms", "tokens per pass", "equal texts"]
     lines = [
-        [name, f"{r['speedup']:.2f}", f"{r['interval'][0]:.2f} to {r['interval'][1]:.2f}",
-         f"{r['tokens_per_second']:.1f}", f"{r['ttft_ms']:.0f}",
+        [name, f"{r['speedup']:.2f}",
+         "–" if None in r["interval"] else " to ".join(f"{end:.2f}" for end in r["interval"]),
+         f"{r['tokens_per_second']:.1f}", "–" if r["ttft_ms"] is None else f"{r['ttft_ms']:.0f}",
          "–" if r["tokens_per_pass"] is None else f"{r['tokens_per_pass']:.2f}",
          f"{r['num_equal']} of {r['num_prompts']}"]
         for name, r in results.items()

@@ -17,11 +17,11 @@ from orthrus.engine.stock import stock_generate
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """New tokens, all of them asked for; time to the first of them and whole time in ms; passes of the model,
-    None where they are not counted."""
+    """New tokens, all of them asked for; time to the first of them and whole time in ms; passes of the model.
+    None where a time is not known, or passes are not counted."""
 
     token_ids: tuple[int, ...]
-    ttft_ms: float
+    ttft_ms: float | None
     total_ms: float
     num_passes: int | None = None
 

@@ -1,10 +1,13 @@
 """The rivals' arms give one text, and the figures are those of the runs."""
 
+import json
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import typer
 from tests.tiny_orthrus import tiny_orthrus
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "rivals"
@@ -48,3 +51,62 @@ def test_the_speed_up_is_a_ratio_of_whole_times(rivals: Any) -> None:
     assert found["interval"] == pytest.approx([1.0, 2.0])
     assert found["num_equal"] == 1
     assert found["tokens_per_second"] == pytest.approx(1e3 * 4 / 30)
+
+
+class Server(httpx.BaseTransport):
+    """llama.cpp's server, or one in OpenAI's form: it counts up from the last token of the prompt."""
+
+    def __init__(self, *, is_llama: bool, has_ids: bool = True) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self._is_llama, self._has_ids = is_llama, has_ids
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        path = request.url.path
+        if path == "/props":
+            return httpx.Response(200 if self._is_llama else 404, json={})
+        if path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "tiny"}]})
+        body = json.loads(request.content)
+        self.bodies.append(body)
+        assert path == ("/completion" if self._is_llama else "/v1/completions")
+        number = body["n_predict" if self._is_llama else "max_tokens"]
+        ids = [body["prompt"][-1] + 1 + i for i in range(number)]
+        if not self._has_ids:
+            return httpx.Response(400, json={"error": {"message": "unknown field"}})
+        return httpx.Response(
+            200, json={"tokens": ids} if self._is_llama else {"choices": [{"token_ids": ids}]}
+        )
+
+
+@pytest.mark.parametrize("is_llama", [True, False])
+def test_a_server_is_an_arm(rivals: Any, is_llama: bool) -> None:
+    transport = Server(is_llama=is_llama)
+    name, arm = rivals.server("other=http://there:1", transport)
+    answer = arm([5, 6], 3)
+    assert (name, answer.token_ids, answer.ttft_ms, answer.num_passes) == ("other", (7, 8, 9), None, None)
+    assert answer.total_ms > 0
+    (body,) = transport.bodies
+    assert (body["prompt"], body["temperature"], body["ignore_eos"]) == ([5, 6], 0, True)
+    found = rivals.summary([[answer] * 2], [[answer] * 2])
+    assert (found["ttft_ms"], found["num_equal"]) == (None, 1)
+    assert "| – | 1 of 1 |" in rivals.table({name: found})
+    assert rivals.kept(answer)["ttft_ms"] is None
+
+
+def test_what_is_no_such_server_is_refused_in_a_sentence(rivals: Any) -> None:
+    for wrong in ("vllm", "=http://x", "vllm=there:1"):
+        with pytest.raises(typer.BadParameter, match="not of the form NAME=URL"):
+            rivals.server(wrong)
+
+    def absent(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    for transport in (
+        httpx.MockTransport(absent),
+        httpx.MockTransport(lambda _: httpx.Response(404, json={})),
+    ):
+        with pytest.raises(typer.BadParameter, match="http://x does not answer as a model's server"):
+            rivals.server("vllm=http://x", transport)
+    _, arm = rivals.server("old=http://x", Server(is_llama=False, has_ids=False))
+    with pytest.raises(typer.BadParameter, match=r"old gave no token ids, but 400: .*unknown field"):
+        arm([1], 2)
