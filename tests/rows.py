@@ -7,7 +7,7 @@ from torch import Tensor
 
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Part, causal, join
-from orthrus.model.pool import SlotPool, Slots, pages_for
+from orthrus.model.pool import SlotPool, Slots, pages_for, slot_by_slot
 from orthrus.model.runner import EagerRunner, Runner
 
 
@@ -45,4 +45,4 @@ class Rows:
     def stored(self, num_slots: int | None = None) -> list[Tensor]:
         """Keys and values (H, S, D) of each layer, in the order of positions."""
         places = torch.from_numpy(self.slots.places(torch.arange(num_slots or self.length).numpy()))
-        return [store[0, :, places].clone() for store in (*self.pool.keys, *self.pool.values)]
+        return [slot_by_slot(store)[0, :, places].clone() for store in (*self.pool.keys, *self.pool.values)]

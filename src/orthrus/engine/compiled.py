@@ -64,7 +64,11 @@ class CompiledRunner:
 
     def new_pool(self, num_pages: int) -> SlotPool:
         return SlotPool(
-            self.dual.base.config, num_pages, dtype=self.dual.dtype, move=torch.ops.orthrus.move_slots
+            self.dual.base.config,
+            num_pages,
+            dtype=self.dual.dtype,
+            move=torch.ops.orthrus.move_slots,
+            keys_turned=True,
         )
 
     def hidden(self, p: Pass, pool: SlotPool) -> Tensor:

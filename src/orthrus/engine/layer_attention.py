@@ -14,7 +14,7 @@ COMPILED = "orthrus_compiled"
 def _compiled_attention(
     module: nn.Module,
     query_1HRD: Tensor,
-    keys_1HSD: Tensor,
+    keys_1HPDW: Tensor,
     values_1HSD: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
@@ -22,7 +22,8 @@ def _compiled_attention(
     plan_P: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface; keys and values are the pool's stores. Returns (1, R, H, D).
+    """transformers' attention interface; keys and values are the pool's stores, keys turned.
+    Returns (1, R, H, D).
 
     By our kernel: a row comes out equal to the last bit in whatever pass it stands, and wherever in the pool
     its history lies. An int8 model needs that: a last bit can push an activation over a rounding step.
@@ -31,7 +32,7 @@ def _compiled_attention(
     scale = query_1HRD.shape[-1] ** -0.5 if scaling is None else scaling
     window = layer_windows(module.config)[int(module.layer_idx)]  # type: ignore[arg-type]
     out: Tensor = torch.ops.orthrus.paged_attention(
-        query_1HRD, keys_1HSD, values_1HSD, plan_P, scale, window or 0, softcap or 0.0
+        query_1HRD, keys_1HPDW, values_1HSD, plan_P, scale, window or 0, softcap or 0.0
     )
     return out, None
 

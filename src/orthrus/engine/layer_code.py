@@ -17,6 +17,7 @@ from orthrus.base.storage import Progress
 from orthrus.engine import fast_layers, layer_attention
 from orthrus.kernels import build, linear
 from orthrus.model import int4_linear, int8_linear, twin
+from orthrus.model.pool import PAGE
 from orthrus.model.twin import RowSplit, Twin
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def _exported(layer: nn.Module, example: Arguments) -> "ExportedProgram":
                 given[name] = rest.pop(0) if length is None else tuple(rest.pop(0) for _ in range(length))
             slots_T, keys, values, plan_P, *marker = rest
             num_rows = hidden_1TC.shape[1]
-            torch._check(keys.shape[2] == values.shape[2])
+            torch._check(keys.shape[2] * PAGE == values.shape[2])
             torch._check(slots_T.shape[0] == num_rows)
             split.num_ar_rows = num_rows
             if marker:
@@ -199,7 +200,7 @@ def _open_sizes(example: Arguments) -> list[dict[int, Any] | None]:
 
 
 class _Store:
-    """The pool's stores of one layer, as the stock attention talks to a cache."""
+    """The pool's stores of one layer, keys turned, as the stock attention talks to a cache."""
 
     def __init__(self, keys: Tensor, values: Tensor, slots_T: Tensor) -> None:
         self.keys, self.values, self.slots_T = keys, values, slots_T
@@ -207,7 +208,7 @@ class _Store:
     def update(
         self, keys_1HTD: Tensor, values_1HTD: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.slots_T, keys_1HTD)
+        self.keys[0, :, self.slots_T // PAGE, :, self.slots_T % PAGE] = keys_1HTD[0].transpose(0, 1)
         self.values.index_copy_(2, self.slots_T, values_1HTD)
         return self.keys, self.values
 

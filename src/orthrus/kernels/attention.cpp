@@ -21,11 +21,12 @@
 namespace {
 
 using namespace orthrus;
-// Slots whose keys are turned at once; vectors of a value, and rows, that are summed at once.
-constexpr int64_t kSlots = kVectors * kLanes, kMostQueries = 96;
-constexpr int kValueVectors = kLanes > 8 ? 4 : kVectors, kValueRows = kLanes > 8 ? 6 : kRows;
-// Slots of a page (`model/pool.py` has the same number): whole vectors, so that a square of keys lies in one page.
+// Vectors, and rows, that are summed at once; and so many slots are scored at once.
+constexpr int kWide = kLanes > 8 ? 4 : kVectors, kHigh = kLanes > 8 ? 6 : kRows;
+constexpr int64_t kSlots = kWide * kLanes, kMostQueries = 96;
+// Slots of a page (`model/pool.py` has the same number).
 constexpr int64_t kPage = 64;
+static_assert(kPage % kSlots == 0, "slots that are scored at once lie in one page");
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 // Numbers that describe a span in a plan, see `Span`.
 constexpr int64_t kSpanNumbers = 8, kPlanHead = 2;
@@ -100,12 +101,17 @@ std::vector<Span> spans_of(const at::Tensor& plan, int64_t num_rows) {
   return spans;
 }
 
-// One head of a pool's keys and values, numbers `step` apart from slot to slot.
+// One head of a pool: pages of keys, (key size, kPage) each, and values, numbers `value_step` apart from slot to slot.
 template <typename T>
 struct Head {
   const T *keys, *values;
-  int64_t key_step, value_step, key_size, value_size;
+  int64_t value_step, key_size, value_size;
   const Span* span;
+
+  // The first numbers of a slot's key and of those behind it in its page; the others follow kPage numbers apart.
+  const T* key(int64_t slot) const {
+    return keys + span->table[slot / kPage] * key_size * kPage + slot % kPage;
+  }
 };
 
 // Numbers as float32, times `scale`.
@@ -124,59 +130,15 @@ void divided(const float* sums, int64_t size, float total, T* to) {
   for (; d < size; ++d) to[d] = static_cast<T>(sums[d] / total);
 }
 
-// kLanes keys, `step` numbers apart, as float32: out has a line of kSlots numbers for each number of a key.
-inline void turned_square(const float* keys, int64_t step, float* out) {
-  Floats square[kLanes];
-#pragma GCC unroll 16
-  for (int row = 0; row < kLanes; ++row) square[row] = floats(keys + row * step);
-  turn(square);
-#pragma GCC unroll 16
-  for (int row = 0; row < kLanes; ++row) store(square[row], out + row * kSlots);
-}
-
-// The same of twice as many numbers: two neighbours change places as one, and are widened afterwards.
-inline void turned_square(const c10::BFloat16* keys, int64_t step, float* out) {
-  Floats square[kLanes];
-#pragma GCC unroll 16
-  for (int row = 0; row < kLanes; ++row) square[row] = read<Floats>(keys + row * step);
-  turn(square);
-#pragma GCC unroll 16
-  for (int row = 0; row < kLanes; ++row) {
-    const auto pairs = bits<Ints>(square[row]);
-    store(first_of(pairs), out + 2 * row * kSlots);
-    store(second_of(pairs), out + (2 * row + 1) * kSlots);
-  }
-}
-
-// Keys [first, first + count) as (size filled up, kSlots) float32, zeros where there is none.
-template <typename T>
-void turned(const Head<T>& head, int64_t first, int64_t count, float* out) {
-  constexpr int64_t kSquare = kLanes * sizeof(float) / sizeof(T);
-  for (int64_t s = 0; s < kSlots; s += kLanes) {
-    const T* keys = s < count ? head.keys + head.span->place(first + s) * head.key_step : nullptr;
-    int64_t d = 0;
-    if (s + kLanes <= count)
-      for (; d + kSquare <= head.key_size; d += kSquare)
-        turned_square(keys + d, head.key_step, out + d * kSlots + s);
-    for (; d < head.key_size; d += kLanes) {
-      float some[kLanes * kLanes] = {};
-      const int64_t width = std::min<int64_t>(kLanes, head.key_size - d);
-      for (int64_t row = 0; row < std::min<int64_t>(kLanes, count - s); ++row)
-        widen(keys + d + row * head.key_step, width, some + row * kLanes);
-      turned_square(some, kLanes, out + d * kSlots + s);
-    }
-  }
-}
-
-// Brings the keys and values of slots [first, first + count) near; slots are read in the order of the text.
+// Brings the keys and values of slots [first, first + count) near, which lie in one page.
 template <typename T>
 void ask_for_slots(const Head<T>& head, int64_t first, int64_t count) {
-  const int64_t key_bytes = head.key_step * sizeof(T), value_bytes = head.value_step * sizeof(T);
-  for (int64_t s = 0; s < count; s += kLanes) {
-    const int64_t place = head.span->place(first + s), num = std::min<int64_t>(kLanes, count - s);
-    ask_for(reinterpret_cast<const char*>(head.keys) + place * key_bytes, num * key_bytes);
-    ask_for(reinterpret_cast<const char*>(head.values) + place * value_bytes, num * value_bytes);
-  }
+  if (count <= 0) return;
+  const auto* keys = reinterpret_cast<const char*>(head.key(first));
+  for (int64_t d = 0; d < head.key_size; ++d) ask_for(keys + d * kPage * sizeof(T), count * sizeof(T));
+  const int64_t value_bytes = head.value_step * sizeof(T);
+  ask_for(
+      reinterpret_cast<const char*>(head.values) + head.span->place(first) * value_bytes, count * value_bytes);
 }
 
 // Queries of a head, scaled, and the rows of the span that they belong to.
@@ -192,16 +154,29 @@ void score(
     const Head<T>& head, const Queries& queries, int64_t start, int64_t slots, int64_t window, float cap,
     float* scores, int64_t padded, Floats* most) {
   const Span& span = *head.span;
-  const auto keys = room<float>(whole(head.key_size, kLanes) * kSlots);
+  // Of many queries the numbers are widened once.
+  const bool in_place = std::is_same_v<T, float> || queries.num <= kHigh;
+  const auto wide = room<float>(in_place ? 0 : head.key_size * kSlots);
   ask_for_slots(head, start, std::min(kSlots, slots));
   for (int64_t first = 0; first < slots; first += kSlots) {
     ask_for_slots(head, start + first + kSlots, std::min(kSlots, slots - first - kSlots));
-    turned(head, start + first, std::min(kSlots, slots - first), keys.get());
-    evenly(queries.num, kRows, [&](int64_t q, int64_t rows_here) {
-      multiply_rows<kRows, kVectors>(
-          rows_here, queries.numbers + q * head.key_size, head.key_size, keys.get(), kSlots, head.key_size,
-          scores + q * padded + first, padded);
-    });
+    const T* keys = head.key(start + first);
+    const int64_t here = std::min(kSlots, padded - first);
+    const auto multiplied = [&](const auto* numbers, int64_t step) {
+      with_known<kWide>(here / kLanes, [&](auto vectors) {
+        evenly(queries.num, kHigh, [&](int64_t q, int64_t rows_here) {
+          multiply_rows<kHigh, decltype(vectors)::value>(
+              rows_here, queries.numbers + q * head.key_size, head.key_size, numbers, step, head.key_size,
+              scores + q * padded + first, padded);
+        });
+      });
+    };
+    if (in_place) {
+      multiplied(keys, kPage);
+      continue;
+    }
+    for (int64_t d = 0; d < head.key_size; ++d) widen(keys + d * kPage, here, wide.get() + d * kSlots);
+    multiplied(wide.get(), kSlots);
   }
   int64_t lead = 0, from = 0;
   for (int64_t q = 0; q < queries.num; ++q) {
@@ -261,9 +236,9 @@ template <typename T>
 void weigh(
     int64_t num, const float* weights, int64_t padded, const T* values, int64_t step, int64_t count, int64_t width,
     float* sums, bool onward) {
-  for (int64_t d = 0; d < width; d += kValueVectors * kLanes) {
-    with_known<kValueVectors>(std::min<int64_t>(kValueVectors, (width - d) / kLanes), [&](auto vectors) {
-      multiply_rows<kValueRows, decltype(vectors)::value>(
+  for (int64_t d = 0; d < width; d += kWide * kLanes) {
+    with_known<kWide>(std::min<int64_t>(kWide, (width - d) / kLanes), [&](auto vectors) {
+      multiply_rows<kHigh, decltype(vectors)::value>(
           num, weights, padded, values + d, step, count, sums + d, width, nullptr, 0, onward);
     });
   }
@@ -287,7 +262,7 @@ void sums_of(
     const Head<T>& head, const Queries& queries, int64_t start, int64_t window, const float* weights, int64_t padded,
     int64_t width, float* sums, const Each& each) {
   const Span& span = *head.span;
-  evenly(queries.num, kValueRows, [&](int64_t q, int64_t num) {
+  evenly(queries.num, kHigh, [&](int64_t q, int64_t num) {
     int64_t common = span.slots();
     for (int64_t i = q; i < q + num; ++i) common = std::min(common, span.lead(queries.rows[i]));
     // What all of these rows read up to is one product; a weight outside of a row's window is zero.
@@ -316,14 +291,13 @@ void attend(
     start = std::min(start, span.from(queries.rows[q], window));
     end = std::max(end, span.end(queries.rows[q]));
   }
-  // Squares of keys begin where a page's squares do.
-  start = start / kLanes * kLanes;
-  const int64_t slots = end - start, padded = whole(slots, kSlots), width = whole(head.value_size, kLanes);
+  start = start / kSlots * kSlots;
+  const int64_t slots = end - start, padded = whole(slots, kLanes), width = whole(head.value_size, kLanes);
   const auto scores = room<float>(queries.num * padded);
   std::vector<Floats> most(queries.num);
   score(head, queries, start, slots, window, cap, scores.get(), padded, most.data());
   for (int64_t q = 0; q < queries.num; ++q) totals[q] = exponentials(scores.get() + q * padded, padded, most[q]);
-  const bool in_place = std::is_same_v<T, float> || queries.num <= kValueRows;
+  const bool in_place = std::is_same_v<T, float> || queries.num <= kHigh;
   if (in_place && width == head.value_size) {
     sums_of(
         head, queries, start, window, scores.get(), padded, width, sums,
@@ -372,7 +346,6 @@ void attend_some(
     const Head<T> head{
         keys.const_data_ptr<T>() + kv * keys.stride(1),
         values.const_data_ptr<T>() + kv * values.stride(1),
-        keys.stride(2),
         values.stride(2),
         shape.key_size,
         shape.value_size,
@@ -425,31 +398,34 @@ void attend_all(
   });
 }
 
-// query (1, heads, rows, key size); keys and values (1, kv heads, slots, size), the pool's, which hold the pass's own
-// rows already; plan int64, see `model/passes.py`. window: positions that a row reads back, itself included, 0 for
+// query (1, heads, rows, key size); keys (1, kv heads, pages, key size, kPage) and values (1, kv heads, slots, value
+// size), the pool's, which hold the pass's own rows already; plan int64, see `model/passes.py`. window: positions that a row reads back, itself included, 0 for
 // all; cap: what scores are squeezed into by a tanh, 0 for none. Returns (1, rows, heads, value size).
 at::Tensor attention(
     const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& plan, double scale,
     int64_t window, double cap) {
   TORCH_CHECK(
-      query.dim() == 4 && keys.dim() == 4 && values.dim() == 4 && query.size(0) == 1 && keys.size(0) == 1 &&
+      query.dim() == 4 && keys.dim() == 5 && values.dim() == 4 && query.size(0) == 1 && keys.size(0) == 1 &&
           values.size(0) == 1,
-      "attention: (1, heads, rows, size) only");
+      "attention: queries and values (1, heads, rows, size), keys (1, heads, pages, size, slots of a page)");
   TORCH_CHECK(
       query.scalar_type() == keys.scalar_type() && query.scalar_type() == values.scalar_type() &&
           (query.scalar_type() == at::kFloat || query.scalar_type() == at::kBFloat16),
       "attention: float32 or bfloat16, all alike");
-  TORCH_CHECK(query.stride(3) == 1 && keys.stride(3) == 1 && values.stride(3) == 1, "attention: strided numbers");
+  TORCH_CHECK(
+      query.stride(3) == 1 && values.stride(3) == 1 && keys.stride(4) == 1 && keys.size(4) == kPage &&
+          keys.stride(3) == kPage && keys.stride(2) == keys.size(3) * kPage,
+      "attention: strided numbers");
   TORCH_CHECK(
       query.size(3) == keys.size(3) && keys.size(1) > 0 && query.size(1) % keys.size(1) == 0 &&
-          values.size(1) == keys.size(1) && values.size(2) == keys.size(2),
+          values.size(1) == keys.size(1) && values.size(2) == keys.size(2) * kPage,
       "attention: heads that do not fit");
   TORCH_CHECK(plan.scalar_type() == at::kLong && plan.is_contiguous(), "attention: a plan of whole numbers");
   const std::vector<Span> spans = spans_of(plan, query.size(2));
   for (const Span& span : spans)
     for (int64_t page = 0; page < (span.slots() + kPage - 1) / kPage; ++page)
       TORCH_CHECK(
-          span.table[page] >= 0 && (span.table[page] + 1) * kPage <= keys.size(2), "attention: no such page");
+          span.table[page] >= 0 && span.table[page] < keys.size(2), "attention: no such page");
   at::Tensor out = at::empty({1, query.size(2), query.size(1), values.size(3)}, query.options());
   if (query.scalar_type() == at::kFloat)
     attend_all<float>(query, keys, values, spans, static_cast<float>(scale), window, static_cast<float>(cap), out);

@@ -23,13 +23,6 @@ constexpr int kLanes = 8, kRows = 6, kVectors = 2;
 #endif
 constexpr int64_t kCacheLine = 64;
 
-// GCC has had this one since 12.
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define ORTHRUS_SHUFFLES 1
-#endif
-#endif
-
 template <typename T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
@@ -133,36 +126,6 @@ inline Floats add_product(Floats sum, Floats a, Floats b) {
 #else
   return multiply_add(a, b, sum);
 #endif
-}
-
-// The places of two vectors that one takes from both, so that squares of kWidth numbers change places.
-template <int kWidth, bool second, int... kPlaces>
-inline Floats exchanged(Floats a, Floats b, std::integer_sequence<int, kPlaces...>) {
-  constexpr auto from = [](int place) {
-    if (second) return place & kWidth ? kLanes + place : place + kWidth;
-    return place & kWidth ? kLanes + place - kWidth : place;
-  };
-#if ORTHRUS_SHUFFLES
-  return __builtin_shufflevector(a, b, from(kPlaces)...);
-#else
-  return __builtin_shuffle(a, b, Ints{from(kPlaces)...});
-#endif
-}
-
-// Turns a square of numbers, kLanes rows of as many: by squares of one number, then of two, four, ...
-template <int kWidth = 1>
-inline void turn(Floats* rows) {
-  if constexpr (kWidth < kLanes) {
-    constexpr auto places = std::make_integer_sequence<int, kLanes>();
-#pragma GCC unroll 16
-    for (int row = 0; row < kLanes; ++row) {
-      if (row & kWidth) continue;
-      const Floats a = rows[row], b = rows[row + kWidth];
-      rows[row] = exchanged<kWidth, false>(a, b, places);
-      rows[row + kWidth] = exchanged<kWidth, true>(a, b, places);
-    }
-    turn<2 * kWidth>(rows);
-  }
 }
 
 // Calls part with a number of rows from 1 to kMost that the compiler knows.

@@ -32,6 +32,19 @@ def move_slots(stores: list[Tensor], sources: list[int], targets: list[int]) -> 
         store_1HSD.index_copy_(2, target_P, store_1HSD.index_select(2, source_P))
 
 
+def turned(keys_1HSD: Tensor) -> Tensor:
+    """Keys of whole pages as `keys_1HPDW`: within a page the numbers of all its slots W lie side by side.
+
+    Attention reads one number of many keys at a time. A copy.
+    """
+    return keys_1HSD.unflatten(2, (-1, PAGE)).mT.contiguous()
+
+
+def slot_by_slot(store: Tensor) -> Tensor:
+    """A store of a pool as (1, H, S, D), the numbers of a slot side by side: itself, or a copy of turned keys."""
+    return store.mT.flatten(2, 3) if store.ndim == 5 else store
+
+
 def pages_for(num_slots: int) -> int:
     """How many pages hold so many slots."""
     return -(-num_slots // PAGE)
@@ -40,6 +53,7 @@ def pages_for(num_slots: int) -> int:
 class SlotPool:
     """Keys and values of `num_pages` pages, per layer (1, H_kv, S, D), and who owns which page.
 
+    keys_turned: keys are stored as (1, H_kv, P, D, W), see `turned`: so our kernels read them.
     On a CPU memory is only reserved: it is taken when a slot is first written, and low pages are handed out
     first. A ledger on the host remembers the position and the writer of each slot, for `Slots.check`.
     move: how accepted paths are gathered. Not thread-safe: the engine that owns the pool guards it.
@@ -53,10 +67,13 @@ class SlotPool:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         move: Move = move_slots,
+        keys_turned: bool = False,
     ) -> None:
-        shape = (1, num_kv_heads(config), num_pages * PAGE, head_dim(config))
+        num_heads, size = num_kv_heads(config), head_dim(config)
+        shape = (1, num_heads, num_pages * PAGE, size)
+        key_shape = (1, num_heads, num_pages, size, PAGE) if keys_turned else shape
         layers = range(config.num_hidden_layers)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.keys = [torch.empty(key_shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
         self.num_pages = num_pages
         self.positions_S: NDArray[np.int64] = np.full(num_pages * PAGE, -1, dtype=np.int64)
