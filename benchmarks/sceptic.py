@@ -4,6 +4,7 @@
 commits a whole block, and the answers are graded. In this benchmark only: the library has no such way.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -58,6 +59,10 @@ def unverified() -> Iterator[None]:
         yield
 
 
+Runs = dict[str, dict[str, list[dict[str, Any]]]]
+"""Answers of each file, by arm."""
+
+
 def main(
     gsm8k: Annotated[Path, typer.Argument(help="JSONL with turns and answer.")],
     humaneval: Annotated[Path, typer.Argument(help="JSONL with turns, prompt, entry_point and test.")],
@@ -74,13 +79,16 @@ def main(
     tasks = {name: graded(file, NEEDED[name])[:limit] for name, file in files.items()}
     orthrus = without_reuse(Orthrus.load(model, view, dtype))
     about = orthrus.describe()
-    options = {"limit": limit, "max_new_tokens": max_new_tokens, "arms": ARMS, "model": about}
+    options = {
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+        "arms": ARMS,
+        "tasks": digest_of(tasks),
+        "model": about,
+    }
     # What a run that was stopped has answered; the same command goes on with it.
     kept = output.with_suffix(".part.json")
-    part = json.loads(kept.read_text()) if kept.is_file() else {}
-    runs: dict[str, dict[str, list[dict[str, Any]]]] = {name: {arm: [] for arm in ARMS} for name in tasks}
-    if part.get("options") == options:
-        runs = part["runs"]
+    runs = answered(kept, options) or {name: {arm: [] for arm in ARMS} for name in tasks}
     for name, some in tasks.items():
         done = len(runs[name]["base"])
         for number, task in enumerate(some[done:], done + 1):
@@ -96,7 +104,7 @@ def main(
         "results": {
             name: {arm: summary(by_arm[arm], by_arm["base"]) for arm in ARMS} for name, by_arm in runs.items()
         },
-        "options": {name: options[name] for name in ("limit", "max_new_tokens", "arms")},
+        "options": {name: options[name] for name in ("limit", "max_new_tokens", "arms", "tasks")},
         "model": about,
         "provenance": provenance(device=about["device"], dtype=about["dtype"], seed=None),
         "runs": runs,
@@ -104,6 +112,17 @@ def main(
     write_text_atomic(output, json.dumps(report, indent=1) + "\n")
     kept.unlink(missing_ok=True)
     typer.echo(table(report["results"]))
+
+
+def digest_of(tasks: dict[str, list[dict[str, Any]]]) -> str:
+    """A name for what is asked: answers to other tasks are not gone on with."""
+    return hashlib.sha256(json.dumps(tasks).encode()).hexdigest()[:16]
+
+
+def answered(kept: Path, options: dict[str, Any]) -> Runs | None:
+    """What a stopped run with these options has answered; None where there is no such run."""
+    part = json.loads(kept.read_text()) if kept.is_file() else {}
+    return part["runs"] if part.get("options") == options else None
 
 
 def graded(file: Path, needed: Sequence[str]) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from orthrus.bench.load_runs import Level
 
 CONCURRENCY = (1, 4, 8, 16, 32)
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.25)
-ARMS = ("ar", "auto")
+ARMS, OURS = ("ar", "auto"), "orthrus"
 KINDS = {"short chat": 48, "long prompt": 16, "long answer": 192, "shared prompt": 48}
 """Kind of request: the most tokens of its answer."""
 SEEDS_APART = 10_000
@@ -108,6 +108,8 @@ def main(
     if quick:
         levels, shares, requests, repeats = levels[:2], shares[:2], min(requests, 4), 1
     rivals = [_rival(pair) for pair in rival or ()]
+    if len({side.name for side in rivals}) < len(rivals):
+        raise typer.BadParameter("two rivals have one name: their figures could not be told apart")
     path = output or Path(__file__).parent / "results" / "serve-load-cpu.json"
     report: dict[str, Any] = {
         "kind": "orthrus-serve-load",
@@ -138,7 +140,7 @@ def main(
         # Other prompts than at any other level: salts are made of the seed.
         its_seed = next(seeds)
         plain: list[float] = []
-        for side in [_Side("orthrus", address, arms=ARMS), *rivals]:
+        for side in [_Side(OURS, address, arms=ARMS), *rivals]:
             found = run_load(
                 LoadOptions(
                     url=side.url,
@@ -200,7 +202,7 @@ class _Side(NamedTuple):
 def _rival(text: str) -> _Side:
     name, found, where = text.partition("=")
     url, _, model = where.partition("#")
-    if not (name and found and url) or name in ARMS:
+    if not (name and found and url) or name in (*ARMS, OURS):
         raise typer.BadParameter(f"{text!r} is not NAME=URL or NAME=URL#MODEL, with a name of its own")
     return _Side(name, url, model or None)
 

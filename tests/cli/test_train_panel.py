@@ -37,7 +37,7 @@ def test_the_panel_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         display.start(3, 40)
         display.log(LOG)
         display.scoring()
-        display.scoring(3, 16)
+        display.scoring(300, 1600)
         decoding = io.StringIO()
         Console(file=decoding, width=100).print(display._panel())
         display.score(20, 2.5, best=True)
@@ -47,9 +47,22 @@ def test_the_panel_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     text = screen.getvalue()
     for words in ("a title", "20 of 40", "about 10 min left", "1.5000", "75%", "2.12", "1,234 (50% of"):
         assert words in text
-    assert "decoding held-out prompts, 3 of 16" in decoding.getvalue()
+    assert "decoding held-out prompts, 300 tokens of 1,600 at most" in decoding.getvalue()
     assert "2.25 at step 30, best 2.50 at step 20" in text
     assert "Traceback" not in sys.stderr.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_request_to_stop_is_seen_to_be_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with TrainDisplay("a title") as display:
+        display.scoring(1, 1600)
+        display.stopping()
+        display.scoring(2, 1600)
+        display.score(20, 2.5, best=True)
+        display.log(LOG)
+        screen = io.StringIO()
+        Console(file=screen, width=140).print(display._panel())
+        assert "stopping after this step" in screen.getvalue()
 
 
 def test_lines_anywhere_else(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +70,7 @@ def test_lines_anywhere_else(capsys: pytest.CaptureFixture[str]) -> None:
         display.start(0, 40)
         display.log(LOG)
         display.scoring()
-        display.scoring(1, 16)
+        display.scoring(1, 1600)
         display.score(20, 2.5, best=True)
         display.stopping()
     first, *lines = capsys.readouterr().err.splitlines()

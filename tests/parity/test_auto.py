@@ -1,16 +1,22 @@
 """`auto` on machines of every kind: it drafts, branches, fuses or does not, and the text never changes."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from tests.engines import engine_for
+from tests.tiny import tiny_dual, tiny_prompt
 from tests.tiny_orthrus import tiny_orthrus
 from tests.unit.test_policy import FLAT, MIDDLE, STEEP
 
 from orthrus.config import DecodeConfig, SamplingParams
 from orthrus.decoding.cost_table import CostTable
+from orthrus.decoding.policy import Policy
+from orthrus.decoding.prices import Prices
 from orthrus.engine import costs
 from orthrus.types import GenerationResult
 
@@ -76,7 +82,8 @@ def test_a_repair_head_changes_drafts_and_no_text(
     headed = decode(monkeypatch, "auto", sampling, FLAT, 0.1, head=0.3)
     assert headed.token_ids == plain.token_ids
     assert headed.stats.num_accepted > 0
-    assert headed.stats.num_accepted != without.stats.num_accepted
+    drafts = [[(c.num_drafted, c.num_accepted) for c in found.cycles] for found in (headed, without)]
+    assert drafts[0] != drafts[1]
 
 
 @pytest.fixture
@@ -120,6 +127,25 @@ def test_what_a_busy_machine_left_goes_with_the_next_start(timed: list[list[cost
     assert json.loads(file.read_text())["rounds"] == timed[1]
 
 
+def test_starts_on_a_slower_machine_do_not_time_passes_for_ever(
+    monkeypatch: pytest.MonkeyPatch, timed: list[list[costs.Round]]
+) -> None:
+    costs.pass_costs(tiny_orthrus().engine.runner)
+    steady = costs.time_rounds
+    monkeypatch.setattr(
+        costs,
+        "time_rounds",
+        lambda *args, **options: [
+            {name: 1.7 * ms for name, ms in each.items()} for each in steady(*args, **options)
+        ],
+    )
+    for _ in range(8):
+        costs.pass_costs(tiny_orthrus().engine.runner)
+    assert len(timed) == 1 + costs.ENOUGH - costs.REPEATS
+    (file,) = (costs.cache_dir() / "costs").iterdir()
+    assert len(json.loads(file.read_text())["rounds"]) == costs.REPEATS
+
+
 def test_a_start_in_a_hurry_takes_what_was_timed_before(timed: list[list[costs.Round]]) -> None:
     first = costs.pass_costs(tiny_orthrus().engine.runner, add_round=False)
     assert costs.pass_costs(tiny_orthrus().engine.runner, add_round=False) == first
@@ -154,3 +180,43 @@ def test_a_table_that_cannot_be_read_is_measured_anew(content: str, timed: list[
     (file,) = (costs.cache_dir() / "costs").iterdir()
     file.write_text(content)
     assert costs.pass_costs(tiny_orthrus().engine.runner) == costs.costs_of(timed[1])
+
+
+class Counting(Policy):
+    """Counts how often each request asks for a draft."""
+
+    asked: ClassVar[Counter[int]] = Counter()
+
+    def wants_draft(self) -> bool:
+        self.asked[id(self)] += 1
+        return super().wants_draft()
+
+
+class Fixed(Prices):
+    """A machine that is always alike."""
+
+    def observe(self, *_: object) -> None:
+        pass
+
+
+def test_a_request_asks_for_a_draft_once_a_pass_at_most() -> None:
+    """Also where a copy that stood in for the draft is cut to nothing: plain passes are counted by it."""
+    dual = tiny_dual("llama", disturb=3.0)
+    dual.config = replace(dual.config, goes_on=0.0)
+    rows = (1, 8, 16, 32, 64)
+    body_ms, head_ms = (10.0, 17.0, 23.0, 37.0, 60.0), (1.0,) * 5
+    added_ms = tuple(ms - body_ms[0] for ms in body_ms)
+    blocks = tuple(n - 1 for n in rows)
+    prices = Fixed(CostTable(rows, body_ms, head_ms, blocks[1:], added_ms[1:], blocks, body_ms, head_ms[0]))
+    engine = engine_for(dual, policy=Counting)
+    engine._prices = {True: prices, False: prices}
+    config = DecodeConfig(max_new_tokens=120, strategy="auto", ignore_eos=True)
+    requests = [
+        engine.submit(tiny_prompt(6, seed=i) * 4, config, eos_token_ids=frozenset()) for i in range(8)
+    ]
+    while not all(request.closed for request in requests):
+        Counting.asked.clear()
+        engine.step()
+        assert max(Counting.asked.values(), default=0) <= 1
+    num_copied = sum(cycle.num_copied for request in requests for cycle in request.cycles)
+    assert num_copied > 0

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import httpx
@@ -160,6 +161,33 @@ def test_a_client_that_leaves_while_its_request_is_prepared_leaves_nothing_behin
             await one.task
             await until(lambda: client.service.live.loop.num_open == 0)
             assert free_pages(slow) == slow.engine.scheduler.pool.num_pages
+
+    run(check)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_a_server_that_leaves_while_a_request_is_prepared_says_so(orthrus, path):
+    async def check():
+        app = create_app(lambda: orthrus, ServeConfig())
+        async with app.router.lifespan_context(app):
+            await app.state.service.loaded.wait()
+            live, may_go_on = app.state.service.live, threading.Event()
+            for _ in range(4):
+                # As many long prompts as are prepared at once.
+                live.loop._preparing.submit(may_go_on.wait)
+            transport = httpx.ASGITransport(app=app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                messages = [{"role": "user", "content": "Hi"}]
+                body = {"messages": messages, "max_tokens": 4, "stream": True}
+                if path == "/v1/responses":
+                    body = {"input": "Hi", "stream": True}
+                sent = asyncio.create_task(client.post(path, json=body))
+                await until(lambda: live.loop.num_open > 0)
+                app.state.service.end_all()
+                may_go_on.set()
+                answer = await sent
+        assert answer.status_code == 503, answer.text
+        assert "shutting down" in answer.json()["error"]["message"]
 
     run(check)
 

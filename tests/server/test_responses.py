@@ -229,6 +229,28 @@ def test_a_format_for_responses(orthrus):
         (MESSAGES, {"orthrus": {"provenance": True}}, "orthrus.provenance"),
         (RESPONSES, {"tool_choice": "required"}, "tool_choice"),
         (RESPONSES, {"input": [{"content": "Hi"}]}, "input.0.role"),
+        (RESPONSES, {"instructions": "x", "input": [{"role": "no", "content": "Hi"}]}, "input.0.role"),
+        (RESPONSES, {"input": [{"type": "reasoning"}, {"role": "no", "content": "Hi"}]}, "input.1.role"),
+        (RESPONSES, {"input": [{"type": "function_call", "name": "f", "arguments": "{"}]}, "input.0"),
+        (RESPONSES, {"input": [{"type": "function_call", "arguments": "{}"}]}, "input.0.name"),
+        (
+            RESPONSES,
+            {"tools": [{"type": "web_search"}, {"type": "function", "name": "a b"}]},
+            "tools.1.function",
+        ),
+        (
+            MESSAGES,
+            {
+                "system": "x",
+                "messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": 3}]}],
+            },
+            "messages.0.tool_call_id",
+        ),
+        (
+            MESSAGES,
+            {"messages": [{"role": "assistant", "content": [{"type": "tool_use"}]}]},
+            "messages.0.name",
+        ),
         (MESSAGES, {"max_tokens": 0}, "max_tokens"),
         (MESSAGES, {"messages": []}, "messages"),
         (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "image"),

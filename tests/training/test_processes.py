@@ -81,7 +81,10 @@ def _train_and_score(
     # The view is whole again, for everybody.
     assert not any(isinstance(p, DTensor) for p in dual.parameters())
     if state.scores and state.scores[-1][0] == state.step:
-        found = decoded(dual, BASE, PROMPTS)
+        told: list[tuple[int, int]] = []
+        found = decoded(dual, BASE, PROMPTS, lambda *told_now: told.append(told_now))
+        assert [now for now, _ in told] == sorted(now for now, _ in told)
+        assert 0 < told[0][0] < told[-1][0] <= {most for _, most in told}.pop()
         assert found.num_tokens / found.num_cycles == state.scores[-1][1]
         assert dual.config.goes_on == found.num_stood / found.num_judged
     if process.is_main_process:

@@ -1,7 +1,9 @@
 """The load driver: what it sends, what it measures and how, and what it says of servers of all kinds."""
 
+import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,7 +12,7 @@ from tests.load_server import Served
 
 from orthrus.base.bench_prompts import BenchPrompt
 from orthrus.bench.load import LoadOptions, run_load
-from orthrus.bench.load_client import Answer, Ask, asks_of
+from orthrus.bench.load_client import Answer, Ask, LoadClient, asks_of
 from orthrus.bench.load_report import LEGEND, LoadReport, load_report
 from orthrus.bench.load_runs import Level, Run, arrivals
 from orthrus.errors import UserInputError
@@ -195,6 +197,48 @@ def test_a_kept_connection_that_the_server_closed_is_tried_once_more(num_lost: i
     assert len(set(lost)) == 1
     assert report.rows[0]["num_failed"] == num_failed
     assert report.rows[0]["num_ok"] == 6 - num_failed
+    assert report.rows[0]["num_repeated"] == 1
+
+
+STREAM = b'data: {"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+WHOLE = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(STREAM), STREAM)
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_new", "num_seen", "is_ok"),
+    [
+        (b"", False, 3, True),
+        (b"HTTP/9 nonsense\r\n\r\n", False, 2, False),
+        (b"", True, 1, False),
+    ],
+)
+def test_only_what_nobody_answered_over_a_kept_connection_is_sent_again(
+    tmp_path: Path, fault: bytes, is_new: bool, num_seen: int, is_ok: bool
+) -> None:
+    async def ask() -> tuple[int, Answer]:
+        seen: list[bytes] = []
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while request := await reader.read(1 << 16):
+                seen.append(request)
+                fails = len(seen) == (1 if is_new else 2)
+                writer.write(fault if fails else WHOLE)
+                await writer.drain()
+                if fails:
+                    break
+            writer.close()
+
+        path = str(tmp_path / "server")
+        async with await asyncio.start_unix_server(serve, path):
+            transport = httpx.AsyncHTTPTransport(uds=path)
+            async with httpx.AsyncClient(transport=transport, base_url="http://there/v1/") as http:
+                client = LoadClient(http, "tiny", temperature=0.0, ignore_eos=False, timeout=10.0)
+                for seed in range(1 if is_new else 2):
+                    answer = await client.answer(Ask([{"role": "user", "content": "?"}], 4), seed, None)
+        return len(seen), answer
+
+    found, answer = asyncio.run(ask())
+    assert (found, answer.status == "ok", answer.was_repeated) == (num_seen, is_ok, is_ok)
 
 
 def test_an_answer_that_does_not_come_is_given_up() -> None:

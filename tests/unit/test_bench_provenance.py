@@ -1,6 +1,7 @@
 """Provenance: JSON-ready, complete, and honest about where the code came from."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,32 @@ def test_a_command_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPat
 
     shown = "train init_view=gsm8k.jsonl 'corpus=[runs/a.json, gsm8k.jsonl,y]' url=http://host/v1 n=1/2"
     assert command_line() == shown
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("math=/no_think", "math=/no_think"),
+        ("math= /no_think", "math= /no_think"),
+        ("/no_think", "/no_think"),
+        ("What does ls /usr/bin/env do?", "What does ls /usr/bin/env do?"),
+        ("Sum up /home/me/diary.txt please", "Sum up diary.txt please"),
+        ('corpus=["/home/me/a", "/data/b"]', 'corpus=["a", "b"]'),
+        ('name="/home/me/a"', 'name="a"'),
+        ("-o/home/me/out.json", "-oout.json"),
+        ("/home/me/my file.jsonl", "my file.jsonl"),
+        ("--output=/home/me/my file.jsonl", "--output=my file.jsonl"),
+        ("json:/data/x.jsonl:math", "json:x.jsonl:math"),
+        ("vllm=http://127.0.0.1:8000#/home/me/model", "vllm=http://127.0.0.1:8000#model"),
+        ("https://host/v1,http://other:1/v1", "https://host/v1,http://other:1/v1"),
+    ],
+)
+def test_what_is_no_path_of_this_machine_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str, shown: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["synth", given])
+    assert shlex.split(command_line()) == ["synth", shown]
 
 
 def test_only_a_checkout_of_this_package_counts(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The sceptic's row: graders that grade, code that is kept in its bounds, drafts that are taken unseen."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,17 @@ def test_unverified_drafts_take_a_block_a_pass_and_lose_the_text() -> None:
     assert answer(orthrus, "orthrus", "gsm8k", task, 60)["ids"] == runs["base"][0]["ids"]
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(0, 6) == pytest.approx(2 / 64)
+
+
+def test_only_answers_to_the_same_tasks_are_gone_on_with(tmp_path: Path) -> None:
+    import sceptic
+
+    tasks = {"gsm8k": [{"turns": ["1 + 1?"], "answer": "#### 2"}]}
+    options = {"limit": 3, "tasks": sceptic.digest_of(tasks)}
+    kept = tmp_path / "x.part.json"
+    assert sceptic.answered(kept, options) is None
+    runs = {"gsm8k": {"base": [{"tokens": 1}]}}
+    kept.write_text(json.dumps({"options": options, "runs": runs}))
+    assert sceptic.answered(kept, options) == runs
+    tasks["gsm8k"][0]["turns"] = ["1 + 2?"]
+    assert sceptic.answered(kept, options | {"tasks": sceptic.digest_of(tasks)}) is None

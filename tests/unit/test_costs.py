@@ -57,8 +57,8 @@ def test_more_rows_never_cost_less() -> None:
 
 
 def test_rounds_of_a_busy_machine_are_dropped_once_there_is_a_quiet_one() -> None:
-    busy = [{name: 1.5 * ms for name, ms in TRUE_MS.items()} | {"body 16+0": 90.0}] * 5
+    busy = [{name: 1.6 * ms for name, ms in TRUE_MS.items()} | {"body 16+0": 90.0}] * 5
     assert quiet_rounds(busy) == busy
     assert quiet_rounds([*busy, TRUE_MS]) == [TRUE_MS]
-    drifting = [{name: slow * ms for name, ms in TRUE_MS.items()} for slow in (1.0, 1.1, 1.2)]
+    drifting = [{name: slow * ms for name, ms in TRUE_MS.items()} for slow in (1.0, 1.1, 1.4)]
     assert quiet_rounds(drifting) == drifting

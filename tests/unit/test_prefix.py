@@ -150,6 +150,17 @@ def test_reuse_never_changes_tokens_or_acceptance(
     assert (num_accepted > 0) == (strategy != "ar")
 
 
+def test_what_a_request_finds_of_itself_after_a_preemption_is_not_cached() -> None:
+    engine = engine_for(DUAL, max_slots=5 * PAGE, chunk=PAGE, context_length=400)
+    requests = [asked(engine, tiny_prompt(20, seed=i), max_new_tokens=180) for i in range(3)]
+    run_all(engine, requests)
+    assert max(request.num_preempted for request in requests) > 0
+    assert [request.num_cached for request in requests] == [0, 0, 0]
+    again = asked(engine, tiny_prompt(20, seed=2) + requests[2].token_ids[:60])
+    run_all(engine, [again])
+    assert again.num_cached == PAGE
+
+
 def prefill_rows(engine: Engine, prompt: list[int], **options: Any) -> tuple[Request, int]:
     """The request, run to its end, and how many rows its prompt took."""
     request = asked(engine, prompt, **options)

@@ -25,7 +25,7 @@ class World:
                 stood = 0
                 while stood < self.last and self.random.random() < self.chance:
                     stood += 1
-                policy.see_drafts(self.last, stood)
+                policy.see_drafts(num_requests, self.last, stood)
                 self.tokens += stood
             self.tokens += num_requests
             ms = self.plain_ms + self.row_ms * num_requests * (1 + self.last)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 PACKAGES = ("orthrus-lm", "torch", "transformers", "safetensors", "numpy")
@@ -47,23 +48,44 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *map(_portable, sys.argv[1:])])
 
 
-# Of a list in a recipe's key, say; not of an address.
-_PATH = re.compile(r"(?<![^\s,\[=])/[^\s,\]]+")
+# Where a path may begin and end: in a list, behind a key, in quotes, behind a short option. Not in an address.
+_PATH = re.compile(r"""(?:(?<![^\s,\[="':#])|(?<=^-[a-zA-Z]))/(?!/)[^\s,\]"']+""")
 
 
 def _portable(argument: str) -> str:
     key, equals, value = argument.partition("=")
-    if Path(argument).is_absolute():
-        return _without_folder(argument)
-    if Path(value).is_absolute():
-        return key + equals + _without_folder(value)
-    return _PATH.sub(lambda found: _without_folder(found[0]), argument)
+    for before, path in (("", argument), (key + equals, value)):
+        # A name may hold blanks, and so may a prompt that begins with a slash.
+        if path.startswith("/") and (" " not in path or _is_told(path)):
+            return before + _without_folder(path)
+    is_prose = " " in argument and "[" not in argument
+
+    def shown(found: re.Match[str]) -> str:
+        return found[0] if is_prose and not _is_private(found[0]) else _without_folder(found[0])
+
+    return _PATH.sub(shown, argument)
+
+
+def _is_told(path: str) -> bool:
+    """Whether it can only be meant as a path: it lies in a folder of somebody's own, or is there."""
+    try:
+        return _is_private(path) or Path(path).exists()
+    except OSError:
+        return False
+
+
+def _is_private(path: str) -> bool:
+    """Whether a path lies in a folder of somebody's own."""
+    homes = (Path.home(), Path.cwd(), Path(gettempdir()), Path("/home"), Path("/Users"), Path("/root"))
+    return any(Path(path).is_relative_to(home) for home in homes if home != Path("/"))
 
 
 def _without_folder(path: str) -> str:
-    """An absolute path from here on, or its last part alone."""
+    """An absolute path from here on, or its last part alone. What has but one part names no folder."""
     here = Path.cwd()
-    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else Path(path).name or path
+    if Path(path).is_relative_to(here):
+        return str(Path(path).relative_to(here))
+    return Path(path).name if len(Path(path).parts) > 2 else path
 
 
 def git_state(package: Path = Path(__file__).parents[1]) -> tuple[str | None, bool | None]:

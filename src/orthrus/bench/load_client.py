@@ -45,6 +45,7 @@ class Answer:
 
     status: "refused" is a 429, "failed" whatever else went wrong, with its `reason`. due: when it was to be sent.
     token_ids, num_prompt_tokens, num_tokens: None where the server does not tell. metrics: the server's own.
+    was_repeated: the server had closed the kept connection that it was first sent over.
     """
 
     ask: Ask
@@ -62,6 +63,7 @@ class Answer:
     num_tokens: int | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     is_equal: bool | None = None
+    was_repeated: bool = False
 
     @property
     def strategy(self) -> str | None:
@@ -156,7 +158,7 @@ class LoadClient:
         return body
 
     async def _stream(self, body: dict[str, Any], answer: Answer) -> None:
-        async with aclosing(await self._send(body)) as response:
+        async with aclosing(await self._send(body, answer)) as response:
             if response.status_code != 200:
                 await response.aread()
                 answer.fail(error_of(response))
@@ -170,14 +172,34 @@ class LoadClient:
         if answer.finish_reason is None and answer.status == "ok":
             answer.fail("the stream ended before the answer did")
 
-    async def _send(self, body: dict[str, Any]) -> httpx.Response:
+    async def _send(self, body: dict[str, Any], answer: Answer) -> httpx.Response:
         """The response with its head alone; the caller closes it."""
-        request = self._http.build_request("POST", "chat/completions", json=body)
+        connection = _Connection()
+        extensions = {"trace": connection.see}
+        request = self._http.build_request("POST", "chat/completions", json=body, extensions=extensions)
         try:
             return await self._http.send(request, stream=True)
-        except httpx.RemoteProtocolError:
+        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
+            if not connection.was_closed_unread(error):
+                raise
             # Some servers close kept connections after a while: then nobody read the request.
+            answer.was_repeated = True
             return await self._http.send(request, stream=True)
+
+
+class _Connection:
+    """What httpx tells of the connection that a request goes over."""
+
+    def __init__(self) -> None:
+        self._is_new = False
+
+    async def see(self, event: str, _: Mapping[str, Any]) -> None:
+        self._is_new |= event.startswith("connection.connect")
+
+    def was_closed_unread(self, error: httpx.TransportError) -> bool:
+        """Whether a connection of an earlier request was closed before anything came back."""
+        is_answer = isinstance(error, httpx.RemoteProtocolError) and "without sending" not in str(error)
+        return not self._is_new and not is_answer
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:

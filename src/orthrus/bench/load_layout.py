@@ -18,6 +18,7 @@ _COUNTS = (
     ("Successful requests:", "num_ok"),
     ("Refused requests (429):", "num_refused"),
     ("Failed requests:", "num_failed"),
+    ("Requests sent once more:", "num_repeated"),
     ("Benchmark duration (s):", "duration_s"),
     ("Total input tokens:", "input_tokens"),
     ("Total input tokens from cache:", "cached_tokens"),

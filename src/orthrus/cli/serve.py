@@ -186,7 +186,7 @@ def serve(
         gc.collect()
         gc.freeze()
         if not quiet:
-            where = f"http://{host}:{port}"
+            where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             print(
                 f"Orthrus answers at {where}/v1{f'; its page is {where}/' if page else ''}", file=sys.stderr
             )

@@ -20,6 +20,7 @@ class TrainDisplay:
         self._log: TrainLog | None = None
         self._scores: list[tuple[int, float]] = []
         self._state = "first step"
+        self._is_stopping = False
         self._live: Any = None
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
@@ -46,23 +47,24 @@ class TrainDisplay:
             self._say(f"going on after step {step} of {num_steps}")
 
     def log(self, log: "TrainLog") -> None:
-        self._log, self._state = log, "training"
+        self._log = log
+        self._set("training")
         if self._live is None:
             self._say(log_line(log, self._peak_flops))
         self._refresh()
 
     def scoring(self, done: int = 0, total: int | None = None) -> None:
-        """done: of this process's held-out prompts, of which there are `total`."""
-        self._state = "decoding held-out prompts (the time left does not count this)"
+        """done: tokens of this process's held-out prompts, which have `total` at most."""
+        what = "decoding held-out prompts"
         if self._live is None and not done:
-            self._say(self._state)
-        if total:
-            self._state = f"decoding held-out prompts, {done} of {total} (the time left does not count this)"
+            self._say(f"{what} (the time left does not count this)")
+        tokens = f", {done:,} tokens of {total:,} at most" if total else ""
+        self._set(f"{what}{tokens} (the time left does not count this)")
         self._refresh()
 
     def score(self, step: int, value: float, best: bool) -> None:
         self._scores.append((step, value))
-        self._state = "training"
+        self._set("training")
         if self._live is None:
             praise = " (best so far)" if best else ""
             self._say(f"step {step}: {value:.2f} tokens per cycle on held-out prompts{praise}")
@@ -72,9 +74,15 @@ class TrainDisplay:
         self._state = (
             "stopping after this step and its decodes; a second signal leaves at once, back to the last save"
         )
+        self._is_stopping = True
         if self._live is None:
             self._say(self._state)
         self._refresh()
+
+    def _set(self, state: str) -> None:
+        """What goes on; who asked to stop is to see that it was heard, whatever goes on until then."""
+        if not self._is_stopping:
+            self._state = state
 
     def _say(self, line: str) -> None:
         if not self._quiet:

@@ -4,6 +4,7 @@ Drafts come from several sources: the view's blocks, fresh and stale; copies of 
 where they stood before; tokens that a grammar forces. Copies and forced tokens cost no draft pass.
 """
 
+from dataclasses import replace
 from itertools import accumulate
 from math import exp
 
@@ -32,7 +33,8 @@ def adaptive_work(request: Request, dual: DualView) -> Work:
     chain = _likely_chain(request, policy, copy)
     is_due = request.drafts is None or (request.stale and not policy.keeps_stale())
     # A copy that makes more of its time than a draft would spares the draft pass.
-    if is_due and policy.chain_rate(list(accumulate(map(exp, chain.log_probs)))) <= policy.rate():
+    spares = is_due and policy.chain_rate(list(accumulate(map(exp, chain.log_probs)))) > policy.rate()
+    if is_due and not spares:
         draft = _wanted_draft(request, dual, copy)
         if draft is not None:
             return draft
@@ -41,6 +43,7 @@ def adaptive_work(request: Request, dual: DualView) -> Work:
         work = adaptive_verify(request, dual, copy, trying=False)
     elif chain.num_nodes:
         work = _copy_work(request, dual, copy, chain.first(policy.max_nodes))
+        work = replace(work, spares_draft=spares)
     return work or verify_work(request, dual, "ar", EMPTY_TREE, [], copy=copy)
 
 
@@ -90,7 +93,7 @@ def compete(chosen: list[tuple[Request, Work]], dual: DualView) -> list[tuple[Re
 
 def _cut(request: Request, dual: DualView, work: Work, num_nodes: int) -> Work:
     """Less of a copy. Where nothing is left of it, a draft has its turn, which the copy would have spared."""
-    if not num_nodes and request.drafts is None and request.step is None:
+    if not num_nodes and work.spares_draft:
         draft = _wanted_draft(request, dual, work.copy)
         if draft is not None and request.slots.reserve(request.slots.length + draft.part.num_rows):
             return draft

@@ -44,7 +44,7 @@ DRAFT_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
 """Rows of a block that is drafted alone, as far as blocks go, and one as long as they go."""
 HISTORY = 256
 """Committed tokens that timed passes read: about as many as in the middle of an answer."""
-TABLE_VERSION = 14
+TABLE_VERSION = 15
 """Of what a stored table means: raised when passes come to do more, or less, beside their layers."""
 TREE = 24
 """Nodes of the tree whose making is timed with a draft's."""
@@ -53,9 +53,9 @@ PLAIN_RUN = 3
 WARM_ROWS = 32
 """The largest passes of the round that warms up."""
 REPEATS, ENOUGH = 5, 10
-"""Rounds of the first measurement, and in all, of which each later start adds one."""
-BUSY = 1.25
-"""A round that takes so many times as long as the fastest was timed on a busy machine."""
+"""Rounds of the first measurement, and in all, of which each later start times one."""
+BUSY = 1.5
+"""A round that takes so many times as long as the fastest was timed on a busy machine; less is the machine's drift."""
 
 OnMeasure = Callable[[int, int], None]
 """Called with (rounds done, rounds in all) while passes are timed."""
@@ -75,19 +75,23 @@ class Costs(NamedTuple):
 def pass_costs(runner: Runner, on_measure: OnMeasure | None = None, *, add_round: bool = True) -> Costs:
     """The cost tables of this runner here: from the cache folder, or measured now (a few seconds).
 
-    add_round: the first starts after that add a round each; a start that is in a hurry does not. Rounds of a busy
-    machine are dropped once there are quiet ones.
+    add_round: the first starts after that time a round each; a start that is in a hurry does not. Rounds of a busy
+    machine are dropped where there are quiet ones.
     """
     key = _key(runner)
     file = _file(key)
-    rounds = _read(file)
-    if not rounds or (add_round and len(rounds) < ENOUGH):
+    rounds, num_timed = _read(file)
+    if not rounds or (add_round and num_timed < ENOUGH):
         repeats = 1 if rounds else REPEATS
         timed = time_rounds(runner, on_measure, repeats=repeats)
-        rounds = quiet_rounds([each for each in rounds if each.keys() == timed[0].keys()] + timed)
+        before, alike = rounds, [each for each in rounds if each.keys() == timed[0].keys()]
+        rounds = quiet_rounds(alike + timed)
+        # Where older ones are dropped, others have to take their place.
+        num_timed = num_timed + repeats if all(each in rounds for each in before) else len(rounds)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(file, json.dumps({"key": key, "rounds": rounds}, indent=1) + "\n")
+            kept = {"key": key, "num_timed": num_timed, "rounds": rounds}
+            write_text_atomic(file, json.dumps(kept, indent=1) + "\n")
         except (StorageError, OSError):
             # A machine without a writable cache measures again next time.
             pass
@@ -276,15 +280,16 @@ def _file(key: dict[str, object]) -> Path:
     return cache_dir() / "costs" / f"{digest[:24]}.json"
 
 
-def _read(file: Path) -> list[Round]:
-    """Stored rounds; none where there are none that can be used."""
+def _read(file: Path) -> tuple[list[Round], int]:
+    """Stored rounds, and how many were timed for them; none where there are none that can be used."""
     try:
-        rounds = json.loads(file.read_text(encoding="utf-8"))["rounds"]
-        rounds = [{str(name): float(ms) for name, ms in each.items()} for each in rounds]
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        num_timed = int(kept["num_timed"])
+        rounds = [{str(name): float(ms) for name, ms in each.items()} for each in kept["rounds"]]
         if not all(0.0 <= ms < math.inf for each in rounds for ms in each.values()):
-            return []
+            return [], 0
         # Raises where something is missing.
         costs_of(rounds)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
-        return []
-    return rounds
+        return [], 0
+    return rounds, num_timed

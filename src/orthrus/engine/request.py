@@ -27,7 +27,8 @@ class Work:
     diffusion blocks are anchored, block_size rows each, of which num_guesses count. stale: the drafts' block
     had not seen all of the text. is_view: per node, whether the diffusion view proposed it. copy: what copying
     proposes here, verified or not. masks_QV: what a grammar allows after each judged row. without_floor: the
-    paper's draft pass, a block without an AR row. is_last: of a prompt's chunks, or any other work.
+    paper's draft pass, a block without an AR row. is_last: of a prompt's chunks, or any other work. spares_draft: a
+    copy stands in for a draft pass, for which nobody has asked the policy.
     """
 
     kind: CycleKind
@@ -42,6 +43,7 @@ class Work:
     masks_QV: Tensor | None = None
     without_floor: bool = False
     is_last: bool = True
+    spares_draft: bool = False
 
     @property
     def is_copy(self) -> bool:

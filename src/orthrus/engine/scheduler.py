@@ -111,9 +111,11 @@ class Scheduler:
             found = self.prefixes.find(request.known(0, request.num_known))
             request.slots.adopt([node.page for node in found])
             request.prefix = (found[-1] if found else None), len(found)
-            request.num_cached = max(request.num_cached, request.slots.length)
         missing = pages_for(request.num_known + 1) - len(request.slots.pages)
         if self._free_pages(missing) or not self.running:
+            # After a preemption it finds pages of its own, its answer's among them.
+            if not request.num_preempted:
+                request.num_cached = request.slots.length
             return True
         request.slots.free()
         return False

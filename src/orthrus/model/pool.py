@@ -37,7 +37,8 @@ def turned(keys_1HSD: Tensor) -> Tensor:
 
     Attention reads one number of many keys at a time. A copy.
     """
-    return keys_1HSD.unflatten(2, (-1, PAGE)).mT.contiguous()
+    keys_1HPDW: Tensor = keys_1HSD.unflatten(2, (-1, PAGE)).mT.contiguous()
+    return keys_1HPDW
 
 
 def slot_by_slot(store: Tensor) -> Tensor:

@@ -61,6 +61,11 @@ class Call(AsyncIterator[tuple[int, Cycle]]):
         """Whether the engine is done with all answers."""
         return self._left == 0
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the call, where anything did."""
+        return self._failure
+
     def attach(self, index: int, request: Request) -> None:
         """From the thread that handed it in. A call that was cancelled meanwhile cancels it here."""
         self.requests[index] = request

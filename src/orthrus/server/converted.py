@@ -1,5 +1,6 @@
 """What the interfaces share that turn their requests into chats."""
 
+import json
 from collections.abc import Collection
 from typing import Any
 
@@ -9,8 +10,13 @@ from orthrus.server.errors import bad_request, wrong_field
 from orthrus.server.schemas import ChatRequest
 
 
-def checked_chat(fields: dict[str, Any], names: dict[str, str]) -> ChatRequest:
-    """A chat of these fields. Raises ApiError for the first that is wrong; names: ours -> the client's."""
+def checked_chat(
+    fields: dict[str, Any], names: dict[str, str], places: dict[str, list[str]] | None = None
+) -> ChatRequest:
+    """A chat of these fields. Raises ApiError for the first that is wrong.
+
+    names: our fields -> the client's. places: of our lists, where each element stands in the client's request.
+    """
     if (fields.get("orthrus") or {}).get("provenance"):
         raise bad_request(
             "orthrus.provenance is told by /v1/chat/completions and /v1/completions alone.",
@@ -20,9 +26,27 @@ def checked_chat(fields: dict[str, Any], names: dict[str, str]) -> ChatRequest:
         return ChatRequest.model_validate({k: v for k, v in fields.items() if v is not None})
     except ValidationError as error:
         first = error.errors()[0]
-        place = [str(part) for part in first["loc"]]
-        place[0] = names.get(place[0], place[0])
-        raise wrong_field(place, first) from None
+        head, *rest = (str(part) for part in first["loc"])
+        if rest and rest[0].isdigit() and head in (places or {}):
+            assert places is not None
+            head, *more = places[head][int(rest[0])].split(".")
+            rest[:1] = more
+        raise wrong_field([names.get(head, head), *rest], first) from None
+
+
+def call_of(name: object, arguments: object, place: str) -> dict[str, Any]:
+    """The function of a call. arguments: an object, or one as JSON. Raises ApiError, which names the place."""
+    param = place.partition(".")[0]
+    if not isinstance(name, str) or not name:
+        raise bad_request(f"{place}.name: a call needs the name of its function.", param=param)
+    try:
+        known = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
+        written = json.dumps(known, ensure_ascii=False)
+    except (ValueError, RecursionError, TypeError):
+        known = None
+    if not isinstance(known, dict):
+        raise bad_request(f"{place}: what a call is given must be a JSON object.", param=param)
+    return {"name": name, "arguments": written}
 
 
 def joined_text(content: Any, place: str, *, kinds: Collection[str], part: str) -> str:

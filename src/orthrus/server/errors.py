@@ -37,8 +37,10 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-_PYDANTIC = re.compile(r"^[A-Z][a-z]+ should ")
+_PYDANTIC = re.compile(r"^(Value error, must |[A-Z][a-z]+ should )")
 """How pydantic begins what a field must be."""
+_FORM = re.compile(r"^(str$|list\[|constrained-)")
+"""What pydantic calls the forms of a field."""
 
 
 class ApiError(Exception):
@@ -98,7 +100,11 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 def wrong_field(place: Sequence[str], error: Mapping[str, Any]) -> ApiError:
     """A 400 for a field that pydantic refused, without what it held. place: the names that lead to it."""
-    name, said = ".".join(place)[:200], _PYDANTIC.sub("must ", f"{error['msg']}.")
+    # A field that takes several forms is refused once for each, by the form's own name.
+    named = [part for part in place if not _FORM.match(part)]
+    name, said = ".".join(named)[:200], _PYDANTIC.sub("must ", f"{error['msg']}.")
+    if named == ["prompt"]:
+        said = "must be a text, token ids, or a list of texts or of lists of token ids, none of them empty."
     if error["type"] == "extra_forbidden" and place[0] == "orthrus":
         close = get_close_matches(place[-1][:50], OrthrusOptions.model_fields, n=1)
         known = ", ".join(OrthrusOptions.model_fields)

@@ -44,7 +44,7 @@ def usage(texts: Sequence[Told], num_prompts: int) -> dict[str, Any]:
     firsts = texts[::per_prompt]
     prompt = sum(text.num_prompt_tokens for text in firsts)
     completion = sum(text.num_tokens for text in texts)
-    cached = sum(min(text.num_cached, text.num_prompt_tokens) for text in firsts)
+    cached = sum(text.num_cached for text in firsts)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,

@@ -1,11 +1,10 @@
 """/v1/messages: requests of Anthropic's interface as chats."""
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue
 
-from orthrus.server.converted import checked_chat, joined_text
+from orthrus.server.converted import call_of, checked_chat, joined_text
 from orthrus.server.errors import bad_request
 from orthrus.server.schemas import (
     MOST_MESSAGES,
@@ -61,11 +60,16 @@ class MessageRequest(Counted):
 def as_chat(body: Counted) -> ChatRequest:
     """The chat that a request asks for. Raises ApiError for what cannot be one."""
     messages: list[dict[str, Any]] = []
+    places: list[str] = []
     if body.system:
         messages.append({"role": "system", "content": _text(body.system, "system")})
+        places.append("system")
     for index, turn in enumerate(body.messages):
-        messages += _turns(turn, f"messages.{index}")
-    tools = [_tool(tool, index) for index, tool in enumerate(body.tools or ()) if "input_schema" in tool]
+        turns = _turns(turn, f"messages.{index}")
+        messages += turns
+        places += [f"messages.{index}"] * len(turns)
+    found = [(i, tool) for i, tool in enumerate(body.tools or ()) if "input_schema" in tool]
+    tools = [_tool(tool, index) for index, tool in found]
     choice = body.tool_choice
     fields: dict[str, Any] = {
         "model": body.model,
@@ -85,7 +89,11 @@ def as_chat(body: Counted) -> ChatRequest:
             "seed": body.seed,
             "orthrus": None if body.orthrus is None else body.orthrus.model_dump(),
         }
-    return checked_chat(fields, {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"})
+    return checked_chat(
+        fields,
+        {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"},
+        {"messages": places, "tools": [f"tools.{index}" for index, _ in found]},
+    )
 
 
 def _turns(turn: Turn, place: str) -> list[dict[str, Any]]:
@@ -98,11 +106,7 @@ def _turns(turn: Turn, place: str) -> list[dict[str, Any]]:
         if kind == "text" and isinstance(block.get("text"), str):
             texts.append(str(block["text"]))
         elif kind == "tool_use" and turn.role == "assistant":
-            try:
-                arguments = json.dumps(block.get("input", {}), ensure_ascii=False)
-            except (ValueError, RecursionError):
-                raise bad_request(f"{place}: the input of a tool cannot be read.", param="messages") from None
-            function = {"name": block.get("name"), "arguments": arguments}
+            function = call_of(block.get("name"), block.get("input", {}), place)
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind == "tool_result" and turn.role == "user":
             text = _text(block.get("content") or "", place)

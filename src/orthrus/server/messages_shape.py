@@ -90,7 +90,7 @@ class MessagesShape(ItemShape):
     def _usage(self) -> dict[str, Any]:
         """Tokens of the prompt that were in the cache are counted apart from the others."""
         told = self._about.texts[0]
-        cached = min(told.num_cached, told.num_prompt_tokens)
+        cached = told.num_cached
         return {
             "input_tokens": told.num_prompt_tokens - cached,
             "output_tokens": told.num_tokens,

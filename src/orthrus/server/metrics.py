@@ -15,7 +15,7 @@ _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 GAUGES = {
     "num_requests_running": "Answers that are written.",
-    "num_requests_waiting": "Answers that wait for pages.",
+    "num_requests_waiting": "Answers that wait for a place, or for pages.",
     "kv_cache_usage_perc": "Share of the pages that answers use, from 0 to 1.",
 }
 """What is read from the engine when it is asked for."""
@@ -72,7 +72,7 @@ class Metrics:
             self.finished.labels(request.finish or "cancelled").inc()
         self.prompt_tokens.inc(len(request.prompt_ids))
         self.prefix_queries.inc(len(request.prompt_ids))
-        self.prefix_hits.inc(min(request.num_cached, len(request.prompt_ids)))
+        self.prefix_hits.inc(request.num_cached)
         self.generation_tokens.inc(len(request.token_ids))
         self.preemptions.inc(request.num_preempted)
         for cycle in request.cycles:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue
 
-from orthrus.server.converted import checked_chat, joined_text
+from orthrus.server.converted import call_of, checked_chat, joined_text
 from orthrus.server.errors import bad_request
 from orthrus.server.schemas import (
     MOST_MESSAGES,
@@ -82,16 +82,23 @@ def as_chat(body: ResponseRequest) -> ChatRequest:
             param="background",
             code="unsupported_parameter",
         )
-    messages = [] if body.instructions is None else [{"role": "developer", "content": body.instructions}]
+    messages: list[dict[str, Any]] = []
+    places: list[str] = []
+    if body.instructions is not None:
+        messages.append({"role": "developer", "content": body.instructions})
+        places.append("instructions")
     if isinstance(body.input, str):
         messages.append({"role": "user", "content": body.input})
+        places.append("input")
     else:
-        messages += _messages(body.input)
+        for index, message in _messages(body.input):
+            messages.append(message)
+            places.append(f"input.{index}")
     if not messages:
         messages.append({"role": "user", "content": ""})
-    tools = [
-        _tool(tool, index) for index, tool in enumerate(body.tools or ()) if tool.get("type") == "function"
-    ]
+        places.append("input")
+    found = [(i, tool) for i, tool in enumerate(body.tools or ()) if tool.get("type") == "function"]
+    tools = [_tool(tool, index) for index, tool in found]
     return checked_chat(
         {
             "model": body.model,
@@ -108,25 +115,28 @@ def as_chat(body: ResponseRequest) -> ChatRequest:
             "orthrus": None if body.orthrus is None else body.orthrus.model_dump(),
         },
         {"messages": "input"},
+        {"messages": places, "tools": [f"tools.{index}" for index, _ in found]},
     )
 
 
-def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Calls that follow each other, or an answer's text, belong to one turn of the assistant."""
-    messages: list[dict[str, Any]] = []
+def _messages(items: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
+    """Turns, and where in the list each begins. Calls that follow each other, or an answer's text, belong to one turn
+    of the assistant."""
+    messages: list[tuple[int, dict[str, Any]]] = []
     for index, item in enumerate(items):
         kind = item.get("type", "message")
         if kind == "message":
-            messages.append({"role": item.get("role"), "content": _content(item.get("content"), index)})
+            said = _content(item.get("content"), index)
+            messages.append((index, {"role": item.get("role"), "content": said}))
         elif kind == "function_call":
-            function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
+            function = call_of(item.get("name"), item.get("arguments", "{}"), f"input.{index}")
             call = {"id": item.get("call_id"), "type": "function", "function": function}
-            if not messages or messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant", "content": None})
-            messages[-1].setdefault("tool_calls", []).append(call)
+            if not messages or messages[-1][1]["role"] != "assistant":
+                messages.append((index, {"role": "assistant", "content": None}))
+            messages[-1][1].setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
             output = _content(item.get("output"), index)
-            messages.append({"role": "tool", "content": output, "tool_call_id": item.get("call_id")})
+            messages.append((index, {"role": "tool", "content": output, "tool_call_id": item.get("call_id")}))
         elif kind not in _SKIPPED_ITEMS:
             raise bad_request(
                 f"input.{index}: an item of type {ascii(kind)[:60]} cannot be read.", param="input"

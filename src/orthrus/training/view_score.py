@@ -20,11 +20,12 @@ from orthrus.model.checkpoint import CONFIG_FILE, read_json, save_view
 from orthrus.model.dual_view import DualView
 from orthrus.model.runner import EagerRunner
 from orthrus.training.run_folder import BEST, RunFolder
+from orthrus.types import Cycle
 
 NUM_TOKENS = 64
 
 OnDecoded = Callable[[int, int], None]
-"""Called with (prompts decoded, prompts in all): of this process, where several share them."""
+"""Called with (tokens decoded, tokens at most): of this process, where several share the prompts."""
 
 
 class Decoded(NamedTuple):
@@ -42,7 +43,7 @@ class Scorer:
 
     The view with the highest score is kept in the run's folder as `best`. Every score also puts the chance that a
     guess stands into the view's config (`goes_on`). `origin` is the part of its provenance that is known before the
-    run. `best` is (score, step), None before the first score. `on_decoded` is told of each prompt. Of several
+    run. `best` is (score, step), None before the first score. `on_decoded` is told after each cycle. Of several
     processes each decodes some of the prompts, all come to the same score, and the main one keeps the view.
     """
 
@@ -111,9 +112,20 @@ def decoded_each(
     """Of each prompt: greedy, chain."""
     config = DecodeConfig(max_new_tokens=max_new_tokens, strategy="chain")
     counts = []
+    num_decoded = 0
+
+    def follow(cycle: Cycle) -> None:
+        nonlocal num_decoded
+        num_decoded += len(cycle.token_ids)
+        if on_decoded is not None:
+            on_decoded(num_decoded, max_new_tokens * len(prompts))
+
     with served(dual):
         engine = Engine(EagerRunner(dual))
-        requests = [engine.submit(list(ids), config, eos_token_ids=base.eos_token_ids) for ids in prompts]
+        requests = [
+            engine.submit(list(ids), config, eos_token_ids=base.eos_token_ids, on_cycle=follow)
+            for ids in prompts
+        ]
         for request in requests:
             result = TokenStream(engine, request).drain()
             # The last cycle may have been cut short.
@@ -126,8 +138,6 @@ def decoded_each(
                     sum(min(c.num_accepted + 1, c.num_drafted) for c in drafting),
                 )
             )
-            if on_decoded is not None:
-                on_decoded(len(counts), len(prompts))
     return counts
 
 

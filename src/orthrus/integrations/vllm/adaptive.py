@@ -38,7 +38,8 @@ MEMORY = 0.99
 
 @dataclass(slots=True)
 class _Company:
-    """What is known for steps of about as many requests: the last times in ms by the number of drafts."""
+    """What is known for steps of about as many requests: the last times in ms by the number of drafts. stood: drafts
+    that stood in the trial that is on."""
 
     step_ms: dict[int, deque[float]]
     current: int
@@ -48,6 +49,7 @@ class _Company:
     patience: int = PATIENCE
     until_trial: int = PATIENCE
     next_trial: int = 0
+    stood: Average = field(default_factory=lambda: Average(0.0, num_observed=0, memory=MEMORY))
 
 
 @dataclass(slots=True)
@@ -60,7 +62,6 @@ class DraftPolicy:
     goes_on: float | None = None
     choices: tuple[int, ...] = field(init=False)
     _stood: list[Average] = field(init=False)
-    _trial_stood: Average = field(init=False)
     _companies: dict[int, _Company] = field(default_factory=dict)
     _times: StepTimes = field(default_factory=StepTimes)
 
@@ -68,7 +69,6 @@ class DraftPolicy:
         # Drafting much, not at all, and little: what the second takes is cheap to learn.
         self.choices = tuple(dict.fromkeys((self.most, 0, (self.most + 1) // 2)))
         self._stood = [Average(0.0, num_observed=0, memory=MEMORY) for _ in range(self.most)]
-        self._trial_stood = Average(0.0, num_observed=0, memory=MEMORY)
 
     def choose(self, num_requests: int) -> int:
         """Drafts for each request of the step that comes."""
@@ -94,7 +94,7 @@ class DraftPolicy:
         Where nothing was tried for longest, one is made all the same: drafts may fare better than anybody hoped.
         """
         company.left, company.longer = RUN if choice else PLAIN_RUN, 0
-        self._trial_stood = Average(0.0, num_observed=0, memory=MEMORY)
+        company.stood = Average(0.0, num_observed=0, memory=MEMORY)
         ms = self._expected_ms(company, choice, num_requests)
         if choice == 0 or ms is None or company.patience == MAX_PATIENCE:
             company.trial = choice
@@ -118,11 +118,14 @@ class DraftPolicy:
         if self.adaptive:
             self._times.see(num_ar_rows, num_draft_rows, ms)
 
-    def see_drafts(self, num_drafts: int, num_accepted: int) -> None:
-        """What became of one request's drafts."""
+    def see_drafts(self, num_requests: int, num_drafts: int, num_accepted: int) -> None:
+        """What became of one request's drafts in a step of so many requests."""
         for position in range(min(num_drafts, self.most)):
             self._stood[position].add(float(position < num_accepted))
-        self._trial_stood.add(float(num_accepted))
+        company = self._company(num_requests)
+        # The first step of a trial verifies what was drafted before it.
+        if num_drafts == company.trial:
+            company.stood.add(float(num_accepted))
 
     def see_step(self, num_requests: int, verified: int, drafted: int, ms: float) -> None:
         """The time of a step in which each request verified so many drafts and was asked for so many more."""
@@ -201,7 +204,7 @@ class DraftPolicy:
         """Whether a trial would win by its own drafts, whatever became of earlier ones."""
         if trial == 0 or trial not in rates:
             return False
-        own = rates[trial] * (1.0 + self._trial_stood.value) / self.tokens_per_cycle(trial)
+        own = rates[trial] * (1.0 + company.stood.value) / self.tokens_per_cycle(trial)
         return _beats(rates | {trial: own}, trial, company.current)
 
 

@@ -1,9 +1,12 @@
 """vLLM's scheduler, which leaves room for the block and decides how many tokens a step drafts."""
 
 from collections import Counter
+from collections.abc import Iterable
 from time import perf_counter
 from typing import Any, NamedTuple
 
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -57,8 +60,8 @@ class OrthrusScheduler(Scheduler):
         sampled = found.sampled_token_ids or ()
         for request_id, drafts in planned.scheduled_spec_decode_tokens.items():
             index = found.req_id_to_index.get(request_id)
-            if index is not None and sampled:
-                self.policy.see_drafts(*accepted(drafts, sampled[index]))
+            if index is not None and sampled and not self._leaves_drafts_aside(scheduled):
+                self.policy.see_drafts(len(scheduled), *accepted(drafts, sampled[index]))
         verified = Counter(
             len(planned.scheduled_spec_decode_tokens.get(request_id, ())) for request_id in scheduled
         )
@@ -69,6 +72,14 @@ class OrthrusScheduler(Scheduler):
             verified=verified,
             num_drafted=num_drafted,
         )
+
+    def _leaves_drafts_aside(self, request_ids: Iterable[str]) -> bool:
+        """Whether nobody judges the drafts of a step with these requests: see `cpu.py`."""
+        if not current_platform.is_cpu():
+            return False
+        requests = (self.requests.get(request_id) for request_id in request_ids)
+        params = (each.sampling_params for each in requests if each is not None)
+        return any(each is not None and each.sampling_type != SamplingType.GREEDY for each in params)
 
     def _see(self, step: _Step, ms: float) -> None:
         self.policy.see_rows(step.num_rows, step.num_draft_rows, ms)
