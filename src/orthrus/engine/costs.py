@@ -44,12 +44,13 @@ DRAFT_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
 """Rows of a block that is drafted alone, as far as blocks go, and one as long as they go."""
 HISTORY = 256
 """Committed tokens that timed passes read: about as many as in the middle of an answer."""
-TABLE_VERSION = 15
+TABLE_VERSION = 16
 """Of what a stored table means: raised when passes come to do more, or less, beside their layers."""
 TREE = 24
 """Nodes of the tree whose making is timed with a draft's."""
-PLAIN_RUN = 3
-"""Passes of one row that run before a round's others."""
+PLAIN_RUN = 5
+"""Passes of one row that run before a round's others, and before its drafts: behind large passes a processor is slower
+for a while."""
 WARM_ROWS = 32
 """The largest passes of the round that warms up."""
 REPEATS, ENOUGH = 5, 10
@@ -174,14 +175,16 @@ def time_rounds(
     for n in draft_rows:
         parts[1, n] = tree(ids[:1], [], [0], n, mask_token_id)
     num_guesses = max(1, dual.config.num_guesses(size))
+    plain = (1, 0), parts[1, 0]
+    # From the smallest to the largest, so that none runs behind a much larger one.
+    passes = [plain] * PLAIN_RUN + sorted(parts.items(), key=lambda each: sum(each[0]))
     num_rounds = repeats + 1
     rounds = []
     for done in range(num_rounds):
         if on_measure is not None:
             on_measure(done, num_rounds)
         clock = _Clock(dual.device)
-        # A plain pass follows plain passes, which leave its weights in the caches; others take turns.
-        for (n, block), part in [next(iter(parts.items()))] * PLAIN_RUN + list(parts.items()):
+        for (n, block), part in passes:
             if done == 0 and n > WARM_ROWS:
                 continue
             with clock(f"body {n}+{block}"):
@@ -197,6 +200,8 @@ def time_rounds(
             for kind, request in requests.items():
                 with clock(f"{kind} choice {n}"):
                     choose(logits_RV, [Judged(request, slice(0, n), positions, [[] for _ in range(n)])])
+        for _ in range(PLAIN_RUN):
+            runner.hidden(join([(plain[1], slots)], dual.device), pool)
         for kind, request in requests.items():
             with clock(f"{kind} draft"):
                 _draft(runner, request, hidden_RC[:num_guesses], logits_RV[:num_guesses], ids[0])
