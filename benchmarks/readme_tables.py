@@ -103,7 +103,6 @@ def measured_table() -> str:
             speeds[0] = interval = NO_INT8
         span = f"{min(over_plain):.2f} to {max(over_plain):.2f}"
         lines.append([dtype, *speeds, interval, span, llama.pop(dtype, MISSING)])
-    lines += [[dtype, *[MISSING] * 5, ratios] for dtype, ratios in llama.items()]
     head = ["precision", "transformers", "our plain decoding", "`auto`", "over transformers [95 %]"]
     table = markdown_table([*head, "over plain, by set", "over llama.cpp"], lines)
     return f"{table}\n\n{caption()}\n"

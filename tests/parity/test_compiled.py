@@ -1,10 +1,12 @@
 """Compiled passes against the stock forward, over all kinds of passes, without compiling anew."""
 
 import random
+import resource
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,6 +225,21 @@ def test_wide_passes_are_compiled_too() -> None:
     for row in (1, 70, 139):
         two_IV = states(runner, history, tree([ids[0], ids[row]], [0]))[1]
         assert torch.equal(two_IV[1], together_IV[row])
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_a_pass_writes_its_own_slots_alone() -> None:
+    """A store that a layer copied on its way would be written as a whole, whatever little was asked for."""
+    runner = compiled(tiny_dual())
+    pool = runner.new_pool(1 << 14)
+    rows = Rows(runner, pool=pool)
+    before = resident_bytes()
+    rows.feed(tiny_prompt(40))
+    rows.hidden(tree([5, 6, 7], [0, 1], [0, 2], 4, MASK))
+    assert resident_bytes() - before < pool.keys[0].nbytes // 4
 
 
 def test_a_forward_that_leaves_out_layers_is_refused() -> None:

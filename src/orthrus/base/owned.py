@@ -136,6 +136,13 @@ def locked_folder(folder: Path, doing: str, *, wait: bool = False) -> Iterator[N
         yield
 
 
+def remove_if_only_locked(folder: Path) -> None:
+    """Remove a folder that holds nothing but the lock of `locked_folder`, which nobody holds any more."""
+    if [path.name for path in folder.iterdir()] == [LOCK]:
+        (folder / LOCK).unlink()
+        folder.rmdir()
+
+
 @contextmanager
 def locked_file(target: Path, doing: str) -> Iterator[None]:
     """As `locked_folder`, of a file in a folder that exists; a hidden file beside it is the lock."""

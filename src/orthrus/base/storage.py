@@ -92,6 +92,17 @@ def storage_errors(path: Path, needed_bytes: int) -> Iterator[None]:
         raise
 
 
+def _make_folder(folder: Path) -> None:
+    """Make a folder of the cache. Raises StorageError where it cannot be one, and OSError where it is not allowed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        raise StorageError(
+            f"{folder} cannot be made ({os.strerror(error.errno or 0)}: something else is in the way, or the place "
+            "takes no folders): point ORTHRUS_CACHE at a folder of yours."
+        ) from error
+
+
 def load_published(key: str, progress: Progress | None = None) -> Path | None:
     """The finished folder of that key; None if it is absent or damaged.
 
@@ -153,7 +164,7 @@ def publish(
 
     models, target = _models_dir(), _models_dir() / key
     with storage_errors(models, needed_bytes):
-        models.mkdir(parents=True, exist_ok=True)
+        _make_folder(models)
         lock = FileLock(models / f"{key}.lock")
         try:
             lock.acquire(timeout=0)

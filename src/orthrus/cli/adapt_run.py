@@ -65,15 +65,21 @@ class Adapting:
 
     def run(self) -> dict[str, Any]:
         """The report; of an earlier run of the same kind that came to its end, that one's."""
-        from orthrus.base.owned import locked_folder
+        from orthrus.base.owned import locked_folder, remove_if_only_locked
+        from orthrus.errors import OrthrusError
 
         done = self.work / REPORT
         if done.is_file():
             note(f"this log was judged already; {done} says how")
             return dict(json_module.loads(done.read_text(encoding="utf-8")))
         self.work.mkdir(parents=True, exist_ok=True)
-        with locked_folder(self.work, "adapts a view"):
-            return self._adapt()
+        try:
+            with locked_folder(self.work, "adapts a view"):
+                return self._adapt()
+        except OrthrusError:
+            # Where nothing was done yet, nothing is left to go on with.
+            remove_if_only_locked(self.work)
+            raise
 
     def _adapt(self) -> dict[str, Any]:
         from orthrus.base.outputs import write_text_atomic

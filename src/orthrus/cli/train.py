@@ -142,7 +142,7 @@ class _Run:
     """One invocation: the model with its view, and what the trainer is given to call."""
 
     def __init__(self, config: "TrainConfig", sequences: "Packs", *, quiet: bool) -> None:
-        from orthrus.model.loading import load_frozen
+        from orthrus.model.loading import check_base_name, load_frozen
         from orthrus.training.flex_blocks import check_attention
         from orthrus.training.processes import loading_device, this_process
         from orthrus.training.speed import matmul_peak
@@ -152,6 +152,7 @@ class _Run:
         process = this_process()
         self.is_main: bool = process.is_main_process
         check_attention(config.attention, process.device)
+        check_base_name(config.base)
         quiet = quiet or not self.is_main
         with ProgressDisplay(quiet=quiet) as on_progress:
             base = load_frozen(

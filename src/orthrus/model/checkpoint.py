@@ -230,7 +230,7 @@ def assign_view(dual: DualView, tensors: dict[str, Tensor], *, where: str) -> No
         if names:
             raise CheckpointError(
                 f"the view in {where} {kind.format(len(names))}, {min(names)} first: it belongs to another "
-                "base model or family; load it with the base that its view_config.json names."
+                f"base model or family; load it with its own base ({dual.config.base_name})."
             )
     with torch.no_grad():
         for name, parameter in wanted.items():

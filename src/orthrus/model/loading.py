@@ -99,6 +99,17 @@ def _name(option: str, value: str | Path) -> str:
     return str(value)
 
 
+def check_base_name(model: str) -> None:
+    """Raises UserInputError where `model` is the folder of a view, for those who need a base alone."""
+    folder = _folder_here(model)
+    if folder is not None and folder_kind(folder) == "view":
+        base_name = ViewConfig.from_dict(read_json(folder / CONFIG_FILE)).base_name
+        raise UserInputError(
+            f"{model} is a view of {base_name}, and no base: give {base_name} as the base, and the view as init_view "
+            "where a view is to go on from it."
+        )
+
+
 class Frozen(NamedTuple):
     """A base as a name gives it, and what of a view lies where it came from.
 
@@ -151,11 +162,15 @@ def _load(
     source = _fetched(model, revision, on_progress)
     if view != DEFAULT_VIEW and _folder_of(source)[1] == "view":
         raise UserInputError(f"{model} is a view already; name its base as the model, or leave out the view.")
+    named = None if view in (DEFAULT_VIEW, FRESH_VIEW) else _view_folder(view, on_progress)
+    if named is not None:
+        # What is wrong with it is told before a base has been loaded.
+        ViewConfig.from_dict(read_json(named / CONFIG_FILE))
     base, folder, kind, on_default = _frozen(source, on_progress, **options)
     if view == FRESH_VIEW:
         return base, fresh_view(base)
-    if view != DEFAULT_VIEW:
-        return base, load_view(base, _view_folder(view, on_progress))
+    if named is not None:
+        return base, load_view(base, named)
     if folder is not None and kind == "released":
         return base, load_released(base, folder)
     if folder is not None and kind in ("merged", "view"):
@@ -198,6 +213,8 @@ def _nested_config(folder: Path) -> PreTrainedConfig:
 def _view_folder(view: str, on_progress: Progress | None) -> Path:
     if (folder := _folder_here(view)) is not None:
         return folder
+    if (file := Path(view)).is_file():
+        raise CheckpointError(f"{file} is a file; name the folder of a view, which holds {CONFIG_FILE}.")
     source = resolve(view)
     if source.kind != "hub":
         raise CheckpointError(
@@ -218,7 +235,7 @@ def _shipped_view(base: Base, *, on_default: bool = False) -> DualView:
     else:
         warnings.warn(
             f"there is no trained view for {base.name}: a fresh one is used, which is lossless but hardly "
-            "drafts; give one with view=... (--view) or train it.",
+            "drafts; name one as the view, or train it.",
             OrthrusWarning,
             stacklevel=3,
         )

@@ -43,7 +43,10 @@ class Metrics:
         self.preemptions = counter("num_preemptions", "Times that an answer gave up its pages to others.")
         self.spec_steps = counter("spec_decode_num_drafts", "Cycles that verified drafts.")
         self.drafted = counter("spec_decode_num_draft_tokens", "Tokens drafted.")
-        self.accepted = counter("spec_decode_num_accepted_tokens", "Drafts accepted.")
+        self.accepted = counter(
+            "spec_decode_num_accepted_tokens",
+            "Drafts accepted; over the tokens drafted, the acceptance rate.",
+        )
         self.accepted_at = counter(
             "spec_decode_num_accepted_tokens_per_pos",
             "Drafts accepted, by their `position` among those of a cycle.",

@@ -54,7 +54,11 @@ class ServeConfig:
         if not 0.0 <= self.audit_share <= 1.0:
             raise UserInputError(f"audit_share must lie between 0 and 1, not {self.audit_share}.")
         for key in self.api_keys:
-            if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+            if not key:
+                raise UserInputError(
+                    "an API key is empty; choose another one, or leave out --api-key for none."
+                )
+            if not key.isascii() or not key.isprintable() or key != key.strip():
                 raise UserInputError(
                     "an API key must be printable ASCII without blanks around it; choose another one."
                 )

@@ -201,7 +201,9 @@ def _check_view(config: TrainConfig) -> None:
     if config.layers is not None and not (
         _distinct(config.layers, int) and all(layer >= 0 for layer in config.layers)
     ):
-        raise UserInputError(f"layers must list different layer numbers from 0, not {shown(config.layers)}.")
+        raise UserInputError(
+            f"layers must list different layer numbers from 0, such as [20, 25], not {shown(config.layers)}."
+        )
     if config.twins is not None and not _distinct(config.twins, str):
         raise UserInputError(
             f"twins must list different modules such as [q_proj, k_proj, v_proj], not {shown(config.twins)}."

@@ -49,7 +49,8 @@ def open_user_turn(base: Base) -> str:
     """
     if not getattr(base.tokenizer, "chat_template", None):
         raise UserInputError(
-            f"{base.name} has no chat template, so it cannot make its own prompts; give prompt files instead."
+            f"{base.name} has no chat template, so it cannot make its own prompts; give files of prompts instead "
+            "(--prompts)."
         )
     text = base.tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
     head, found, _ = str(text).partition(_MARK)
