@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,20 @@ def test_convert_takes_the_source_by_name(cli: Cli, model_folder: str, tmp_path:
     assert (tmp_path / "view" / "view_config.json").is_file()
     assert_refused(cli("convert", model_folder), "orthrus convert SOURCE OUT")
     assert_refused(cli("convert", "a/b", str(tmp_path / "x"), "-m", "c/d"), "two models")
+
+
+def test_what_is_wrong_with_a_view_is_told_before_a_base_is_loaded(
+    cli: Cli, model_folder: str, tmp_path: Path
+) -> None:
+    base, empty, file = tmp_path / "base", tmp_path / "empty", tmp_path / "README.md"
+    base.mkdir()
+    empty.mkdir()
+    file.write_text("x")
+    # Without weights: whoever loaded it would say so.
+    shutil.copy(Path(model_folder) / "config.json", base)
+    assert "view" not in cli("generate", "-m", str(base), "hi").err
+    for view, told in ((file, "is a file; name the folder of a view"), (empty, "view_config.json")):
+        assert_refused(cli("generate", "-m", str(base), "hi", "--view", str(view)), told)
 
 
 def test_train_takes_the_base_by_name(cli: Cli, recipe: str) -> None:

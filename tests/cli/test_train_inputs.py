@@ -54,6 +54,11 @@ def test_wrong_recipes_corpora_and_bases(
         cli("train", recipe, "steps=2", f"base={other_model_folder}"), "other settings (base, base weights)"
     )
     assert state_bytes(tmp_path / "run") == before
+    view = tmp_path / "run" / "view"
+    assert_refused(
+        cli("train", recipe, f"base={view}", f"output={tmp_path / 'on'}"), "is a view of", "init_view"
+    )
+    assert not (tmp_path / "on" / "state").exists()
 
 
 def test_a_loss_that_is_not_a_number_keeps_the_last_state(cli: Cli, recipe: str, tmp_path: Path) -> None:

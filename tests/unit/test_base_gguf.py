@@ -12,7 +12,7 @@ from tests.gguf_files import write_gguf
 
 from orthrus.base import fingerprint, load_base
 from orthrus.base.gguf import inspect
-from orthrus.errors import CorruptFileError, UnsupportedModelError
+from orthrus.errors import CorruptFileError, StorageError, UnsupportedModelError
 
 
 @pytest.fixture
@@ -101,6 +101,17 @@ def test_noise_behind_the_magic(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF\x03\x00\x00\x00" + np.random.default_rng(1).bytes(4096))
     with pytest.raises(CorruptFileError):
         load_base(str(path), device="cpu")
+
+
+def test_a_cache_folder_that_cannot_be_is_one_sentence(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    for place in ("/proc/orthrus", str(tmp_path / "link"), str(tmp_path / "file")):
+        monkeypatch.setenv("ORTHRUS_CACHE", place)
+        with pytest.raises(StorageError, match="cannot be made .*point ORTHRUS_CACHE at a folder of yours"):
+            load_base(str(gguf_file), device="cpu")
 
 
 def test_unknown_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

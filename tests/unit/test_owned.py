@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from orthrus.base.outputs import SCRATCH
-from orthrus.base.owned import LOCK, MARK, check_unlocked, locked_folder, replace_folder, restore_folder
+from orthrus.base.owned import (
+    LOCK,
+    MARK,
+    check_unlocked,
+    locked_folder,
+    remove_if_only_locked,
+    replace_folder,
+    restore_folder,
+)
 from orthrus.errors import StorageError, UserInputError
 
 
@@ -158,6 +166,19 @@ def test_one_process_holds_a_folder_and_the_other_is_told_which(tmp_path: Path) 
         with pytest.raises(UserInputError, match=f"process {os.getpid()} "), locked_folder(tmp_path, "works"):
             pass
     assert (tmp_path / LOCK).read_text() == ""
+
+
+def test_a_folder_with_nothing_but_a_lock_is_no_loss(tmp_path: Path) -> None:
+    empty, used = tmp_path / "empty", tmp_path / "used"
+    for folder in (empty, used):
+        folder.mkdir()
+        with locked_folder(folder, "works"):
+            pass
+    (used / "theirs").write_text("x")
+    remove_if_only_locked(empty)
+    remove_if_only_locked(used)
+    assert [path.name for path in tmp_path.iterdir()] == ["used"]
+    assert (used / "theirs").read_text() == "x"
 
 
 def test_a_lock_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:

@@ -399,8 +399,9 @@ void attend_all(
 }
 
 // query (1, heads, rows, key size); keys (1, kv heads, pages, key size, kPage) and values (1, kv heads, slots, value
-// size), the pool's, which hold the pass's own rows already; plan int64, see `model/passes.py`. window: positions that a row reads back, itself included, 0 for
-// all; cap: what scores are squeezed into by a tanh, 0 for none. Returns (1, rows, heads, value size).
+// size), the pool's, which hold the pass's own rows already; plan int64, see `model/passes.py`. window: positions that a
+// row reads back, itself included, 0 for all; cap: what scores are squeezed into by a tanh, 0 for none. Returns
+// (1, rows, heads, value size).
 at::Tensor attention(
     const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& plan, double scale,
     int64_t window, double cap) {

@@ -198,9 +198,15 @@ def _fetched(model: str, revision: str | None, on_progress: Progress | None) -> 
 
 def _folder_here(name: str) -> Path | None:
     """The local folder of that name; None for anything else, well-formed or not."""
+    path = _path_here(name)
+    return path if path is not None and path.is_dir() else None
+
+
+def _path_here(name: str) -> Path | None:
+    """The local folder or file of that name; None for anything else, well-formed or not."""
     try:
         path = Path(name).expanduser()
-        return path if path.is_dir() else None
+        return path if path.exists() else None
     except (RuntimeError, OSError, ValueError):
         return None
 
@@ -213,8 +219,8 @@ def _nested_config(folder: Path) -> PreTrainedConfig:
 def _view_folder(view: str, on_progress: Progress | None) -> Path:
     if (folder := _folder_here(view)) is not None:
         return folder
-    if (file := Path(view)).is_file():
-        raise CheckpointError(f"{file} is a file; name the folder of a view, which holds {CONFIG_FILE}.")
+    if _path_here(view) is not None:
+        raise CheckpointError(f"{view} is a file; name the folder of a view, which holds {CONFIG_FILE}.")
     source = resolve(view)
     if source.kind != "hub":
         raise CheckpointError(
