@@ -55,7 +55,7 @@ def test_what_is_wrong_with_a_view_is_told_before_a_base_is_loaded(
     file.write_text("x")
     # Without weights: whoever loaded it would say so.
     shutil.copy(Path(model_folder) / "config.json", base)
-    assert "view" not in cli("generate", "-m", str(base), "hi").err
+    assert_refused(cli("generate", "-m", str(base), "hi"), "holds a config but no weights")
     for view, told in ((file, "is a file; name the folder of a view"), (empty, "view_config.json")):
         assert_refused(cli("generate", "-m", str(base), "hi", "--view", str(view)), told)
 

@@ -110,7 +110,7 @@ def test_a_cache_folder_that_cannot_be_is_one_sentence(
     (tmp_path / "file").write_text("x")
     for place in ("/proc/orthrus", str(tmp_path / "link"), str(tmp_path / "file")):
         monkeypatch.setenv("ORTHRUS_CACHE", place)
-        with pytest.raises(StorageError, match="cannot be made .*point ORTHRUS_CACHE at a folder of yours"):
+        with pytest.raises(StorageError, match=r"cannot be made .*point ORTHRUS_CACHE at a folder of yours"):
             load_base(str(gguf_file), device="cpu")
 
 
