@@ -120,7 +120,7 @@ def test_too_little_space_is_said_before_the_work(cache: Path) -> None:
 def test_unwritable_cache_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ORTHRUS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot be made"):
         publish("key", fill, needed_bytes=1)
 
 
