@@ -103,9 +103,10 @@ def measured_table() -> str:
             speeds[0] = interval = NO_INT8
         span = f"{min(over_plain):.2f} to {max(over_plain):.2f}"
         lines.append([dtype, *speeds, interval, span, llama.pop(dtype, MISSING)])
+    others = "; ".join(f"in {dtype}: {ratios}" for dtype, ratios in llama.items())
     head = ["precision", "transformers", "our plain decoding", "`auto`", "over transformers [95 %]"]
     table = markdown_table([*head, "over plain, by set", "over llama.cpp"], lines)
-    return f"{table}\n\n{caption()}\n"
+    return f"{table}\n\n{caption()}\nOver llama.cpp {others}.\n"
 
 
 def caption() -> str:

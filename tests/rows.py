@@ -7,8 +7,13 @@ from torch import Tensor
 
 from orthrus.model.dual_view import DualView
 from orthrus.model.passes import Part, causal, join
-from orthrus.model.pool import SlotPool, Slots, pages_for, slot_by_slot
+from orthrus.model.pool import SlotPool, Slots, pages_for
 from orthrus.model.runner import EagerRunner, Runner
+
+
+def slot_by_slot(store: Tensor) -> Tensor:
+    """A store of a pool as (1, H, S, D), the numbers of a slot side by side: itself, or a copy of turned keys."""
+    return store.mT.flatten(2, 3) if store.ndim == 5 else store
 
 
 class Rows:

@@ -64,6 +64,8 @@ def main(
     check_report(output)
     asked = load_prompts(prompts, (), limit)
     others = dict(map(server, servers or []))
+    if len(others) < len(servers or []):
+        raise typer.BadParameter("two servers have one name: their figures could not be told apart")
     orthrus = without_reuse(Orthrus.load(dtype=dtype))
     ids = [orthrus.base.encode_prompt(prompt.prompt) for prompt in asked]
     longest = max(map(len, ids)) + max_new_tokens + 1

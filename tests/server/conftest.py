@@ -1,7 +1,9 @@
 """A server around a tiny model, in this process: no socket, no second process."""
 
+import asyncio
 import copy
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -71,6 +73,34 @@ def byte_orthrus(config: EngineConfig | None = None) -> Orthrus:
 def orthrus() -> Orthrus:
     """Shared by tests that do not look at its pages."""
     return byte_orthrus()
+
+
+@pytest.fixture(scope="module")
+def slow():
+    """Each pass takes some time, so that answers are open for a while."""
+    made = byte_orthrus(EngineConfig(max_running=4))
+    step = made.engine.step
+
+    def wait_and_step():
+        time.sleep(0.01)
+        step()
+
+    made.engine.step = wait_and_step
+    return made
+
+
+def scheduler_of(client):
+    return client.service.live.orthrus.engine.scheduler
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.002)
+
+
+def free_pages(orthrus):
+    scheduler = orthrus.engine.scheduler
+    return scheduler.pool.num_free + scheduler.prefixes.num_idle
 
 
 def run(function: Callable[..., Awaitable[T]], *args: Any) -> T:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from orthrus.server.run import address
+
 SCRIPT = """
 import subprocess, sys
 import torch
@@ -52,6 +54,10 @@ def test_a_taken_port_is_told_of_once_with_its_reason() -> None:
         "cannot listen on 127.0.0.1:PORT (address already in use): choose another --port or --host.\n"
     )
     assert "Errno" not in done.stderr
+
+
+def test_an_address_stands_as_in_a_url() -> None:
+    assert [address(host, 8000) for host in ("127.0.0.1", "::1")] == ["127.0.0.1:8000", "[::1]:8000"]
 
 
 @pytest.mark.parametrize("busy_with", ["passes", "compiler"])

@@ -1,4 +1,4 @@
-"""The life of a request: places, deadlines, clients that leave, failures, and the end of the server."""
+"""The life of a request: places, deadlines, clients that leave, and failures."""
 
 import asyncio
 import json
@@ -12,25 +12,9 @@ from orthrus.engine.engine import EngineConfig
 from orthrus.server.app import create_app
 from orthrus.server.settings import ServeConfig
 
-from .conftest import CONTEXT, byte_orthrus, chat, events, run, serving, text
+from .conftest import CONTEXT, byte_orthrus, chat, events, free_pages, run, scheduler_of, serving, text, until
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def slow():
-    """Each pass takes some time, so that answers are open for a while."""
-    made = byte_orthrus(EngineConfig(max_running=4))
-    step = made.engine.step
-
-    def wait_and_step():
-        import time
-
-        time.sleep(0.01)
-        step()
-
-    made.engine.step = wait_and_step
-    return made
 
 
 class Client:
@@ -79,20 +63,6 @@ class Client:
     @property
     def text(self) -> str:
         return b"".join(m.get("body", b"") for m in self.sent).decode()
-
-
-def scheduler_of(client):
-    return client.service.live.orthrus.engine.scheduler
-
-
-async def until(condition):
-    while not condition():
-        await asyncio.sleep(0.002)
-
-
-def free_pages(orthrus):
-    scheduler = orthrus.engine.scheduler
-    return scheduler.pool.num_free + scheduler.prefixes.num_idle
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -161,33 +131,6 @@ def test_a_client_that_leaves_while_its_request_is_prepared_leaves_nothing_behin
             await one.task
             await until(lambda: client.service.live.loop.num_open == 0)
             assert free_pages(slow) == slow.engine.scheduler.pool.num_pages
-
-    run(check)
-
-
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
-def test_a_server_that_leaves_while_a_request_is_prepared_says_so(orthrus, path):
-    async def check():
-        app = create_app(lambda: orthrus, ServeConfig())
-        async with app.router.lifespan_context(app):
-            await app.state.service.loaded.wait()
-            live, may_go_on = app.state.service.live, threading.Event()
-            for _ in range(4):
-                # As many long prompts as are prepared at once.
-                live.loop._preparing.submit(may_go_on.wait)
-            transport = httpx.ASGITransport(app=app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-                messages = [{"role": "user", "content": "Hi"}]
-                body = {"messages": messages, "max_tokens": 4, "stream": True}
-                if path == "/v1/responses":
-                    body = {"input": "Hi", "stream": True}
-                sent = asyncio.create_task(client.post(path, json=body))
-                await until(lambda: live.loop.num_open > 0)
-                app.state.service.end_all()
-                may_go_on.set()
-                answer = await sent
-        assert answer.status_code == 503, answer.text
-        assert "shutting down" in answer.json()["error"]["message"]
 
     run(check)
 
@@ -283,41 +226,6 @@ def test_a_stream_says_that_it_lives_while_nothing_comes():
     run(check)
 
 
-def test_draining_refuses_new_requests_and_lets_open_ones_end(slow):
-    async def check():
-        async with serving(slow) as client:
-            open_one = asyncio.ensure_future(client.post(TEXT, json=text("Hi", max_tokens=40)))
-            await until(lambda: scheduler_of(client).running)
-            draining = asyncio.ensure_future(client.service.drain(60.0))
-            await asyncio.sleep(0)
-            for response in (await client.get("/ready"), await client.post(TEXT, json=text("Hi"))):
-                assert response.status_code == 503
-                assert response.json()["error"]["code"] == "server_draining"
-                assert int(response.headers["retry-after"]) >= 1
-            assert (await client.get("/health")).status_code == 200
-            await draining
-            assert (await open_one).json()["usage"]["completion_tokens"] == 40
-
-    run(check)
-
-
-def test_the_drain_has_a_deadline_and_every_answer_a_last_event(slow):
-    async def check():
-        async with serving(slow) as client:
-            whole = asyncio.ensure_future(client.post(TEXT, json=text("Hi", max_tokens=240)))
-            stream = asyncio.ensure_future(client.post(TEXT, json=text("Ho", max_tokens=240, stream=True)))
-            await until(lambda: len(scheduler_of(client).running) == 2)
-            await client.service.drain(0.05)
-            assert (await whole).status_code == 503
-            assert (await whole).json()["error"]["code"] == "server_shutting_down"
-            told = events(await stream)
-            assert told[-1]["error"]["code"] == "server_shutting_down"
-            assert all(e["choices"][0]["finish_reason"] is None for e in told[:-1])
-            assert free_pages(slow) == slow.engine.scheduler.pool.num_pages
-
-    run(check)
-
-
 def test_a_failing_pass_ends_its_requests_and_the_next_ones_are_answered(caplog):
     orthrus = byte_orthrus()
     run_pass, num_calls = orthrus.engine.runner.hidden, 0
@@ -394,7 +302,6 @@ def test_a_pool_of_few_pages_loses_nobody():
 
 
 def test_while_the_model_is_loading_only_health_is_well():
-    import threading
 
     may_load = threading.Event()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.rows import slot_by_slot
 from tests.tiny import VOCAB, tiny_dual
 from torch import Tensor, nn
 
@@ -318,11 +319,11 @@ def test_slots_move_as_they_are_indexed(dtype: torch.dtype) -> None:
     keys = torch.randn(1, 3, 2 * pool.PAGE, 5).to(dtype)
     turned = pool.turned(keys)
     assert turned.shape == (1, 3, 2, 5, pool.PAGE)
-    assert torch.equal(pool.slot_by_slot(turned), keys)
+    assert torch.equal(slot_by_slot(turned), keys)
     there, back = [pool.PAGE, 70, 127, 5], [62, pool.PAGE + 1, 3, 4]
     pool.move_slots([keys], there, back)
     torch.ops.orthrus.move_slots([turned], there, back)
-    assert torch.equal(pool.slot_by_slot(turned), keys)
+    assert torch.equal(slot_by_slot(turned), keys)
     with pytest.raises(RuntimeError, match="does not have"):
         torch.ops.orthrus.move_slots([turned], [2 * pool.PAGE], [0])
     for wrong in (([7], [8, 9]), ([20], [1]), ([1], [20]), ([-1], [1])):

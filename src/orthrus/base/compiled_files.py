@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from orthrus.base.outputs import disk_problem
-from orthrus.base.storage import Progress, cache_dir, sha256_file, storage_errors
+from orthrus.base.storage import Progress, cache_dir, make_cache_folder, sha256_file, storage_errors
 from orthrus.errors import StorageError
 
 if TYPE_CHECKING:
@@ -87,12 +87,7 @@ def private_folder() -> Path:
     shared = cache_dir() / "compiled"
     for folder in (shared, shared.with_name(f"compiled-{os.geteuid()}")):
         with storage_errors(folder, NEEDED_BYTES):
-            try:
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            except FileExistsError:
-                raise StorageError(
-                    f"{folder} is no folder: remove it or point ORTHRUS_CACHE at a folder of yours."
-                ) from None
+            make_cache_folder(folder, mode=0o700)
             if folder.stat().st_uid != os.geteuid():
                 continue
             if folder.stat().st_mode & 0o077:

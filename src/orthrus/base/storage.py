@@ -92,10 +92,10 @@ def storage_errors(path: Path, needed_bytes: int) -> Iterator[None]:
         raise
 
 
-def _make_folder(folder: Path) -> None:
+def make_cache_folder(folder: Path, mode: int = 0o777) -> None:
     """Make a folder of the cache. Raises StorageError where it cannot be one, and OSError where it is not allowed."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         raise StorageError(
             f"{folder} cannot be made ({os.strerror(error.errno or 0)}: something else is in the way, or the place "
@@ -164,7 +164,7 @@ def publish(
 
     models, target = _models_dir(), _models_dir() / key
     with storage_errors(models, needed_bytes):
-        _make_folder(models)
+        make_cache_folder(models)
         lock = FileLock(models / f"{key}.lock")
         try:
             lock.acquire(timeout=0)

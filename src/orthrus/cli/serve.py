@@ -140,6 +140,7 @@ def serve(
     chosen = options.one_model(model, named_model)
     need_serve("the server", "fastapi", "prometheus_client", "uvicorn")
     from orthrus.engine.engine import EngineConfig
+    from orthrus.server.run import address
     from orthrus.server.run import serve as run
     from orthrus.server.settings import ServeConfig
 
@@ -186,7 +187,7 @@ def serve(
         gc.collect()
         gc.freeze()
         if not quiet:
-            where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            where = f"http://{address(host, port)}"
             print(
                 f"Orthrus answers at {where}/v1{f'; its page is {where}/' if page else ''}", file=sys.stderr
             )

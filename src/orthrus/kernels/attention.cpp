@@ -146,6 +146,12 @@ struct Queries {
   const float* numbers;
   const int64_t* rows;
   int64_t num;
+
+  // Whether keys and values are widened as they are read; for many queries they are widened once.
+  template <typename T>
+  bool in_place() const {
+    return std::is_same_v<T, float> || num <= kHigh;
+  }
 };
 
 // Scores (num, padded) of slots from `start` on, -inf where the row does not read; most: the largest of each.
@@ -154,8 +160,7 @@ void score(
     const Head<T>& head, const Queries& queries, int64_t start, int64_t slots, int64_t window, float cap,
     float* scores, int64_t padded, Floats* most) {
   const Span& span = *head.span;
-  // Of many queries the numbers are widened once.
-  const bool in_place = std::is_same_v<T, float> || queries.num <= kHigh;
+  const bool in_place = queries.in_place<T>();
   const auto wide = room<float>(in_place ? 0 : head.key_size * kSlots);
   ask_for_slots(head, start, std::min(kSlots, slots));
   for (int64_t first = 0; first < slots; first += kSlots) {
@@ -297,8 +302,7 @@ void attend(
   std::vector<Floats> most(queries.num);
   score(head, queries, start, slots, window, cap, scores.get(), padded, most.data());
   for (int64_t q = 0; q < queries.num; ++q) totals[q] = exponentials(scores.get() + q * padded, padded, most[q]);
-  const bool in_place = std::is_same_v<T, float> || queries.num <= kHigh;
-  if (in_place && width == head.value_size) {
+  if (queries.in_place<T>() && width == head.value_size) {
     sums_of(
         head, queries, start, window, scores.get(), padded, width, sums,
         [&](int64_t first, int64_t last, const auto& part) {

@@ -41,11 +41,6 @@ def turned(keys_1HSD: Tensor) -> Tensor:
     return keys_1HPDW
 
 
-def slot_by_slot(store: Tensor) -> Tensor:
-    """A store of a pool as (1, H, S, D), the numbers of a slot side by side: itself, or a copy of turned keys."""
-    return store.mT.flatten(2, 3) if store.ndim == 5 else store
-
-
 def pages_for(num_slots: int) -> int:
     """How many pages hold so many slots."""
     return -(-num_slots // PAGE)
@@ -54,10 +49,10 @@ def pages_for(num_slots: int) -> int:
 class SlotPool:
     """Keys and values of `num_pages` pages, per layer (1, H_kv, S, D), and who owns which page.
 
-    keys_turned: keys are stored as (1, H_kv, P, D, W), see `turned`: so our kernels read them.
     On a CPU memory is only reserved: it is taken when a slot is first written, and low pages are handed out
     first. A ledger on the host remembers the position and the writer of each slot, for `Slots.check`.
-    move: how accepted paths are gathered. Not thread-safe: the engine that owns the pool guards it.
+    move: how accepted paths are gathered. keys_turned: keys are stored as (1, H_kv, P, D, W), see `turned`; so our
+    kernels read them. Not thread-safe: the engine that owns the pool guards it.
     """
 
     def __init__(

@@ -79,10 +79,10 @@ async def respond(service: Service, request: Request, body: Body, prefix: str, s
     streams = False
     try:
         jobs = await whole(request, handing_in)
-        if not jobs and call.failure is not None:
-            # The server left before anything was handed in.
-            raise as_api_error(call.failure)
         if not jobs:
+            if call.failure is not None:
+                # The server left before anything was handed in.
+                raise as_api_error(call.failure)
             return Response(status_code=CLIENT_GONE)
         about = _about(live, body, prefix, request.state.request_id, jobs, seed, has_calls)
         if body.orthrus is not None and body.orthrus.receipt:

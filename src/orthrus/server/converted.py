@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from orthrus.server.errors import bad_request, wrong_field
 from orthrus.server.schemas import ChatRequest
+from orthrus.server.tools import call_arguments
 
 
 def checked_chat(
@@ -39,12 +40,12 @@ def call_of(name: object, arguments: object, place: str) -> dict[str, Any]:
     param = place.partition(".")[0]
     if not isinstance(name, str) or not name:
         raise bad_request(f"{place}.name: a call needs the name of its function.", param=param)
+    known = call_arguments(arguments)
     try:
-        known = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
         written = json.dumps(known, ensure_ascii=False)
-    except (ValueError, RecursionError, TypeError):
+    except (ValueError, RecursionError):
         known = None
-    if not isinstance(known, dict):
+    if known is None:
         raise bad_request(f"{place}: what a call is given must be a JSON object.", param=param)
     return {"name": name, "arguments": written}
 

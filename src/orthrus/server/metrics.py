@@ -45,7 +45,7 @@ class Metrics:
         self.drafted = counter("spec_decode_num_draft_tokens", "Tokens drafted.")
         self.accepted = counter(
             "spec_decode_num_accepted_tokens",
-            "Drafts accepted; over the tokens drafted, the acceptance rate.",
+            "Drafts accepted. Divided by the tokens drafted, they give the acceptance rate.",
         )
         self.accepted_at = counter(
             "spec_decode_num_accepted_tokens_per_pos",

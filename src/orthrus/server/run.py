@@ -25,6 +25,11 @@ CLEANING = 2
 """Seconds that threads get to clean up behind themselves, once their compilers have been ended."""
 
 
+def address(host: str, port: int) -> str:
+    """As it stands in a URL: an address of IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def serve(load: Callable[[], Orthrus], config: ServeConfig, host: str, port: int) -> None:
     """Serve until a signal: SIGTERM or Ctrl-C drains, a second one ends at once.
 
@@ -44,7 +49,7 @@ def serve(load: Callable[[], Orthrus], config: ServeConfig, host: str, port: int
         # uvicorn's way to say that it cannot listen.
         if leaving.code and binding.reason is not None:
             raise UserInputError(
-                f"cannot listen on {host}:{port} ({binding.reason}): choose another --port or --host."
+                f"cannot listen on {address(host, port)} ({binding.reason}): choose another --port or --host."
             ) from leaving
         if leaving.code:
             raise

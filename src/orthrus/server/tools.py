@@ -144,6 +144,16 @@ def with_tools(
     return told, None
 
 
+def call_arguments(arguments: object) -> dict[str, Any] | None:
+    """What a call gives its function: an object, or one written as JSON. None for anything else."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            return None
+    return arguments if isinstance(arguments, dict) else None
+
+
 def _with_parsed_calls(turn: dict[str, Any], index: int) -> dict[str, Any]:
     """Arguments are text in a request, and an object in templates."""
     calls = turn.get("tool_calls")
@@ -155,13 +165,8 @@ def _with_parsed_calls(turn: dict[str, Any], index: int) -> dict[str, Any]:
         function = call.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise bad_request(f"{field}: a call needs a function with a name.", param="messages")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except (ValueError, RecursionError):
-                arguments = None
-        if not isinstance(arguments, dict):
+        arguments = call_arguments(function.get("arguments", {}))
+        if arguments is None:
             raise bad_request(f"{field}: arguments must be a JSON object, as text.", param="messages")
         parsed.append(call | {"function": function | {"arguments": arguments}})
     return turn | {"tool_calls": parsed}

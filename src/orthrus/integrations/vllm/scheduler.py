@@ -58,9 +58,12 @@ class OrthrusScheduler(Scheduler):
         """What the step did; what became of its drafts is noted at once."""
         scheduled = planned.num_scheduled_tokens
         sampled = found.sampled_token_ids or ()
-        for request_id, drafts in planned.scheduled_spec_decode_tokens.items():
+        judged = planned.scheduled_spec_decode_tokens
+        if not sampled or self._leaves_drafts_aside(scheduled):
+            judged = {}
+        for request_id, drafts in judged.items():
             index = found.req_id_to_index.get(request_id)
-            if index is not None and sampled and not self._leaves_drafts_aside(scheduled):
+            if index is not None:
                 self.policy.see_drafts(len(scheduled), *accepted(drafts, sampled[index]))
         verified = Counter(
             len(planned.scheduled_spec_decode_tokens.get(request_id, ())) for request_id in scheduled
