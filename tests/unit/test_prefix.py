@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 from tests.engines import acceptance, check_pages, engine_for, noting, run_all
 from tests.tiny import FAMILY_CONFIGS, tiny_dual, tiny_prompt
-from tests.ways import EVERY_WAY
+from tests.ways import EVERY_DRAFTING_WAY, EVERY_WAY
 
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
 from orthrus.engine.engine import Engine
 from orthrus.engine.prefix import PrefixPage, PrefixStore
 from orthrus.engine.request import Request
 from orthrus.model.passes import Pass
-from orthrus.model.pool import PAGE, SlotPool
+from orthrus.model.pool import PAGE, SlotPool, Slots
 
 DUAL = tiny_dual("llama", disturb=0.1)
 
@@ -94,30 +94,64 @@ def test_the_least_recently_used_go_first_and_ends_before_beginnings() -> None:
 
 def test_pages_in_use_stay() -> None:
     pool, store = store_of(4)
-    nodes = kept(pool, store, 1, 2)
-    pool.share(nodes[1].page)
+    nodes = kept(pool, store, 1, 2, 3)
+    slots = Slots(pool)
+    slots.adopt([node.page for node in nodes[:2]])
     assert store.num_idle == 1
-    # Nothing can go: the second page is used, and the first has it behind.
-    assert store.evict(2) == 0
-    pool.release(nodes[1].page)
-    assert store.evict(2) == 2
+    # Only the third can go: the second is used, and so is the first.
+    assert store.evict(3) == 1
+    slots.free()
+    assert store.num_idle == store.evict(3) == 2
 
 
-def test_what_follows_a_page_that_is_gone_is_not_kept() -> None:
+def test_of_two_equal_pages_one_is_kept_and_both_requests_use_it() -> None:
     pool, store = store_of(4)
-    (gone,) = kept(pool, store, 1)
-    store.evict(1)
-    page = pool.take()
-    assert page is not None
-    assert store.add(gone, text(2), page) is gone
-    assert (len(store), pool.owners(page)) == (0, 1)
-    # Even where the very page has been taken and kept again, for another text.
-    again = store.add(None, text(7), page)
-    assert again.page == gone.page
-    other = pool.take()
-    assert other is not None
-    assert store.add(gone, text(2), other) is gone
-    assert found(store, 7, 2) == 1
+    (kept_page,) = kept(pool, store, 1)
+    slots = Slots(pool)
+    assert slots.reserve(PAGE)
+    slots.commit(PAGE)
+    own = slots.pages[0]
+    node = store.add(None, text(1), own)
+    slots.replace(0, node.page)
+    assert (node, slots.pages) == (kept_page, [kept_page.page])
+    assert (pool.owners(own), pool.owners(node.page), store.num_idle) == (0, 2, 0)
+    slots.free()
+    assert store.num_idle == 1
+
+
+def test_neighbours_with_one_prompt_leave_no_page_that_cannot_be_given_up() -> None:
+    """Both feed the same prompt at once; the one that goes on alone has the whole pool."""
+    prompt = tiny_prompt(70, seed=2)
+    engine = engine_for(DUAL, context_length=256, max_slots=256)
+    first, second = asked(engine, prompt, max_new_tokens=40), asked(engine, prompt, max_new_tokens=186)
+    run_all(engine, [first, second])
+    alone = engine_for(DUAL, context_length=256, max_slots=256)
+    wanted = asked(alone, prompt, max_new_tokens=186)
+    run_all(alone, [wanted])
+    assert len(wanted.token_ids) == 186
+    assert second.token_ids == wanted.token_ids
+    assert first.token_ids == wanted.token_ids[:40]
+
+
+@pytest.mark.parametrize("num_prompt", [100, 250])
+@EVERY_DRAFTING_WAY
+def test_where_the_pool_ends_no_strategy_changes_the_text(
+    strategy: Strategy, floor: bool, num_prompt: int
+) -> None:
+    """Drafts that the pool cannot hold are left out; the answer goes on as plain decoding would."""
+    prompt = tiny_prompt(num_prompt, seed=4)
+
+    def answer(strategy: Strategy, floor: bool) -> Request:
+        engine = engine_for(DUAL, context_length=1000, max_slots=256)
+        request = asked(engine, prompt, strategy, floor=floor, max_new_tokens=1000)
+        run_all(engine, [request])
+        return request
+
+    plain, drafted = answer("ar", True), answer(strategy, floor)
+    assert len(plain.token_ids) == 257 - num_prompt
+    assert (drafted.token_ids, drafted.finish) == (plain.token_ids, "length")
+    if num_prompt == 100:
+        assert sum(cycle.num_accepted for cycle in drafted.cycles) > 0
 
 
 def asked(engine: Engine, prompt: list[int], strategy: Strategy = "ar", **options: Any) -> Request:

@@ -59,7 +59,7 @@ def rows_of(num: int) -> Callable[[Request], Work]:
 def run(it: Scheduler, wanted: Callable[[Request], Work] = one_row) -> Pass:
     """One pass, and what becomes of it: a token where a row is judged, the end where all are there."""
     before = list(it.running)
-    chosen = it.next_pass(wanted)
+    chosen = it.next_pass(wanted, one_row)
     for request, work in chosen:
         assert request.slots.num_slots >= request.slots.length + work.part.num_rows
         request.slots.commit(work.part.num_rows if work.kind == "prefill" else 1)

@@ -20,7 +20,8 @@ def summarise(num_prompt_tokens: int, cycles: Sequence[Cycle], num_cached_tokens
         num_passes=sum(c.num_passes for c in cycles),
         num_prefill_passes=sum(c.num_passes for c in prefill),
         num_rows=sum(c.num_rows for c in decode),
-        num_cycles=len(decode),
+        # The last record of a request that was cancelled, or found no room, has no pass: it is no cycle.
+        num_cycles=sum(c.num_passes > 0 for c in decode),
         num_drafted=sum(c.num_drafted for c in decode),
         num_accepted=sum(c.num_accepted for c in decode),
         accepted_histogram=tuple(histogram[n] for n in range(max(histogram) + 1)) if histogram else (),

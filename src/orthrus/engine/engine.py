@@ -31,7 +31,7 @@ from orthrus.engine.prefix import PrefixStore
 from orthrus.engine.request import Request, Step, Work
 from orthrus.engine.round import Observer, run_round
 from orthrus.engine.scheduler import Scheduler
-from orthrus.engine.work import end_pass, wanted
+from orthrus.engine.work import end_pass, plain_work, wanted
 from orthrus.errors import OrthrusError, UserInputError
 from orthrus.model.pool import Slots, pages_for, slot_bytes
 from orthrus.model.runner import Runner
@@ -165,7 +165,9 @@ class Engine:
             scheduler = self.scheduler
             alive = [*scheduler.running, *scheduler.waiting]
             company = scheduler.num_sharing, scheduler.num_prompt_rows
-            chosen = scheduler.next_pass(partial(self._wanted, company=company))
+            chosen = scheduler.next_pass(
+                partial(self._wanted, company=company), partial(plain_work, dual=self.runner.dual)
+            )
             try:
                 chosen = compete(chosen, self.runner.dual)
                 ended = self._run(chosen) if chosen else []

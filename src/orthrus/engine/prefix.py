@@ -22,8 +22,9 @@ class PrefixPage:
 class PrefixStore:
     """Whole pages of committed history by the tokens from the beginning on; the least recently used go first.
 
-    The store owns its pages beside the requests that use them. Tokens are compared, not hashes of them. Not
-    thread-safe: the engine guards it.
+    The store owns its pages beside the requests that use them. A request that uses a page uses all pages before it,
+    so what follows a page that nobody uses is unused too. Tokens are compared, not hashes of them. Not thread-safe:
+    the engine guards it.
     """
 
     def __init__(self, pool: SlotPool) -> None:
@@ -38,7 +39,7 @@ class PrefixStore:
 
     @property
     def num_idle(self) -> int:
-        """Pages that nobody else uses."""
+        """Pages that nobody else uses: `evict` can give up all of them."""
         return sum(self._pool.owners(page) == 1 for page in self._pages)
 
     def find(self, token_ids: Sequence[int]) -> list[PrefixPage]:
@@ -57,14 +58,13 @@ class PrefixStore:
         return found
 
     def add(self, parent: PrefixPage | None, token_ids: Sequence[int], page: int) -> PrefixPage:
-        """Keep a committed page that follows `parent`; returns what stands for it, which may be an equal one.
+        """Keep a committed page that follows `parent`, which the caller uses; returns what stands for it.
 
-        Where `parent` has been given up meanwhile nothing is kept, and `parent` is what comes back.
+        That may be an equal page of another request. The caller then uses it in place of its own.
         """
         tokens = tuple(token_ids)
         assert len(tokens) == PAGE, "only whole pages are kept"
-        if parent is not None and self._pages.get(parent.page) is not parent:
-            return parent
+        assert parent is None or self._pages.get(parent.page) is parent, "a page that has been given up"
         children = self._first if parent is None else parent.children
         if tokens not in children:
             self._pool.share(page)

@@ -15,6 +15,7 @@ from orthrus.engine.request import Request, Work
 from orthrus.model.pool import PAGE, SlotPool, pages_for
 
 Wanted = Callable[[Request], Work | None]
+"""What a request wants of the next pass; None where it has failed instead."""
 
 
 @dataclass(slots=True)
@@ -37,15 +38,18 @@ class Scheduler:
         behind = [i for i, r in enumerate(self.waiting) if r.config.priority > request.config.priority]
         self.waiting.insert(behind[0] if behind else len(self.waiting), request)
 
-    def next_pass(self, wanted: Wanted) -> list[tuple[Request, Work]]:
+    def next_pass(self, wanted: Wanted, plain: Wanted) -> list[tuple[Request, Work]]:
         """The work of the next pass, each with slots for its rows; empty where nobody can go on.
 
-        A request that alone is too large for the pool gets finish "length".
+        plain: the least that a request can go on with, for one that is alone and whose drafts the pool cannot hold.
+        A request that is too large for the pool even so gets finish "length".
         """
         chosen: list[tuple[Request, Work]] = []
         for request in list(self.running):
             if request in self.running and not request.num_to_feed:
                 work = wanted(request)
+                if work is not None and self._fills_pool(request, work):
+                    work = plain(request)
                 if work is not None and self._make_room(request, work.part.num_rows, chosen):
                     chosen.append((request, work))
         left = self.chunk
@@ -92,6 +96,8 @@ class Scheduler:
         while (num_kept + 1) * PAGE <= request.slots.length:
             tokens = request.known(num_kept * PAGE, (num_kept + 1) * PAGE)
             node = self.prefixes.add(node, tokens, request.slots.pages[num_kept])
+            # Another request may have kept an equal page: two of them would only take memory.
+            request.slots.replace(num_kept, node.page)
             num_kept += 1
         request.prefix = node, num_kept
 
@@ -126,6 +132,10 @@ class Scheduler:
         if missing > 0 and self.prefixes is not None and missing <= self.prefixes.num_idle:
             missing -= self.prefixes.evict(missing)
         return missing <= 0
+
+    def _fills_pool(self, request: Request, work: Work) -> bool:
+        """Whether the pool could not hold this work even if the request were alone."""
+        return request.slots.length + work.part.num_rows > self.pool.num_slots
 
     def _make_room(self, request: Request, num_rows: int, chosen: list[tuple[Request, Work]]) -> bool:
         """Slots for the rows of a pass; may send other requests back, and then takes them out of `chosen`.

@@ -7,7 +7,7 @@ decides a token too. Strategies differ only in the parts that they want.
 from dataclasses import dataclass
 
 from orthrus.config import DecodeConfig
-from orthrus.decoding.tree import Candidates, accepted_rows, rejected_ids
+from orthrus.decoding.tree import EMPTY_TREE, Candidates, accepted_rows, rejected_ids
 from orthrus.engine.adaptive import adaptive_verify, adaptive_work, copied, observe, observe_copy
 from orthrus.engine.parts import block_rows, draft_tree, draft_work, may_draft, verify_work
 from orthrus.engine.request import Request, Step, Work
@@ -55,6 +55,12 @@ def wanted(request: Request, dual: DualView) -> Work:
             return draft_work(request, dual, plan.kind)
         plan = PLAIN
     return _verify(request, dual, plan)
+
+
+def plain_work(request: Request, dual: DualView) -> Work:
+    """One row: the least that goes on. What was drafted waits, and a cycle that had begun ends with it."""
+    request.next_work = None
+    return verify_work(request, dual, "ar" if request.step is None else request.step.kind, EMPTY_TREE, [])
 
 
 def settle(

@@ -149,6 +149,14 @@ class Slots:
         self.pages = list(pages)
         self.length = len(self.pages) * PAGE
 
+    def replace(self, index: int, page: int) -> None:
+        """Use another page of the same committed history in place of one's own, shared with whoever owns it."""
+        assert (index + 1) * PAGE <= self.length, "a page that is not history yet"
+        if page != self.pages[index]:
+            self.pool.share(page)
+            self.pool.release(self.pages[index])
+            self.pages[index] = page
+
     def places(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
         """Numbers over the whole pool of this request's slots."""
         return np.array(self.pages, dtype=np.int64)[slots // PAGE] * PAGE + slots % PAGE
