@@ -244,27 +244,6 @@ def test_the_runner_is_an_argument_and_the_environments(
         OrthrusForCausalLM.from_pretrained(folders["merged"])
 
 
-# PEFT still asks for a name that transformers is giving up.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_a_lora_reaches_the_ar_side_of_the_twins(folders: dict[str, Path]) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model = OrthrusForCausalLM.from_pretrained(folders["merged"], runner="eager")
-    before = model.generate(IDS_1T, max_new_tokens=20, eos_token_id=None)
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                assert ".ar." in name
-                parameter.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(len(name)))
-    ours = adapted.generate(input_ids=IDS_1T, max_new_tokens=20, eos_token_id=None)
-    stock = model.dual.stock()
-    assert torch.equal(ours, stock.generate(IDS_1T, max_new_tokens=20, eos_token_id=None))
-    assert not torch.equal(ours, before)
-    merged = adapted.merge_and_unload()
-    assert torch.equal(merged.generate(IDS_1T, max_new_tokens=20, eos_token_id=None), ours)
-
-
 def test_a_view_folder_as_model_takes_no_second_view(folders: dict[str, Path]) -> None:
     with pytest.raises(UserInputError, match="is a view already"):
         OrthrusForCausalLM.from_pretrained(folders["view"], view="fresh")

@@ -20,7 +20,7 @@ from orthrus.base.quantised import quantisation
 from orthrus.base.storage import Progress
 from orthrus.engine.fast_layers import fast_layer
 from orthrus.engine.layer_code import Arguments, LayerCode, flatten, kind, layer_code, named_tensors
-from orthrus.errors import UnsupportedModelError
+from orthrus.errors import UnsupportedModelError, UserInputError
 from orthrus.kernels.build import load_kernels
 from orthrus.kernels.linear import fast_linear
 from orthrus.model.drafting import RepairTables
@@ -47,7 +47,7 @@ class CompiledRunner:
 
     def __init__(self, dual: DualView, on_progress: Progress | None = None) -> None:
         load_kernels(on_progress)
-        self.dual = dual
+        self.dual, self._dtype = dual, dual.dtype
         self.repair_tables = RepairTables.of(dual)
         layers = list(decoder_layers(dual.base))
         fast = [fast_layer(layer) for layer in layers]
@@ -66,12 +66,19 @@ class CompiledRunner:
         return SlotPool(
             self.dual.base.config,
             num_pages,
-            dtype=self.dual.dtype,
+            dtype=self._dtype,
             move=torch.ops.orthrus.move_slots,
             keys_turned=True,
         )
 
     def hidden(self, p: Pass, pool: SlotPool) -> Tensor:
+        dtype, device = self.dual.dtype, self.dual.device
+        if dtype != self._dtype or device.type != "cpu":
+            # Compiled code checks no types.
+            raise UserInputError(
+                f"the model has been moved to {str(dtype).removeprefix('torch.')} on {device} after its passes were "
+                "compiled: load it so, or with runner='eager'."
+            )
         return self._decode(p, _Calls(self._run_layers, p, pool))
 
     def head(self, hidden_RC: Tensor, *, drafts: bool = False) -> Tensor:
@@ -205,6 +212,10 @@ def compile_problem(dual: DualView) -> str | None:
     """
     if (method := quantisation(dual.base.config)) is not None:
         return f"does not run {method} weights"
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in dual.base.modules()):
+        return "does not run adapters of PEFT"
+    if dual.dtype not in (torch.float32, torch.bfloat16):
+        return f"does not compute in {str(dual.dtype).removeprefix('torch.')}"
     if dual.device.type != "cpu":
         return f"is made for CPUs, and the model is on {dual.device.type}"
     machine = platform.machine()

@@ -21,14 +21,15 @@ from orthrus.base.families import find_family
 from orthrus.base.loading import Base
 from orthrus.errors import UserInputError
 from orthrus.hf import adapters  # noqa: F401  (PEFT learns about twins)
+from orthrus.hf.changes import state_of
 from orthrus.hf.config import OrthrusConfig
 from orthrus.model.names import MODEL_TYPE
 
 if TYPE_CHECKING:
+    from orthrus.engine.engine import Engine
     from orthrus.hf.generate import OrthrusGenerateOutput
     from orthrus.model.dual_view import DualView
     from orthrus.model.merged import MergedLayout
-    from orthrus.model.runner import Runner
 
 _LOADING = ("dtype", "revision", "attn_implementation", "runner")
 # What the Auto classes and users of from_pretrained pass along; it means nothing here.
@@ -64,17 +65,20 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         config: OrthrusConfig,
         dual: "DualView | None" = None,
         base: Base | None = None,
-        runner: "Runner | None" = None,
+        runner: str = "eager",
     ) -> None:
+        """runner: "auto", "eager" or "compiled", as in `Orthrus.load`."""
         from orthrus.engine.engine import Engine
-        from orthrus.model.runner import EagerRunner
+        from orthrus.engine.runners import make_runner
 
         super().__init__(config)
         if dual is None:
             dual = _fresh_dual(config)
         self.dual = dual
         self._base = base
-        self.engine = Engine(runner or EagerRunner(dual))
+        self._runner = runner
+        self.engine = Engine(make_runner(dual, runner))
+        self._engine_state = state_of(dual.base)
         self.generation_config = getattr(dual.base, "generation_config", None) or GenerationConfig()
 
     @property
@@ -92,7 +96,7 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         `Orthrus.load` does. An option that is None, False or empty counts as not given.
         Raises UserInputError for other loading options, and what `Orthrus.load` raises.
         """
-        from orthrus.engine.runners import chosen_runner, make_runner
+        from orthrus.engine.runners import chosen_runner
         from orthrus.model.loading import load_dual
 
         if model_args:
@@ -123,7 +127,7 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         base, dual = load_dual(str(pretrained_model_name_or_path), view, device=device, **options)
         config = OrthrusConfig(base.model.config, dtype=base.model.dtype)
         config.name_or_path = str(pretrained_model_name_or_path)
-        loaded = cls(config, dual, base, make_runner(dual, runner))
+        loaded = cls(config, dual, base, runner)
         loaded.eval()  # type: ignore[no-untyped-call]
         return loaded
 
@@ -204,11 +208,23 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict_in_generate, and ours: strategy, block_size, node_budget, block_budget, floor. Options
         that it cannot honour (beams, logits processors) raise UserInputError. The sequences of a batch share
         passes, each with the text that it has alone: a penalty does not count the padding of a sequence, which
-        transformers' own does.
+        transformers' own does. The text is that of the model as it is now: after training steps, with adapters of
+        PEFT, or moved to another dtype or device. Adapters make it run eagerly.
         """
         from orthrus.hf.generate import generate
 
-        return generate(self.engine, inputs, self.generation_config, generation_config, kwargs)
+        return generate(self._engine_now(), inputs, self.generation_config, generation_config, kwargs)
+
+    def _engine_now(self) -> "Engine":
+        """The engine; another one where the model has changed, for the old one keeps packed weights and old pages."""
+        from orthrus.engine.engine import Engine
+        from orthrus.engine.runners import make_runner
+
+        with self.engine.held():
+            state = state_of(self.dual.base)
+            if state != self._engine_state:
+                self.engine, self._engine_state = Engine(make_runner(self.dual, self._runner)), state
+        return self.engine
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.dual.base.get_input_embeddings()
