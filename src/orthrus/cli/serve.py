@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _SERVER, _LIMITS = "Server", "Limits"
 
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 
 def serve(
     model: options.Model = None,
@@ -159,10 +161,11 @@ def serve(
         page=page,
         audit_share=audit_share,
         log_traffic=log_traffic,
+        local=host in _LOOPBACK,
     )
     if not host.strip():
         raise UserInputError("--host is empty; give an address, such as 127.0.0.1.")
-    if not keys and host not in ("127.0.0.1", "localhost", "::1"):
+    if not keys and host not in _LOOPBACK:
         print(f"warning: anybody who reaches {host} can use this server; set --api-key.", file=sys.stderr)
 
     if log_traffic is not None:

@@ -111,9 +111,9 @@ def _jobs(live: Live, body: Body, seed: int) -> list[Job]:
         prompts = [text_ids(live.orthrus, prompt) for prompt in prompts_of(body.prompt)]
     param = "messages" if isinstance(body, ChatRequest) else "prompt"
     jobs = []
-    for ids in prompts:
+    for number, ids in enumerate(prompts):
         room = min(room_behind(ids, context, param), live.config.max_tokens or context)
-        jobs += [Job(ids, config) for config in decode_configs(body, seed, room)]
+        jobs += [Job(ids, config) for config in decode_configs(body, seed, room, number)]
     return jobs
 
 

@@ -251,7 +251,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return _response(request, bad_request("The body is no valid JSON.", code="invalid_json"))
-    if not place:
+    if not place and first["type"] != "half_character":
         if "application/json" not in request.headers.get("content-type", ""):
             return _response(
                 request, bad_request("Send JSON, with the header 'Content-Type: application/json'.")

@@ -39,7 +39,7 @@ _ANTHROPIC_TYPES = {
 }
 _PYDANTIC = re.compile(r"^(Value error, must |[A-Z][a-z]+ should )")
 """How pydantic begins what a field must be."""
-_FORM = re.compile(r"^(str$|list\[|constrained-)")
+_FORM = re.compile(r"^(str|int|bool|((list|dict|literal|nullable|union|function-[a-z]+)\[|constrained-).*)$")
 """What pydantic calls the forms of a field."""
 
 
@@ -100,9 +100,13 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 def wrong_field(place: Sequence[str], error: Mapping[str, Any]) -> ApiError:
     """A 400 for a field that pydantic refused, without what it held. place: the names that lead to it."""
+    if error["type"] == "half_character":
+        place = error["ctx"]["place"] or ["body"]
     # A field that takes several forms is refused once for each, by the form's own name.
     named = [part for part in place if not _FORM.match(part)]
     name, said = ".".join(named)[:200], _PYDANTIC.sub("must ", f"{error['msg']}.")
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        said = "must be a JSON object."
     if named == ["prompt"]:
         said = "must be a text, token ids, or a list of texts or of lists of token ids, none of them empty."
     if error["type"] == "extra_forbidden" and place[0] == "orthrus":

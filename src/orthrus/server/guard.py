@@ -50,6 +50,7 @@ class Guard:
         try:
             self._check_key(scope["path"], headers)
             self._check_origin(headers)
+            self._check_host(scope["path"], headers)
             await self._app(scope, self._bounded(headers, receive), send_with_id)
         except Exception as error:
             if not isinstance(error, ApiError):
@@ -86,20 +87,29 @@ class Guard:
             )
 
     def _check_origin(self, headers: Headers) -> None:
-        """Without keys, pages of other names are kept out, even where their name leads to this address."""
+        """Without keys, pages of other names are kept out."""
         origin = headers.get("origin")
         if self._keys or origin is None or origin in self._config.cors_origins:
             return
-        try:
-            host = urlsplit(origin).hostname or ""
-        except ValueError:
-            host = ""
-        if not _is_local(host):
+        if not _is_local(_host(origin)):
             raise ApiError(
                 403,
                 f"Pages of {ascii(origin)[:120]} may not use this server: allow them with --cors-origin, or set "
                 "--api-key.",
                 code="origin_not_allowed",
+            )
+
+    def _check_host(self, path: str, headers: Headers) -> None:
+        """Without keys, so are those whose name was made to lead to this machine: they read without an origin."""
+        if self._keys or not self._config.local or path == "/health":
+            return
+        host = _host(f"//{headers.get('host', '')}")
+        if host and not _is_local(host) and host not in map(_host, self._config.cors_origins):
+            raise ApiError(
+                403,
+                f"This server is for this machine alone, and {ascii(host)[:120]} is no name of it: call it by its "
+                "address, allow the name with --cors-origin, or set --api-key.",
+                code="host_not_allowed",
             )
 
     def _bounded(self, headers: Headers, receive: Receive) -> Receive:
@@ -130,6 +140,14 @@ async def respond(error: ApiError, path: str, send: Send) -> None:
     headers.append((b"content-length", str(len(payload)).encode()))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": payload})
+
+
+def _host(url: str) -> str:
+    """The host of an origin, without its port; empty where it has none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _is_local(host: str) -> bool:

@@ -12,8 +12,10 @@ from orthrus.server.schemas import (
     ChatRequest,
     Name,
     NumTokens,
+    Objects,
     Open,
     OrthrusOptions,
+    RequestBody,
     StopText,
 )
 
@@ -22,7 +24,7 @@ _SKIPPED_BLOCKS = ("thinking", "redacted_thinking")
 
 class Turn(Open):
     role: Literal["user", "assistant", "system"]
-    content: str | list[dict[str, JsonValue]]
+    content: str | Objects
 
 
 class Choice(Open):
@@ -31,13 +33,13 @@ class Choice(Open):
     disable_parallel_tool_use: bool = False
 
 
-class Counted(Open):
+class Counted(RequestBody):
     """What the prompt of a message is made of; POST /v1/messages/count_tokens takes no more."""
 
     model: Name | None = None
-    messages: list[Turn] = Field(min_length=1, max_length=MOST_MESSAGES)
-    system: str | list[dict[str, JsonValue]] | None = None
-    tools: list[dict[str, JsonValue]] | None = Field(default=None, max_length=1024)
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+    system: str | Objects | None = None
+    tools: Annotated[Objects, Field(max_length=1024)] | None = None
     tool_choice: Choice | None = None
     thinking: JsonValue = None
 
@@ -49,7 +51,7 @@ class MessageRequest(Counted):
     temperature: float | None = Field(default=None, ge=0.0, le=100.0)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
-    stop_sequences: Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    stop_sequences: Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     metadata: dict[str, JsonValue] | None = None
     service_tier: str | None = None

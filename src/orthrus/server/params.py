@@ -126,8 +126,15 @@ def base_seed(body: Sampling) -> int:
     return randbits(53) if body.seed is None else body.seed
 
 
-def decode_configs(body: ChatRequest | CompletionRequest, seed: int, room: int) -> list[DecodeConfig]:
-    """One per text. room: tokens that fit behind the prompt. ApiError names the field that is wrong."""
+def decode_configs(
+    body: ChatRequest | CompletionRequest, seed: int, room: int, prompt: int = 0
+) -> list[DecodeConfig]:
+    """One per text. room: tokens that fit behind the prompt. ApiError names the field that is wrong.
+
+    prompt: which of the request's. Where the client gave a seed, a prompt's texts are those that it has alone; else
+    equal prompts are drawn apart.
+    """
+    first = prompt * body.n if body.seed is None else 0
     asked = body.max_tokens
     logprobs = body.logprobs if isinstance(body, CompletionRequest) else None
     if isinstance(body, ChatRequest):
@@ -161,7 +168,7 @@ def decode_configs(body: ChatRequest | CompletionRequest, seed: int, room: int) 
                     top_k=None if body.top_k in (None, -1) else body.top_k,
                     top_p=body.top_p,
                     min_p=body.min_p,
-                    seed=choice_seed(seed, index),
+                    seed=choice_seed(seed, first + index),
                     repetition_penalty=_or(body.repetition_penalty, 1.0),
                     frequency_penalty=_or(body.frequency_penalty, 0.0),
                     presence_penalty=_or(body.presence_penalty, 0.0),

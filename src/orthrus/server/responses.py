@@ -12,8 +12,10 @@ from orthrus.server.schemas import (
     JsonSchema,
     Name,
     NumTokens,
+    Objects,
     Open,
     OrthrusOptions,
+    RequestBody,
     ResponseFormat,
 )
 
@@ -40,18 +42,18 @@ class FunctionChoice(Open):
     name: str = Field(min_length=1, max_length=64)
 
 
-class ResponseRequest(Open):
+class ResponseRequest(RequestBody):
     """POST /v1/responses. Tools of other types than "function" are left out: the server runs none."""
 
     model: Name | None = None
-    input: str | Annotated[list[dict[str, JsonValue]], Field(max_length=MOST_MESSAGES)] = ""
+    input: str | Annotated[Objects, Field(max_length=MOST_MESSAGES)] = ""
     instructions: str | None = None
     max_output_tokens: NumTokens | None = None
     temperature: float | None = Field(default=None, ge=0.0, le=100.0)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     stream: bool | None = None
-    tools: list[dict[str, JsonValue]] | None = Field(default=None, max_length=1024)
+    tools: Annotated[Objects, Field(max_length=1024)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
@@ -60,7 +62,7 @@ class ResponseRequest(Open):
     background: bool | None = None
     previous_response_id: str | None = None
     conversation: JsonValue = None
-    include: list[str] | None = None
+    include: Annotated[list[str], Field(fail_fast=True)] | None = None
     reasoning: JsonValue = None
     truncation: Literal["auto", "disabled"] | None = None
     user: str | None = None

@@ -1,8 +1,22 @@
-"""What requests may hold: every field typed and within a range; unknown ones are taken and named in the log."""
+"""What requests may hold: every field typed and within a range; unknown ones are taken and named in the log.
 
+A list ends at the first element that is wrong: a body of a megabyte can hold half a million of them.
+"""
+
+import json
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from orthrus.config import (
     LARGEST_COUNT_PENALTY,
@@ -17,6 +31,7 @@ LONGEST_STOP = 1024
 MOST_MESSAGES = 10_000
 MOST_TOOLS = 128
 LARGEST_INT = 2**31 - 1
+_LARGEST_BIAS = 100
 
 
 class Open(BaseModel):
@@ -37,26 +52,70 @@ def _not_blank(value: str) -> str:
     return value
 
 
-def _is_id(value: str) -> str:
-    if not value.isascii() or not value.isdigit():
-        raise ValueError("must be a token id in digits")
-    return value
+def _are_biases(given: dict[str, Any]) -> dict[str, Any]:
+    """One error for all entries: pydantic would make one for each that is wrong."""
+    for key, value in given.items():
+        is_id = key.isascii() and key.isdigit() and len(key) <= 10
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_id or not is_number or not -_LARGEST_BIAS <= value <= _LARGEST_BIAS:
+            raise ValueError(
+                f"must give token ids, in digits, numbers from -{_LARGEST_BIAS} to {_LARGEST_BIAS}"
+            )
+    return given
 
 
-def _is_text(value: str) -> str:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        # Half a character, which JSON can spell and no answer could repeat.
-        raise ValueError("must be valid text") from None
-    return value
+def _otherwise(default: Any, value: Any) -> Any:
+    return default if value is None else value
 
 
-Name = Annotated[str, Field(max_length=256), AfterValidator(_is_text)]
+def null_is(default: Any) -> BeforeValidator:
+    """For fields that are not given where they are null."""
+    return BeforeValidator(partial(_otherwise, default))
+
+
+def _half_character(value: Any) -> list[str] | None:
+    """The names that lead to a text with half a character in it, which JSON can spell; None where there is none."""
+    left: list[tuple[list[str], Any]] = [([], value)]
+    while left:
+        place, value = left.pop()
+        if isinstance(value, str):
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                return place
+        elif isinstance(value, dict):
+            left += [(place, key) for key in value] + [([*place, str(k)], v) for k, v in value.items()]
+        elif isinstance(value, list):
+            left += [([*place, str(i)], v) for i, v in enumerate(value)]
+    return None
+
+
+class RequestBody(Open):
+    """A whole request."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, data: Any) -> Any:
+        """No answer could repeat half a character, and no tokenizer reads one."""
+        try:
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            place = _half_character(data)
+            # A name that is no text cannot be told either.
+            names = [part.encode("utf-8", "replace").decode() for part in place or []]
+            raise PydanticCustomError("half_character", "must be valid text", {"place": names}) from None
+        except (TypeError, ValueError, RecursionError):
+            # Not from JSON, or nested too deeply: fields say so.
+            pass
+        return data
+
+
+Name = Annotated[str, Field(max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=LARGEST_INT)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 StopText = Annotated[str, Field(max_length=LONGEST_STOP), AfterValidator(_not_blank)]
 NumTokens = Annotated[int, Field(ge=1, le=LARGEST_INT)]
-Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
+Objects = Annotated[list[dict[str, JsonValue]], Field(fail_fast=True)]
 
 
 class ContentPart(Open):
@@ -70,8 +129,8 @@ class Message(Open):
     """A turn of a chat. content may be null beside the tool calls of an assistant."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart | str] | None = None
-    tool_calls: list[dict[str, JsonValue]] | None = None
+    content: str | Annotated[list[ContentPart | str], Field(fail_fast=True)] | None = None
+    tool_calls: Objects | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -136,13 +195,13 @@ class OrthrusOptions(Closed):
     receipt: bool = False
 
 
-class Sampling(Open):
-    """What chat and completions share."""
+class Sampling(RequestBody):
+    """What chat and completions share. logit_bias: numbers by token id in digits."""
 
     model: Name | None = None
     max_tokens: NumTokens | None = None
-    min_tokens: int = Field(default=0, ge=0, le=LARGEST_INT)
-    n: int = Field(default=1, ge=1, le=MOST_ANSWERS)
+    min_tokens: Annotated[int, Field(ge=0, le=LARGEST_INT), null_is(0)] = 0
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS), null_is(1)] = 1
     temperature: float | None = Field(default=None, ge=0.0, le=100.0)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     top_k: int | None = Field(default=None, ge=-1, le=LARGEST_INT)
@@ -151,26 +210,27 @@ class Sampling(Open):
     frequency_penalty: float | None = Field(default=None, ge=-LARGEST_COUNT_PENALTY, le=LARGEST_COUNT_PENALTY)
     presence_penalty: float | None = Field(default=None, ge=-LARGEST_COUNT_PENALTY, le=LARGEST_COUNT_PENALTY)
     repetition_penalty: float | None = Field(default=None, ge=1.0 / LARGEST_PENALTY, le=LARGEST_PENALTY)
-    logit_bias: dict[Annotated[str, AfterValidator(_is_id)], Bias] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
-    ignore_eos: bool = False
+    logit_bias: Annotated[dict[str, Any], AfterValidator(_are_biases)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = None
+    ignore_eos: Annotated[bool, null_is(False)] = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    priority: int = Field(default=0, ge=-LARGEST_INT, le=LARGEST_INT)
+    priority: Annotated[int, Field(ge=-LARGEST_INT, le=LARGEST_INT), null_is(0)] = 0
     return_token_ids: bool | None = None
     user: str | None = None
     orthrus: OrthrusOptions | None = None
 
 
-Tools = Annotated[list[Tool], Field(min_length=1, max_length=MOST_TOOLS)]
+Tools = Annotated[list[Tool], Field(min_length=1, max_length=MOST_TOOLS, fail_fast=True)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
 
 
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: Messages
     max_completion_tokens: NumTokens | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
@@ -187,35 +247,32 @@ class CompletionRequest(Sampling):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_ANSWERS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=MOST_ANSWERS),
-        ]
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_ANSWERS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_ANSWERS, fail_fast=True)]
     )
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
     echo: bool | None = None
 
 
-class TokenizeRequest(Open):
+class TokenizeRequest(RequestBody):
     """POST /tokenize. prompt (as vLLM has it), content (as llama.cpp has it), or messages."""
 
     model: Name | None = None
     prompt: str | None = None
     content: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MOST_MESSAGES)
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_special: bool | None = None
     tools: Tools | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = None
 
 
-class DetokenizeRequest(Open):
+class DetokenizeRequest(RequestBody):
     """POST /detokenize."""
 
     model: Name | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 def unknown_fields(body: BaseModel) -> set[str]:
