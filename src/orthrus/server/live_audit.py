@@ -36,7 +36,7 @@ SCRATCH = 1024
 """Slots beside a whole context, for the rows of one pass, where an answer is decoded as it was."""
 
 COUNTERS = {
-    "checked": "Answers that were decoded again by plain decoding.",
+    "checked": "Answers that were decoded again with plain decoding.",
     "identical": "Of these, answers with the very same tokens.",
     "near_tie": "Of these, answers that differ where rounding decides.",
     "violation": "Of these, answers that break the rule.",

@@ -32,7 +32,7 @@ class Choice(Open):
 
 
 class Counted(Open):
-    """What the prompt of a message is made of; POST /v1/messages/count_tokens takes no more."""
+    """The fields that make up the prompt of a message. POST /v1/messages/count_tokens takes only these."""
 
     model: Name | None = None
     messages: list[Turn] = Field(min_length=1, max_length=MOST_MESSAGES)

@@ -22,7 +22,7 @@ _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text")
 
 
 class TextFormat(Open):
-    """As `response_format` of a chat, but flat."""
+    """Like `response_format` of a chat, but with the fields of `json_schema` on the same level."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str | None = None
