@@ -49,7 +49,7 @@ _STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stre
 
 class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        """The document without the 422s that FastAPI announces: what is wrong is answered with a 400."""
+        """The document without FastAPI's 422 responses: the server answers invalid requests with 400."""
         told = super().openapi()
         for methods in told["paths"].values():
             for operation in methods.values():

@@ -1,4 +1,4 @@
-"""/v1/messages: requests of Anthropic's interface as chats."""
+"""/v1/messages: converts requests of Anthropic's API to chats."""
 
 from typing import Annotated, Any, Literal
 

@@ -1,4 +1,4 @@
-"""Figures of a running server in Prometheus' form; named as vLLM names them, behind `orthrus_`."""
+"""Metrics of a running server in the Prometheus format, with vLLM's names and the prefix `orthrus_`."""
 
 from collections.abc import Iterator
 from time import monotonic
@@ -18,7 +18,7 @@ GAUGES = {
     "num_requests_waiting": "Requests that wait for others to end, or for pages of the cache.",
     "kv_cache_usage_perc": "Share of the cache's pages that answers use, from 0 to 1.",
 }
-"""What is read from the engine when it is asked for."""
+"""Values that are read from the engine when Prometheus asks for them."""
 
 
 class Metrics:
@@ -74,12 +74,12 @@ class Metrics:
         )
 
     def watch(self, engine: Engine, *others: Collector) -> None:
-        """Show the state of an engine too, and what others count."""
+        """Also export the state of an engine, and the counts of other collectors."""
         for collector in (_EngineState(engine), *others):
             self.registry.register(collector)
 
     def ended(self, call: Call, index: int, request: Request) -> None:
-        """An answer has ended; called once for each."""
+        """Record an answer that has ended; called once for each."""
         now, times = monotonic(), call.times[index]
         if request.failure is not None:
             self.failed.inc()

@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[_Harmless, str]] = {
     "typical_p": (lambda value: value in (None, 1, 1.0), "use top_p or min_p"),
     "mirostat": (lambda value: value in (None, 0), "use top_p or min_p"),
 }
-"""Fields that would change the answer and cannot be honoured: when they ask for nothing, and what to do."""
+"""Fields that would change the answer and cannot be honoured: the values with no effect, and advice."""
 
 _NAMES = {
     name: name
@@ -122,12 +122,12 @@ def check_together(body: ChatRequest | CompletionRequest) -> None:
 
 
 def base_seed(body: Sampling) -> int:
-    """The seed asked for, or a fresh one that every client's numbers can hold."""
+    """The requested seed, or a new one that is small enough for the number type of every client."""
     return randbits(53) if body.seed is None else body.seed
 
 
 def decode_configs(body: ChatRequest | CompletionRequest, seed: int, room: int) -> list[DecodeConfig]:
-    """One per text. room: tokens that fit behind the prompt. ApiError names the field that is wrong."""
+    """One config per text. room: tokens that fit after the prompt. ApiError names the field that is wrong."""
     asked = body.max_tokens
     logprobs = body.logprobs if isinstance(body, CompletionRequest) else None
     if isinstance(body, ChatRequest):

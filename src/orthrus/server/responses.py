@@ -1,4 +1,4 @@
-"""/v1/responses: requests of OpenAI's newer interface as chats. Nothing is stored, so each holds its whole history."""
+"""/v1/responses: converts requests of OpenAI's newer API to chats. Nothing is stored, so each has its whole history."""
 
 from typing import Annotated, Any, Literal
 

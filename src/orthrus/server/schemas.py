@@ -1,4 +1,4 @@
-"""What requests may hold: every field typed and within a range; unknown ones are taken and named in the log."""
+"""The schemas of requests: every field has a type and a range. Unknown fields are accepted and named in the log."""
 
 from typing import Annotated, Any, Literal
 
