@@ -28,7 +28,7 @@ Prompt = str | Sequence[Message]
 
 
 class DecodeOptions(TypedDict, total=False):
-    """The keywords of `generate` and its like: see `decode_config`."""
+    """The keywords of `generate`, `stream` and `chat`: see `decode_config`."""
 
     max_new_tokens: int
     strategy: Strategy
@@ -61,9 +61,9 @@ class Orthrus:
         orthrus = Orthrus.load()
         print(orthrus.generate("Why is the sky blue?").text)
 
-    `base` is the frozen model with tokenizer, `dual` the two views over it, `engine` what answers requests.
-    Thread-safe: requests of several threads share the engine's passes, and each gets the text that it would
-    get alone. runner: the eager one unless given.
+    `base` is the frozen model with its tokenizer, `dual` holds the two views over it, and `engine` answers
+    requests. Thread-safe: requests of several threads share the engine's passes, and each gets the text that it
+    would get alone. runner: runs the passes; the default is the eager runner.
     """
 
     def __init__(
@@ -92,13 +92,12 @@ class Orthrus:
         """Load `model` (hub id, folder, GGUF file, or "default") and a view for it.
 
         view: "default" (the checkpoint's own or the shipped one; a fresh one where there is none), "fresh"
-        (AR-initialised), a view folder, or a hub id. dtype: "float32", "bfloat16", "float16", "auto", or
-        "int8" or "int4" on a CPU. draft_dtype: "int8" or "int4" for the drafts alone, which leaves the text
-        as it is. draft_vocab: how many of the most frequent ids drafts may propose, None for all. runner:
-        "eager", "compiled", or "auto", the default, which compiles where that works; the environment's
-        ORTHRUS_RUNNER stands for None. attn_implementation: of the stock model, the baseline; passes attend by
-        code of our own.
-        Raises the subclasses of OrthrusError, each a sentence with the cause and the next step.
+        (AR-initialised), a view folder, or a hub id. dtype: "float32", "bfloat16", "float16", "auto", or "int8" or
+        "int4" on a CPU. draft_dtype: "int8" or "int4" for the drafts alone; the text stays the same. draft_vocab:
+        drafts may propose only so many of the most frequent ids; None for all. runner: "eager", "compiled", or
+        "auto" (compiled where that works). None takes the environment variable ORTHRUS_RUNNER, and "auto" without
+        it. attn_implementation: attention of the stock model, which is the baseline; our passes use their own
+        attention. Raises the subclasses of OrthrusError, each a sentence with the cause and the next step.
         """
         runner = chosen_runner(runner)
         base, dual = load_dual(
@@ -129,9 +128,9 @@ class Orthrus:
     ) -> GenerationResult | list[GenerationResult]:
         """Answer `prompt` (text, or chat messages) and return the whole result.
 
-        A list of prompts is answered together, with the results in its order; each text is what it would be
-        alone. Keywords as in `decode_config`. With `raw` the text is continued as it stands, without chat
-        template.
+        A list of prompts is answered together. The results have the order of the list, and each text is the same
+        as if its prompt were alone. Keywords: see `decode_config`. With `raw` the model continues the text as it
+        is, without chat template.
         """
         if not _is_list_of_prompts(prompt):
             return self.stream(prompt, raw=raw, **decode).drain()  # type: ignore[arg-type]
@@ -139,7 +138,9 @@ class Orthrus:
         return [stream.drain() for stream in streams]
 
     def stream(self, prompt: Prompt, *, raw: bool = False, **decode: Unpack[DecodeOptions]) -> TokenStream:
-        """As `generate`, but yields a `Cycle` for each cycle; `.cancel()` stops, `.result` sums up."""
+        """Like `generate`, but yields a `Cycle` for each cycle. `.cancel()` stops it, and `.result` is the whole
+        result.
+        """
         _check_keywords(decode)
         prompt_ids = self.base.encode_prompt(prompt, raw=raw)
         return self.stream_ids(prompt_ids, decode_config(**decode))
@@ -158,9 +159,9 @@ class Orthrus:
         deadline: float | None = None,
         engine: Engine | None = None,
     ) -> Request:
-        """Hand token ids in to the engine, which somebody else steps; keywords as in `Engine.submit`.
+        """Submit token ids to the engine; the caller steps it. Keywords: see `Engine.submit`.
 
-        engine: another one over the same model, in place of its own.
+        engine: another engine over the same model, to use instead of `self.engine`.
         """
         return (engine or self.engine).submit(
             prompt_ids,
@@ -174,7 +175,7 @@ class Orthrus:
         )
 
     def grammar_state(self, grammar: Grammar | None) -> GrammarState | None:
-        """The grammar compiled for this model, before the first token; None without one."""
+        """The grammar, compiled for this model, in its state before the first token; None without a grammar."""
         return None if grammar is None else self._grammars.state(grammar)
 
     @cached_property
@@ -186,9 +187,9 @@ class Orthrus:
         return Conversation(self, system, decode)
 
     def time_passes(self, on_measure: OnMeasure | None = None) -> Costs:
-        """What passes cost on this machine, which `auto` decides by: timed once (some seconds), then kept.
+        """Time the passes on this machine (some seconds, once) and keep the times; `auto` decides by them.
 
-        Called when the first `auto` request is handed in, where it has not been before.
+        The first `auto` request calls this if nobody did before.
         """
         return self.engine.costs(on_measure)
 
@@ -202,7 +203,7 @@ class Orthrus:
         return self.dual.stock()
 
     def describe(self) -> dict[str, Any]:
-        """What a report must say about model and view."""
+        """Facts about model and view that every report must contain."""
         config = self.dual.config
         return {
             "model": self.base.name,
@@ -227,7 +228,7 @@ class Orthrus:
 
 
 class Conversation:
-    """Turns of a chat; a turn is added to `messages` only when its answer has been read to the end."""
+    """A chat that remembers its turns. A turn is added to `messages` only when its answer has been read to the end."""
 
     def __init__(self, orthrus: Orthrus, system: str | None, decode: DecodeOptions) -> None:
         self._orthrus = orthrus
@@ -248,7 +249,7 @@ class Conversation:
         return turn.result
 
     def stream(self, text: str, **overrides: Unpack[DecodeOptions]) -> "Turn":
-        """Say something and watch the answer come; a cancelled answer is kept as far as it came."""
+        """Say something and stream the answer. A cancelled answer is kept as far as it was written."""
         asked = [*self.messages, {"role": "user", "content": text}]
         return Turn(self, asked, self._orthrus.stream(asked, **(self._decode | overrides)))
 
@@ -325,11 +326,11 @@ def decode_config(
     grammar: Grammar | None = None,
     priority: int = 0,
 ) -> DecodeConfig:
-    """The flat keywords of `generate` as a checked DecodeConfig.
+    """Make a checked DecodeConfig from the flat keywords of `generate`.
 
-    strategy: ar, chain, tree, fused, fused_tree, or auto, which picks by the cost of passes on this machine
-    and by how drafts fare. The same seed gives the same text under each of them.
-    Raises UserInputError for a value out of range; temperature 0 is greedy decoding.
+    strategy: ar, chain, tree, fused, fused_tree, or auto, which decides by the cost of passes on this machine and
+    by the acceptance of drafts. The same seed gives the same text under each of them. Raises UserInputError for a
+    value out of range; temperature 0 is greedy decoding.
     """
     return DecodeConfig(
         max_new_tokens=max_new_tokens,

@@ -11,11 +11,11 @@ from orthrus.errors import UserInputError
 Strategy = Literal["ar", "chain", "tree", "fused", "fused_tree", "auto"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 DRAFTING = ("strategy", "block_size", "floor", "node_budget", "block_budget", "copies")
-"""Settings of a request that say how it drafts, which changes no text."""
+"""Settings of a request that control drafting. They do not change the text."""
 FIXED_STRATEGIES: tuple[Strategy, ...] = tuple(s for s in STRATEGIES if s != "auto")
-"""Those that decode every cycle alike."""
+"""The strategies that decode every cycle in the same way."""
 Baseline = Literal["stock", "plain"]
-"""What an audit compares with: the stock model's own `generate`, or strategy `ar` by the same runner."""
+"""The baseline of an audit: the stock model's own `generate`, or strategy `ar` by the same runner."""
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 LEAST_TEMPERATURE = 1e-5
 # Beyond these a logit divided by the least temperature overflows fp32.
@@ -35,10 +35,11 @@ class SamplingParams:
     """How a token is drawn from a row of logits; temperature 0 is greedy and ignores the filters.
 
     Applied in this order, as in transformers and vLLM: logit bias, repetition penalty, frequency and presence
-    penalty (these for greedy decoding too), temperature, top-k, top-p, min-p. `logit_bias` maps token ids to
-    what is added to their logits: -100 all but bans a token. `repetition_penalty` above 1 makes tokens of the
-    prompt and the text so far less likely. `frequency_penalty` is taken from a token's logit for each time
-    that the text so far, without the prompt, has it; `presence_penalty` once if it has it at all.
+    penalty (these for greedy decoding too), temperature, top-k, top-p, min-p. `logit_bias` maps token ids to what
+    is added to their logits: -100 all but bans a token. `repetition_penalty` above 1 makes tokens of the prompt
+    and the text so far less likely. `frequency_penalty` is subtracted from a token's logit once for each
+    occurrence of the token in the text so far, without the prompt. `presence_penalty` is subtracted once if the
+    token occurs there at all.
     """
 
     temperature: float = 0.0
@@ -99,12 +100,12 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What a text must look like: `text` says it, in the language that `kind` names.
+    """The format that a text must have, described by `text` in the language that `kind` names.
 
-    "json_schema": a JSON Schema; "regex": a regular expression that the whole text matches; "lark": a
-    context-free grammar in llguidance's dialect of Lark, with the rule `start`; "json_object": any JSON
-    object, with no text. What the text means is checked when it is compiled for a model. compact: JSON has no
-    blanks between its parts; else a space, or a line break and an indent, may stand there.
+    "json_schema": a JSON Schema; "regex": a regular expression that the whole text matches; "lark": a context-free
+    grammar in llguidance's dialect of Lark, with the rule `start`; "json_object": any JSON object, with no text.
+    `text` is checked when it is compiled for a model. compact: JSON has no whitespace between its parts; otherwise
+    a space, or a line break and an indent, is allowed there.
     """
 
     kind: GrammarKind
@@ -141,20 +142,19 @@ class Grammar:
 class DecodeConfig:
     """One request: how much to generate, with which strategy, and when to stop.
 
-    `block_size`: rows of a drafted block, for auto the most; None means as many as the view was trained with,
-    of which the last one guesses nothing (see docs/metrics.md). `floor` lets a draft pass carry the
-    anchor as an AR row too, so that every pass commits at least one token; False gives the cycle of the
-    paper (arXiv 2605.12825, section 3) in the fixed strategies, auto always has the floor. `node_budget`:
-    the most drafts that a pass of `tree` or `fused_tree` verifies. `block_budget`: the most blocks that a
-    pass of `fused` or `fused_tree` drafts beside them. `copies` lets `auto` draft what followed the last
-    tokens where they stood before, in the prompt or the text. `priority`: requests with a lower one go first.
-    None of these changes the text.
+    `block_size`: rows of a draft block, for auto the maximum. None means as many as in the view's training; then
+    the last row guesses nothing (see docs/metrics.md). With `floor`, a draft pass also carries the anchor as an AR
+    row, so that every pass commits at least one token. False gives the cycle of the paper (arXiv 2605.12825,
+    section 3) in the fixed strategies; auto always has the floor. `node_budget`: the most drafts that a pass of
+    `tree` or `fused_tree` verifies. `block_budget`: the most blocks that such a pass of `fused` or `fused_tree`
+    also drafts. `copies` lets `auto` draft copies of what followed an earlier occurrence of the last tokens.
+    `priority`: requests with a lower value go first. None of these changes the text.
 
-    `min_tokens`: neither a token nor a stop string ends the text before it has so many new ones.
-    `stop_token_ids`: tokens that end it beside the model's own end-of-text tokens; the one that did is kept in
-    `token_ids`. `grammar`: the text conforms to it; where only the end is left to it, `min_tokens` gives way.
-    `logprobs`: with each token report its log prob and those of so many most probable ones, by the model's own
-    law, before `sampling`.
+    `min_tokens`: neither a token nor a stop string ends the text before it has so many new tokens.
+    `stop_token_ids`: tokens that end the text, in addition to the model's own end-of-text tokens; the token that
+    ended it is kept in `token_ids`. `grammar`: the text conforms to it; if it allows nothing but the end,
+    `min_tokens` has no effect. `logprobs`: report the log probability of each token and those of so many most
+    probable tokens, from the model's own distribution, before `sampling`.
     """
 
     max_new_tokens: int = 256

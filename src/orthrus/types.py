@@ -13,9 +13,10 @@ CycleKind = Literal["prefill", "ar", "chain", "tree", "fused", "fused_tree"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The natural log prob of a committed token, finite, and (id, log prob) of the most probable ones.
+    """The natural log probability of a committed token (finite), and (id, log probability) of the most probable ones.
 
-    By the model's own law, before temperature, penalties, bias and grammar; `top` comes most probable first.
+    They come from the model's own distribution, before temperature, penalties, bias and grammar. `top` is sorted,
+    most probable first.
     """
 
     token_id: int
@@ -25,14 +26,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Cycle:
-    """What one cycle committed; the one record that streams, results and benchmarks are made of.
+    """What one cycle committed. Streams, results and benchmarks all consist of this record.
 
-    `text` is what became printable with this cycle (whole characters only; it may lag behind
-    `token_ids`). `is_draft[i]` tells whether `token_ids[i]` was drafted; all other tokens are the AR view's
-    own. `num_copied` of the accepted drafts came from the text or a grammar alone, the others from the
-    diffusion view. `rejected_ids`: the drafts after the accepted ones that did not stand; of a tree, its first
-    branch. `elapsed_ms` is the wall time that the cycle took. `logprobs` has one entry
-    per token where the request asked for them.
+    `text` is the text that became printable with this cycle (whole characters only; it may lag behind
+    `token_ids`). `is_draft[i]` says whether `token_ids[i]` was drafted; all other tokens are the AR view's own. Of
+    the accepted drafts, `num_copied` came only from a copy or a grammar, and the others from the diffusion view.
+    `rejected_ids`: the rejected drafts after the accepted ones; for a tree, those of its first branch.
+    `elapsed_ms` is the wall time that the cycle took. `logprobs` has one entry per token where the request asked
+    for them.
     """
 
     index: int
@@ -71,7 +72,7 @@ class DecodeStats:
 
     @property
     def tokens_per_cycle(self) -> float:
-        """Tokens committed by cycles / cycles, the AR view's own included (the prefill's token is not)."""
+        """Tokens committed by cycles / cycles. The AR view's own tokens count, the prefill's token does not."""
         return (self.num_tokens - 1) / self.num_cycles if self.num_cycles else 0.0
 
     @property
@@ -120,7 +121,7 @@ class DecodeStats:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """The whole answer. `token_ids` holds new tokens only, the end-of-sequence token included."""
+    """The whole answer. `token_ids` holds only new tokens, the end-of-sequence token included."""
 
     text: str
     token_ids: tuple[int, ...]

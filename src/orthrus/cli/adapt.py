@@ -14,41 +14,42 @@ from orthrus.errors import UserInputError
 def adapt(
     log: Annotated[
         Path | None,
-        typer.Argument(help="JSONL with messages, prompt or turns a line.", show_default=False),
+        typer.Argument(help="JSONL with messages, prompt or turns on each line.", show_default=False),
     ] = None,
     view: Annotated[
         Path,
         typer.Option(
             metavar="FOLDER",
-            help="The view to re-tune, in its place; the old one stays beside it. Made where there is none.",
+            help="The view to re-tune in place; the old one is kept beside it. Created if it does not exist.",
         ),
     ] = Path("view"),
-    rollback: Annotated[
-        bool, typer.Option("--rollback", help="Put back the view that was there before.")
-    ] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Restore the previous view.")] = False,
     model: Annotated[str, typer.Option(help=options.MODEL_HELP, rich_help_panel="Model")] = "default",
     init: Annotated[
-        str, typer.Option(help="Where FOLDER does not exist: the view folder to start from, or 'default'.")
+        str, typer.Option(help="If FOLDER does not exist: the view folder to start from, or 'default'.")
     ] = "default",
     held_back: Annotated[
-        float, typer.Option(help="Share of the requests that the new view is judged by.")
+        float, typer.Option(help="Share of the requests that are held back to judge the new view.")
     ] = 0.2,
-    epochs: Annotated[float, typer.Option(help="Passes over the others.")] = 3.0,
-    learning_rate: Annotated[float, typer.Option(help="Peak.")] = 3e-4,
+    epochs: Annotated[float, typer.Option(help="Passes over the other requests.")] = 3.0,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="The longest answer to a request without one.")
+        int,
+        typer.Option(
+            "--max-new-tokens",
+            "-n",
+            help="Maximum number of tokens in the base's answer to a request without one.",
+        ),
     ] = 256,
-    seed: Annotated[int, typer.Option(help="Of the split and of training.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: of the frozen base.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the split and of training.")] = 0,
+    dtype: Annotated[str, typer.Option(help="dtype of the frozen base: float32 or bfloat16.")] = "float32",
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
     """Re-tune a view on logged requests.
 
-    A share of the requests is held back, to judge the new view by.
-    It is kept only if real decodes of these requests improve,
-    and those of built-in prompts get no more than 2 % worse.
-    A stopped run goes on with the same command.
+    A share of the requests is held back to judge the new view. The new view is kept only if real decodes of these
+    requests improve, and those of built-in prompts get at most 2 % worse. The same command resumes a stopped run.
     """
     if rollback:
         if log is not None:

@@ -32,15 +32,18 @@ def audit(
         bool,
         typer.Option(
             "--full",
-            help="Also test the law of sampled text, with a floor, a planted bias that must be found, and the "
-            "power of each test; and compare length and variety of texts.",
+            help="Also test the distribution of sampled text, with a test of plain decoding, an artificial bias "
+            "that must be found, and the power of each test; and compare length and variety of texts.",
         ),
     ] = False,
     draws: Annotated[
-        int, typer.Option(min=20, help="Texts of each sample and prompt that --full draws.")
+        int, typer.Option(min=20, help="Number of texts that --full draws for each sample and prompt.")
     ] = 200,
     law_prompts: Annotated[
-        int, typer.Option(min=1, help="Prompts whose sampled text --full tests, spread over all.")
+        int,
+        typer.Option(
+            min=1, help="Number of prompts whose sampled text --full tests, spread evenly over all prompts."
+        ),
     ] = 12,
     view: options.View = "default",
     dtype: options.Dtype = None,

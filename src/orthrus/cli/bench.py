@@ -26,8 +26,9 @@ def bench(
     suite: Annotated[
         Literal["quick", "full", "paper"] | None,
         typer.Option(
-            help="Data sets, strategies, temperatures and lengths by one name: quick needs no files; full has the "
-            "usual sets; paper is the table of arXiv 2605.12825. Other options go before it.",
+            help="A name for a set of data sets, strategies, temperatures and lengths: quick needs no files; "
+            "full has the usual sets; paper is the table of arXiv 2605.12825. Other options override its "
+            "settings.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -35,8 +36,9 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="built-in, a data set by name (gsm8k, math500, humaneval, mbpp, mt_bench, spec_bench and others), "
-            "or a JSONL file with prompt, messages or turns a line; may be repeated. Left out: built-in.",
+            help="built-in, a data set by name (gsm8k, math500, humaneval, mbpp, mt_bench, spec_bench and "
+            "others), or a JSONL file with prompt, messages or turns on each line; may be repeated. Default: "
+            "built-in.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -44,7 +46,8 @@ def bench(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Where NAME.jsonl of a data set is looked for. Left out, or not there: the hub.",
+            help="Folder in which to look for NAME.jsonl of a data set. Without it, or if the file is missing: "
+            "the hub.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -53,8 +56,8 @@ def bench(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"One of {', '.join(STRATEGIES)}, with settings of its own where wanted: chain:floor=false, "
-            f"chain:block-size=4, auto:copies=false; may be repeated. Left out: {DEFAULTS.strategy}.",
+            help=f"One of {', '.join(STRATEGIES)}, optionally with settings: chain:floor=false, "
+            f"chain:block-size=4, auto:copies=false; may be repeated. Default: {DEFAULTS.strategy}.",
             metavar="NAME[:SETTINGS]",
             rich_help_panel=_WHAT,
         ),
@@ -65,7 +68,12 @@ def bench(
     ] = False,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", "-n", help="The longest answer. Left out: 128.", show_default=False),
+        typer.Option(
+            "--max-new-tokens",
+            "-n",
+            help="Maximum number of tokens in an answer. Default: 128.",
+            show_default=False,
+        ),
     ] = None,
     block_size: options.BlockSize = None,
     node_budget: options.NodeBudget = DEFAULTS.node_budget,
@@ -76,18 +84,16 @@ def bench(
             "--temperature",
             "-t",
             metavar="NUMBER",
-            help="0 is greedy; higher samples. May be repeated, for a table each. Left out: 0.",
+            help="0: greedy decoding; above 0: sampling. May be repeated; each gives a table. Default: 0.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the first repeat, when sampling.")] = 0,
-    repeats: Annotated[
-        int | None, typer.Option(help="Timed runs of each prompt. Left out: 3.", min=1)
-    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first repeat, when sampling.")] = 0,
+    repeats: Annotated[int | None, typer.Option(help="Timed runs of each prompt. Default: 3.", min=1)] = None,
     thinking: Annotated[
         bool | None,
         typer.Option(
             "--thinking/--no-thinking",
-            help="What a chat template that asks is told of thinking aloud. Left out: nothing.",
+            help="Tell the chat template to switch thinking on or off, if it has that setting. Default: neither.",
             show_default=False,
         ),
     ] = None,
@@ -112,8 +118,8 @@ def bench(
         typer.Option(
             "--output",
             "-o",
-            help="Also write the full result as JSON to this file, after each prompt what there is so far. The same "
-            "command goes on with an unfinished one.",
+            help="Also write the full result as JSON to this file, updated after each prompt. The same command "
+            "continues an unfinished file.",
             rich_help_panel="Output",
         ),
     ] = None,

@@ -13,7 +13,7 @@ def bench_compare(
     a: Annotated[
         Path, typer.Argument(metavar="A.json", help="A result that `orthrus bench --output` wrote.")
     ],
-    b: Annotated[Path, typer.Argument(metavar="B.json", help="Another one: ratios are b / a.")],
+    b: Annotated[Path, typer.Argument(metavar="B.json", help="Another one. Ratios are B / A.")],
     format_: Annotated[
         Literal["table", "md", "json"],
         typer.Option("--format", help="What to print on stdout.", rich_help_panel="Output"),
@@ -21,7 +21,7 @@ def bench_compare(
     json: options.FormatJson = False,
     output: options.OutputFile = None,
 ) -> None:
-    """Compare two results of `orthrus bench`, and say in what their settings differ. No model is loaded."""
+    """Compare two results of `orthrus bench`, and show the differences in their settings. No model is loaded."""
     from orthrus.bench import compare_reports
 
     check_output(output)

@@ -35,12 +35,13 @@ def bench_report(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Also write each plot as SVG there, and as PNG where there is a Chromium to draw it.",
+            help="Also write each plot to this folder as SVG, and as PNG if Chromium is installed.",
             rich_help_panel="Output",
         ),
     ] = None,
 ) -> None:
-    """Make one page of results: plots, tables, formulas and origins. It asks nothing of the network, and prints.
+    """Make one page of results: plots, tables, formulas and origins. It loads nothing from the network, and can be
+    printed.
 
     A file is told by its `kind`: orthrus-bench, orthrus-audit, orthrus-long-context, orthrus-sceptic, or
     orthrus-training-curve (`points` of arm, targets and tokens_per_cycle).

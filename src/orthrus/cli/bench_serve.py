@@ -17,7 +17,7 @@ DEFAULT_CONCURRENCY = (1, 8)
 
 def bench_serve(
     url: Annotated[
-        str, typer.Option(help="Address of a server in OpenAI's form.", rich_help_panel=_SERVER)
+        str, typer.Option(help="Address of a server with an OpenAI-compatible API.", rich_help_panel=_SERVER)
     ] = "http://127.0.0.1:8000",
     model: Annotated[
         str | None,
@@ -25,7 +25,7 @@ def bench_serve(
             "--model",
             "-m",
             metavar="NAME",
-            help="What the server calls its model. Left out: the first one that it lists.",
+            help="The server's name for its model. Default: the first one that it lists.",
             rich_help_panel=_SERVER,
         ),
     ] = None,
@@ -33,7 +33,7 @@ def bench_serve(
         str | None,
         typer.Option(
             metavar="KEY",
-            help=f"The server's key. Left out: {options.KEY_VARIABLE}.",
+            help=f"The server's key. Default: {options.KEY_VARIABLE}.",
             rich_help_panel=_SERVER,
         ),
     ] = None,
@@ -45,7 +45,7 @@ def bench_serve(
         typer.Option(
             min=1,
             metavar="N",
-            help="Closed loop: N requests open at a time; may be repeated. Left out, without --rate: "
+            help="Closed loop: N requests open at a time; may be repeated. Default, without --rate: "
             f"{' and '.join(map(str, DEFAULT_CONCURRENCY))}.",
             rich_help_panel=_LOAD,
         ),
@@ -54,25 +54,31 @@ def bench_serve(
         list[float] | None,
         typer.Option(
             metavar="R",
-            help="Random arrivals (Poisson), R a second on average; may be repeated.",
+            help="Random arrivals (Poisson), R per second on average; may be repeated.",
             rich_help_panel=_LOAD,
         ),
     ] = None,
     requests: Annotated[
-        int, typer.Option(min=1, help="Requests of a run, from the prompts in turn.", rich_help_panel=_LOAD)
+        int,
+        typer.Option(
+            min=1, help="Number of requests in a run; they use the prompts in turn.", rich_help_panel=_LOAD
+        ),
     ] = 32,
     repeats: Annotated[
         int, typer.Option(min=1, help="Runs of each strategy at each load.", rich_help_panel=_LOAD)
     ] = 1,
     warmup: Annotated[
-        int, typer.Option(min=0, help="Requests of each strategy before that.", rich_help_panel=_LOAD)
+        int,
+        typer.Option(
+            min=0, help="Warm-up requests for each strategy before the runs.", rich_help_panel=_LOAD
+        ),
     ] = 2,
     ttft_limit: Annotated[
         float | None,
         typer.Option(
             min=0.0,
             metavar="MS",
-            help="A good answer begins within so many milliseconds; counts goodput.",
+            help="Limit on the time to first token in milliseconds; adds goodput to the result.",
             rich_help_panel=_LOAD,
         ),
     ] = None,
@@ -81,7 +87,7 @@ def bench_serve(
         typer.Option(
             min=0.0,
             metavar="MS",
-            help="A good answer takes at most so many milliseconds per further token; counts goodput.",
+            help="Limit on the time per output token in milliseconds; adds goodput to the result.",
             rich_help_panel=_LOAD,
         ),
     ] = None,
@@ -93,7 +99,8 @@ def bench_serve(
         typer.Option(
             min=1,
             metavar="N",
-            help="The longest answer; may be repeated, for requests in turn. Left out: 64.",
+            help="Maximum number of tokens in an answer; may be repeated, then requests use the values in turn. "
+            "Default: 64.",
             rich_help_panel=_REQUESTS,
         ),
     ] = None,
@@ -101,24 +108,26 @@ def bench_serve(
         bool,
         typer.Option(
             "--ignore-eos",
-            help="Ask for --max-tokens tokens whatever the text; not every server can.",
+            help="Ask for exactly --max-tokens tokens, past the end of the text. Not every server supports this.",
             rich_help_panel=_REQUESTS,
         ),
     ] = False,
     temperature: Annotated[
         float,
-        typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.", rich_help_panel=_REQUESTS),
+        typer.Option("--temperature", "-t", min=0.0, help="0: greedy decoding.", rich_help_panel=_REQUESTS),
     ] = 0.0,
     seed: Annotated[
         int,
-        typer.Option(min=0, help="Of the first request, and of the arrivals.", rich_help_panel=_REQUESTS),
+        typer.Option(
+            min=0, help="Seed of the first request, and of the arrivals.", rich_help_panel=_REQUESTS
+        ),
     ] = 0,
     strategy: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help=f"For `orthrus serve`: one of {', '.join(STRATEGIES)}; may be repeated, to compare. Left out: "
-            "as the server decodes.",
+            help=f"For `orthrus serve`: one of {', '.join(STRATEGIES)}; may be repeated, to compare. Default: "
+            "the server's own choice.",
             rich_help_panel=_REQUESTS,
         ),
     ] = None,
@@ -126,7 +135,8 @@ def bench_serve(
         bool,
         typer.Option(
             "--salt/--no-salt",
-            help="Begin the prompts of each run with a name of its own, so that the server's cache holds none of them.",
+            help="Start the prompts of each run with a unique name, so that the server's cache holds none of "
+            "them.",
             rich_help_panel=_REQUESTS,
         ),
     ] = True,
@@ -134,7 +144,7 @@ def bench_serve(
         bool,
         typer.Option(
             "--check/--no-check",
-            help="Afterwards compare each answer with the same request alone, decoded plainly.",
+            help="Afterwards send each request again alone, with plain decoding, and compare the answers.",
             rich_help_panel=_REQUESTS,
         ),
     ] = True,
@@ -144,7 +154,7 @@ def bench_serve(
 ) -> None:
     """Put a running server under load: latencies, throughput, and whether load changed any answer.
 
-    For any server in OpenAI's form; the figures stand as `vllm bench serve` prints them. Needs
+    Works with any server with an OpenAI-compatible API. The output has the format of `vllm bench serve`. Needs
     `pip install "orthrus-lm[serve]"`. Exit status 1 means that an answer differs from the same request alone.
     """
     need_serve("the load test", "httpx")

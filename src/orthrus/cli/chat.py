@@ -52,8 +52,8 @@ def chat(
     url: Annotated[
         str | None,
         typer.Option(
-            help="Talk to a running server, ours or any with OpenAI's interface, such as http://127.0.0.1:8000. "
-            "MODEL is a name there.",
+            help="Talk to a running server, ours or any with an OpenAI-compatible API, such as "
+            "http://127.0.0.1:8000. MODEL is then the server's name for the model.",
             rich_help_panel=_SERVER,
             show_default=False,
         ),
@@ -62,8 +62,8 @@ def chat(
         str | None,
         typer.Option(
             metavar="KEY",
-            help=f"The server's key. Others see a command's arguments: {options.KEY_VARIABLE} in the environment "
-            "does the same.",
+            help="The server's key. Other users of the machine can see a command's arguments; "
+            f"{options.KEY_VARIABLE} in the environment does the same.",
             rich_help_panel=_SERVER,
             show_default=False,
         ),
@@ -71,7 +71,7 @@ def chat(
     compare: Annotated[
         bool,
         typer.Option(
-            "--compare", help="Answer with plain decoding too: show both times, and any difference."
+            "--compare", help="Also answer with plain decoding; show both times and any difference."
         ),
     ] = False,
     color: options.Color = False,
@@ -79,8 +79,8 @@ def chat(
 ) -> None:
     """Talk with a model; it remembers the turns.
 
-    Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. When stdin is no terminal, each of its
-    lines is a turn.
+    Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. If stdin is not a terminal, each of its lines
+    is a turn.
     """
     decode: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

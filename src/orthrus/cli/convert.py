@@ -39,19 +39,19 @@ def convert(
     ] = "view",
     block_size: Annotated[
         int | None,
-        typer.Option("--block-size", "-k", help="Rows of a block of a fresh view, K. Left out: 8."),
+        typer.Option("--block-size", "-k", help="Block size K of a fresh view. Default: 8."),
     ] = None,
     view: Annotated[
         str | None,
         typer.Option(
-            help="Put this view on SOURCE: 'fresh', a folder or a hub id. Left out: its own, or fresh."
+            help="Put this view on SOURCE: 'fresh', a folder or a hub id. Default: its own, or fresh."
         ),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Left out: float32 for a view, which keeps every bit of it; for base and view together "
-            "auto, the weights as stored.",
+            help="Default: for a view float32, which keeps every bit of it; for base and view together auto, "
+            "the weights as stored.",
             show_default=False,
         ),
     ] = None,
@@ -66,15 +66,15 @@ def convert(
         list[Path] | None,
         typer.Option(
             metavar="FOLDER",
-            help="Write the mean of the view and of the one in this folder; may be repeated. Views of one run often "
-            "draft better together than each by itself.",
+            help="Write the mean of the view and of the one in this folder; may be repeated. The mean of "
+            "several views of one run often drafts better than each of them.",
         ),
     ] = None,
     license: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Licence that the view is given under, for its card, such as apache-2.0.",
+            help="Licence of the view for its card, such as apache-2.0.",
             show_default=False,
         ),
     ] = None,
@@ -94,7 +94,7 @@ def convert(
 ) -> None:
     """Write a view folder or a merged checkpoint.
 
-    What was written is read back and checked: the AR logits must be the stock model's, bit for bit.
+    The command reads the result back and checks it: the AR logits must equal the stock model's bit for bit.
     """
     from orthrus.base.outputs import check_absent, check_writable
 

@@ -105,7 +105,7 @@ def demo(
     color: options.Color = False,
     json: options.Json = False,
 ) -> None:
-    """Answer three prompts by transformers, by plain decoding and by Orthrus; compare tokens, passes and time.
+    """Answer three prompts with transformers, plain decoding and Orthrus; compare tokens, passes and time.
 
     Exit status 1 means that a token differed. Runs in float32, where equal means equal. Saves nothing.
     """

@@ -18,13 +18,13 @@ HEAD = """# Command line
 
 This page lists every command and option. `orthrus COMMAND --help` says the same.
 
-A command writes its product to stdout, and all else to stderr: progress, statistics, warnings and errors.
+A command writes its result to stdout, and everything else to stderr: progress, statistics, warnings and errors.
 
 | exit status | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | done, and the answer is no (an audit failed, tokens differed), or an unforeseen error |
-| 2 | wrong usage, or something that a sentence after `error:` explains |
+| 1 | done with a negative result (an audit failed, tokens differed), or an unexpected error |
+| 2 | wrong usage, or an error that the sentence after `error:` explains |
 | 130 | stopped with Ctrl-C |
 """
 

@@ -21,7 +21,7 @@ def export_vllm(
     ],
     view: Annotated[
         str,
-        typer.Option(help="Put this view on SOURCE: 'fresh', a folder or a hub id. Left out: its own."),
+        typer.Option(help="Put this view on SOURCE: 'fresh', a folder or a hub id. Default: its own."),
     ] = "default",
     dtype: Annotated[
         str,
@@ -33,8 +33,8 @@ def export_vllm(
 ) -> None:
     """Write base and view as one folder that vLLM serves with diffusion drafting.
 
-    Families: Llama, Qwen2, Qwen3, Mistral. The last line is the command that serves it; docs/serving.md says
-    when vLLM is the better server.
+    Families: Llama, Qwen2, Qwen3, Mistral. The last line of the output is the command that serves the folder.
+    docs/serving.md says when vLLM is the better server.
     """
     from orthrus.base.outputs import check_absent, check_writable
     from orthrus.integrations.vllm import export

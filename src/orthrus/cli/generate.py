@@ -29,7 +29,8 @@ def generate(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL] PROMPT",
-            help="One word is the prompt for the default model; - or nothing reads it from stdin.",
+            help="A single argument is the prompt for the default model. - or no argument reads the prompt from "
+            "stdin.",
             show_default=False,
         ),
     ] = None,
@@ -56,7 +57,7 @@ def generate(
     grammar: forms.LarkGrammar = None,
     compact_json: forms.CompactJson = False,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it stands, without chat template.")
+        bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")
     ] = False,
     system: options.System = None,
     dtype: options.Dtype = None,
@@ -66,7 +67,9 @@ def generate(
     device: options.Device = None,
     revision: options.Revision = None,
     attn: options.Attention = None,
-    stream: Annotated[bool, typer.Option(help="Show the text as it comes.", rich_help_panel="Output")] = True,
+    stream: Annotated[
+        bool, typer.Option(help="Show the text while it is written.", rich_help_panel="Output")
+    ] = True,
     color: options.Color = False,
     quiet: options.Quiet = False,
     json: options.Json = False,
@@ -74,8 +77,8 @@ def generate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Answer the prompts of a JSONL file, with prompt, messages or turns a line. Goes on where an "
-            "earlier run of the same command ended. With --seed, line n has a seed of its own.",
+            help="Answer the prompts of a JSONL file with prompt, messages or turns on each line. Resumes where "
+            "an earlier run of the same command ended. With --seed, each line has its own seed.",
             rich_help_panel="A file of prompts",
         ),
     ] = None,
@@ -85,7 +88,7 @@ def generate(
             "--output",
             "-o",
             metavar="OUT.jsonl",
-            help="Where the answers to --prompts go, a line each, in the order of the prompts.",
+            help="File for the answers to --prompts, one per line, in the order of the prompts.",
             rich_help_panel="A file of prompts",
         ),
     ] = None,
@@ -96,7 +99,7 @@ def generate(
 ) -> None:
     """Answer a prompt, or a file of prompts.
 
-    The text goes to stdout as it comes, statistics to stderr.
+    The text goes to stdout while it is written, statistics go to stderr.
     """
     if prompts is None:
         if output is not None:

@@ -14,14 +14,14 @@ KEY_VARIABLE = "ORTHRUS_API_KEY"
 """The environment's variable for a server's key, here and there."""
 MODEL_HELP = "A hub id, a folder, a GGUF file, or 'default' (SmolLM2-135M-Instruct)."
 
-Model = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} Left out: default.", show_default=False)]
+Model = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} Default: 'default'.", show_default=False)]
 NamedModel = Annotated[
     str | None,
     typer.Option(
         "--model",
         "-m",
         metavar="MODEL",
-        help="The model by name, in place of the argument.",
+        help="Name of the model, instead of the argument MODEL.",
         rich_help_panel=_MODEL,
         show_default=False,
     ),
@@ -37,15 +37,15 @@ View = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16, float16, auto (as stored), int8 or int4 (on a CPU). Left out: float32 on a "
-        "CPU, else auto.",
+        help="float32, bfloat16, float16, auto (as stored), int8 or int4 (on a CPU). Default: float32 on a CPU, "
+        "otherwise auto.",
         rich_help_panel=_MODEL,
     ),
 ]
 DraftDtype = Annotated[
     str | None,
     typer.Option(
-        help="int8 or int4: only the drafts run in it, which leaves the text as it is (on a CPU).",
+        help="Precision of drafts alone, on a CPU: int8 or int4. The text stays the same.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -53,40 +53,46 @@ DraftVocab = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Drafts propose the N most frequent token ids only: a smaller head for them, the same text.",
+        help="Let drafts propose only the N most frequent token ids, with a smaller head. The text stays the "
+        "same.",
         rich_help_panel=_MODEL,
     ),
 ]
 Runner = Annotated[
     str | None,
     typer.Option(
-        help="eager, compiled (for a CPU), or auto, which compiles where that works. Left out: "
-        "ORTHRUS_RUNNER, else auto.",
+        help="eager, compiled (on a CPU), or auto: compiled where that works. Default: ORTHRUS_RUNNER, "
+        "otherwise auto.",
         rich_help_panel=_MODEL,
     ),
 ]
 Device = Annotated[
     str | None,
     typer.Option(
-        help="cpu, cuda, cuda:1 or mps. Left out: the first accelerator found.", rich_help_panel=_MODEL
+        help="cpu, cuda, cuda:1 or mps. Default: the first accelerator found.", rich_help_panel=_MODEL
     ),
 ]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=_MODEL)
 ]
 Attention = Annotated[
-    str | None, typer.Option(help="Attention code: sdpa, eager or flex_attention.", rich_help_panel=_MODEL)
+    str | None,
+    typer.Option(help="Attention implementation: sdpa, eager or flex_attention.", rich_help_panel=_MODEL),
 ]
 
 MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", "-n", help="The longest answer.", rich_help_panel=_DECODING)
+    int,
+    typer.Option(
+        "--max-new-tokens", "-n", help="Maximum number of tokens in an answer.", rich_help_panel=_DECODING
+    ),
 ]
 DecodeStrategy = Annotated[
     Strategy,
     typer.Option(
         "--strategy",
-        help="ar is plain decoding; chain drafts and verifies a row of tokens, tree a tree of them; fused "
-        "and fused_tree do both in one pass; auto picks what is fastest here. All give the same text.",
+        help="ar: plain decoding; chain: draft a chain of tokens, then verify it; tree: the same with a tree; "
+        "fused, fused_tree: draft and verify in one pass; auto: what is fastest on this machine. All give the "
+        "same text.",
         rich_help_panel=_DECODING,
     ),
 ]
@@ -95,7 +101,7 @@ BlockSize = Annotated[
     typer.Option(
         "--block-size",
         "-k",
-        help="Rows of a drafted block; auto takes as many at most. Left out: as the view was trained.",
+        help="Rows of a draft block; for auto, the maximum. Default: as in the training of the view.",
         rich_help_panel=_DECODING,
     ),
 ]
@@ -106,27 +112,30 @@ NodeBudget = Annotated[
 BlockBudget = Annotated[
     int,
     typer.Option(
-        help="The most blocks that fused and fused_tree draft beside a verification.",
+        help="The most blocks that fused and fused_tree draft in a pass that verifies.",
         rich_help_panel=_DECODING,
     ),
 ]
 Floor = Annotated[
     bool,
     typer.Option(
-        help="Let a draft pass decide a token too, so that every pass commits one; auto always does.",
+        help="Let a draft pass also decide a token, so that every pass commits at least one; auto always does.",
         rich_help_panel=_DECODING,
     ),
 ]
 Copies = Annotated[
     bool,
     typer.Option(
-        help="Let auto also draft what followed the last tokens where they stood before, in the prompt or the text.",
+        help="Let auto also draft copies: what followed an earlier occurrence of the last tokens in the prompt "
+        "or the text.",
         rich_help_panel=_DECODING,
     ),
 ]
 Temperature = Annotated[
     float,
-    typer.Option("--temperature", "-t", help="0 is greedy; higher samples.", rich_help_panel=_DECODING),
+    typer.Option(
+        "--temperature", "-t", help="0: greedy decoding; above 0: sampling.", rich_help_panel=_DECODING
+    ),
 ]
 TopK = Annotated[
     int | None, typer.Option(help="Sample among the k likeliest tokens.", rich_help_panel=_DECODING)
@@ -134,7 +143,8 @@ TopK = Annotated[
 TopP = Annotated[
     float | None,
     typer.Option(
-        help="Sample among the likeliest tokens that hold this probability.", rich_help_panel=_DECODING
+        help="Sample among the likeliest tokens that together have this probability.",
+        rich_help_panel=_DECODING,
     ),
 ]
 MinP = Annotated[
@@ -169,13 +179,13 @@ Stop = Annotated[
     list[str] | None,
     typer.Option(
         metavar="TEXT",
-        help="Stop before this text, in which \\n is a line end; may be repeated.",
+        help="Stop before this text; \\n means a line break; may be repeated.",
         rich_help_panel=_DECODING,
     ),
 ]
 IgnoreEos = Annotated[
     bool,
-    typer.Option("--ignore-eos", help="Go on after the end-of-text token.", rich_help_panel=_DECODING),
+    typer.Option("--ignore-eos", help="Continue after the end-of-text token.", rich_help_panel=_DECODING),
 ]
 System = Annotated[str | None, typer.Option(help="System prompt.", rich_help_panel=_DECODING)]
 
@@ -194,26 +204,27 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 # bench and audit
 Prompts = Annotated[
     Path | None,
-    typer.Option(help="JSONL file with prompt, messages or turns a line. Left out: built-in prompts."),
+    typer.Option(help="JSONL file with prompt, messages or turns on each line. Default: built-in prompts."),
 ]
 Domain = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", help="Only prompts of this domain; may be repeated. Left out: all."),
+    typer.Option(metavar="NAME", help="Only prompts of this domain; may be repeated. Default: all."),
 ]
-Limit = Annotated[int | None, typer.Option(help="At most this many prompts of a domain.", min=1)]
+Limit = Annotated[int | None, typer.Option(help="At most this many prompts of each domain.", min=1)]
 Strategies = Annotated[
     list[str] | None,
     typer.Option(
         "--strategy",
-        help=f"One of {', '.join(STRATEGIES)}; may be repeated. Left out: all but auto.",
+        help=f"One of {', '.join(STRATEGIES)}; may be repeated. Default: all but auto.",
         metavar="NAME",
     ),
 ]
 Against = Annotated[
     Baseline | None,
     typer.Option(
-        help="stock: the stock model's own generate; plain: strategy ar by the same runner. Left out: plain "
-        "for the compiled runner in other precisions than float32, which rounds otherwise; else stock.",
+        help="stock: the stock model's own generate; plain: strategy ar by the same runner. Default: plain for "
+        "the compiled runner in other precisions than float32, because it rounds differently there; otherwise "
+        "stock.",
     ),
 ]
 Format = Literal["table", "md", "json", "csv"]

@@ -22,7 +22,9 @@ def pack(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Where to; a new folder. Left out: beside the corpus, where train looks."
+            "--output",
+            "-o",
+            help="A new folder to write to. Default: inside the corpus folder, where train looks.",
         ),
     ] = None,
     quiet: options.Quiet = False,
@@ -30,8 +32,8 @@ def pack(
 ) -> None:
     """Pack a corpus into sequences for training, or check a packed one.
 
-    `orthrus train` packs by itself what is not packed yet. Of a folder that is packed, all files are read and held
-    against the digests in its index.
+    `orthrus train` packs automatically what is not packed yet. If FOLDER is already packed, this command reads all
+    its files and compares them with the digests in the index.
     """
     from orthrus.base.outputs import atomic_folder
     from orthrus.training.pack_index import INDEX

@@ -28,7 +28,7 @@ def serve(
     host: Annotated[
         str,
         typer.Option(
-            help="Address to listen on; 0.0.0.0 lets other machines in.",
+            help="Address to listen on; 0.0.0.0 allows access from other machines.",
             rich_help_panel=_SERVER,
         ),
     ] = "127.0.0.1",
@@ -39,8 +39,8 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="KEY",
-            help=f"A key that clients must send; may be repeated. Others see a command's arguments: "
-            f"{options.KEY_VARIABLE} in the environment does the same.",
+            help="A key that clients must send; may be repeated. Other users of the machine can see a command's "
+            f"arguments; {options.KEY_VARIABLE} in the environment does the same.",
             rich_help_panel=_SERVER,
         ),
     ] = None,
@@ -48,7 +48,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="What requests call the model; may be repeated, the first is listed. Left out: its own name.",
+            help="Name of the model in requests; may be repeated, the first is listed. Default: its own name.",
             rich_help_panel=_SERVER,
         ),
     ] = None,
@@ -64,7 +64,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="ORIGIN",
-            help="Let web pages of this origin in; may be repeated. Left out: none.",
+            help="Allow access from web pages of this origin; may be repeated. Default: none.",
             rich_help_panel=_SERVER,
         ),
     ] = None,
@@ -77,8 +77,8 @@ def serve(
         typer.Option(
             min=0.0,
             max=1.0,
-            help="Decode this share of the answers again by plain decoding while nobody waits, and count those that "
-            "differ: see /audit and /metrics.",
+            help="Decode this share of the answers again with plain decoding while no request waits, and count "
+            "differences: see /audit and /metrics.",
             rich_help_panel=_SERVER,
         ),
     ] = 0.0,
@@ -86,25 +86,32 @@ def serve(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Append chats and their answers to this file, as JSONL for `orthrus adapt`. Left out: no text "
+            help="Append chats and their answers to this file, as JSONL for `orthrus adapt`. Default: no text "
             "is kept.",
             rich_help_panel=_SERVER,
         ),
     ] = None,
     max_running: Annotated[
-        int, typer.Option(min=1, help="Answers that are written at once.", rich_help_panel=_LIMITS)
+        int,
+        typer.Option(
+            min=1,
+            help="Maximum number of answers that are written at the same time.",
+            rich_help_panel=_LIMITS,
+        ),
     ] = 32,
     max_queue: Annotated[
         int,
         typer.Option(
-            min=0, help="Answers that may wait; further ones are refused with 429.", rich_help_panel=_LIMITS
+            min=0,
+            help="Maximum number of waiting requests; further ones are refused with 429.",
+            rich_help_panel=_LIMITS,
         ),
     ] = 128,
     max_tokens: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="The most tokens that an answer may have. Left out: as many as fit.",
+            help="Maximum number of tokens in an answer. Default: as many as fit.",
             rich_help_panel=_LIMITS,
         ),
     ] = None,
@@ -112,7 +119,7 @@ def serve(
         int | None,
         typer.Option(
             min=256,
-            help="Memory for prompts and answers, in tokens. Left out: a fifth of what is free.",
+            help="Memory for prompts and answers, in tokens. Default: a fifth of the free memory.",
             rich_help_panel=_LIMITS,
         ),
     ] = None,
@@ -121,11 +128,15 @@ def serve(
     ] = 8 * 2**20,
     timeout: Annotated[
         float,
-        typer.Option(min=0.1, help="Seconds that a request may take, in all.", rich_help_panel=_LIMITS),
+        typer.Option(min=0.1, help="Maximum total time of a request, in seconds.", rich_help_panel=_LIMITS),
     ] = 600.0,
     drain: Annotated[
         float,
-        typer.Option(min=0.0, help="Seconds that answers get after SIGTERM.", rich_help_panel=_LIMITS),
+        typer.Option(
+            min=0.0,
+            help="Seconds that running requests get to finish after SIGTERM.",
+            rich_help_panel=_LIMITS,
+        ),
     ] = 30.0,
     dtype: options.Dtype = None,
     draft_dtype: options.DraftDtype = None,
@@ -135,7 +146,7 @@ def serve(
     revision: options.Revision = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Serve a model behind OpenAI's HTTP interface.
+    """Serve a model over HTTP, with OpenAI's and Anthropic's APIs.
 
     Needs `pip install "orthrus-lm[serve]"`. See docs/serving.md.
     """

@@ -24,13 +24,13 @@ _LINE_SECONDS = 15.0
 
 
 def synth(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The corpus folder, new or to be continued.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The corpus folder, new or to be resumed.")],
     model: options.OnlyNamedModel = "default",
     prompts: Annotated[
         list[str] | None,
         typer.Option(
             metavar="FILE[:DOMAIN[:COUNT]]",
-            help="JSONL with prompt, turns or messages a line; may be repeated.",
+            help="JSONL with prompt, turns or messages on each line; may be repeated.",
         ),
     ] = None,
     dataset: Annotated[
@@ -38,15 +38,16 @@ def synth(
         typer.Option(
             metavar="NAME[:DOMAIN[:COUNT]]",
             help="A data set of the hub, OWNER/NAME or OWNER/NAME/CONFIG, or a folder of parquet or JSONL "
-            "files; @SPLIT behind it names a split other than train; may be repeated.",
+            "files; add @SPLIT for a split other than train; may be repeated.",
         ),
     ] = None,
     self_prompts: Annotated[
         list[str] | None,
         typer.Option(
             metavar="DOMAIN=COUNT",
-            help="Let the model make prompts itself: math, code, chat, writing, summary, translation, questions, "
-            "reading or another name; may be repeated. Without any source: 200 of each of the first five.",
+            help="Let the model write prompts itself: math, code, chat, writing, summary, translation, "
+            "questions, reading or another name; may be repeated. Without any source: 200 of each of the first "
+            "five.",
         ),
     ] = None,
     suffix: Annotated[
@@ -60,40 +61,47 @@ def synth(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="JSONL whose prompts must not occur; may be repeated. The built-in bench prompts never do.",
+            help="JSONL with prompts to exclude; may be repeated. The built-in bench prompts are always "
+            "excluded.",
         ),
     ] = None,
     turns: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Answers of each dialogue: the model writes the user turns that are missing. Left out: one answer "
-            "to each user turn of the prompts.",
+            help="Answers of each dialogue: the model writes the user turns that are missing. Default: one "
+            "answer to each user turn of the prompts.",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="The longest answer.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="Maximum number of tokens in an answer.")
+    ] = 256,
     greedy_share: Annotated[
         float, typer.Option(help="Share of answers decoded greedily; the rest is sampled.")
     ] = 0.5,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", help="Of the sampled answers.")] = 0.8,
-    batch_size: Annotated[int, typer.Option(help="Answers decoded at the same time, here.")] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", help="Temperature of the sampled answers.")
+    ] = 0.8,
+    batch_size: Annotated[int, typer.Option(help="Answers decoded at the same time on this machine.")] = 64,
     endpoint: Annotated[
         list[str] | None,
         typer.Option(
             metavar="URL[,URL...]",
-            help="Let servers with OpenAI's interface answer, which must serve the same model; may be repeated. "
-            "Their key: ORTHRUS_API_KEY, else OPENAI_API_KEY.",
+            help="Request the answers from servers with an OpenAI-compatible API, which must serve the same "
+            "model; may be repeated. Their key: ORTHRUS_API_KEY, otherwise OPENAI_API_KEY.",
         ),
     ] = None,
     endpoint_model: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The model's name there, where a server has several."),
+        typer.Option(metavar="NAME", help="The model's name on the servers, if a server has several models."),
     ] = None,
     concurrency: Annotated[
-        int, typer.Option(help="Answers asked of the servers at the same time, all servers together.")
+        int, typer.Option(help="Requests open at the same time, over all servers together.")
     ] = 64,
-    shard_size: Annotated[int, typer.Option(help="Prompts a file: what an interruption can cost.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of prompts, order and samples.")] = 0,
+    shard_size: Annotated[
+        int, typer.Option(help="Prompts per file; an interruption loses at most one file.")
+    ] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, order and samples.")] = 0,
     dtype: options.Dtype = None,
     device: options.Device = None,
     quiet: options.Quiet = False,
@@ -101,7 +109,7 @@ def synth(
 ) -> None:
     """Make a training corpus: prompts, and the base's own answers to them.
 
-    The same command goes on where an earlier one stopped.
+    The same command resumes where an earlier one stopped.
     """
     from orthrus.training.synth import SynthConfig
 

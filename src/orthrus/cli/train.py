@@ -32,7 +32,7 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="Settings that win over the recipe's.", show_default=False
+            metavar="[KEY=VALUE]...", help="Settings that override the recipe's.", show_default=False
         ),
     ] = None,
     named_model: options.NamedModel = None,
@@ -40,7 +40,7 @@ def train(
         bool,
         typer.Option(
             "--plan",
-            help="Train nothing: say what memory, operations and time the recipe needs, by arithmetic.",
+            help="Train nothing; compute the memory, operations and time that the recipe needs.",
             rich_help_panel=_PLAN,
         ),
     ] = False,
@@ -51,7 +51,7 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="a100, h100, h200, b200, l40s or rtx4090: gives memory and peak. Left out: h100.",
+            help="a100, h100, h200, b200, l40s or rtx4090: sets memory and peak. Default: h100.",
             rich_help_panel=_PLAN,
         ),
     ] = None,
@@ -59,17 +59,18 @@ def train(
         float | None, typer.Option(metavar="GB", help="Memory of each GPU.", rich_help_panel=_PLAN)
     ] = None,
     peak_tflops: Annotated[
-        float | None, typer.Option(help="Peak of each GPU in the recipe's dtype.", rich_help_panel=_PLAN)
+        float | None,
+        typer.Option(help="Peak TFLOP/s of each GPU in the recipe's dtype.", rich_help_panel=_PLAN),
     ] = None,
     utilisation: Annotated[
         float | None,
-        typer.Option(help="Share of the peak that the run reaches. Left out: 0.4.", rich_help_panel=_PLAN),
+        typer.Option(help="Share of the peak that the run reaches. Default: 0.4.", rich_help_panel=_PLAN),
     ] = None,
     corpus_tokens: Annotated[
         float | None,
         typer.Option(
             metavar="N",
-            help="Tokens of the corpus, prompts included, where it is not made yet.",
+            help="Tokens of the corpus, prompts included, if it does not exist yet.",
             rich_help_panel=_PLAN,
         ),
     ] = None,
@@ -78,8 +79,8 @@ def train(
 ) -> None:
     """Train a diffusion view, or plan it.
 
-    The same command goes on where an earlier one stopped; Ctrl-C and SIGTERM save first. OUTPUT/best holds
-    the view that drafted best in real decodes, OUTPUT/view the last one.
+    The same command resumes where an earlier one stopped. Ctrl-C and SIGTERM save first. OUTPUT/best holds the
+    view with the best score in evaluations, OUTPUT/view the last view.
     """
     asked = PlanOptions(
         gpus=gpus,

@@ -31,12 +31,12 @@ def verify(
     device: options.Device = None,
     any_version: Annotated[
         bool,
-        typer.Option("--any-version", help="Go on where packages have other versions than on the receipt."),
+        typer.Option("--any-version", help="Accept other versions of packages than those on the receipt."),
     ] = False,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Make an answer of a server again from its receipt, by plain decoding, and compare the tokens.
+    """Decode an answer of a server again from its receipt, with plain decoding, and compare the tokens.
 
     Ask for a receipt with "orthrus": {"receipt": true}. MODEL, dtype, runner and device are the receipt's, unless
     they are given. Where the file holds the whole answer, its text is compared too. Exit status 1 means that

@@ -1,4 +1,4 @@
-"""Moving averages: of values, whose first observations weigh more, and of what came of what was promised."""
+"""Moving averages: of values (the first observations weigh more), and of the ratio of accepted to promised drafts."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ TRUSTED = 2.0
 
 @dataclass(slots=True)
 class Average:
-    """A moving average; what it starts with counts as few observations, so the first ones weigh more.
+    """A moving average. Its start value counts as a few observations, so the first observations weigh more.
 
     memory: weight of the past, for each new observation.
     """
@@ -27,7 +27,8 @@ class Average:
 
 @dataclass(slots=True)
 class Ratio:
-    """What came true of what was promised, as moving sums that start from, and return to, as much of both.
+    """Ratio of accepted to promised drafts, from two moving sums. Both start at the same value, so the ratio
+    starts at 1.
 
     memory: weight of the past, for each new observation. start: what both sums start from.
     """

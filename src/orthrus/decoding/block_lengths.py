@@ -1,4 +1,4 @@
-"""How many tokens a block should guess: what drafts promised, by the length of their block."""
+"""How many tokens a block should guess, from what earlier drafts promised, by the length of their block."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,16 +8,17 @@ from typing import NamedTuple
 from orthrus.decoding.average import Average
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
-"""Tokens that blocks may guess, where they can guess more."""
+"""Possible numbers of guesses in a block, below the largest that the view allows."""
 GOES_ON, NUM_PROMISED = 0.7, 2
-"""Before a request has drafted: the chance that a guess stands where those before it did, for a view that does not
-know its own, and how many drafts that counts for."""
+"""Values before a request has drafted: the chance that a guess is accepted if those before it were, for a view
+that does not store its own, and the number of drafts that this first estimate counts for.
+"""
 STRAYS = 0.1
-"""How far the estimate for blocks longer than a draft's own returns to the first expectation, per draft."""
+"""The share by which the estimate for blocks longer than a draft's own returns to the first expectation, per draft."""
 
 
 class Offer(NamedTuple):
-    """Accepted drafts that a draft promises, with as many nodes as are worth their time (on average)."""
+    """Expected number of accepted drafts of a draft, with as many nodes as are worth their time (on average)."""
 
     promised: float
     num_nodes: float
@@ -25,7 +26,7 @@ class Offer(NamedTuple):
 
 @dataclass(slots=True)
 class BlockLength:
-    """Blocks of one length: what their drafts promise, with as many nodes as drafting would verify."""
+    """Blocks of one length: what their drafts promise, with as many nodes as regular drafting would verify."""
 
     num_guesses: int
     promised: Average
@@ -33,14 +34,14 @@ class BlockLength:
 
     @property
     def rows(self) -> int:
-        """Those that guess, and the first, whose guess the AR row at the anchor decides."""
+        """Rows that guess, and the first row, whose guess the AR row at the anchor decides."""
         return 1 + self.num_guesses
 
 
 def block_lengths(
     most_guesses: int, lengths: Sequence[int], goes_on: float | None = None
 ) -> list[BlockLength]:
-    """The lengths to choose from, shortest first, with what is expected of them at first."""
+    """The lengths to choose from, shortest first, with their first expectations."""
     sizes = [n for n in lengths if n < most_guesses]
     return [
         BlockLength(n, Average(first_expected(n, goes_on), NUM_PROMISED), Average(1.0 + n))
@@ -49,10 +50,10 @@ def block_lengths(
 
 
 def learn(lengths: Sequence[BlockLength], offers: Sequence[Offer], goes_on: float | None = None) -> None:
-    """Take note of what a fresh draft offered; offers: by length, shortest first, up to the draft's own.
+    """Update the lengths with what a fresh draft offered. offers: by length, shortest first, up to the draft's own.
 
-    Longer blocks are expected to go on as they used to beyond the same depth. What is not tried slowly returns
-    to the first expectation.
+    For longer blocks, the gain beyond the draft's depth is estimated from their earlier averages. The estimate of
+    a length that is not tried slowly returns to the first expectation.
     """
     before = here = Offer(0.0, 0)
     known = [(0.0, 0.0), (0.0, 0.0), *((n.promised.value, n.num_nodes.value) for n in lengths)]
@@ -76,6 +77,8 @@ def learn(lengths: Sequence[BlockLength], offers: Sequence[Offer], goes_on: floa
 
 @cache
 def first_expected(num_guesses: int, goes_on: float | None = None) -> float:
-    """Accepted drafts of a block, before one was made. goes_on: the view's own chance, None where it knows none."""
+    """Expected accepted drafts of a block, before one was made. goes_on: the view's own chance, None if it stores
+    none.
+    """
     chance = GOES_ON if goes_on is None else goes_on
     return sum(chance**i for i in range(1, num_guesses + 1))

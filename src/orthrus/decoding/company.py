@@ -1,4 +1,4 @@
-"""What a pass costs one of the requests that share it."""
+"""The share of the cost of a pass for one of the requests in it."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from orthrus.decoding.prices import Prices
 
 @dataclass(frozen=True, slots=True)
 class Company:
-    """The requests of a pass, each of which carries as much, and the rows of prompts beside them.
+    """The requests of a pass, assumed to carry equally many rows, and the rows of prompts in the same pass.
 
-    Each pays its share of the pass. So with more requests rows cost more beside the weights, which are read once.
-    Rows of prompts are paid for anyway, and beside them each further row costs its full price.
+    Each request pays its share of the pass. The weights are read once, so with more requests rows make up more of
+    the cost. Rows of prompts are in the pass anyway, and each row in addition to them costs its full price.
 
     prices: of whole passes. own_head: drafts have a head of their own. shared: how much more the rows of drafts
     count than the prices say where several requests run.
@@ -26,11 +26,13 @@ class Company:
 
     @property
     def size(self) -> tuple[int, int]:
-        """What two companies of one request may differ in."""
+        """The values in which two companies of one request may differ."""
         return self.num_requests, self.num_prompt_rows
 
     def pass_ms(self, num_nodes: int, num_blocks: int, length: BlockLength) -> float:
-        """A verification with blocks beside it; without nodes a draft pass, without either a plain one."""
+        """Milliseconds of a verify pass with blocks; without nodes, of a draft pass; without nodes and blocks, of
+        a plain pass.
+        """
         key = (
             *(self.prices.version, self.shared, self.own_head, self.size),
             *(num_nodes, num_blocks, length.num_guesses),
@@ -51,8 +53,9 @@ class Company:
         return ms
 
     def least_row_ms(self, most_nodes: int) -> float:
-        """The least that a row of drafts adds to the pass, where each request verifies at most so many nodes and no
-        other drafts are in the pass."""
+        """The least time that a row of drafts adds to the pass, if each request verifies at most so many nodes and
+        no other drafts are in the pass.
+        """
         key = self.prices.version, self.size, most_nodes
         ms = self.prices.shared_ms.get(key)
         if ms is None:

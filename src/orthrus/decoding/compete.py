@@ -7,10 +7,10 @@ from itertools import accumulate
 def num_winners(
     chances: Sequence[Sequence[float]], added_ms: Callable[[int], float], rate: float
 ) -> list[int]:
-    """How many nodes of each request a pass is to verify: those that together make most of its time.
+    """How many nodes of each request a pass should verify: those that together give the most tokens for its time.
 
-    chances: of each request's nodes to stand, none above the one before it. added_ms: what so many rows add to the
-    pass. rate: tokens that a millisecond is worth.
+    chances: acceptance probabilities of each request's nodes, in descending order. added_ms: the time that so many
+    rows add to the pass. rate: tokens that a millisecond is worth.
     """
     ranked = sorted(((p, i) for i, falling in enumerate(chances) for p in falling), reverse=True)
     promised = accumulate((p for p, _ in ranked), initial=0.0)

@@ -1,6 +1,7 @@
-"""Drafts by copying: what followed the last tokens where they stood before, in the prompt or the text.
+"""Drafts by copying (prompt lookup): what followed an earlier occurrence of the last tokens in the prompt or the text.
 
-No model and no draft pass: an index from the last few tokens to where they ended last, kept token by token.
+This needs no model and no draft pass, only an index from the last few tokens to the end of their latest
+occurrence, which is updated with each token.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 
 class Copy(NamedTuple):
-    """The tokens that a copy proposes, and how many tokens before them are the same in both places."""
+    """The tokens that a copy proposes, and the number of equal tokens before them in both places."""
 
     token_ids: tuple[int, ...]
     match_length: int
@@ -18,11 +19,11 @@ class Copy(NamedTuple):
 
 NO_COPY = Copy((), 0)
 MATCH_LENGTHS = (2, 3, 4, 6, 8)
-"""Numbers of last tokens that are looked for."""
+"""Numbers of last tokens that are looked up."""
 
 
 class CopyIndex:
-    """Where the last tokens stood before: of the longest match, among `match_lengths`, the latest place.
+    """Finds earlier occurrences of the last tokens: for the longest match among `match_lengths`, the latest place.
 
     Each token costs one entry per match length, however long the text is. Not for use by two threads at once.
     """
@@ -49,14 +50,16 @@ class CopyIndex:
             text.append(token_id)
 
     def continuation(self, num_tokens: int) -> Copy:
-        """What followed the last tokens where they stood before: at most so many, fewer at the text's end."""
+        """What followed the earlier occurrence of the last tokens: at most so many tokens, fewer at the end of the
+        text.
+        """
         return self.after((), num_tokens)
 
     def after(self, path_ids: Sequence[int], num_tokens: int) -> Copy:
-        """`continuation`, were the text followed by these tokens; they are not added.
+        """Like `continuation`, as if the text were followed by these tokens; they are not added.
 
-        Earlier occurrences are looked for in the text alone, and may end where it ends: then what follows is
-        the path itself.
+        Earlier occurrences are looked up only in the text. One may end at the end of the text; then the path
+        itself follows it.
         """
         text = self._token_ids
         longest = self._lengths[0]
@@ -83,37 +86,39 @@ PRIOR_CHANCES = {
     6: (0.75, 0.8, 0.8, 0.85),
     8: (0.85, 0.85, 0.9, 0.9),
 }
-"""Chance that a copied token stands where those before it did, by match length and depth, before anything was
-seen: rounded from 500 answers of the default model in nine domains, each of which counts alike."""
+"""Chance that a copied token is accepted if those before it were, by match length and depth, before any
+observation: rounded from 500 answers of the default model in nine domains with equal weights.
+"""
 PRIOR_WEIGHT = 4.0
-"""How many observations such a chance counts for."""
+"""The number of observations that such a chance counts for."""
 MEMORY = 0.95
-"""Weight of what was seen before, for each further observation of the same kind."""
+"""Weight of earlier observations, for each further observation of the same kind."""
 MOST_DEPTHS = len(PRIOR_CHANCES[MATCH_LENGTHS[0]])
-"""Depths that are told apart; all further ones count as the last."""
+"""Number of depths that are distinguished; all further ones count as the last."""
 
 
 @dataclass(slots=True)
 class CopyPromise:
     """What copies promise in one request: chances by match length and depth.
 
-    A chance is that of a token to stand where all copied tokens before it did. It starts at a prior, which
-    rises with match length and depth, and follows how copies fared; what is not seen at a depth leans on what was
-    seen at the depth before it, as a copy that has been right for long goes on being right.
+    A chance is the probability that a token is accepted if all copied tokens before it were. It starts at a prior,
+    which rises with match length and depth, and is updated by the acceptance of copies. A depth without
+    observations uses those of the depth before it, because a copy that has been right for long usually stays
+    right.
     """
 
     _came: dict[tuple[int, int], float] = field(default_factory=dict)
     _seen: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def chance(self, match_length: int, depth: int) -> float:
-        """Of the token at this depth, the first one's being 1, given those before it.
+        """The chance of the token at this depth (the first token has depth 1), given those before it.
 
         match_length: one of MATCH_LENGTHS, here and below.
         """
         return self._chances(match_length, depth)[-1]
 
     def log_probs(self, copy: Copy) -> list[float]:
-        """Of each token of a copy, given that those before it stand; below 0, finite."""
+        """Log probability that each token of a copy is accepted, given that those before it are; below 0, finite."""
         if not copy.token_ids:
             return []
         log_probs = list(map(log, self._chances(copy.match_length, len(copy.token_ids))))
@@ -132,9 +137,9 @@ class CopyPromise:
         return chances
 
     def observe(self, match_length: int, num_stood: int, num_judged: int) -> None:
-        """Of the `num_judged` first tokens of a copy, which the text has come past, `num_stood` stood.
+        """Record that of the first `num_judged` tokens of a copy, which the text has passed, `num_stood` were accepted.
 
-        Tokens after the first that did not stand say nothing, and may be left out or counted as judged.
+        Tokens after the first rejected one are not used. They may be left out, or counted as judged.
         """
         assert 0 <= num_stood <= num_judged, "more tokens stood than were judged"
         for depth in range(1, min(num_judged, num_stood + 1) + 1):

@@ -1,4 +1,4 @@
-"""What passes cost, by their rows: measured once on a machine, and asked by the policy for what was not."""
+"""The cost of passes by their rows, measured on the machine; it also estimates passes that were not measured."""
 
 from bisect import bisect_left
 from dataclasses import dataclass

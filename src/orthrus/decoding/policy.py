@@ -1,9 +1,10 @@
-"""Which passes are worth their time: plain steps, drafts, how long, how many nodes, how many blocks beside.
+"""Decides what each pass carries: a plain step or drafts, the length of blocks, the number of nodes and of blocks.
 
-All values are in tokens: a pass is worth the tokens it is expected to commit, less what its time would have
-brought at the best rate known (the renewal-reward rule). Expectations are the draft's own probabilities,
-corrected by how they fared so far in this request; times come from a table measured once on the machine, and
-follow what passes are seen to take. None of them can change the text: every token is the AR view's own choice.
+All values are in tokens: the worth of a pass is the number of tokens that it is expected to commit, minus the
+number that its time would bring at the best known rate (the renewal-reward rule). Expectations are the draft's own
+probabilities, corrected by the acceptance so far in this request. Times come from a table measured on the machine,
+corrected by the observed times of passes. No decision can change the text: every token is the AR view's own
+choice.
 """
 
 from collections.abc import Sequence
@@ -18,12 +19,12 @@ from orthrus.decoding.company import Company
 from orthrus.decoding.prices import Prices
 
 Left = Literal["fresh", "stale", "none"]
-"""The draft that a verification leaves: of a block where the path ended, of one further back, or none."""
+"""The draft that a verification leaves: fresh (its block is at the end of the path), stale (further back), or none."""
 
 
 @dataclass(slots=True)
 class Policy:
-    """The decisions of one request, whose blocks guess `most_guesses` tokens at most.
+    """The decisions for one request, whose blocks guess at most `most_guesses` tokens.
 
     max_nodes and max_blocks bound what a pass may carry. goes_on: the view's own, see `ViewConfig`.
 

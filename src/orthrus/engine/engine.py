@@ -1,7 +1,7 @@
 """The engine: every step runs one pass that carries the rows of all requests that are ready.
 
 Each request gets exactly the text that it would get alone: its rows read its own history, its choices are
-functions of its own settings, seed and tokens, and our CPU kernels compute a row alike in any company.
+functions of its own settings, seed and tokens, and our CPU kernels compute a row identically in any pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,9 +40,9 @@ from orthrus.types import Cycle
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Limits of an engine. max_slots: memory for keys and values, in tokens; None takes a fifth of what is
-    available, at most 32 whole contexts. chunk: rows of prompts in one pass. max_running: requests that run at
-    once. reuse: keep pages of earlier requests for later ones that begin alike. policy: decides for `auto`.
+    """Limits of an engine. max_slots: memory for keys and values, in tokens; None takes a fifth of the free
+    memory, at most 32 whole contexts. chunk: the most rows of prompts in one pass. max_running: requests that run
+    at once. reuse: keep pages of earlier requests for later ones with the same prefix. policy: decides for `auto`.
     add_round: see `pass_costs`."""
 
     max_slots: int | None = None
@@ -54,9 +54,9 @@ class EngineConfig:
 
 
 class Engine:
-    """Answers many requests at once. Thread-safe: whoever steps holds the engine for one pass.
+    """Answers many requests at once. Thread-safe: the thread that steps holds the engine for one pass.
 
-    observers: see every pass; for audits, benchmarks and metrics.
+    observers: called after every pass; for audits, benchmarks and metrics.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Engine:
 
     @property
     def scheduler(self) -> Scheduler:
-        """The requests, and the pool that they share; made with the first of them."""
+        """The requests and the pool that they share; created with the first request."""
         if self._scheduler is None:
             with self._stepping:
                 # Another thread may have made it meanwhile; two pools would share nothing.
@@ -101,14 +101,14 @@ class Engine:
         deadline: float | None = None,
         grammar: GrammarState | None = None,
     ) -> Request:
-        """Hand in a request; steps answer it. From any thread.
+        """Submit a request; `step` answers it. Call it from any thread.
 
         on_cycle: called with each record by the thread that steps. on_end: called once, after the last record,
-        when the request is closed: finished, failed or dropped. Neither may raise. should_stop: sees all new
-        token ids after every single token and may end the answer there. deadline: seconds of `time.monotonic`
-        at which the request ends as it stands, with finish "deadline". grammar: the start of the config's own.
-        Raises UserInputError for an empty prompt, a prompt as long as the context, unknown ids, a block larger
-        than the view's, and a grammar that has not been handed in.
+        when the request is closed: finished, failed or dropped. Neither may raise. should_stop: gets all new token
+        ids after every single token and may end the answer there. deadline: time in seconds of `time.monotonic` at
+        which the request ends with what it has, with finish "deadline". grammar: the start state of the config's
+        grammar. Raises UserInputError for an empty prompt, a prompt as long as the context, unknown ids, a block
+        larger than the view's, and a config with a grammar but without its start state.
         """
         dual = self.runner.dual
         if (config.grammar is None) != (grammar is None):
@@ -186,14 +186,14 @@ class Engine:
             self._close_failed()
 
     def step_for(self, request: Request) -> None:
-        """Step unless this request has got a record, or has ended, while another thread stepped."""
+        """Step, unless this request got a record or ended while another thread stepped."""
         num_cycles = len(request.cycles)
         with self._stepping:
             if len(request.cycles) == num_cycles and not request.closed:
                 self.step()
 
     def held(self) -> AbstractContextManager[object]:
-        """No other thread runs a pass of this engine, or of one beside it, until this is left."""
+        """A context in which no other thread runs a pass of this engine, or of another engine over the same model."""
         return self._stepping
 
     def drop(self, request: Request) -> None:
@@ -294,7 +294,7 @@ class Engine:
             return None
 
     def costs(self, on_measure: OnMeasure | None = None) -> Costs:
-        """What passes cost on this machine, which `auto` decides by: timed once (some seconds), then kept."""
+        """The cost of passes on this machine, by which `auto` decides: timed once (some seconds), then kept."""
         # What is known needs no lock: a busy engine lets go of it for moments only.
         if self._costs is None:
             with self._stepping:
@@ -303,7 +303,7 @@ class Engine:
         return self._costs
 
     def prices(self, *, greedy: bool) -> Prices:
-        """`costs` of greedy or of sampled decoding, as they have turned out since."""
+        """`costs` of greedy or of sampled decoding, corrected by the times observed since."""
         if greedy not in self._prices:
             costs = self.costs()
             with self._stepping:

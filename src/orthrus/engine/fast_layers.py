@@ -1,4 +1,4 @@
-"""A decoder layer laid out for few rows: linears packed, and those that read the same input joined."""
+"""A decoder layer optimised for few rows: linear layers are packed, and those with the same input are merged."""
 
 import copy
 from typing import Any
@@ -9,8 +9,9 @@ from orthrus.kernels.linear import fast_linear, fast_twin
 from orthrus.model.twin import Twin
 
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Siblings by the names that transformers gives them. The stock code calls each on the same tensor; one that
-it calls on another tensor is computed again, so a wrong guess would cost time and nothing else."""
+"""Linear layers with the same input, by their names in transformers. If the stock code calls one of them on
+another tensor, it is computed again, so a wrong guess costs only time.
+"""
 
 
 class _Joined:

@@ -1,4 +1,4 @@
-"""Attention for compiled layers, registered with transformers under a name of its own."""
+"""Attention for compiled layers, registered with transformers under its own name."""
 
 from typing import Any
 

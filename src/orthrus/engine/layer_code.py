@@ -1,4 +1,4 @@
-"""A decoder layer as a function of its tensors, compiled ahead of time: one code for all of a kind."""
+"""A decoder layer as a function of its tensors, compiled ahead of time, once for all layers of one kind."""
 
 import copy
 import hashlib
@@ -29,7 +29,7 @@ LayerCode = Any
 
 
 def named_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by their paths; one that two modules share comes twice."""
+    """All parameters and buffers by their paths; a tensor that two modules share is listed twice."""
     found = dict(layer.named_parameters(remove_duplicate=False))
     return found | dict(layer.named_buffers(remove_duplicate=False))
 

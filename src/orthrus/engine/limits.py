@@ -1,11 +1,11 @@
-"""What a request must keep to, checked before it is taken in."""
+"""Limits of a request, checked before it is accepted."""
 
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
 
 
 def check_prompt(prompt_ids: list[int], context_length: int) -> None:
-    """UserInputError unless there is a prompt and room behind it."""
+    """Raises UserInputError unless there is a prompt and room for an answer after it."""
     if not prompt_ids:
         raise UserInputError("the prompt is empty; give at least one token.")
     if len(prompt_ids) >= context_length:

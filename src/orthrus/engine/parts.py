@@ -11,7 +11,7 @@ from orthrus.types import CycleKind
 
 
 def prompt_work(request: Request, num_tokens: int) -> Work:
-    """The next tokens of the prompt, or after a preemption of what was known; at most so many."""
+    """The next tokens of the prompt, or after a preemption of all known tokens; at most so many."""
     length = request.slots.length
     end = min(length + num_tokens, length + request.num_to_feed)
     is_last = end == length + request.num_to_feed
@@ -84,15 +84,15 @@ def draft_tree(request: Request, num_nodes: int, max_depth: int, *, branching: b
 
 
 def deepest_draft(request: Request) -> int:
-    """How deep drafts may be for a path and the token after it to fit into answer and context."""
+    """The largest depth of drafts at which a path and the token after it fit into the answer and the context."""
     return min(request.room - 1, request.context_length - request.slots.length - 2)
 
 
 def block_rows(drafts: DraftTree, num_blocks: int, max_depth: int, *, at_root: bool) -> list[int]:
-    """Rows for blocks: where the path is most likely to end, by the draft's own reckoning.
+    """AR rows that get blocks: those where the path is most likely to end, by the draft's own probabilities.
 
-    at_root: the first at the root, which every path goes through, so that a draft is left whatever stands.
-    Rows deeper than `max_depth` get none: a path that ends there leaves no room for another draft.
+    at_root: the first block is at the root, which is on every path, so that a draft is left whichever drafts are
+    accepted. Rows deeper than `max_depth` get none: a path that ends there leaves no room for another draft.
     """
     if num_blocks < 1:
         return []

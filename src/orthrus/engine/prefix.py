@@ -1,4 +1,6 @@
-"""Pages of earlier requests, kept by what they hold: the next turn of a chat starts where the last one ended."""
+"""Prefix cache: pages of earlier requests, kept by their tokens, so that the next turn of a chat starts after the
+last.
+"""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,7 +22,8 @@ class PrefixPage:
 
 
 class PrefixStore:
-    """Whole pages of committed history by the tokens from the beginning on; the least recently used go first.
+    """Full pages of committed history, keyed by all tokens from the beginning; the least recently used are evicted
+    first.
 
     The store owns its pages beside the requests that use them. A request that uses a page uses all pages before it,
     so what follows a page that nobody uses is unused too. Tokens are compared, not hashes of them. Not thread-safe:
@@ -72,7 +75,7 @@ class PrefixStore:
         return children[tokens]
 
     def evict(self, num_pages: int) -> int:
-        """Give up as many pages that nobody uses, the ends of texts first; returns how many there were."""
+        """Evict up to so many pages that nobody uses, the ends of texts first; returns the number of evicted pages."""
         freed = 0
         while freed < num_pages:
             node = next((n for n in self._pages.values() if self._is_idle_end(n)), None)

@@ -1,4 +1,4 @@
-"""One prompt being answered: pure data, and the one way in which tokens become part of the answer."""
+"""A request: pure data, and the only way in which tokens become part of the answer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,7 +61,7 @@ class Work:
 
 @dataclass(slots=True)
 class Step:
-    """What a cycle has committed so far, and what it took."""
+    """What a cycle has committed so far, and its costs."""
 
     kind: CycleKind
     token_ids: list[int] = field(default_factory=list)
@@ -137,7 +137,7 @@ class Request:
 
     @property
     def num_to_feed(self) -> int:
-        """Tokens that must go into the cache before the request can go on; 0 where it only has its anchor left.
+        """Tokens that must go into the cache before the request can continue; 0 if only its anchor is left.
 
         The first pass over a fresh prompt's last token decides a token too; after a preemption that token is
         known.

@@ -1,4 +1,4 @@
-"""One pass for many requests, and all that follows from it: choices, commits, drafts."""
+"""One pass for many requests, and its results: choices, commits, drafts."""
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
@@ -42,7 +42,7 @@ class _Wish(NamedTuple):
 def run_round(
     runner: Runner, pool: SlotPool, chosen: Chosen, observers: Sequence[Observer]
 ) -> tuple[Pass, Took]:
-    """Run one pass, commit what it decides, and draft anew where a block serves."""
+    """Run one pass, commit what it decides, and make the next draft of each request that has a block for it."""
     start = perf_counter()
     p = join([(work.part, request.slots) for request, work in chosen], runner.dual.device)
     hidden_RC = runner.hidden(p, pool)

@@ -13,7 +13,7 @@ RUNNERS = ("auto", "eager", "compiled")
 
 
 def chosen_runner(runner: str | None) -> str:
-    """The runner that is asked for: as given, else the environment's ORTHRUS_RUNNER, else "auto".
+    """The name of the requested runner: as given, otherwise the environment variable ORTHRUS_RUNNER, otherwise "auto".
 
     UserInputError unless there is a runner of that name.
     """

@@ -1,7 +1,8 @@
-"""Who takes part in the next pass: plain Python over requests and pages, without a tensor.
+"""Decides which requests take part in the next pass: plain Python over requests and pages, without tensors.
 
-First come, first served; running requests go first; of prompts at most one chunk's rows a pass; where pages run
-out, kept pages go first, then the request that came last starts again later, from its tokens.
+First come, first served, and running requests go first. A pass has at most one chunk of prompt rows. If pages run
+out, kept pages are freed first; then the request that arrived last is preempted, and later starts again from its
+tokens.
 """
 
 from collections import deque
@@ -34,15 +35,15 @@ class Scheduler:
     running: list[Request] = field(default_factory=list)
 
     def add(self, request: Request) -> None:
-        """Line up behind all whose priority number is the same or lower."""
+        """Add a request to the queue, after all with the same or a lower priority value."""
         behind = [i for i, r in enumerate(self.waiting) if r.config.priority > request.config.priority]
         self.waiting.insert(behind[0] if behind else len(self.waiting), request)
 
     def next_pass(self, wanted: Wanted, plain: Wanted) -> list[tuple[Request, Work]]:
-        """The work of the next pass, each with slots for its rows; empty where nobody can go on.
+        """The work of the next pass, each part with slots for its rows; empty if no request can continue.
 
-        plain: the least that a request can go on with, for one that is alone and whose drafts the pool cannot hold.
-        A request that is too large for the pool even so gets finish "length".
+        plain: the smallest work with which a request can continue, for one whose drafts even the whole pool cannot
+        hold. A request that is too large for the pool even so gets finish "length".
         """
         chosen: list[tuple[Request, Work]] = []
         for request in list(self.running):
@@ -80,7 +81,7 @@ class Scheduler:
         return self.chunk if any(r.num_to_feed for r in (*self.running, *begin)) else 0
 
     def finish(self, request: Request) -> None:
-        """Take a request out, wherever it is; all of its pages are free, or kept for others, at once."""
+        """Remove a request, waiting or running; its pages are freed, or kept for others, at once."""
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -88,7 +89,7 @@ class Scheduler:
         request.slots.free()
 
     def keep(self, request: Request) -> None:
-        """Keep the pages that have become whole; what a request has fed or decided others can use at once."""
+        """Keep the pages that have become full; other requests can use them at once."""
         if self.prefixes is None:
             return
         node: PrefixPage | None

@@ -42,7 +42,7 @@ def stock_generate(
     cache: Cache | None = None,
     **settings: Any,
 ) -> StockRun:
-    """Decode with the model's own `generate`, its default cache, and no sampling filter but the temperature.
+    """Decode with the model's own `generate`, its default cache, and no sampling setting except the temperature.
 
     processor: changes each token's scores before `generate` chooses. cache: an empty one to use in place of the
     default. settings: further ones of its GenerationConfig, such as prompt_lookup_num_tokens. Give it the model of

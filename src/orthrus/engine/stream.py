@@ -1,4 +1,4 @@
-"""One request as it is answered: a handle that steps the engine until a record of its own comes."""
+"""The handle of one request: it steps the engine until the request has a new record."""
 
 from collections.abc import Iterator
 from weakref import finalize
@@ -10,10 +10,11 @@ from orthrus.types import Cycle, GenerationResult
 
 
 class TokenStream(Iterator[Cycle]):
-    """Iterate to decode; each item is what one cycle committed. `result` sums them up.
+    """Iterate to decode; each item is what one cycle committed. `result` is the whole answer so far.
 
-    Streams of one engine share its passes: whoever asks for its next record moves all of them on, and the
-    records of the others wait for them. Thread-safe between streams; one stream belongs to one thread.
+    Streams of one engine share its passes: asking one of them for its next record advances all of them, and the
+    records of the others are kept until they are asked for. Thread-safe between streams; one stream belongs to one
+    thread.
     """
 
     def __init__(self, engine: Engine, request: Request) -> None:

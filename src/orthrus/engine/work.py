@@ -1,6 +1,6 @@
-"""What a request wants of the next pass, and what becomes of it: both without running anything.
+"""What a request wants of the next pass, and what it does with the result; both without running anything.
 
-A cycle commits tokens once. It takes one pass, or two where a draft is made first; with the floor the draft pass
+A cycle commits tokens once. It takes one pass, or two if a draft is made first; with the floor the draft pass
 decides a token too. Strategies differ only in the parts that they want.
 """
 
@@ -69,8 +69,8 @@ def settle(
     own_ids: list[int],
     logprobs: list[TokenLogprob],
 ) -> tuple[int, int] | None:
-    """Commit what a pass has decided: the longest path of drafts that the AR view would have written, and one
-    token of its own after it.
+    """Commit what a pass has decided: the longest path of drafts that the AR view would have written, and then one
+    token that the AR view decides.
 
     own_ids: the AR view's own tokens after the judged rows; logprobs: of these tokens, where asked for. Returns
     the block whose guesses go on from there and the first of its guesses that is left, None where none is.
@@ -106,12 +106,14 @@ def settle(
 
 
 def settle_draft(request: Request, candidates: Candidates, num_known: int) -> None:
-    """Take what the serving block guesses; num_known: of its guesses, how many had been decided already."""
+    """Make the next draft from the guesses of the block that is used; num_known: how many of its guesses were
+    decided.
+    """
     request.drafts, request.stale = candidates, num_known > 0
 
 
 def end_pass(request: Request, dual: DualView, work: Work) -> bool:
-    """Whether the cycle ends with this pass; else its second half is `next_work`."""
+    """Whether the cycle ends with this pass; otherwise its second half is `next_work`."""
     if work.kind == "prefill":
         # What is fed again after a preemption belongs to the cycle that follows.
         return len(work.part.judged) > 0

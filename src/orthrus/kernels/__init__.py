@@ -1,1 +1,1 @@
-"""Kernels of our own for the few rows of a pass on a CPU, compiled on the machine that they run on."""
+"""Our own kernels for passes of few rows on a CPU, compiled on the machine that runs them."""

@@ -1,4 +1,4 @@
-"""The best tokens of rows of scores, by a kernel of our own where it has been loaded: `best.cpp` says how."""
+"""The best tokens of rows of scores, by our own kernel if it is loaded; `best.cpp` explains it."""
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ def best_tokens(scores_RV: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def first_best(logits_RV: Tensor) -> Tensor:
-    """As `greedy_tokens`: the most probable token of each row, token_ids_R; ties go to the lowest id.
-
-    What is no number is not chosen, where PyTorch would choose the first of it.
+    """Like `greedy_tokens`: the most probable token of each row, token_ids_R. For equal scores it takes the lowest
+    id. It never chooses a NaN; PyTorch would choose the first NaN.
     """
     known = logits_RV.dtype in (torch.float32, torch.bfloat16)
     if logits_RV.device.type == "cpu" and known and kernels_loaded():

@@ -25,10 +25,11 @@ _loading, _are_loaded = threading.Lock(), threading.Event()
 
 
 def load_kernels(progress: Progress | None = None) -> None:
-    """Make `torch.ops.orthrus` of them: compiled here (once, half a minute or more), or taken from the cache folder.
+    """Load the kernels as `torch.ops.orthrus`: compile them (once, half a minute or more), or load them from the
+    cache folder.
 
-    progress: called only while they are compiled. Safe to call from several threads. Raises what goes wrong:
-    no compiler, or one that refuses; StorageError where the cache folder cannot be used.
+    progress: called only while they are compiled. Safe to call from several threads. Raises what goes wrong: no
+    compiler, or an error of the compiler; StorageError where the cache folder cannot be used.
     """
     with _loading:
         if _are_loaded.is_set():
@@ -44,7 +45,7 @@ def load_kernels(progress: Progress | None = None) -> None:
 
 
 def kernels_loaded() -> bool:
-    """Whether `load_kernels` has been called, and `torch.ops.orthrus` is there."""
+    """Whether `load_kernels` has loaded `torch.ops.orthrus`."""
     return _are_loaded.is_set()
 
 
@@ -89,7 +90,7 @@ def _shape_of_attention(query: Tensor, keys: Tensor, values: Tensor, *_: Any) ->
 
 
 def c_functions() -> dict[Any, list[str]]:
-    """Operators of ours, and the C functions that compiled code calls in their place."""
+    """Our operators, and the C functions that compiled code calls instead of them."""
     return {
         torch.ops.orthrus.few_rows_linear.default: [
             "AOTITorchError aoti_torch_cpu_few_rows_linear(AtenTensorHandle, AtenTensorHandle, "

@@ -1,4 +1,4 @@
-"""Linears for the few rows of a pass on a CPU, by kernels of our own: `linear.cpp` says why and how."""
+"""Linear layers for passes of few rows on a CPU, by our own kernels; `linear.cpp` says why and how."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,13 @@ from orthrus.model.int8_linear import Int8Linear
 from orthrus.model.twin import RowSplit, Twin
 
 _TILE_WIDTH, _TILE_BYTES, _NUMBER_BYTES = 32, 64, 4
-"""Of a block for AMX (`tiles.h`): its outputs; a step of its inputs; what lies side by side of an output."""
+"""Sizes of a block for AMX (`tiles.h`): outputs, inputs of one step, inputs of one output that are stored side by
+side.
+"""
 
 
 def has_tiles() -> bool:
-    """Whether the processor multiplies bfloat16 and int8 numbers by AMX, and the kernels were made for it."""
+    """Whether the processor has AMX for bfloat16 and int8, and the kernels were compiled for it."""
     return bool(torch.ops.orthrus.has_tiles())
 
 
@@ -42,7 +44,7 @@ def pack(weight_NC: Tensor, *, tiles: bool | None = None) -> Tensor:
 
 
 def pack_groups(four_bits_NC: Tensor, steps_NG: Tensor, least_NG: Tensor) -> Tensor:
-    """Weights 0 to 15 (uint8) and their groups' float16 steps and least values, laid out for the kernel."""
+    """Weights 0 to 15 (uint8) and their groups' float16 steps and smallest values, laid out for the kernel."""
     width = torch.ops.orthrus.block_widths()[3]
 
     def blocks(each: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ def _filled(weight_NC: Tensor, width: int, step: int) -> Tensor:
 
 
 class FewRowsLinear(nn.Module):
-    """A linear of packed weights (`of`); a row's result does not depend on the rows beside it.
+    """A linear layer with packed weights (`of`). A row's result does not depend on the other rows.
 
     x: (..., in) of the weight's dtype, of any where rows are rounded; returns (..., out) of the same.
     `load_kernels` must have been called.
@@ -88,7 +90,7 @@ class FewRowsLinear(nn.Module):
 
     @classmethod
     def of(cls, linears: Sequence[nn.Module], *, tiles: bool | None = None) -> "FewRowsLinear":
-        """Linears of one kind that read the same input, their outputs side by side."""
+        """Merge linear layers of one kind with the same input; their outputs are side by side."""
         bias_N = _joined_bias(linears)
         outputs = [int(linear.out_features) for linear in linears]  # type: ignore[arg-type]
         sizes = sum(outputs), int(linears[0].in_features)  # type: ignore[arg-type]
@@ -116,7 +118,7 @@ def _block_width(packed: Tensor) -> int:
 
 
 class FewRowsTwin(Twin):
-    """A twin of two such linears, both multiplied in one call. x: (1, T, in)."""
+    """A twin of two such linear layers, both computed in one call. x: (1, T, in)."""
 
     def __init__(self, ar: FewRowsLinear, diffusion: FewRowsLinear, split: RowSplit) -> None:
         super().__init__(ar, diffusion, split)
@@ -138,7 +140,9 @@ class FewRowsTwin(Twin):
 
 
 def fast_twin(ar: nn.Module | None, diffusion: nn.Module | None, split: RowSplit) -> Twin | None:
-    """A twin of linears made by `fast_linear`, in one call where they take the same; None without them."""
+    """A twin of linear layers made by `fast_linear`, computed in one call if both have the same kind; None without
+    them.
+    """
     if not isinstance(ar, FewRowsLinear) or not isinstance(diffusion, FewRowsLinear):
         return None
     takes_alike = ar.weight.dtype == diffusion.weight.dtype or (ar.rounds_rows and diffusion.rounds_rows)
@@ -148,9 +152,9 @@ def fast_twin(ar: nn.Module | None, diffusion: nn.Module | None, split: RowSplit
 
 
 def fast_linear(linears: Sequence[nn.Module]) -> FewRowsLinear | None:
-    """One linear for several that read the same input, their outputs side by side, laid out for few rows.
+    """Merge linear layers with the same input into one, with their outputs side by side, laid out for few rows.
 
-    None unless all of them are plain linears of one dtype that the kernels know, or quantised ones of a kind.
+    None unless all are plain linear layers of one dtype that the kernels support, or quantised ones of one kind.
     """
     quantised = {type(linear) for linear in linears} in ({Int8Linear}, {Int4Linear})
     if not quantised and not all(_is_known(linear) for linear in linears):

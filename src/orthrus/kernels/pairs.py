@@ -1,4 +1,4 @@
-"""Log probs of pairs of candidates, by a kernel of our own where it has been loaded: see `pairs.cpp`."""
+"""Log probabilities of pairs of candidates, by our own kernel if it is loaded; see `pairs.cpp`."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """Attention of a pass, span by span, for the eager runner: the slow oracle of `kernels/attention.cpp`.
 
-Registered with transformers under `NAME`, so that stock attention modules call it. AR rows and diffusion rows
-of a span attend apart: no product of an AR row meets a slot that a diffusion row wrote.
+Registered with transformers under `NAME`, so that stock attention modules call it. AR rows and diffusion rows of a
+span are computed separately: no product of an AR row uses a slot that a diffusion row wrote.
 """
 
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class _Group(NamedTuple):
 
 
 class RunningPass:
-    """A pass on its way through the layers: where its keys go, and who reads what.
+    """A pass on its way through the layers: which slots its keys go to, and which rows read which slots.
 
     windows: per layer, the positions that a row reads back, itself included; None for all. Stands for the
     transformers cache of the stock forward (`update`, `get_seq_length`).
@@ -55,7 +55,7 @@ class RunningPass:
         return 0
 
     def groups(self, window: int | None, fold: int, dtype: torch.dtype) -> list[tuple[_Group, Tensor]]:
-        """Each group with its additive mask (Q * fold, N), made once for all layers that share it."""
+        """Each group with its additive mask (Q * fold, N), created once for all layers that share it."""
         found = []
         for number, group in enumerate(self._groups):
             key = number, window, fold, dtype

@@ -1,4 +1,4 @@
-"""Views on disk: a small folder of their own, like an adapter, beside a base that is stored elsewhere."""
+"""Views on disk: a small folder, like an adapter, for a base that is stored elsewhere."""
 
 import json
 import warnings
@@ -52,7 +52,7 @@ def fresh_view(
     mask: int | str = "auto",
     seed: int = 0,
 ) -> DualView:
-    """A view that equals the AR one: lossless at once, fast only after training.
+    """A view that equals the AR view: it is lossless, but saves passes only after training.
 
     layers: indices of the layers that get twins; twins: the modules that get one (such as q_proj, k_proj and
     v_proj); all layers and all of their attention when None. rank: None for full copies, else that of
@@ -95,7 +95,7 @@ def view_tensors(dual: DualView) -> dict[str, Tensor]:
 
 
 def stored_tensors(dual: DualView, encoding: Encoding) -> dict[str, Tensor]:
-    """What a view folder of that encoding holds, under file names."""
+    """The tensors that a view folder with that encoding holds, under their file names."""
     tensors = view_tensors(dual)
     return tensors if encoding == "full" else encode_tensors(tensors, _ar_tensors(dual))
 
@@ -121,7 +121,7 @@ def save_view(
 
 
 def round_as_stored(dual: DualView, encoding: Encoding) -> None:
-    """Give the view the weights that it would have after it was written in that encoding and loaded again."""
+    """Round the view's weights to the values that they have after saving in that encoding and loading again."""
     if encoding != "full":
         twins_of = _ar_tensors(dual)
         assign_view(
@@ -130,7 +130,9 @@ def round_as_stored(dual: DualView, encoding: Encoding) -> None:
 
 
 def check_unquantised(dual: DualView) -> None:
-    """CheckpointError for a model whose linears were quantised after loading: their weights are gone."""
+    """Raises CheckpointError for a model whose linear layers were quantised after loading: their weights no longer
+    exist.
+    """
     precision = dual.precision or dual.draft_precision
     if precision is not None:
         raise CheckpointError(
@@ -175,7 +177,7 @@ def _whole_tensors(dual: DualView, folder: Path, encoding: Encoding) -> dict[str
 
 
 def average_view(dual: DualView, folders: Sequence[Path]) -> None:
-    """Give the view the mean of its own weights and of those in the folders, all counted alike.
+    """Give the view the mean of its own weights and of those in the folders, with equal weights.
 
     Views of one base that end one run, or begin alike, often draft better together than each by itself. What was
     measured of the view goes from its provenance; that of the others comes in, as `averaged`. Raises CheckpointError
@@ -221,7 +223,9 @@ def _ar_tensors(dual: DualView) -> dict[str, Tensor]:
 
 
 def assign_view(dual: DualView, tensors: dict[str, Tensor], *, where: str) -> None:
-    """Copy file-named tensors into the twins; CheckpointError names the first that is missing or misfits."""
+    """Copy tensors with file names into the twins; CheckpointError names the first that is missing or has another
+    shape.
+    """
     wanted = {to_file(name): parameter for name, parameter in dual.view_parameters().items()}
     for kind, names in (
         ("lacks {} tensors", wanted.keys() - tensors.keys()),

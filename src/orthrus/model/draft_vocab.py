@@ -1,6 +1,6 @@
-"""A draft vocabulary: drafts are projected to the most frequent ids alone, which costs less than to all.
+"""A draft vocabulary: drafts are projected only to the most frequent ids, which costs less than to all.
 
-The text stays as it is: an id that no draft may propose is one that the AR view writes by itself.
+The text stays the same: the AR view still writes the ids that drafts cannot propose.
 """
 
 import torch
@@ -15,11 +15,10 @@ LEAST_IDS = 16
 
 
 def limit_drafts(dual: DualView, num_ids: int, also: frozenset[int] = frozenset()) -> None:
-    """Let drafts propose the `num_ids` most frequent ids only, and those of `also`.
+    """Let drafts propose only the `num_ids` most frequent ids, and those of `also`.
 
-    Tokenizers number what they merged in the order of merging, the most frequent first, so the lowest ids are
-    taken. UserInputError for a number that leaves too little to choose from or nothing out, and for a head
-    that has no rows to take.
+    Tokenizers number their merges in order, the most frequent first, so the lowest ids are taken. UserInputError
+    for a number that leaves too little to choose from or nothing out, and for a head that has no rows to take.
     """
     if not LEAST_IDS <= num_ids < dual.vocab_size:
         raise UserInputError(
@@ -33,7 +32,9 @@ def limit_drafts(dual: DualView, num_ids: int, also: frozenset[int] = frozenset(
 
 
 def single_characters(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of single ASCII characters, with a space before them or alone: SentencePiece puts them last."""
+    """The ids of single ASCII characters, with or without a space before them; SentencePiece gives them the
+    highest ids.
+    """
     pieces = ((piece.strip("\u2581\u0120"), i) for piece, i in tokenizer.get_vocab().items())
     return frozenset(i for piece, i in pieces if len(piece) <= 1 and piece.isascii())
 

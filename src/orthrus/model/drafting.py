@@ -1,4 +1,4 @@
-"""What a view's repair head makes of draft rows: functions over the module and the model that it belongs to.
+"""Applies a view's repair head to draft rows: functions over the module and the model that it belongs to.
 
 Shapes: D draft rows, P parents of each, M children of each, C hidden size, r rank, V vocabulary.
 """
@@ -14,7 +14,9 @@ from orthrus.model.repair import RepairHead
 
 
 def repaired(dual: DualView, hidden: Tensor, parent_ids: Tensor) -> Tensor:
-    """Final hidden states (..., C), ready for the head, that know the tokens (...) before them."""
+    """Final hidden states (..., C), ready for the head, after the repair head took the previous tokens (...) into
+    account.
+    """
     return hidden + _change(dual, hidden, parent_ids).to(hidden.dtype)
 
 
@@ -29,7 +31,7 @@ class RepairTables(NamedTuple):
     @staticmethod
     @torch.inference_mode()
     def of(dual: DualView) -> "RepairTables | None":
-        """None without a repair head, or where the head has no rows to read, or caps its logits."""
+        """None without a repair head, or if the model's head has no readable rows or caps its logits."""
         rows_VC = _head_rows(dual)
         if dual.repair is None or rows_VC is None or dual.logit_cap is not None:
             return None
@@ -55,7 +57,7 @@ def pair_changes(
     parent_ids_DP: Tensor,
     child_ids_DM: Tensor,
 ) -> Tensor:
-    """What each parent adds to the logits of the children, changes_DPM float32; as if through `dual.head`.
+    """The change that each parent makes to the logits of the children, changes_DPM float32; as if through `dual.head`.
 
     Only the children's rows of the head are read, so a block costs D x P hidden states and no vocabulary;
     unless the head is quantised and has no rows to read. tables: the runner's, if it has any.

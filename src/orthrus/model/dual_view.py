@@ -1,4 +1,4 @@
-"""The frozen base with its second view: the modules, and what both views share. Runners run them."""
+"""The frozen base with its second view: the modules, and what both views share. Runners run the passes."""
 
 from dataclasses import replace
 
@@ -74,17 +74,17 @@ class DualView(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding: the ids that the model knows."""
+        """Rows of the embedding: the number of ids that the model knows."""
         return len(self.base.get_input_embeddings().weight)  # type: ignore[arg-type]
 
     @property
     def logit_cap(self) -> float | None:
-        """What this family squeezes the head's logits into, by a tanh; None for most."""
+        """The cap of the head's logits, which this family applies with a tanh; None for most families."""
         return getattr(self.base.config, "final_logit_softcapping", None)
 
     @property
     def mask_token_id(self) -> int:
-        """What mask rows carry in a pass: the mask token's id, or the stand-in for the trained embedding."""
+        """The token id of mask rows in a pass: the mask token's id, or the placeholder for the trained embedding."""
         return MASK_EMBEDDING if self.config.mask_token_id is None else self.config.mask_token_id
 
     def head(self, hidden: Tensor, *, drafts: bool = False) -> Tensor:
@@ -99,7 +99,7 @@ class DualView(nn.Module):
         return self.finished(head(hidden), drafts=drafts)
 
     def finished(self, logits: Tensor, *, drafts: bool = False) -> Tensor:
-        """What a head's product becomes: capped where the family does so, over the whole vocabulary."""
+        """The head's product after the last steps: capped if the family does so, over the whole vocabulary."""
         cap = self.logit_cap
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
@@ -129,7 +129,9 @@ class DualView(nn.Module):
         return stock(self.base)
 
     def view_parameters(self) -> dict[str, nn.Parameter]:
-        """What training may change: diffusion sides of the twins, mask embedding and repair head, by name."""
+        """The parameters that training may change: diffusion sides of the twins, mask embedding and repair head,
+        by name.
+        """
         found = {
             f"{path}.diffusion.{name}": parameter
             for path, twin in twins(self.base).items()
@@ -161,7 +163,7 @@ def in_window(visible_BTS: Tensor, query_BT: Tensor, key_BS: Tensor, window: int
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible (bool, any shape), the least number of `dtype` where not."""
+    """0 where `visible` (bool, any shape) is true, otherwise the smallest number of `dtype`."""
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill(~visible, torch.finfo(dtype).min)
 

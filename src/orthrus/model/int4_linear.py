@@ -1,4 +1,4 @@
-"""A linear in four bits, by PyTorch's own kernels: what the compiled one is checked against."""
+"""A linear layer in four bits, by PyTorch's own kernels: the reference for the compiled one."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 from orthrus.model.int8_linear import rounded
 
 GROUP = 32
-"""Inputs that share a step and a least value, as in GGUF's Q4_0 and Q4_1."""
+"""Number of inputs that share a step and a smallest value, as in GGUF's Q4_0 and Q4_1."""
 _MOST, _EXACT = 15, 1e-3
 
 

@@ -1,4 +1,4 @@
-"""A linear in int8, by PyTorch's own kernels: what quantised models run eagerly."""
+"""A linear layer in int8, by PyTorch's own kernels: quantised models use it with the eager runner."""
 
 from functools import cache
 from typing import Any
@@ -20,9 +20,9 @@ code where there is no AMX, only a plain loop."""
 class Int8Linear(nn.Module):
     """A linear with int8 weights, scaled per output, and rows rounded to int8 by a scale of their own.
 
-    One scale per row: a row's result does not depend on the rows beside it, which losslessness needs. The
-    products are summed in whole numbers, so it does not depend on their number either. Returns the dtype of
-    its input. Raises UserInputError for weights that are on no CPU.
+    Each row has its own scale, so a row's result does not depend on the other rows, which losslessness needs. The
+    products are summed in integers, so it does not depend on the number of rows either. Returns the dtype of its
+    input. Raises UserInputError for weights that are on no CPU.
 
     Summed by oneDNN where the processor has instructions for it. Without, oneDNN adds two products in 16
     bits, which do not hold them; there they are summed in float32, which is exact, and slow.

@@ -33,9 +33,8 @@ def move_slots(stores: list[Tensor], sources: list[int], targets: list[int]) -> 
 
 
 def turned(keys_1HSD: Tensor) -> Tensor:
-    """Keys of whole pages as `keys_1HPDW`: within a page the numbers of all its slots W lie side by side.
-
-    Attention reads one number of many keys at a time. A copy.
+    """A copy of the keys of whole pages, transposed to `keys_1HPDW`: in a page, the same element of all its slots
+    W is stored side by side, because attention reads one element of many keys at a time.
     """
     keys_1HPDW: Tensor = keys_1HSD.unflatten(2, (-1, PAGE)).mT.contiguous()
     return keys_1HPDW
@@ -80,7 +79,7 @@ class SlotPool:
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody owns."""
+        """Number of pages without an owner."""
         return len(self._free)
 
     @property
@@ -88,7 +87,7 @@ class SlotPool:
         return self.num_pages * PAGE
 
     def take(self) -> int | None:
-        """A page of one's own; None where all are owned."""
+        """Allocate a page with one owner; None if no page is free."""
         if not self._free:
             return None
         page = heappop(self._free)
@@ -97,12 +96,12 @@ class SlotPool:
         return page
 
     def share(self, page: int) -> None:
-        """One more owner of a page that has some."""
+        """Add an owner to a page that has owners."""
         assert self._owners[page] > 0, "a page that nobody owns"
         self._owners[page] += 1
 
     def release(self, page: int) -> None:
-        """One owner less; the last one frees the page."""
+        """Remove an owner; the last owner frees the page."""
         assert self._owners[page] > 0, "a page that nobody owns"
         self._owners[page] -= 1
         if not self._owners[page]:
@@ -131,7 +130,7 @@ class Slots:
         return len(self.pages) * PAGE
 
     def reserve(self, num_slots: int) -> bool:
-        """Own pages for so many slots; False, and nothing changed, where the pool has too few."""
+        """Allocate pages for so many slots; False, without any change, if the pool has too few."""
         missing = pages_for(num_slots) - len(self.pages)
         if missing > self.pool.num_free:
             return False
@@ -142,7 +141,7 @@ class Slots:
         return True
 
     def adopt(self, pages: Sequence[int]) -> None:
-        """Begin with pages of committed history, shared with whoever owns them."""
+        """Start with pages of committed history, shared with their owners."""
         assert not self.pages and not self.length, "only an empty request can adopt pages"
         for page in pages:
             self.pool.share(page)
@@ -167,7 +166,7 @@ class Slots:
         self.length += num_tokens
 
     def compact(self, rows: Sequence[int]) -> None:
-        """Gather an accepted path, scratch rows that ascend, behind the history, and commit it."""
+        """Move an accepted path (scratch rows in ascending order) to the end of the history, and commit it."""
         start = self.length
         # What lies in its place already need not move: a chain, and the first of a tree's branches.
         kept = next((i for i, row in enumerate(rows) if row != i), len(rows))
@@ -184,7 +183,7 @@ class Slots:
         self.pages, self.length = [], 0
 
     def check(self) -> None:
-        """Integrity: every committed slot was written by the AR view for the position that it stands for.
+        """Integrity check: every committed slot was written by the AR view for its own position.
 
         Raises AssertionError naming the first slot that breaks this.
         """

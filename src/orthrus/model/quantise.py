@@ -1,4 +1,4 @@
-"""int8 or four bits in place of a loaded model's linears: for both views, or for the drafts alone."""
+"""Replaces a loaded model's linear layers by int8 or four-bit ones: for both views, or for the drafts alone."""
 
 from collections.abc import Iterator
 

@@ -1,7 +1,7 @@
-"""The repair head: a draft row's guess, once the token before it is known or supposed.
+"""The repair head: it corrects a draft row's guess, given the previous token or a candidate for it.
 
-A block guesses its positions independently of each other. The head moves a row's final hidden state by what
-the token before it says, so neighbours fit together, in the spirit of arXiv 2402.05109. Shapes: D draft rows,
+A block guesses its positions independently of each other. The head changes a row's final hidden state by the
+previous token, so that neighbouring guesses fit together, in the spirit of arXiv 2402.05109. Shapes: D draft rows,
 P parents of each, M children of each, C hidden size, r rank.
 """
 
@@ -37,6 +37,6 @@ class RepairHead(nn.Module):
         return change
 
     def before(self, x: Tensor, linear: nn.Linear) -> Tensor:
-        """What hidden states, or embeddings, (..., C) bring to the nonlinearity, (..., r)."""
+        """The contribution of hidden states, or of embeddings, (..., C) to the input of the nonlinearity, (..., r)."""
         out: Tensor = linear(F.rms_norm(x.to(linear.weight.dtype), x.shape[-1:]))
         return out

@@ -1,4 +1,4 @@
-"""What runs passes. The eager runner is the stock forward, and the slow oracle of all others."""
+"""Runners run passes. The eager runner is the stock forward, and the slow reference for all others."""
 
 from typing import Any, Protocol
 
@@ -40,7 +40,7 @@ class Runner(Protocol):
 
 
 class RunnerAround:
-    """A runner that hands all on to another one; subclasses watch or change what they need to."""
+    """A runner that delegates to another one; subclasses observe or change what they need."""
 
     def __init__(self, runner: Runner) -> None:
         self.name, self.dual, self.repair_tables = runner.name, runner.dual, runner.repair_tables
@@ -110,6 +110,8 @@ def decoder_with_attention(dual: DualView, name: str) -> torch.nn.Module:
 
 
 def no_mask(dual: DualView) -> Tensor | dict[str, Tensor]:
-    """A mask (1, 1, 1, 1) that only makes the stock code skip its own: our attention knows who reads what."""
+    """A dummy mask (1, 1, 1, 1), so that the stock code builds none; our attention knows which rows read which
+    slots.
+    """
     unused = torch.zeros((1, 1, 1, 1), device=dual.device)
     return dual.mask_argument(unused, unused)

@@ -1,4 +1,4 @@
-"""Copies of a model's structure that share all of its weights: stock models, and models that attend otherwise.
+"""Copies of a model's structure that share all of its weights: stock models, and models with another attention.
 
 A shadow replaces some modules of a tree, or gives some another config, and leaves the tree itself as it is. So
 no attribute of a live model is ever swapped, and whoever runs the model meanwhile meets what was always there.

@@ -17,9 +17,9 @@ from orthrus.model.shadow import shadow
 
 
 class RowSplit(threading.local):
-    """Where a pass turns from AR rows to diffusion rows; one per model, shared by its twins.
+    """The number of AR rows of a pass, after which the diffusion rows start; one per model, shared by its twins.
 
-    A projection is called with its input alone, so the number waits here while its thread runs the pass.
+    A projection is called only with its input, so the number is stored here while its thread runs the pass.
     None means that every row is AR: the stock behaviour, also for other threads and for callers who know
     nothing of us.
     """
@@ -70,7 +70,7 @@ class Twin(nn.Module):
 
 
 class LowRank(nn.Module):
-    """`scale * up(down(x))`: down starts small and random, up at zero: together they start as nothing."""
+    """`scale * up(down(x))`: down starts with small random values and up with zeros, so the sum starts at zero."""
 
     def __init__(
         self,

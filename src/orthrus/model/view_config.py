@@ -1,4 +1,4 @@
-"""What a view is: the settings that travel with its weights."""
+"""The settings of a view, which are stored with its weights."""
 
 import math
 from dataclasses import asdict, dataclass, field

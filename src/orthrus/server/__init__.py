@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's interface over one engine. Needs the extra `serve`."""
+"""The HTTP server: OpenAI's and Anthropic's APIs over one engine. Needs the extra `serve`."""

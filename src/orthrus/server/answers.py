@@ -1,4 +1,4 @@
-"""From a request to its answer, whole or as it comes, whatever interface it came by."""
+"""From a request to its answer, whole or as a stream, for all APIs."""
 
 from collections.abc import AsyncIterator, Callable
 from functools import partial

@@ -49,7 +49,7 @@ _STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stre
 
 class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        """The document without the 422s that FastAPI announces: what is wrong is answered with a 400."""
+        """The document without FastAPI's 422 responses: the server answers invalid requests with 400."""
         told = super().openapi()
         for methods in told["paths"].values():
             for operation in methods.values():
@@ -118,17 +118,17 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/responses", response_model=None, responses=_STREAMED)
     async def responses(body: ResponseRequest, request: Request) -> Response:
-        """Answer in OpenAI's newer interface."""
+        """Answer in OpenAI's newer API (Responses)."""
         return await respond_response(service, request, body)
 
     @app.post("/v1/messages", response_model=None, responses=_STREAMED)
     async def messages(body: MessageRequest, request: Request) -> Response:
-        """Answer in Anthropic's interface."""
+        """Answer in Anthropic's API (Messages)."""
         return await respond_message(service, request, body)
 
     @app.post("/v1/messages/count_tokens", response_model=None)
     def count_tokens(body: Counted) -> Response:
-        """Tokens of a prompt in Anthropic's interface."""
+        """Count the tokens of a prompt in Anthropic's API."""
         live = service.live
         live.check_model(body.model)
         asked = as_chat(body)
@@ -137,7 +137,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     @app.post("/tokenize", response_model=None)
     def tokenize(body: TokenizeRequest) -> Response:
-        """Token ids of a prompt (as vLLM asks), of a content (as llama.cpp asks), or of messages."""
+        """Token ids of `prompt` (as in vLLM), of `content` (as in llama.cpp), or of `messages`."""
         live = service.live
         live.check_model(body.model)
         given = [name for name in ("prompt", "content", "messages") if getattr(body, name) is not None]
@@ -191,17 +191,17 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
-        """Whether the server lives."""
+        """Whether the server process runs."""
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready", response_model=None)
     async def ready() -> Response:
-        """Whether requests are answered: not while the model is loading or the server is draining."""
+        """Whether the server accepts requests. It does not while the model is loading or the server is draining."""
         return JSONResponse({"status": "ready", "model": service.ready.name})
 
     @app.get("/metrics", response_model=None, response_class=PlainTextResponse)
     def metrics() -> Response:
-        """Figures in Prometheus' form."""
+        """Metrics in the Prometheus format."""
         return Response(service.metrics.page(), media_type="text/plain; version=1.0.0; charset=utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Reads calls out of an answer while it is being written."""
+"""Parses function calls from an answer while it is being written."""
 
 import json
 import re
@@ -12,7 +12,7 @@ _OPENING = re.compile(re.escape(BEFORE_NAME) + r'("(?:[^"\\]|\\.)*")' + re.escap
 
 @dataclass(slots=True)
 class CallPiece:
-    """What came of a call. name: where the call begins."""
+    """A part of a call. name: set in the first part."""
 
     index: int
     name: str | None
@@ -21,7 +21,7 @@ class CallPiece:
 
 @dataclass(slots=True)
 class Piece:
-    """What came of an answer: text outside of calls, and pieces of calls."""
+    """A part of an answer: text outside of calls, and parts of calls."""
 
     content: str = ""
     calls: list[CallPiece] = field(default_factory=list)
@@ -44,7 +44,7 @@ class CallReader:
         self._read = self._in_text
 
     def feed(self, text: str) -> Piece:
-        """What can be told now."""
+        """The parts that are certain now."""
         self._held += text
         piece = Piece()
         while self._read(piece):
@@ -52,7 +52,7 @@ class CallReader:
         return piece
 
     def flush(self) -> Piece:
-        """What was held back, once nothing more will come."""
+        """The parts that were held back, at the end of the text."""
         piece = Piece()
         if self._read == self._in_text:
             piece.content = self._held

@@ -63,17 +63,19 @@ class Call(AsyncIterator[tuple[int, Cycle]]):
 
     @property
     def failure(self) -> BaseException | None:
-        """What ended the call, where anything did."""
+        """The error that ended the call, if there was one."""
         return self._failure
 
     def attach(self, index: int, request: Request) -> None:
-        """From the thread that handed it in. A call that was cancelled meanwhile cancels it here."""
+        """Attach a request; called by the thread that submitted it. If the call was cancelled in between, the
+        request is too.
+        """
         self.requests[index] = request
         if self.cancelled:
             self._cancel(request)
 
     def take(self, index: int, cycle: Cycle, now: float) -> None:
-        """A record has come. Where too many lie unread the call ends instead: the engine waits for nobody."""
+        """Add a record. If too many are unread, the call ends instead, because the engine does not wait for readers."""
         self.times[index].see(cycle, now)
         if self.cancelled:
             return
@@ -84,7 +86,7 @@ class Call(AsyncIterator[tuple[int, Cycle]]):
         self._wake.set()
 
     def end(self, failure: BaseException | None) -> None:
-        """One of the answers has ended; each of them says so once."""
+        """Record that one of the answers has ended; called once for each."""
         self._left -= 1
         if failure is not None:
             self.cancel(failure)

@@ -1,4 +1,4 @@
-"""What the interfaces share that turn their requests into chats."""
+"""Functions for the APIs that convert their requests to chats."""
 
 import json
 from collections.abc import Collection

@@ -1,4 +1,4 @@
-"""Errors as clients of OpenAI's interface know them: a status, and one object that says what to do."""
+"""Errors in the format of OpenAI's API: a status, and one object that says what to do."""
 
 import json
 import re
@@ -127,7 +127,7 @@ def not_ready(why: str) -> ApiError:
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What to tell of an error inside the server; nothing of its message where it was not foreseen."""
+    """The error to send for an exception in the server. The message of an unexpected exception is not sent."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UserInputError):

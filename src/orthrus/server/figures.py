@@ -1,4 +1,4 @@
-"""What an answer took, in the form that load tools read, and our own figures beside it."""
+"""Statistics of an answer, in the format that load tools read, and our own figures."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -74,9 +74,9 @@ def metrics(texts: Sequence[Told], seed: int) -> dict[str, Any]:
 
 
 def provenance(cycle: Cycle, token_bytes: TokenBytes) -> dict[str, Any]:
-    """Where the tokens of a record come from: `draft` where one had been drafted.
+    """The origin of the tokens of a record: `draft` says whether a token was drafted.
 
-    `rejected`: the drafts that did not stand where the drafted ones end; of a tree, its first branch.
+    `rejected`: the rejected drafts after the accepted ones; for a tree, those of its first branch.
     """
     return {
         "cycle": cycle.kind,

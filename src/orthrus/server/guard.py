@@ -1,4 +1,4 @@
-"""What stands before all routes: request ids, keys, the size of bodies, the log, and the last net for errors."""
+"""The middleware before all routes: request ids, keys, the size of bodies, the log, and the last handler of errors."""
 
 import hmac
 import ipaddress

@@ -1,4 +1,4 @@
-"""The audit of live traffic: a share of the answers decoded again, plainly, while nobody waits for an answer."""
+"""The audit of live traffic: it decodes a share of the answers again with plain decoding while no request waits."""
 
 import hashlib
 import logging
@@ -33,10 +33,10 @@ MOST_KEPT = 100
 AROUND = 8
 """Tokens of the answer on either side of a difference that are kept."""
 SCRATCH = 1024
-"""Slots beside a whole context, for the rows of one pass, where an answer is decoded as it was."""
+"""Slots in addition to a whole context, for the rows of one pass, when an answer is decoded as it was at first."""
 
 COUNTERS = {
-    "checked": "Answers that were decoded again by plain decoding.",
+    "checked": "Answers that were decoded again with plain decoding.",
     "identical": "Of these, answers with the very same tokens.",
     "near_tie": "Of these, answers that differ where rounding decides.",
     "violation": "Of these, answers that break the rule.",
@@ -101,11 +101,11 @@ class LiveAudit(Collector):
         return not self._stopped and (self._current is not None or bool(self._waiting))
 
     def stop(self) -> None:
-        """Give up what is begun, within a pass, and what waits; the server leaves."""
+        """Stop the replay in progress within one pass, and drop those that wait; the server is shutting down."""
         self._stopped = True
 
     def offer(self, call: Call, index: int, request: Request) -> None:
-        """An answer has ended; some are chosen, by a hash of the request's id and a running number."""
+        """Offer an answer that has ended. Some are chosen, by a hash of the request's id and a running number."""
         if not self.share or not request.is_answer or not request.token_ids:
             return
         request_id = "" if call.origin is None else call.origin.request_id
@@ -118,7 +118,9 @@ class LiveAudit(Collector):
         self._on_offer()
 
     def step(self) -> None:
-        """Go on by one pass, or judge a difference, which begins again later where an answer is wanted meanwhile."""
+        """Run one pass of a replay, or judge a difference. If a request arrives meanwhile, the judgement starts
+        again later.
+        """
         try:
             with self._orthrus.engine.held():
                 self._step()
@@ -172,7 +174,7 @@ class LiveAudit(Collector):
         }
 
     def evidence(self, name: str) -> dict[str, Any] | None:
-        """All that is kept of a difference; None for one that is not, or no longer, kept."""
+        """The stored evidence of a difference; None if it is not stored, or no longer."""
         with self._lock:
             return next((each for each in self._kept if each["id"] == name), None)
 

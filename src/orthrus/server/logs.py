@@ -1,4 +1,4 @@
-"""The log: one JSON object a line, with ids, figures and places in the code, never a prompt or an answer."""
+"""The log: one JSON object per line, with ids, figures and positions in the code, never a prompt or an answer."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class JsonLines(logging.Formatter):
-    """A record as one line. Of an exception its type and where it came from; its message may quote a prompt."""
+    """Formats a record as one line. An exception is logged by type and origin only; its message may quote a prompt."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The thread that steps the engine, and the way into it and out of it for the event loop."""
+"""The thread that steps the engine, and its connection with the event loop."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ Ended = Callable[[Call, int, Request], None]
 
 
 class IdleWork(Protocol):
-    """What the engine's thread does, one short step after the other, while no answer is wanted."""
+    """Work that the engine's thread does in short steps while there is no request."""
 
     @property
     def has_work(self) -> bool: ...
@@ -63,7 +63,9 @@ class EngineLoop:
         self._thread.start()
 
     def admit(self, num_answers: int) -> Call:
-        """Take places for so many answers. Raises ApiError where there are none, or the server is leaving."""
+        """Reserve places for so many answers. Raises ApiError if there are too few, or if the server is shutting
+        down.
+        """
         if self.draining:
             raise not_ready("draining")
         if num_answers > self.config.num_places:
@@ -141,7 +143,7 @@ class EngineLoop:
             self._idle.set()
 
     def wake(self) -> None:
-        """There is work, or idle work. From any thread."""
+        """Tell the thread that there is work, or idle work. From any thread."""
         with self._has_work:
             self._has_work.notify()
 
@@ -176,7 +178,7 @@ class EngineLoop:
         sleep(0.05)
 
     async def drain(self, seconds: float) -> None:
-        """Take no more requests, wait for the open ones, and end what is left after so many seconds."""
+        """Accept no more requests, wait for the open ones, and end those that are left after so many seconds."""
         self.draining = True
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)
@@ -185,7 +187,7 @@ class EngineLoop:
             await self._idle.wait()
 
     def end_all(self) -> None:
-        """End every open answer before the next pass; its reader is told why."""
+        """End every open answer before the next pass, and tell its reader why."""
         self.draining = True
         for call in list(self.calls):
             call.cancel(

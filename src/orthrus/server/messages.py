@@ -1,4 +1,4 @@
-"""/v1/messages: requests of Anthropic's interface as chats."""
+"""/v1/messages: converts requests of Anthropic's API to chats."""
 
 from typing import Annotated, Any, Literal
 
@@ -34,7 +34,7 @@ class Choice(Open):
 
 
 class Counted(RequestBody):
-    """What the prompt of a message is made of; POST /v1/messages/count_tokens takes no more."""
+    """The fields that make up the prompt of a message. POST /v1/messages/count_tokens takes only these."""
 
     model: Name | None = None
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]

@@ -1,4 +1,4 @@
-"""Figures of a running server in Prometheus' form; named as vLLM names them, behind `orthrus_`."""
+"""Metrics of a running server in the Prometheus format, with vLLM's names and the prefix `orthrus_`."""
 
 from collections.abc import Iterator
 from time import monotonic
@@ -14,11 +14,11 @@ from orthrus.server.calls import Call
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 GAUGES = {
-    "num_requests_running": "Answers that are written.",
-    "num_requests_waiting": "Answers that wait for a place, or for pages.",
-    "kv_cache_usage_perc": "Share of the pages that answers use, from 0 to 1.",
+    "num_requests_running": "Answers that are being written.",
+    "num_requests_waiting": "Requests that wait for others to end, or for pages of the cache.",
+    "kv_cache_usage_perc": "Share of the cache's pages that answers use, from 0 to 1.",
 }
-"""What is read from the engine when it is asked for."""
+"""Values that are read from the engine when Prometheus asks for them."""
 
 
 class Metrics:
@@ -40,7 +40,9 @@ class Metrics:
         self.generation_tokens = counter("generation_tokens", "Tokens written.")
         self.prefix_queries = counter("prefix_cache_queries", "Tokens of prompts looked up in the cache.")
         self.prefix_hits = counter("prefix_cache_hits", "Tokens of prompts found in the cache.")
-        self.preemptions = counter("num_preemptions", "Times that an answer gave up its pages to others.")
+        self.preemptions = counter(
+            "num_preemptions", "Times that a request was preempted: it gave its pages to others."
+        )
         self.spec_steps = counter("spec_decode_num_drafts", "Cycles that verified drafts.")
         self.drafted = counter("spec_decode_num_draft_tokens", "Tokens drafted.")
         self.accepted = counter(
@@ -53,21 +55,31 @@ class Metrics:
             "position",
         )
         self.passes = counter("passes", "Passes that answers took part in.")
-        self.ttft = histogram("time_to_first_token_seconds", "From a request to its first token.", _LONG)
-        self.tpot = histogram(
-            "request_time_per_output_token_seconds", "Time behind the first token, per token.", _SHORT
+        self.ttft = histogram(
+            "time_to_first_token_seconds", "From the arrival of a request to its first token.", _LONG
         )
-        self.gaps = histogram("inter_token_latency_seconds", "Between records that brought tokens.", _SHORT)
-        self.total = histogram("e2e_request_latency_seconds", "From a request to its end.", _LONG)
-        self.queued = histogram("request_queue_time_seconds", "From a request to its first pass.", _LONG)
+        self.tpot = histogram(
+            "request_time_per_output_token_seconds", "Time per token after the first token.", _SHORT
+        )
+        self.gaps = histogram(
+            "inter_token_latency_seconds",
+            "Time between two deliveries of tokens. A delivery may have several tokens.",
+            _SHORT,
+        )
+        self.total = histogram(
+            "e2e_request_latency_seconds", "From the arrival of a request to its end.", _LONG
+        )
+        self.queued = histogram(
+            "request_queue_time_seconds", "From the arrival of a request to its first pass.", _LONG
+        )
 
     def watch(self, engine: Engine, *others: Collector) -> None:
-        """Show the state of an engine too, and what others count."""
+        """Also export the state of an engine, and the counts of other collectors."""
         for collector in (_EngineState(engine), *others):
             self.registry.register(collector)
 
     def ended(self, call: Call, index: int, request: Request) -> None:
-        """An answer has ended; called once for each."""
+        """Record an answer that has ended; called once for each."""
         now, times = monotonic(), call.times[index]
         if request.failure is not None:
             self.failed.inc()

@@ -1,4 +1,4 @@
-"""Whom an answer is for: what an audit and a log of traffic say of its request."""
+"""The origin of an answer: facts about its request for the audit and the log of traffic."""
 
 from dataclasses import dataclass
 

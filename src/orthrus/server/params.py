@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[_Harmless, str]] = {
     "typical_p": (lambda value: value in (None, 1, 1.0), "use top_p or min_p"),
     "mirostat": (lambda value: value in (None, 0), "use top_p or min_p"),
 }
-"""Fields that would change the answer and cannot be honoured: when they ask for nothing, and what to do."""
+"""Fields that would change the answer and cannot be honoured: the values with no effect, and advice."""
 
 _NAMES = {
     name: name
@@ -122,17 +122,17 @@ def check_together(body: ChatRequest | CompletionRequest) -> None:
 
 
 def base_seed(body: Sampling) -> int:
-    """The seed asked for, or a fresh one that every client's numbers can hold."""
+    """The requested seed, or a new one that is small enough for the number type of every client."""
     return randbits(53) if body.seed is None else body.seed
 
 
 def decode_configs(
     body: ChatRequest | CompletionRequest, seed: int, room: int, prompt: int = 0
 ) -> list[DecodeConfig]:
-    """One per text. room: tokens that fit behind the prompt. ApiError names the field that is wrong.
+    """One config per text. room: tokens that fit after the prompt. ApiError names the field that is wrong.
 
-    prompt: which of the request's. Where the client gave a seed, a prompt's texts are those that it has alone; else
-    equal prompts are drawn apart.
+    prompt: the number of the prompt in its request. With a seed of the client, each prompt gets the texts that it
+    would get alone. Without one, equal prompts get different samples.
     """
     first = prompt * body.n if body.seed is None else 0
     asked = body.max_tokens

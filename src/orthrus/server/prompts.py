@@ -54,7 +54,7 @@ def _system_first(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def text_ids(orthrus: Orthrus, prompt: str | list[int]) -> list[int]:
-    """Token ids of a text as it stands, or the ids themselves."""
+    """Token ids of a text without chat template, or the ids themselves."""
     if isinstance(prompt, list):
         return prompt
     try:
@@ -71,7 +71,7 @@ def prompts_of(prompt: str | list[str] | list[int] | list[list[int]]) -> list[st
 
 
 def room_behind(prompt_ids: list[int], context_length: int, param: str) -> int:
-    """Tokens that fit behind a prompt. Raises ApiError where none do."""
+    """Number of tokens that fit after a prompt. Raises ApiError if there are none."""
     if len(prompt_ids) >= context_length:
         raise ApiError(
             400,

@@ -1,4 +1,4 @@
-"""/v1/responses: requests of OpenAI's newer interface as chats. Nothing is stored, so each holds its whole history."""
+"""/v1/responses: converts requests of OpenAI's newer API to chats. Nothing is stored, so each has its whole history."""
 
 from typing import Annotated, Any, Literal
 
@@ -24,7 +24,7 @@ _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text")
 
 
 class TextFormat(Open):
-    """As `response_format` of a chat, but flat."""
+    """Like `response_format` of a chat, but with the fields of `json_schema` on the same level."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str | None = None

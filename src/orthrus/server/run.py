@@ -1,4 +1,4 @@
-"""The application on a socket: signals, drain, and the way out."""
+"""Runs the application on a socket: signals, drain and exit."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ CLEANING = 2
 
 
 def address(host: str, port: int) -> str:
-    """As it stands in a URL: an address of IPv6 in brackets."""
+    """The address in the form of a URL: an IPv6 address is in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

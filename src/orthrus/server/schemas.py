@@ -1,6 +1,6 @@
-"""What requests may hold: every field typed and within a range; unknown ones are taken and named in the log.
+"""The schemas of requests: every field has a type and a range. Unknown fields are accepted and named in the log.
 
-A list ends at the first element that is wrong: a body of a megabyte can hold half a million of them.
+Validation of a list stops at its first wrong element, because a body of one megabyte can hold half a million of them.
 """
 
 import json
@@ -119,14 +119,14 @@ Objects = Annotated[list[dict[str, JsonValue]], Field(fail_fast=True)]
 
 
 class ContentPart(Open):
-    """A piece of a message. Only text can be read; others are refused with their name."""
+    """A part of a message. Only text is supported. Other types are refused with an error that names them."""
 
     type: str = "text"
     text: str | None = None
 
 
 class Message(Open):
-    """A turn of a chat. content may be null beside the tool calls of an assistant."""
+    """A turn of a chat. `content` may be null if an assistant message has tool calls."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[ContentPart | str], Field(fail_fast=True)] | None = None
@@ -140,7 +140,7 @@ class StreamOptions(Open):
 
 
 class JsonSchema(Open):
-    """`schema` as in JSON Schema. strict: texts always conform, whatever it says."""
+    """`schema` is a JSON Schema. `strict` has no effect: texts always conform."""
 
     name: str | None = None
     description: str | None = None
@@ -154,7 +154,7 @@ class ResponseFormat(Open):
 
 
 class Function(Open):
-    """A function that the model may call. strict: arguments always conform, whatever it says."""
+    """A function that the model may call. `strict` has no effect: arguments always conform."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     description: str | None = None
@@ -177,12 +177,12 @@ class NamedTool(Open):
 
 
 class OrthrusOptions(Closed):
-    """How the answer is decoded; of all this `compact_json` alone changes the text. See docs/strategies.md.
+    """How the answer is decoded. Only `compact_json` changes the text. See docs/strategies.md.
 
-    copies: `auto` may draft what followed the last tokens where they stood before, in the prompt or the text.
-    compact_json: JSON of a response format, and arguments of calls, have no blanks between their parts.
-    provenance: chunks of a stream say of each token whether it had been drafted. receipt: the answer's metrics hold
-    what `orthrus verify` makes it again from, the prompt's token ids included.
+    copies: `auto` may draft copies of what followed an earlier occurrence of the last tokens. compact_json: JSON has
+    no whitespace between its parts, in a response format and in arguments of calls. provenance: chunks of a stream
+    say for each token whether it was drafted. receipt: the answer's metrics hold a receipt for `orthrus verify`, which
+    includes the prompt's token ids.
     """
 
     strategy: Strategy = "auto"

@@ -1,4 +1,4 @@
-"""What the routes of one server share: its model once it is loaded, its engine's loop, and its counters."""
+"""The state that the routes of one server share: its model once it is loaded, its engine's loop, and its counters."""
 
 import asyncio
 import logging

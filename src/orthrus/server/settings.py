@@ -1,4 +1,4 @@
-"""What a server allows; checked where it is made."""
+"""The settings of a server, checked when they are created."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

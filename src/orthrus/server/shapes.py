@@ -1,4 +1,4 @@
-"""Answers in the shapes of OpenAI's chat and completion interfaces, whole and as events."""
+"""Answers in the formats of OpenAI's chat and completion APIs, whole and as events."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from orthrus.types import Cycle, TokenLogprob
 
 
 class Shape(Protocol):
-    """How one answer is written. A whole answer is `whole`; a stream is all others, in this order."""
+    """How one answer is written. `whole` writes a whole answer; a stream uses all other methods, in this order."""
 
     def begin(self) -> Iterator[bytes]:
         """Before the first token."""

@@ -1,4 +1,4 @@
-"""Responses that notice when their client has gone: events as they come, and whole answers."""
+"""Responses that notice when their client disconnects: event streams and whole answers."""
 
 import asyncio
 import json
@@ -71,7 +71,7 @@ async def _body(send: Send, piece: bytes) -> None:
 
 
 async def gone(receive: Receive) -> None:
-    """Returns when the client has left."""
+    """Returns when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 

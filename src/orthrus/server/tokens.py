@@ -1,4 +1,4 @@
-"""The bytes that a token stands for, which log probs report: half a character has no text."""
+"""The bytes of a token, which log probabilities report, because a part of a character has no text."""
 
 import json
 from functools import lru_cache

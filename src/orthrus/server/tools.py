@@ -1,7 +1,7 @@
-"""Function calling: how a model is told of its tools, and the grammar that its calls keep to.
+"""Function calling: describes tools to a model, and builds the grammar of its calls.
 
-Calls are written as Hermes and Qwen models learn it: `<tool_call>`, a JSON object, `</tool_call>`. A grammar
-holds every model to this form and the arguments to their schema, so a call can always be read.
+Calls use the format of Hermes and Qwen models: `<tool_call>`, a JSON object, `</tool_call>`. A grammar enforces
+this format and the schema of the arguments for every model, so a call can always be parsed.
 """
 
 import json
@@ -59,9 +59,9 @@ def calling(body: ChatRequest) -> Calling | None:
 
 
 def call_grammar(allowed: Calling, otherwise: ResponseFormat | None, *, compact: bool = False) -> Grammar:
-    """What an answer may be: calls, or else a text, or JSON of the response format, or a text before calls.
+    """The grammar of an answer: calls, or a text, or JSON of the response format, or a text before calls.
 
-    compact: arguments and JSON have no blanks between their parts.
+    compact: arguments and JSON have no whitespace between their parts.
     Raises ApiError for what no grammar can hold.
     """
     rules = []
@@ -110,10 +110,10 @@ def _quoted(text: str) -> str:
 def with_tools(
     turns: list[dict[str, Any]], tools: Sequence[Tool] | None, template: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """Turns, and tools for the chat template, that tell of tools, calls and results.
+    """Turns, and tools for the chat template, that describe tools, calls and results.
 
-    A template that knows tools and writes calls as we read them gets them as they are; for others they become
-    text in the turns. Raises ApiError for calls that are malformed, UserInputError for contents that are no text.
+    A template that supports tools and our format of calls gets them unchanged; for others they become text in the
+    turns. Raises ApiError for calls that are malformed, UserInputError for contents that are no text.
     """
     turns = [_with_parsed_calls(turn, index) for index, turn in enumerate(turns)]
     described = [tool.model_dump(exclude_none=True) for tool in tools or ()]
@@ -145,7 +145,7 @@ def with_tools(
 
 
 def call_arguments(arguments: object) -> dict[str, Any] | None:
-    """What a call gives its function: an object, or one written as JSON. None for anything else."""
+    """The arguments of a call: an object, or an object written as JSON. None for anything else."""
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")

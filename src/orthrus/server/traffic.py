@@ -1,4 +1,4 @@
-"""The log of traffic: chats and their answers, a JSON line each, in the form that `synth` and `adapt` read."""
+"""The log of traffic: chats and their answers, one JSON line each, in the format that `synth` and `adapt` read."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ class _Line:
 
 
 class TrafficLog:
-    """Appends chats to a file, from a thread of its own; whoever hands in a line never waits.
+    """Appends chats to a file from a separate thread; callers never wait.
 
     Raises UserInputError for what is no file, StorageError for one that cannot be written. What goes wrong later
     costs lines, and is told once in the log until it goes well again.
