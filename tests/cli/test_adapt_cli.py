@@ -65,6 +65,12 @@ def test_a_better_view_takes_the_place_and_the_way_back_is_open(
     assert back.code == 0
     assert bytes_of(view) == first
     assert_refused(cli("adapt", "--rollback", "--view", str(view)), "nothing to go back to")
+    # What the same log made before is not there any more, so it is made again.
+    anew = cli("adapt", log, *options, "--seed", "1")
+    assert "judged already" not in anew.err
+    assert "the new view is kept" in anew.out
+    assert bytes_of(tmp_path / "view.before-1") == first
+    assert bytes_of(view) != first
 
 
 def test_a_view_that_is_no_better_changes_nothing(

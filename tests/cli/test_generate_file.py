@@ -62,6 +62,18 @@ def test_each_line_is_the_answer_to_its_prompt(
 
 
 @pytest.mark.parametrize("torn", [0, 1, 30, 60])
+def test_of_several_turns_the_first_is_asked_and_it_says_so(
+    cli: Cli, model_folder: str, tmp_path: Path
+) -> None:
+    prompts, output = tmp_path / "turns.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"turns": ["abc", "def"]}\n{"prompt": "abc"}\n')
+    run = ask(cli, model_folder, prompts, output)
+    assert run.code == 0
+    assert f"1 line of {prompts} has several turns: only the first turn counts" in run.err
+    first, second = lines(output)
+    assert first["token_ids"] == second["token_ids"]
+
+
 def test_what_is_there_is_kept_and_not_asked_again(
     cli: Cli,
     model_folder: str,

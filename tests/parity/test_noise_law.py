@@ -9,7 +9,7 @@ from tests.parity.test_sampling_law import SIGNIFICANCE, smallest_effect
 from torch import Tensor
 
 from orthrus.decoding.noise import exponential_noise
-from orthrus.decoding.sampling import coupled_log_scores, draw_from_generator, draw_with_noise
+from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise
 
 NUM_DRAWS, EFFECT = 20000, 0.06
 LAW = [0.5, 0.25, 0.0, 0.125, 0.1, 0.02, 0.005]
@@ -23,14 +23,11 @@ def noise_over(what: str, vocab_size: int, num_draws: int = NUM_DRAWS) -> Tensor
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-20])
-@pytest.mark.parametrize("what", ["positions", "seeds", "generator"])
+@pytest.mark.parametrize("what", ["positions", "seeds"])
 def test_a_draw_has_the_law_it_is_given(what: str, scale: float) -> None:
     probs_V = torch.tensor(LAW)
     probs_RV = (probs_V * scale).expand(NUM_DRAWS, -1)
-    if what == "generator":
-        ids = draw_from_generator(probs_RV, torch.Generator().manual_seed(0))
-    else:
-        ids = draw_with_noise(probs_RV, noise_over(what, len(LAW)))
+    ids = draw_with_noise(probs_RV, noise_over(what, len(LAW)))
     counts = ids.bincount(minlength=len(LAW))
     keep = probs_V > 0
     assert counts[~keep].sum() == 0

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from orthrus.training.endpoint import EndpointAnswerer, EndpointConfig
 from orthrus.training.endpoint_guard import agreement
 from orthrus.training.endpoint_http import Patience
 from orthrus.training.manifest import MANIFEST
+from orthrus.training.prompt_sources import PromptSource
 from orthrus.training.synth import SynthConfig, SynthProgress, synthesise
 
 URL = "http://one"
@@ -124,16 +126,33 @@ def test_answers_from_here_and_from_a_server_are_not_mixed(
         synthesise(orthrus.base, here, config(tmp_path), folder)
 
 
-def test_another_model_is_refused_before_it_answers(orthrus: Orthrus, tmp_path: Path) -> None:
+def disturbed() -> Orthrus:
+    """Another model."""
     other = byte_orthrus()
     with torch.no_grad():
         for parameter in other.base.model.parameters():
             parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.5)
-    with served(other) as bridge, pytest.raises(UserInputError, match="serves another model than tiny: only"):
+    return other
+
+
+def test_another_model_is_refused_before_it_answers(orthrus: Orthrus, tmp_path: Path) -> None:
+    with (
+        served(disturbed()) as bridge,
+        pytest.raises(UserInputError, match="serves another model than tiny: only"),
+    ):
         make(orthrus, bridge, tmp_path / "corpus", config(tmp_path))
     assert not list((tmp_path / "corpus").glob("answers-*"))
     # The prompts stay, and the right server goes on.
     assert (tmp_path / "corpus" / PROMPTS).is_file()
+
+
+def test_prompts_of_another_model_are_made_anew(orthrus: Orthrus, server: Bridge, tmp_path: Path) -> None:
+    own = replace(config(tmp_path), sources=(PromptSource(domain="chat", count=12),))
+    right = contents(make(orthrus, server, tmp_path / "right", own))
+    with served(disturbed()) as bridge, pytest.raises(UserInputError, match="serves another model"):
+        make(orthrus, bridge, tmp_path / "corpus", own)
+    assert not (tmp_path / "corpus" / PROMPTS).exists()
+    assert contents(make(orthrus, server, tmp_path / "corpus", own)) == right
 
 
 def test_agreement_counts_what_the_base_would_have_chosen(orthrus: Orthrus) -> None:

@@ -270,7 +270,17 @@ def test_comparing(tmp_path: Path) -> None:
 
 def test_what_is_no_report(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    for text in ("{}", "[]", "not json", '{"kind": "orthrus-bench", "format_version": 2, "runs": [{}]}'):
+    whole = report().to_dict()
+    damaged = [whole | {"model": wrong} for wrong in ("abc", [[1, 2, 3]], {}, [], 5)]
+    damaged += [whole | {"options": "abc"}, whole | {"options": {}}, whole | {"provenance": [[1]]}]
+    texts = [
+        "{}",
+        "[]",
+        "not json",
+        "[" * 100_000,
+        '{"kind": "orthrus-bench", "format_version": 2, "runs": [{}]}',
+    ]
+    for text in (*texts, *map(json.dumps, damaged)):
         path.write_text(text)
         with pytest.raises(UserInputError, match=r"x\.json"):
             read_report(path)

@@ -196,12 +196,35 @@ BROKEN: dict[str, tuple[Any, type[OrthrusError], str]] = {
     "newer format": (lambda f: change_config(f, format_version=2), CheckpointError, "version 2, .* upgrade"),
     "unknown field": (lambda f: change_config(f, colour="red"), CheckpointError, "colour"),
     "no block size": (lambda f: change_config(f, block_size=...), CheckpointError, "block_size"),
-    "block size 1": (lambda f: change_config(f, block_size=1), CheckpointError, "at least 2, not 1"),
-    "block size as text": (
-        lambda f: change_config(f, block_size="8"),
-        CheckpointError,
-        "does not fit this release",
+    "deep nesting": (
+        lambda f: (f / "view_config.json").write_text("[" * 100_000),
+        CorruptFileError,
+        "not valid JSON",
     ),
+    "format version as text": (
+        lambda f: change_config(f, format_version="1"),
+        CheckpointError,
+        "version '1', this",
+    ),
+    **{
+        f"{name} {value!r}": (
+            lambda f, name=name, value=value: change_config(f, **{name: value}),
+            CheckpointError,
+            f"{name} of a view must be ",
+        )
+        for name, values in {
+            "block_size": [1, "8", 8.0, 2.5, 10**9, 10**30, None, True],
+            "repair_rank": [0, 10**9, "4"],
+            "mask_token_id": ["60", [1], 2.5, True, -1],
+            "layers": ["ab", ["0"], [[0]], {"a": 1}, [0.0, 1], 3, [True]],
+            "twins": ["q_proj", [1], {"q_proj": 1}],
+            "base_name": [5],
+            "trained": ["yes", 1],
+            "provenance": ["x", []],
+            "goes_on": [2.0, "0.5"],
+        }.items()
+        for value in values
+    },
     "layers beyond": (lambda f: change_config(f, layers=[0, 9]), CheckpointError, "layer 9"),
     "mask beyond": (lambda f: change_config(f, mask_token_id=4096), CheckpointError, "mask token id 4096"),
 }

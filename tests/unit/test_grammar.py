@@ -292,11 +292,27 @@ def test_grammars_that_do_not_work_are_refused_in_a_sentence(grammar: Grammar, m
 
 def test_a_grammar_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "COMPILE_SECONDS", 0.05)
-    wait = threading.Event()
-    monkeypatch.setattr(GrammarCompiler, "_matcher", lambda self, grammar: wait.wait(10))
-    with pytest.raises(UserInputError, match=r"did not compile within 0\.05 s; simplify it"):
-        COMPILER.state(Grammar("regex", "never seen"))
+    wait, asked = threading.Event(), []
+    compiler = GrammarCompiler(TOKENIZER, {EOS, OTHER_EOS}, VOCAB)
+
+    def compile_for_ever(self: GrammarCompiler, grammar: Grammar) -> object:
+        asked.append(grammar.text)
+        return wait.wait(10)
+
+    monkeypatch.setattr(GrammarCompiler, "_matcher", compile_for_ever)
+    # The second time it is refused at once.
+    for _ in range(2):
+        with pytest.raises(UserInputError, match=r"did not compile within 0\.05 s; simplify it"):
+            compiler.state(Grammar("regex", "never seen"))
+    assert asked == ["never seen"]
+    # What was given up goes on, and only so many may.
+    for number in range(1, module.MOST_COMPILING):
+        with pytest.raises(UserInputError, match="did not compile"):
+            compiler.state(Grammar("regex", f"never seen {number}"))
+    with pytest.raises(UserInputError, match="keep the compiler busy; try again"):
+        compiler.state(Grammar("regex", "one more"))
     wait.set()
+    assert len(asked) == module.MOST_COMPILING
 
 
 @pytest.mark.slow

@@ -221,11 +221,11 @@ def test_every_kind_comes_back_from_every_folder(name: str, variant: str, tmp_pa
     [
         ({"rank": None}, "lacks 8 tensors, model.layers.0.self_attn.k_proj_diff.weight first"),
         ({"rank": 5}, r"has shape \(4, 32\), the base needs \(5, 32\)"),
-        ({"rank": "4"}, "rank of a view's twins must be a positive number, not '4'"),
-        ({"rank_scale": "8"}, "scale of a view's low-rank twins must be a positive number, not '8'"),
+        ({"rank": "4"}, "rank of a view must be a number from 1 to 65536, not '4'"),
+        ({"rank_scale": "8"}, "rank_scale of a view must be a positive number, not '8'"),
         ({"twins": ["q_proj"]}, "has 12 tensors too many"),
         ({"twins": ["w_proj"]}, "Llama has no w_proj"),
-        ({"twins": 3}, "does not fit this release"),
+        ({"twins": 3}, "twins of a view must be a list of names of modules, not 3"),
     ],
 )
 def test_settings_that_do_not_fit_the_weights_are_refused(

@@ -33,10 +33,6 @@ class TextRatio:
     high: float
     seen: float
 
-    @property
-    def holds_one(self) -> bool:
-        return self.low <= 1.0 <= self.high
-
 
 def text_counts(text: str, num_tokens: int) -> dict[str, float]:
     """The counts of one answer, as `FORMULAS` says."""

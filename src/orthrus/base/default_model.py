@@ -183,7 +183,7 @@ def _remember_fallback(folder: Path) -> None:
 def _earlier_fallback() -> Path | None:
     try:
         folder = Path(json.loads(_fallback_note().read_text())["folder"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
 

@@ -57,7 +57,7 @@ def unpacked_types(folder: Path) -> str | None:
     """How the weights of a cached model folder were quantised in their file; None where they were not."""
     try:
         types = json.loads((folder / MANIFEST).read_text())["source"]["quantised"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         # A folder of an earlier release.
         return "GGUF, unpacked"
     return f"GGUF {', '.join(types)}, unpacked" if types else None

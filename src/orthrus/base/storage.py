@@ -121,7 +121,7 @@ def load_published(key: str, progress: Progress | None = None) -> Path | None:
                 return None
             if sha256_file(path, progress, "checking the cached model") != entry["sha256"]:
                 return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     with suppress(StorageError, OSError):
         # In a cache that belongs to somebody else every start checks anew.
@@ -138,7 +138,7 @@ def _mark(path: Path) -> list[int]:
 def _checked(folder: Path) -> object:
     try:
         return json.loads((folder / CHECKED).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

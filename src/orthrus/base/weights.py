@@ -53,7 +53,7 @@ def _files(folder: Path) -> list[Path]:
         return [single] if single.is_file() else []
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CorruptFileError(f"{index} is unreadable: fetch the model again.") from error
     if any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise CorruptFileError(f"{index} names files outside its folder: fetch the model again.")

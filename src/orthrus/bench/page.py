@@ -85,7 +85,7 @@ def make_page(files: Sequence[Path]) -> Page:
 def _read(file: Path) -> tuple[dict[str, Any], BenchReport | None]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserInputError(f"cannot read {file} as a result; give JSON that a benchmark wrote.") from error
     kind = raw.get("kind") if isinstance(raw, dict) else None
     if kind == KIND:

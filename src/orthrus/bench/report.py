@@ -78,14 +78,17 @@ class BenchReport:
         if raw.get("kind") != KIND or raw.get("format_version") not in _READABLE:
             raise UserInputError("no benchmark report of this release; make one with `orthrus bench`.")
         try:
-            return cls(
+            report = cls(
                 tuple(map(Run.from_dict, raw["runs"])),
                 dict(raw["model"]),
                 dict(raw["options"]),
                 dict(raw["provenance"]),
                 bool(raw.get("is_complete", True)),
             )
-        except (KeyError, TypeError, AttributeError) as e:
+            # Raises where a setting is missing.
+            _ = report.title
+            return report
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UserInputError(f"the benchmark report is damaged ({e}); make it again.") from e
 
     def to_table(self) -> RenderableType:
@@ -122,7 +125,7 @@ def read_report(path: Path) -> BenchReport:
     """The report in a JSON file; UserInputError naming the file when it is unreadable or something else."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserInputError(
             f"cannot read {path} as a benchmark report; give the JSON that `orthrus bench` wrote."
         ) from e

@@ -14,7 +14,10 @@ from orthrus.errors import UserInputError
 def adapt(
     log: Annotated[
         Path | None,
-        typer.Argument(help="JSONL with messages, prompt or turns on each line.", show_default=False),
+        typer.Argument(
+            help="JSONL with messages, prompt or turns (of which the first is asked) on each line.",
+            show_default=False,
+        ),
     ] = None,
     view: Annotated[
         Path,

@@ -10,7 +10,7 @@ import typer
 
 from orthrus.cli.common import cancel_on_interrupt
 from orthrus.cli.progress import ProgressDisplay
-from orthrus.cli.render import note
+from orthrus.cli.render import note, note_turns
 from orthrus.cli.train_panel import TrainDisplay
 from orthrus.errors import UserInputError
 
@@ -31,7 +31,15 @@ def check_log(log: Path) -> None:
 
     if not log.is_file():
         raise UserInputError(f"there is no log {log}; give a JSONL file.")
-    read_prompt_file(log)
+    note_turns(log, read_prompt_file(log))
+
+
+def _read(file: Path) -> Any:
+    """What an earlier run has noted; None where it has not, or the file is damaged."""
+    try:
+        return json_module.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 class Adapting:
@@ -69,9 +77,11 @@ class Adapting:
         from orthrus.errors import OrthrusError
 
         done = self.work / REPORT
-        if done.is_file():
+        report = _read(done)
+        # A view that was kept has taken the place of this one. If this one is here again, it was rolled back.
+        if isinstance(report, dict) and report.get("kept") is False:
             note(f"this log was judged already; {done} says how")
-            return dict(json_module.loads(done.read_text(encoding="utf-8")))
+            return report
         self.work.mkdir(parents=True, exist_ok=True)
         try:
             with locked_folder(self.work, "adapts a view"):
@@ -166,14 +176,13 @@ class Adapting:
         from orthrus.training.adapt import Counts
 
         file = self.work / BEFORE
-        if not file.is_file():
+        content = _read(file)
+        if content is None:
             self._say("decoding with the present view")
             found = [_counts(dual, base, prompts) for prompts in (_prompts(judged), general)]
             content = [[list(counts.tokens), list(counts.cycles)] for counts in found]
             write_text_atomic(file, json_module.dumps(content) + "\n")
-        old, old_general = (
-            Counts(tuple(tokens), tuple(cycles)) for tokens, cycles in json_module.loads(file.read_text())
-        )
+        old, old_general = (Counts(tuple(tokens), tuple(cycles)) for tokens, cycles in content)
         return old, old_general
 
     def _corpus(self, base: "Base", dual: "DualView", train_on: "list[Logged]") -> None:

@@ -77,8 +77,9 @@ def generate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Answer the prompts of a JSONL file with prompt, messages or turns on each line. Resumes where "
-            "an earlier run of the same command ended. With --seed, each line has its own seed.",
+            help="Answer the prompts of a JSONL file with prompt, messages or turns (of which the first is asked) on "
+            "each line. Resumes where an earlier run of the same command ended. With --seed, each line has its own "
+            "seed.",
             rich_help_panel="A file of prompts",
         ),
     ] = None,

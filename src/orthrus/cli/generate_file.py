@@ -17,7 +17,7 @@ from orthrus.base.owned import locked_file
 from orthrus.base.prompt_files import FilePrompt, read_prompt_file
 from orthrus.cli.common import load_orthrus, plain_settings, time_passes
 from orthrus.cli.progress import ProgressDisplay
-from orthrus.cli.render import counted, note
+from orthrus.cli.render import counted, note, note_turns
 from orthrus.config import DRAFTING
 from orthrus.errors import UserInputError
 
@@ -46,7 +46,10 @@ def generate_file(
     keywords of `Orthrus.load`. Raises UserInputError for a bad prompt, a file that somebody else writes, or
     one that holds anything but answers to these prompts with settings that make the same text.
     """
-    asked = [_with_system(prompts, each, system, raw) for each in read_prompt_file(prompts)]
+    given = read_prompt_file(prompts)
+    asked = [_with_system(prompts, each, system, raw) for each in given]
+    if not quiet:
+        note_turns(prompts, given)
     about = {
         "model": model,
         "load": {name: load.get(name) for name in ("revision", "dtype", "runner")},

@@ -107,12 +107,14 @@ BlockSize = Annotated[
 ]
 NodeBudget = Annotated[
     int,
-    typer.Option(help="The most drafts that tree and fused_tree verify at once.", rich_help_panel=_DECODING),
+    typer.Option(
+        help="The most drafts that tree, fused_tree and auto verify at once.", rich_help_panel=_DECODING
+    ),
 ]
 BlockBudget = Annotated[
     int,
     typer.Option(
-        help="The most blocks that fused and fused_tree draft in a pass that verifies.",
+        help="The most blocks that fused, fused_tree and auto draft in a pass that verifies.",
         rich_help_panel=_DECODING,
     ),
 ]

@@ -5,9 +5,11 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from orthrus.base.prompt_files import FilePrompt
 from orthrus.base.text import printable
 from orthrus.cli.wrap import WordWrap
 from orthrus.types import Cycle, DecodeStats, GenerationResult
@@ -42,6 +44,13 @@ def note(text: str) -> None:
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         text = f"\x1b[2m{text}{_RESET}"
     print(text, file=sys.stderr, flush=True)
+
+
+def note_turns(file: Path, prompts: Sequence[FilePrompt]) -> None:
+    """Say so where a command leaves out all user turns but the first."""
+    if several := sum(bool(prompt.more_turns) for prompt in prompts):
+        has = "has" if several == 1 else "have"
+        note(f"{counted(several, 'line')} of {file} {has} several turns: only the first turn counts")
 
 
 def footer(stats: DecodeStats, finish_reason: str) -> str:

@@ -148,6 +148,7 @@ class _Run:
         from orthrus.training.processes import loading_device, this_process
         from orthrus.training.speed import matmul_peak
         from orthrus.training.start import check_packs, starting_view, warn_of_other_models
+        from orthrus.training.trainer import steps_of
         from orthrus.training.view_score import held_out_prompts
 
         process = this_process()
@@ -170,7 +171,7 @@ class _Run:
             quiet=quiet,
             peak_flops=None if quiet else matmul_peak(base.model.dtype, process.device),
         )
-        self.stopped, self.num_steps = False, 0
+        self.stopped, self.num_steps = False, steps_of(config, len(sequences))
         self.last_log: TrainLog | None = None
         self.origin = _origin(config, sequences, str(process.device)) | self.dual.config.provenance
         self.prompts = held_out_prompts(base, config.evaluate_prompts, config.block_size)
@@ -207,8 +208,8 @@ class _Run:
 
     def finish(self, state: "RunState") -> None:
         """Write the last view; the state was saved by the trainer."""
-        # A Ctrl-C during the last step came too late to stop anything.
-        self.stopped = self.stopped and state.step != self.num_steps
+        # The signal may have come to another process, or too late to stop anything.
+        self.stopped = state.step < self.num_steps
         if self.tracker is not None:
             self.tracker.close()
         if self.is_main:
@@ -243,7 +244,6 @@ class _Run:
         from orthrus.training.trackers import open_trackers
 
         self.tracker = open_trackers(self.config.trackers, self.output, step)
-        self.num_steps = num_steps
         self.display.start(step, num_steps)
 
     def _log(self, log: "TrainLog") -> None:

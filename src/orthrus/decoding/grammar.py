@@ -28,7 +28,8 @@ NUM_KEPT = 32
 """Compiled grammars that are kept, the most recently used ones."""
 WHITESPACE = r"(\x20|\x0A[\x20\x09]{0,16})"
 """Between the parts of JSON: a space, or a new line and its indent. Weak models otherwise write blanks for ever."""
-LARGEST_REPEAT = 10_000
+MOST_COMPILING = 4
+"""Grammars that compile at once, those that were given up among them: they cannot be stopped."""
 
 
 class GrammarCompiler:
@@ -68,7 +69,10 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._end_ids = tuple(ends)
         self._kept: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        # Those that took too long, which are not tried again.
+        self._refused: OrderedDict[Grammar, str] = OrderedDict()
         self._lock, self._starting = threading.Lock(), threading.Lock()
+        self._compiling = threading.BoundedSemaphore(MOST_COMPILING)
 
     def state(self, grammar: Grammar) -> "GrammarState":
         """The state before the first token of a text.
@@ -79,6 +83,8 @@ class GrammarCompiler:
             if grammar in self._kept:
                 self._kept.move_to_end(grammar)
                 return self._new_state(grammar)
+            if grammar in self._refused:
+                raise UserInputError(self._refused[grammar])
         matcher = self._compiled(grammar)
         with self._lock:
             self._kept[grammar] = matcher
@@ -97,7 +103,11 @@ class GrammarCompiler:
                 made.append(self._matcher(grammar))
             except Exception as error:
                 made.append(error)
+            finally:
+                self._compiling.release()
 
+        if not self._compiling.acquire(timeout=COMPILE_SECONDS):
+            raise UserInputError("grammars that take too long keep the compiler busy; try again in a minute.")
         # A thread of its own, for its stack, and so that nobody waits for ever.
         with self._starting:
             size = threading.stack_size(STACK_BYTES)
@@ -108,9 +118,12 @@ class GrammarCompiler:
                 threading.stack_size(size)
         thread.join(COMPILE_SECONDS)
         if not made:
-            raise UserInputError(
-                f"the {grammar.kind} grammar did not compile within {COMPILE_SECONDS:g} s; simplify it."
-            )
+            message = f"the {grammar.kind} grammar did not compile within {COMPILE_SECONDS:g} s; simplify it."
+            with self._lock:
+                self._refused[grammar] = message
+                while len(self._refused) > NUM_KEPT:
+                    self._refused.popitem(last=False)
+            raise UserInputError(message)
         if isinstance(made[0], Exception):
             raise made[0]
         return made[0]

@@ -53,11 +53,6 @@ class LogitRules:
         self._end_ids_E = self._on_device(sorted(t for t in set(end_ids) if t < vocab_size))
 
     @property
-    def num_new(self) -> int:
-        """Committed tokens, without the prompt."""
-        return self._num_new
-
-    @property
     def active(self) -> bool:
         """False where calling the rules without masks gives back what it got, now and from now on."""
         return self._penalises or len(self._bias_ids_I) > 0 or self._holds_back

@@ -111,10 +111,3 @@ def coupled_log_scores(probs_RV: Tensor, noise_RV: Tensor | Sequence[Tensor]) ->
     law stays p.
     """
     return _raced(probs_RV, noise_RV).log()
-
-
-def draw_from_generator(probs_RV: Tensor, generator: torch.Generator | None) -> Tensor:
-    """As `draw_with_noise`, with noise from a generator (None: torch's own): for many sequences at once."""
-    noise_RV = torch.empty_like(probs_RV).exponential_(generator=generator)
-    # exponential_ may return 0 in fp32, and 0 / 0 would poison the argmax.
-    return draw_with_noise(probs_RV, noise_RV.clamp_min_(torch.finfo(torch.float32).tiny))

@@ -295,6 +295,6 @@ def _read(file: Path) -> tuple[list[Round], int]:
             return [], 0
         # Raises where something is missing.
         costs_of(rounds)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
         return [], 0
     return rounds, num_timed

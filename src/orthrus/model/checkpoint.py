@@ -282,7 +282,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"there is no {file.name} in {file.parent}; {_which_has(file)}.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise CorruptFileError(f"{file} is not valid JSON ({e}); copy or download it again.") from e
     if not isinstance(content, dict):
         raise CorruptFileError(f"{file} is not a JSON object; copy or download it again.")

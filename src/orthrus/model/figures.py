@@ -40,7 +40,7 @@ def read_figures(file: Path) -> list[dict[str, Any]]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserInputError(f"the figures in {file} cannot be read ({e}); give a JSON file.") from e
     if isinstance(content, dict) and isinstance(content.get("results"), dict):
         content = [

@@ -1,12 +1,16 @@
 """The settings of a view, which are stored with its weights."""
 
 import math
+import reprlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from orthrus.errors import CheckpointError
 
 FORMAT_VERSION = 1
+LARGEST_BLOCK, LARGEST_RANK = 2**12, 2**16
+"""Far above what any machine holds: a larger number is a mistake."""
 Encoding = Literal["full", "delta4"]
 
 
@@ -40,22 +44,10 @@ class ViewConfig:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.block_size < 2:
-            raise CheckpointError(f"a view needs a block size of at least 2, not {self.block_size}.")
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
-            raise CheckpointError(f"the rank of a view's twins must be a positive number, not {self.rank!r}.")
-        if type(self.rank_scale) not in (int, float) or not 0 < self.rank_scale < math.inf:
-            raise CheckpointError(
-                f"the scale of a view's low-rank twins must be a positive number, not {self.rank_scale!r}."
-            )
-        if self.goes_on is not None and not is_chance(self.goes_on):
-            raise CheckpointError(
-                f"the chance that a view's guesses go on must lie within 0 and 1, not {self.goes_on!r}."
-            )
-        if self.repair_rank is not None and (type(self.repair_rank) is not int or self.repair_rank < 1):
-            raise CheckpointError(
-                f"the rank of a repair head must be a positive number, not {self.repair_rank!r}."
-            )
+        for name, (is_right, what) in _FIELDS.items():
+            value = getattr(self, name)
+            if not is_right(value) and not (value is None and name in _OPTIONAL):
+                raise CheckpointError(f"{name} of a view must be {what}, not {reprlib.repr(value)}.")
         if self.twins is not None and not self.twins:
             raise CheckpointError("a view needs at least one twin; leave `twins` out for all.")
         if self.encoding not in get_args(Encoding):
@@ -79,14 +71,14 @@ class ViewConfig:
         """Read `view_config.json`; CheckpointError on a newer format, unknown or missing fields."""
         fields = dict(raw)
         version = fields.pop("format_version", None)
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise CheckpointError(
-                f"the view has format version {version}, this release reads {FORMAT_VERSION}; "
+                f"the view has format version {reprlib.repr(version)}, this release reads {FORMAT_VERSION}; "
                 "upgrade orthrus."
             )
         try:
             for name in ("layers", "twins"):
-                if fields.get(name) is not None:
+                if isinstance(fields.get(name), list):
                     fields[name] = tuple(fields[name])
             return cls(**fields)
         except TypeError as e:
@@ -96,3 +88,34 @@ class ViewConfig:
 def is_chance(value: object) -> bool:
     """Whether this is a number from 0 to 1."""
     return type(value) in (int, float) and 0 <= value <= 1  # type: ignore[operator]
+
+
+def _is_int(least: int, most: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _are(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, tuple) and all(map(kind, values))
+
+
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "block_size": (_is_int(2, LARGEST_BLOCK), f"a number from 2 to {LARGEST_BLOCK}"),
+    "mask_token_id": (_is_int(0, 2**31), "a token id"),
+    "layers": (_are(_is_int(0, 2**16)), "a list of numbers of layers"),
+    "twins": (_are(_is(str)), "a list of names of modules"),
+    "rank": (_is_int(1, LARGEST_RANK), f"a number from 1 to {LARGEST_RANK}"),
+    "rank_scale": (lambda value: type(value) in (int, float) and 0 < value < math.inf, "a positive number"),
+    "repair_rank": (_is_int(1, LARGEST_RANK), f"a number from 1 to {LARGEST_RANK}"),
+    "base_name": (_is(str), "a text"),
+    "base_fingerprint": (_is(str), "a text"),
+    "trained": (_is(bool), "true or false"),
+    "encoding": (_is(str), "a text"),
+    "goes_on": (is_chance, "a number from 0 to 1"),
+    "provenance": (_is(dict), "an object"),
+}
+"""Of each field: whether a value is right, and what it must be."""
+_OPTIONAL = ("mask_token_id", "layers", "twins", "rank", "repair_rank", "goes_on")

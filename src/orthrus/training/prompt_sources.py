@@ -35,6 +35,11 @@ class PromptSource:
     count: int | None = None
     suffix: str = ""
 
+    @property
+    def is_self_made(self) -> bool:
+        """Whether the model that answers writes these prompts, too."""
+        return self.file is None and self.dataset is None
+
     def __post_init__(self) -> None:
         if self.domain is not None and not is_domain(self.domain):
             raise UserInputError(

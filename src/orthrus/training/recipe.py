@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from orthrus.errors import UserInputError
+from orthrus.model.view_config import LARGEST_BLOCK, LARGEST_RANK
 from orthrus.training.loss_kinds import LOSSES, WEIGHTS, LossKind, WeightKind
 
 # Far above what any machine holds; beyond it lies a slip of the finger.
 _MOST = {
-    "block_size": 2**12,
+    "block_size": LARGEST_BLOCK,
     "num_anchors": 2**16,
     "sequence_length": 2**20,
     "batch_size": 2**20,
     "micro_batch_size": 2**16,
-    "rank": 2**16,
-    "repair_rank": 2**16,
+    "rank": LARGEST_RANK,
+    "repair_rank": LARGEST_RANK,
     "evaluate_prompts": 2**16,
     "epochs": 1e6,
     "steps": 2**40,
@@ -110,7 +111,7 @@ class TrainConfig:
         _one_of("train", self.train, ("view", "repair"))
         _one_of("sharding", self.sharding, ("ddp", "fsdp2"))
         if self.trackers is not None and not (
-            isinstance(self.trackers, tuple) and set(map(str, self.trackers)) <= set(TRACKERS)
+            isinstance(self.trackers, tuple) and all(t in TRACKERS for t in self.trackers)
         ):
             raise UserInputError(
                 f"trackers must list some of {', '.join(TRACKERS)} in brackets, not {shown(self.trackers)}."
@@ -169,7 +170,7 @@ class TrainConfig:
 def _check_home(folder: object) -> None:
     """UserInputError for the ~NAME of a user that there is not."""
     try:
-        Path(str(folder)).expanduser()
+        Path(folder if isinstance(folder, str) else "").expanduser()
     except RuntimeError as e:
         raise UserInputError(f"there is no home folder for {shown(folder)}; write the path out.") from e
 

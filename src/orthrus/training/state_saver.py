@@ -112,7 +112,7 @@ class StateSaver:
             try:
                 with storage_errors(file):
                     place_state(self._run, json.loads(file.read_bytes()) | _plain_scores(state))
-            except (StorageError, OSError, ValueError) as error:
+            except (StorageError, OSError, ValueError, RecursionError) as error:
                 problem = str(error)
         problem = self._processes.first_problem(problem)
         if problem is not None:

@@ -123,7 +123,14 @@ def synthesise(
     todo = [(i, shard) for i, shard in enumerate(shards) if not shard_path(folder, i).is_file()]
     if todo:
         checked = [_question(i, prompts[i], SamplingParams()) for i in range(min(NUM_CHECKED, len(prompts)))]
-        facts = answerer.check(checked, max_new_tokens=config.max_new_tokens)
+        try:
+            facts = answerer.check(checked, max_new_tokens=config.max_new_tokens)
+        except UserInputError:
+            if len(todo) == len(shards) and any(source.is_self_made for source in config.sources):
+                # Another model wrote prompts, too.
+                manifest.forget_sources(folder)
+                (folder / PROMPTS).unlink()
+            raise
         manifest.note_servers(folder, facts)
     meter = _Meter(report, len(prompts), sum(len(shard) for _, shard in todo))
     for index, shard in todo:

@@ -122,7 +122,7 @@ def _train(
         dual.config = replace(dual.config, goes_on=state.goes_on)
     if processes.is_main:
         check_room(folder, dual, config)
-    num_steps = config.steps or max(1, round(config.epochs * len(sequences) / config.batch_size))
+    num_steps = steps_of(config, len(sequences))
     if processes.is_main:
         hooks.on_start(state.step, num_steps)
     # Compiled kernels and gathered shards do not run under a counter.
@@ -169,6 +169,11 @@ def _train(
     mean.trade_places()
     processes.gather()
     return state
+
+
+def steps_of(config: TrainConfig, num_sequences: int) -> int:
+    """Steps of a whole run, the same in every process."""
+    return config.steps or max(1, round(config.epochs * num_sequences / config.batch_size))
 
 
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
