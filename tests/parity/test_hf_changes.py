@@ -15,8 +15,6 @@ from orthrus.errors import UserInputError
 from orthrus.hf.auto import OrthrusForCausalLM
 from orthrus.model.checkpoint import save_view
 
-# PEFT still asks for a name that transformers is giving up.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 # More than a page, so that a second request finds kept pages of the first.
 IDS_1T = torch.tensor([tiny_prompt(130)])
 BOTH_RUNNERS = pytest.mark.parametrize("runner", ["eager", "auto"])

@@ -146,13 +146,23 @@ def test_another_model_is_refused_before_it_answers(orthrus: Orthrus, tmp_path: 
     assert (tmp_path / "corpus" / PROMPTS).is_file()
 
 
-def test_prompts_of_another_model_are_made_anew(orthrus: Orthrus, server: Bridge, tmp_path: Path) -> None:
+def test_prompts_of_another_model_are_made_anew(
+    orthrus: Orthrus, server: Bridge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def made(*_: Any, **__: Any) -> Iterator[tuple[str, str]]:
+        asked.append(1)
+        return ((f"prompt {i} of attempt {len(asked)}", "chat") for i in range(12))
+
+    monkeypatch.setattr("orthrus.training.prompt_sources.self_prompts", made)
     own = replace(config(tmp_path), sources=(PromptSource(domain="chat", count=12),))
-    right = contents(make(orthrus, server, tmp_path / "right", own))
     with served(disturbed()) as bridge, pytest.raises(UserInputError, match="serves another model"):
         make(orthrus, bridge, tmp_path / "corpus", own)
     assert not (tmp_path / "corpus" / PROMPTS).exists()
-    assert contents(make(orthrus, server, tmp_path / "corpus", own)) == right
+    make(orthrus, server, tmp_path / "corpus", own)
+    prompts = [record["prompt"] for record in read_jsonl(tmp_path / "corpus" / PROMPTS)]
+    assert sorted(prompts) == sorted(f"prompt {i} of attempt 2" for i in range(12))
 
 
 def test_agreement_counts_what_the_base_would_have_chosen(orthrus: Orthrus) -> None:

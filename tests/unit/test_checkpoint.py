@@ -298,7 +298,7 @@ def test_the_table_of_names_and_its_inverse() -> None:
 
 @pytest.mark.parametrize("chance", [-0.1, 1.5, "0.5", True])
 def test_a_chance_that_guesses_go_on_is_a_chance(chance: Any) -> None:
-    with pytest.raises(CheckpointError, match="within 0 and 1"):
+    with pytest.raises(CheckpointError, match="goes_on of a view must be a number from 0 to 1"):
         ViewConfig(block_size=4, goes_on=chance)
 
 

@@ -131,9 +131,13 @@ def test_masks(mask: Any, expected: int | None, tmp_path: Path) -> None:
         ({"twins": ["q_proj", "x_proj"]}, CheckpointError, "Llama has no x_proj .* q_proj, k_proj, v_proj"),
         ({"twins": ["q_norm"]}, CheckpointError, "Llama has no q_norm"),
         ({"twins": []}, CheckpointError, "at least one twin"),
-        ({"rank": 0}, CheckpointError, "positive number, not 0"),
+        ({"rank": 0}, CheckpointError, "rank of a view must be a number from 1 to 65536, not 0"),
         ({"rank": 33}, CheckpointError, "rank 33 is more than the 32 inputs"),
-        ({"rank": 4, "rank_scale": 0.0}, CheckpointError, "scale of .* must be a positive number, not 0.0"),
+        (
+            {"rank": 4, "rank_scale": 0.0},
+            CheckpointError,
+            "rank_scale of a view must be a positive number, not 0.0",
+        ),
         ({"layers": [2]}, CheckpointError, "layer 2, but this base has 2"),
     ],
 )

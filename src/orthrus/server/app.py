@@ -15,7 +15,7 @@ from orthrus.api import Orthrus
 from orthrus.errors import OrthrusError
 from orthrus.server.answers import respond_chat, respond_message, respond_response, respond_text
 from orthrus.server.audit_routes import add_audit
-from orthrus.server.errors import ApiError, as_api_error, bad_request, wrong_field
+from orthrus.server.errors import ApiError, as_api_error, bad_request, half_character, wrong_field
 from orthrus.server.guard import Guard
 from orthrus.server.messages import Counted, MessageRequest, as_chat
 from orthrus.server.page import page
@@ -251,7 +251,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return _response(request, bad_request("The body is no valid JSON.", code="invalid_json"))
-    if not place and first["type"] != "half_character":
+    if not place and not half_character(first):
         if "application/json" not in request.headers.get("content-type", ""):
             return _response(
                 request, bad_request("Send JSON, with the header 'Content-Type: application/json'.")

@@ -8,7 +8,7 @@ from random import uniform
 from typing import Any
 
 from orthrus.errors import MissingExtraError, OrthrusError, UnsupportedModelError, UserInputError
-from orthrus.server.schemas import OrthrusOptions
+from orthrus.server.schemas import HalfCharacterError, OrthrusOptions
 
 TYPES = {
     400: "invalid_request_error",
@@ -98,10 +98,15 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def half_character(error: Mapping[str, Any]) -> list[str]:
+    """The names that lead to half a character, where that is the error; else none."""
+    cause = error.get("ctx", {}).get("error")
+    return (cause.place or ["body"]) if isinstance(cause, HalfCharacterError) else []
+
+
 def wrong_field(place: Sequence[str], error: Mapping[str, Any]) -> ApiError:
     """A 400 for a field that pydantic refused, without what it held. place: the names that lead to it."""
-    if error["type"] == "half_character":
-        place = error["ctx"]["place"] or ["body"]
+    place = half_character(error) or place
     # A field that takes several forms is refused once for each, by the form's own name.
     named = [part for part in place if not _FORM.match(part)]
     name, said = ".".join(named)[:200], _PYDANTIC.sub("must ", f"{error['msg']}.")

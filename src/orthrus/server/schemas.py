@@ -16,7 +16,6 @@ from pydantic import (
     JsonValue,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from orthrus.config import (
     LARGEST_COUNT_PENALTY,
@@ -90,6 +89,14 @@ def _half_character(value: Any) -> list[str] | None:
     return None
 
 
+class HalfCharacterError(ValueError):
+    """A text with half a character in it. place: the names that lead to it."""
+
+    def __init__(self, place: list[str]) -> None:
+        super().__init__("must be valid text")
+        self.place = place
+
+
 class RequestBody(Open):
     """A whole request."""
 
@@ -103,7 +110,7 @@ class RequestBody(Open):
             place = _half_character(data)
             # A name that is no text cannot be told either.
             names = [part.encode("utf-8", "replace").decode() for part in place or []]
-            raise PydanticCustomError("half_character", "must be valid text", {"place": names}) from None
+            raise HalfCharacterError(names) from None
         except (TypeError, ValueError, RecursionError):
             # Not from JSON, or nested too deeply: fields say so.
             pass
