@@ -87,5 +87,5 @@ def test_a_set_without_a_file_is_told(cli: Cli, released: str, tmp_path: Path) -
 def test_the_page_names_the_suites_numbers() -> None:
     text, paper = PAGE.read_text(encoding="utf-8"), SUITES["paper"]
     assert f"`{PAPER_CYCLE}`" in text
-    assert f"at most {paper.limit} a set" in text
+    assert f"at most {paper.limit} per set" in text
     assert f"at most {paper.max_new_tokens:,} tokens" in text

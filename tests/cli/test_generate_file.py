@@ -61,7 +61,6 @@ def test_each_line_is_the_answer_to_its_prompt(
     assert found[4]["prompt"] == [{"role": "user", "content": "the end"}]
 
 
-@pytest.mark.parametrize("torn", [0, 1, 30, 60])
 def test_of_several_turns_the_first_is_asked_and_it_says_so(
     cli: Cli, model_folder: str, tmp_path: Path
 ) -> None:
@@ -74,6 +73,7 @@ def test_of_several_turns_the_first_is_asked_and_it_says_so(
     assert first["token_ids"] == second["token_ids"]
 
 
+@pytest.mark.parametrize("torn", [0, 1, 30, 60])
 def test_what_is_there_is_kept_and_not_asked_again(
     cli: Cli,
     model_folder: str,

@@ -215,7 +215,7 @@ BROKEN: dict[str, tuple[Any, type[OrthrusError], str]] = {
         for name, values in {
             "block_size": [1, "8", 8.0, 2.5, 10**9, 10**30, None, True],
             "repair_rank": [0, 10**9, "4"],
-            "mask_token_id": ["60", [1], 2.5, True, -1],
+            "mask_token_id": ["60", [1], 2.5, True],
             "layers": ["ab", ["0"], [[0]], {"a": 1}, [0.0, 1], 3, [True]],
             "twins": ["q_proj", [1], {"q_proj": 1}],
             "base_name": [5],

@@ -210,5 +210,5 @@ def test_the_seed_decides_what_a_fresh_head_starts_from() -> None:
 
 @pytest.mark.parametrize("rank", [0, -3, 2.5, True])
 def test_a_head_of_no_rank_is_refused(rank: object) -> None:
-    with pytest.raises(CheckpointError, match="repair head"):
+    with pytest.raises(CheckpointError, match="repair_rank of a view must be a number"):
         ViewConfig(block_size=8, repair_rank=rank)  # type: ignore[arg-type]

@@ -104,8 +104,8 @@ def _is(kind: type) -> Callable[[Any], bool]:
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "block_size": (_is_int(2, LARGEST_BLOCK), f"a number from 2 to {LARGEST_BLOCK}"),
-    "mask_token_id": (_is_int(0, 2**31), "a token id"),
-    "layers": (_are(_is_int(0, 2**16)), "a list of numbers of layers"),
+    "mask_token_id": (_is_int(-(2**31), 2**31), "a token id"),
+    "layers": (_are(_is_int(-(2**16), 2**16)), "a list of numbers of layers"),
     "twins": (_are(_is(str)), "a list of names of modules"),
     "rank": (_is_int(1, LARGEST_RANK), f"a number from 1 to {LARGEST_RANK}"),
     "rank_scale": (lambda value: type(value) in (int, float) and 0 < value < math.inf, "a positive number"),
@@ -117,5 +117,5 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "goes_on": (is_chance, "a number from 0 to 1"),
     "provenance": (_is(dict), "an object"),
 }
-"""Of each field: whether a value is right, and what it must be."""
+"""Of each field: whether a value is right, and what it must be. The base tells of ids and layers that it lacks."""
 _OPTIONAL = ("mask_token_id", "layers", "twins", "rank", "repair_rank", "goes_on")
