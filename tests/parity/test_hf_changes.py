@@ -120,6 +120,6 @@ def test_compiled_passes_of_another_dtype_are_refused(tmp_path: Path) -> None:
     engine = model.engine
     config = DecodeConfig(strategy="ar", max_new_tokens=4)
     request = engine.submit([5, 6, 7], config, eos_token_ids=frozenset())
-    with pytest.raises(UserInputError, match="moved to bfloat16"):
+    with pytest.raises(UserInputError, match="moved to bfloat16 on cpu"):
         engine.step()
     assert request.closed

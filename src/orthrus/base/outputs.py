@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from orthrus.errors import StorageError, UserInputError
 
@@ -109,11 +110,16 @@ def check_report(target: Path) -> None:
     check_writable(target.parent)
 
 
-def _is_report(file: Path) -> bool:
+def json_or_none(file: Path) -> Any:
+    """What a JSON file holds; None if it is missing, unreadable or damaged."""
     try:
-        content = json.loads(file.read_bytes()) if file.is_file() else None
+        return json.loads(file.read_bytes()) if file.is_file() else None
     except (OSError, ValueError, RecursionError):
-        return False
+        return None
+
+
+def _is_report(file: Path) -> bool:
+    content = json_or_none(file)
     return isinstance(content, dict) and str(content.get("kind")).startswith(REPORT_KINDS)
 
 

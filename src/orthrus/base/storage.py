@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from orthrus.base.outputs import disk_problem, write_text_atomic
+from orthrus.base.outputs import disk_problem, json_or_none, write_text_atomic
 from orthrus.base.provenance import installed_version
 from orthrus.errors import StorageError
 
@@ -113,7 +113,7 @@ def load_published(key: str, progress: Progress | None = None) -> Path | None:
         manifest = json.loads((folder / MANIFEST).read_text())
         files: dict[str, dict[str, Any]] = manifest["files"]
         marks = [_mark(folder / name) for name in files]
-        if marks == _checked(folder):
+        if marks == json_or_none(folder / CHECKED):
             return folder
         for name, entry in files.items():
             path = folder / name
@@ -133,13 +133,6 @@ def _mark(path: Path) -> list[int]:
     """What changes with a file: not even a tool that sets back its date can keep all of it."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-
-
-def _checked(folder: Path) -> object:
-    try:
-        return json.loads((folder / CHECKED).read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def publish(

@@ -34,14 +34,6 @@ def check_log(log: Path) -> None:
     note_turns(log, read_prompt_file(log))
 
 
-def _read(file: Path) -> Any:
-    """What an earlier run has noted; None where it has not, or the file is damaged."""
-    try:
-        return json_module.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
 class Adapting:
     """One invocation, from the log to the verdict. What it makes on the way lies in a folder beside the view."""
 
@@ -73,11 +65,12 @@ class Adapting:
 
     def run(self) -> dict[str, Any]:
         """The report; of an earlier run of the same kind that came to its end, that one's."""
+        from orthrus.base.outputs import json_or_none
         from orthrus.base.owned import locked_folder, remove_if_only_locked
         from orthrus.errors import OrthrusError
 
         done = self.work / REPORT
-        report = _read(done)
+        report = json_or_none(done)
         # A view that was kept has taken the place of this one. If this one is here again, it was rolled back.
         if isinstance(report, dict) and report.get("kept") is False:
             note(f"this log was judged already; {done} says how")
@@ -172,11 +165,11 @@ class Adapting:
         self, base: "Base", dual: "DualView", judged: "list[Logged]", general: list[list[int]]
     ) -> "tuple[Counts, Counts]":
         """What the present view scores, measured once."""
-        from orthrus.base.outputs import write_text_atomic
+        from orthrus.base.outputs import json_or_none, write_text_atomic
         from orthrus.training.adapt import Counts
 
         file = self.work / BEFORE
-        content = _read(file)
+        content = json_or_none(file)
         if content is None:
             self._say("decoding with the present view")
             found = [_counts(dual, base, prompts) for prompts in (_prompts(judged), general)]

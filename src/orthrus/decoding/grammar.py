@@ -8,7 +8,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from orthrus.errors import MissingExtraError, UnsupportedModelError, UserInputEr
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+T = TypeVar("T")
 COMPILE_SECONDS = 20.0
 """Longest wait for a grammar to compile; people's own take milliseconds."""
 STACK_BYTES = 2**28
@@ -70,7 +71,7 @@ class GrammarCompiler:
         self._end_ids = tuple(ends)
         self._kept: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         # Those that took too long, which are not tried again.
-        self._refused: OrderedDict[Grammar, str] = OrderedDict()
+        self._too_slow: OrderedDict[Grammar, None] = OrderedDict()
         self._lock, self._starting = threading.Lock(), threading.Lock()
         self._compiling = threading.BoundedSemaphore(MOST_COMPILING)
 
@@ -83,13 +84,11 @@ class GrammarCompiler:
             if grammar in self._kept:
                 self._kept.move_to_end(grammar)
                 return self._new_state(grammar)
-            if grammar in self._refused:
-                raise UserInputError(self._refused[grammar])
+            if grammar in self._too_slow:
+                raise _gave_up(grammar)
         matcher = self._compiled(grammar)
         with self._lock:
-            self._kept[grammar] = matcher
-            while len(self._kept) > NUM_KEPT:
-                self._kept.popitem(last=False)
+            _remember(self._kept, grammar, matcher)
             return self._new_state(grammar)
 
     def _new_state(self, grammar: Grammar) -> "GrammarState":
@@ -114,16 +113,16 @@ class GrammarCompiler:
             try:
                 thread = threading.Thread(target=make, name="orthrus-grammar", daemon=True)
                 thread.start()
+            except RuntimeError:
+                self._compiling.release()
+                raise
             finally:
                 threading.stack_size(size)
         thread.join(COMPILE_SECONDS)
         if not made:
-            message = f"the {grammar.kind} grammar did not compile within {COMPILE_SECONDS:g} s; simplify it."
             with self._lock:
-                self._refused[grammar] = message
-                while len(self._refused) > NUM_KEPT:
-                    self._refused.popitem(last=False)
-            raise UserInputError(message)
+                _remember(self._too_slow, grammar, None)
+            raise _gave_up(grammar)
         if isinstance(made[0], Exception):
             raise made[0]
         return made[0]
@@ -144,6 +143,18 @@ class GrammarCompiler:
                 f"the {grammar.kind} grammar cannot be used: {_gist(error)}; correct or simplify it."
             )
         return matcher
+
+
+def _remember(known: OrderedDict[Grammar, T], grammar: Grammar, value: T) -> None:
+    known[grammar] = value
+    while len(known) > NUM_KEPT:
+        known.popitem(last=False)
+
+
+def _gave_up(grammar: Grammar) -> UserInputError:
+    return UserInputError(
+        f"the {grammar.kind} grammar did not compile within {COMPILE_SECONDS:g} s; simplify it."
+    )
 
 
 class GrammarState:

@@ -72,13 +72,6 @@ class CompiledRunner:
         )
 
     def hidden(self, p: Pass, pool: SlotPool) -> Tensor:
-        dtype, device = self.dual.dtype, self.dual.device
-        if dtype != self._dtype or device.type != "cpu":
-            # Compiled code checks no types.
-            raise UserInputError(
-                f"the model has been moved to {str(dtype).removeprefix('torch.')} on {device} after its passes were "
-                "compiled: load it so, or with runner='eager'."
-            )
         return self._decode(p, _Calls(self._run_layers, p, pool))
 
     def head(self, hidden_RC: Tensor, *, drafts: bool = False) -> Tensor:
@@ -88,8 +81,16 @@ class CompiledRunner:
         return self.dual.finished(head(hidden_RC), drafts=drafts)
 
     def _decode(self, p: Pass, calls: "_Calls") -> Tensor:
+        hidden_1RC = self.dual.embed(p.token_ids_R[None])
+        dtype, device = hidden_1RC.dtype, hidden_1RC.device
+        if dtype != self._dtype or device.type != "cpu":
+            # Compiled code checks no types.
+            raise UserInputError(
+                f"the model was moved to {str(dtype).removeprefix('torch.')} on {device} after its passes had been "
+                "compiled: load it that way, or with runner='eager'."
+            )
         out = self._decoder(
-            inputs_embeds=self.dual.embed(p.token_ids_R[None]),
+            inputs_embeds=hidden_1RC,
             attention_mask=no_mask(self.dual),
             position_ids=p.position_ids_R[None],
             use_cache=False,

@@ -49,7 +49,7 @@ class Scheduler:
         for request in list(self.running):
             if request in self.running and not request.num_to_feed:
                 work = wanted(request)
-                if work is not None and self._fills_pool(request, work):
+                if work is not None and self._exceeds_pool(request, work):
                     work = plain(request)
                 if work is not None and self._make_room(request, work.part.num_rows, chosen):
                     chosen.append((request, work))
@@ -97,7 +97,7 @@ class Scheduler:
         while (num_kept + 1) * PAGE <= request.slots.length:
             tokens = request.known(num_kept * PAGE, (num_kept + 1) * PAGE)
             node = self.prefixes.add(node, tokens, request.slots.pages[num_kept])
-            # Another request may have kept an equal page: two of them would only take memory.
+            # If another request has kept an equal page, both use that one.
             request.slots.replace(num_kept, node.page)
             num_kept += 1
         request.prefix = node, num_kept
@@ -134,7 +134,7 @@ class Scheduler:
             missing -= self.prefixes.evict(missing)
         return missing <= 0
 
-    def _fills_pool(self, request: Request, work: Work) -> bool:
+    def _exceeds_pool(self, request: Request, work: Work) -> bool:
         """Whether the pool could not hold this work even if the request were alone."""
         return request.slots.length + work.part.num_rows > self.pool.num_slots
 

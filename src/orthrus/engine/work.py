@@ -58,7 +58,7 @@ def wanted(request: Request, dual: DualView) -> Work:
 
 
 def plain_work(request: Request, dual: DualView) -> Work:
-    """One row: the least that goes on. What was drafted waits, and a cycle that had begun ends with it."""
+    """Work of one row, the smallest step. The draft is kept, and a cycle that has begun ends with this pass."""
     request.next_work = None
     return verify_work(request, dual, "ar" if request.step is None else request.step.kind, EMPTY_TREE, [])
 

@@ -4,6 +4,7 @@ transformers' import hooks import this module, maybe while the rest of orthrus i
 transformers in its turn is imported inside the functions here.
 """
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,17 +69,13 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         runner: str = "eager",
     ) -> None:
         """runner: "auto", "eager" or "compiled", as in `Orthrus.load`."""
-        from orthrus.engine.engine import Engine
-        from orthrus.engine.runners import make_runner
-
         super().__init__(config)
         if dual is None:
             dual = _fresh_dual(config)
         self.dual = dual
         self._base = base
         self._runner = runner
-        self.engine = Engine(make_runner(dual, runner))
-        self._engine_state = state_of(dual.base)
+        self._new_engine(state_of(dual.base))
         self.generation_config = getattr(dual.base, "generation_config", None) or GenerationConfig()
 
     @property
@@ -216,15 +213,21 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         return generate(self._engine_now(), inputs, self.generation_config, generation_config, kwargs)
 
     def _engine_now(self) -> "Engine":
-        """The engine; another one where the model has changed, for the old one keeps packed weights and old pages."""
-        from orthrus.engine.engine import Engine
-        from orthrus.engine.runners import make_runner
-
+        """The engine. If the model has changed, a new one: the old one has packed weights and pages of the model
+        before.
+        """
         with self.engine.held():
             state = state_of(self.dual.base)
             if state != self._engine_state:
-                self.engine, self._engine_state = Engine(make_runner(self.dual, self._runner)), state
+                self._new_engine(state)
         return self.engine
+
+    def _new_engine(self, state: Hashable) -> None:
+        """An engine for the model in this state, see `state_of`."""
+        from orthrus.engine.engine import Engine
+        from orthrus.engine.runners import make_runner
+
+        self.engine, self._engine_state = Engine(make_runner(self.dual, self._runner)), state
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.dual.base.get_input_embeddings()

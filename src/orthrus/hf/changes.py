@@ -8,10 +8,10 @@ _ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters", "sc
 
 
 def state_of(model: nn.Module) -> Hashable:
-    """A value that differs after each change that a forward would show; equal as long as nothing changes.
+    """A value that changes whenever the model changes, and stays equal as long as it does not.
 
-    It looks at no weight itself, only at where each lies and how often it was written in place. Of a layer of PEFT it
-    sees which adapters count, and how much.
+    It does not read the weights. It holds the address of each tensor and the number of writes in place, and for layers
+    of PEFT the active adapters and their scales.
     """
     tensors = [*model.parameters(), *model.buffers()]
     return (
@@ -26,6 +26,6 @@ def state_of(model: nn.Module) -> Hashable:
 
 
 def _tensor_state(tensor: Tensor) -> Hashable:
-    # Tensors that inference mode made cannot be written outside of it, and count nothing.
+    # Tensors that were created in inference mode count no writes.
     version = 0 if tensor.is_inference() else tensor._version
     return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device

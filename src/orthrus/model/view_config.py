@@ -3,7 +3,7 @@
 import math
 import reprlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from orthrus.errors import CheckpointError
@@ -44,10 +44,10 @@ class ViewConfig:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, (is_right, what) in _FIELDS.items():
-            value = getattr(self, name)
-            if not is_right(value) and not (value is None and name in _OPTIONAL):
-                raise CheckpointError(f"{name} of a view must be {what}, not {reprlib.repr(value)}.")
+        for each in fields(self):
+            value, (is_right, what) = getattr(self, each.name), _FIELDS[each.name]
+            if not is_right(value) and not (value is None and each.default is None):
+                raise CheckpointError(f"{each.name} of a view must be {what}, not {reprlib.repr(value)}.")
         if self.twins is not None and not self.twins:
             raise CheckpointError("a view needs at least one twin; leave `twins` out for all.")
         if self.encoding not in get_args(Encoding):
@@ -69,8 +69,8 @@ class ViewConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "ViewConfig":
         """Read `view_config.json`; CheckpointError on a newer format, unknown or missing fields."""
-        fields = dict(raw)
-        version = fields.pop("format_version", None)
+        given = dict(raw)
+        version = given.pop("format_version", None)
         if type(version) is not int or version != FORMAT_VERSION:
             raise CheckpointError(
                 f"the view has format version {reprlib.repr(version)}, this release reads {FORMAT_VERSION}; "
@@ -78,9 +78,9 @@ class ViewConfig:
             )
         try:
             for name in ("layers", "twins"):
-                if isinstance(fields.get(name), list):
-                    fields[name] = tuple(fields[name])
-            return cls(**fields)
+                if isinstance(given.get(name), list):
+                    given[name] = tuple(given[name])
+            return cls(**given)
         except TypeError as e:
             raise CheckpointError(f"view_config.json does not fit this release: {e}.") from e
 
@@ -118,4 +118,3 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "provenance": (_is(dict), "an object"),
 }
 """Of each field: whether a value is right, and what it must be. The base tells of ids and layers that it lacks."""
-_OPTIONAL = ("mask_token_id", "layers", "twins", "rank", "repair_rank", "goes_on")

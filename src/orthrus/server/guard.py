@@ -100,14 +100,16 @@ class Guard:
             )
 
     def _check_host(self, path: str, headers: Headers) -> None:
-        """Without keys, so are those whose name was made to lead to this machine: they read without an origin."""
+        """Without keys, a local server refuses other host names: DNS rebinding can point a page's name to this machine,
+        and the page then sends no origin.
+        """
         if self._keys or not self._config.local or path == "/health":
             return
         host = _host(f"//{headers.get('host', '')}")
         if host and not _is_local(host) and host not in map(_host, self._config.cors_origins):
             raise ApiError(
                 403,
-                f"This server is for this machine alone, and {ascii(host)[:120]} is no name of it: call it by its "
+                f"This server is only for this machine, and {ascii(host)[:120]} is not a name of it: use its "
                 "address, allow the name with --cors-origin, or set --api-key.",
                 code="host_not_allowed",
             )

@@ -103,7 +103,7 @@ class RequestBody(Open):
     @model_validator(mode="before")
     @classmethod
     def _is_text(cls, data: Any) -> Any:
-        """No answer could repeat half a character, and no tokenizer reads one."""
+        """Refuses half a character: no tokenizer reads one, and no answer can repeat it."""
         try:
             json.dumps(data, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:

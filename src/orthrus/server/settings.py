@@ -13,14 +13,14 @@ class ServeConfig:
     names: what requests may call the model, the first as it is listed; without any the model's own. any_model: take
     requests for other models too. api_keys: any of them opens everything; /health and the page at / are open
     without one. Without api_keys the server is open. cors_origins: pages that browsers let in; none by default.
-    local: the server is bound to this machine alone, so a request that calls it by another name comes from a page
-    whose name was led here, and is refused without api_keys. max_running, max_queue: answers that run, and that
-    wait, at once; a request for n texts takes n places. max_tokens: the most that a request may write, None for as
-    many as the context holds. max_body: bytes. timeout: seconds from a request to its end. drain: seconds that
-    running answers get after SIGTERM. keepalive: seconds of silence after which a stream says that it lives.
-    max_unread: records that a slow reader may leave unread before it is dropped. page: serve the page at /.
-    audit_share: of the answers, the share that is decoded again by plain decoding while the engine is idle, from 0
-    to 1. log_traffic: the file that chats and their answers are appended to; none by default.
+    local: the server listens on a loopback address only; without api_keys it then refuses requests with another
+    host name, against DNS rebinding. max_running, max_queue: answers that run, and that wait, at once; a request
+    for n texts takes n places. max_tokens: the most that a request may write, None for as many as the context
+    holds. max_body: bytes. timeout: seconds from a request to its end. drain: seconds that running answers get
+    after SIGTERM. keepalive: seconds of silence after which a stream says that it lives. max_unread: records that a
+    slow reader may leave unread before it is dropped. page: serve the page at /. audit_share: of the answers, the
+    share that is decoded again by plain decoding while the engine is idle, from 0 to 1. log_traffic: the file that
+    chats and their answers are appended to; none by default.
     """
 
     names: tuple[str, ...] = ()
