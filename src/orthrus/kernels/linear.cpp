@@ -7,8 +7,8 @@
 //
 // Layouts of a weight (out, in), all zero-filled to whole blocks:
 //   floats  (blocks, in, width)           float32
-//   pairs   (blocks, in / 2, width, 2)    bfloat16 without instructions for it: one read serves two inputs
-//   dots    (blocks, in / v, width, v)    int8, and bfloat16 where it has instructions (`dots.h`)
+//   dots    (blocks, in / v, width, v)    bfloat16 (v = 2) and int8 (`dots.h`); bfloat16 is widened to float32, one
+//                                         read for two inputs, where no instructions are faster
 //   groups  (blocks, in / 32, bytes)      four bits (`groups.h`)
 //   tiles   (blocks, in / v, width, v)    bfloat16 (v = 2) and int8 (v = 4) for AMX (`tiles.h`)
 //
@@ -34,7 +34,8 @@ namespace {
 using namespace orthrus;
 constexpr int64_t kPlainWidth = kLanes * kVectors;
 constexpr int64_t kTileNumberBytes = 4;
-constexpr int64_t kBfloat16Beside = 2, kBfloat16Width = ORTHRUS_BFLOAT16_DOTS ? kDotWidth : kPlainWidth;
+constexpr int64_t kBfloat16Beside = 2, kBfloat16Width = kPlainWidth;
+static_assert(!ORTHRUS_BFLOAT16_DOTS || kDotWidth == kPlainWidth, "one layout of bfloat16 for both ways to multiply");
 
 // How a packed weight is laid out, by its dtype and sizes.
 struct Layout {
@@ -255,10 +256,10 @@ void int4_rows(
 template <typename To>
 std::unique_ptr<To[]> filled_rows(const at::BFloat16* x, int64_t rows, int64_t inputs, int64_t filled) {
   auto out = room<To>(rows * filled);
-  for (int64_t row = 0; row < rows; ++row) {
+  each_row(rows, [&](int64_t row) {
     To* end = std::copy_n(x + row * inputs, inputs, out.get() + row * filled);
     std::fill(end, out.get() + (row + 1) * filled, To{});
-  }
+  });
   return out;
 }
 
@@ -266,13 +267,11 @@ void bfloat16_rows(
     const at::BFloat16* x, int64_t rows, int64_t inputs, const Layout& layout, const std::vector<Side>& sides,
     const Target<at::BFloat16>& to) {
   const int64_t filled = layout.inputs;
-#if !ORTHRUS_BFLOAT16_DOTS
-  if (!layout.tiled) {
+  if (!layout.tiled && !has_fast_bfloat16_dots()) {
     const auto wide = filled_rows<float>(x, rows, inputs, filled);
     float_rows<at::BFloat16, kBfloat16Beside>(wide.get(), filled, sides, to);
     return;
   }
-#endif
   std::unique_ptr<at::BFloat16[]> whole;
   if (filled != inputs) {
     whole = filled_rows<at::BFloat16>(x, rows, inputs, filled);
