@@ -1,11 +1,11 @@
 """PEFT adapters in a folder of their own (LoRA and its kin): they become part of their base's weights."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from orthrus.base.hub import ADAPTER_FILE
+from orthrus.base.json_text import parse_json
 from orthrus.base.loading import Base
 from orthrus.base.quiet import quiet_libraries
 from orthrus.base.resolve import Source
@@ -23,8 +23,8 @@ def adapter_base(folder: Path) -> str:
     """The name of the base that an adapter was trained on; CorruptFileError when its config has none."""
     file = folder / ADAPTER_FILE
     try:
-        name = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        name = parse_json(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{file} is no readable adapter config: fetch the adapter again.") from error
     if not isinstance(name, str) or not name.strip():
         raise CorruptFileError(

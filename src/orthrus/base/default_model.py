@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orthrus.base import gguf, hub
+from orthrus.base.json_text import parse_json
 from orthrus.base.storage import (
     Progress,
     cache_dir,
@@ -182,8 +183,8 @@ def _remember_fallback(folder: Path) -> None:
 
 def _earlier_fallback() -> Path | None:
     try:
-        folder = Path(json.loads(_fallback_note().read_text())["folder"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        folder = Path(parse_json(_fallback_note().read_text())["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
 

@@ -5,13 +5,13 @@ tensors whose rows can be split between two views, so each file is dequantised o
 """
 
 import gc
-import json
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orthrus.base.gguf_header import check_counts, check_numbers, damaged, end_token_ids
+from orthrus.base.json_text import parse_json
 from orthrus.base.quiet import quiet_libraries
 from orthrus.base.storage import MANIFEST, Progress, load_published, publish, sha256_file
 from orthrus.errors import CorruptFileError, MissingExtraError, OrthrusError, UnsupportedModelError
@@ -56,8 +56,8 @@ def ensure_folder(path: Path, progress: Progress | None = None) -> Path:
 def unpacked_types(folder: Path) -> str | None:
     """How the weights of a cached model folder were quantised in their file; None where they were not."""
     try:
-        types = json.loads((folder / MANIFEST).read_text())["source"]["quantised"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        types = parse_json((folder / MANIFEST).read_text())["source"]["quantised"]
+    except (OSError, ValueError, KeyError, TypeError):
         # A folder of an earlier release.
         return "GGUF, unpacked"
     return f"GGUF {', '.join(types)}, unpacked" if types else None

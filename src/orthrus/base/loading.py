@@ -1,6 +1,5 @@
 """Load the frozen base model, its tokenizer and everything the engine has to know about them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from orthrus.base import default_model, gguf, hub
 from orthrus.base.devices import check_attention, pick_device, pick_dtype, refuse_foreign_code
 from orthrus.base.families import Family, check_layers, context_length, find_family, supported_families
+from orthrus.base.json_text import parse_json
 from orthrus.base.prompt import Message, encode_prompt
 from orthrus.base.quantised import cannot_run, check_installed, check_runs, quantisation
 from orthrus.base.quiet import quiet_libraries
@@ -182,11 +182,11 @@ def read_config(folder: Path, name: str) -> "PreTrainedConfig":
 
     path = folder / "config.json"
     try:
-        declared = json.loads(path.read_text(encoding="utf-8"))
+        declared = parse_json(path.read_text(encoding="utf-8"))
         model_type = declared["model_type"]
         if not isinstance(model_type, str):
             raise TypeError("model_type is no text")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{path} is no readable model config: fetch the model again.") from error
     refuse_foreign_code(declared, name)
     try:

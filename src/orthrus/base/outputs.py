@@ -1,7 +1,6 @@
 """Files and folders that the user asked for: written whole or not at all, and never over what is not ours."""
 
 import errno
-import json
 import os
 import shutil
 import tempfile
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from orthrus.base.json_text import parse_json
 from orthrus.errors import StorageError, UserInputError
 
 # Part of the name of everything temporary: clearing up after a killed process takes nothing else.
@@ -113,8 +113,8 @@ def check_report(target: Path) -> None:
 def json_or_none(file: Path) -> Any:
     """What a JSON file holds; None if it is missing, unreadable or damaged."""
     try:
-        return json.loads(file.read_bytes()) if file.is_file() else None
-    except (OSError, ValueError, RecursionError):
+        return parse_json(file.read_bytes()) if file.is_file() else None
+    except (OSError, ValueError):
         return None
 
 

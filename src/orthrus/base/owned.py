@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from orthrus.base.json_text import parse_json
 from orthrus.base.outputs import SCRATCH, make_readable, scratch_folder, storage_errors
 from orthrus.errors import StorageError, UserInputError
 
@@ -51,9 +52,9 @@ def mark_folder(folder: Path, owner: str, files: dict[str, str] | None = None) -
 def marked_files(folder: Path, owner: str) -> dict[str, str] | None:
     """The files that the mark in a folder lists; None where there is no mark, or another owner's."""
     try:
-        mark = json.loads((folder / MARK).read_bytes())
+        mark = parse_json((folder / MARK).read_bytes())
         files = mark["files"] if mark["owner"] == owner else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         return None
     return files if isinstance(files, dict) else None
 
@@ -196,7 +197,7 @@ def _this_process() -> dict[str, Any]:
 
 def _holder(file: Path) -> str:
     try:
-        held = json.loads(file.read_bytes())
+        held = parse_json(file.read_bytes())
         return f"process {int(held['pid'])} on {held['host']!s:.100} (since {held['since']!s:.30})"
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         return "another process"

@@ -1,11 +1,11 @@
 """Prompts in JSONL files, as benchmarks and corpora read them: one JSON object a line."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orthrus.base.json_text import parse_json
 from orthrus.errors import UserInputError
 
 _KEYS = ("prompt", "messages", "turns")
@@ -52,8 +52,8 @@ def parse_prompts(name: str, text: str) -> Iterator[FilePrompt]:
         if line.strip():
             found = True
             try:
-                yield _prompt(json.loads(line), number)
-            except (ValueError, RecursionError) as e:
+                yield _prompt(parse_json(line), number)
+            except ValueError as e:
                 reason = getattr(e, "msg", "numbers or nesting beyond all bounds")
                 raise UserInputError(
                     f"{name}, line {number}: no valid JSON ({reason}); mend or delete that line."

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from orthrus.base.json_text import parse_json
 from orthrus.base.outputs import disk_problem, json_or_none, write_text_atomic
 from orthrus.base.provenance import installed_version
 from orthrus.errors import StorageError
@@ -110,7 +111,7 @@ def load_published(key: str, progress: Progress | None = None) -> Path | None:
     """
     folder = _models_dir() / key
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = parse_json((folder / MANIFEST).read_text())
         files: dict[str, dict[str, Any]] = manifest["files"]
         marks = [_mark(folder / name) for name in files]
         if marks == json_or_none(folder / CHECKED):
@@ -121,7 +122,7 @@ def load_published(key: str, progress: Progress | None = None) -> Path | None:
                 return None
             if sha256_file(path, progress, "checking the cached model") != entry["sha256"]:
                 return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     with suppress(StorageError, OSError):
         # In a cache that belongs to somebody else every start checks anew.

@@ -1,11 +1,11 @@
 """Weight files before and after they are loaded: they must hold what the config says, and numbers only."""
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orthrus.base.json_text import parse_json
 from orthrus.base.quantised import stored_parts
 from orthrus.errors import CorruptFileError, UserInputError
 
@@ -52,8 +52,8 @@ def _files(folder: Path) -> list[Path]:
         single = folder / "model.safetensors"
         return [single] if single.is_file() else []
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CorruptFileError(f"{index} is unreadable: fetch the model again.") from error
     if any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise CorruptFileError(f"{index} names files outside its folder: fetch the model again.")

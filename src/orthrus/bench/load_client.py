@@ -1,7 +1,6 @@
 """One request to a server in OpenAI's form, timed as its answer comes."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import httpx
 
 from orthrus.base.bench_prompts import BenchPrompt
 from orthrus.base.event_stream import EventData
+from orthrus.base.json_text import parse_json
 from orthrus.base.text import printable
 from orthrus.errors import UserInputError
 
@@ -213,7 +213,7 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 
 def _objects(contents: Iterable[str]) -> Iterator[dict[str, Any]]:
-    return (_object(json.loads(content)) for content in contents if content != "[DONE]")
+    return (_object(parse_json(content)) for content in contents if content != "[DONE]")
 
 
 def _take(answer: Answer, event: Mapping[str, Any]) -> None:

@@ -1,12 +1,12 @@
 """One page of results that needs nothing beside it: plots, tables, formulas and where each number comes from."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from orthrus.base.json_text import parse_json
 from orthrus.bench.arms import PLAIN, STOCK
 from orthrus.bench.layout import SHOWN, cells, law
 from orthrus.bench.legend import LEGEND
@@ -84,8 +84,8 @@ def make_page(files: Sequence[Path]) -> Page:
 
 def _read(file: Path) -> tuple[dict[str, Any], BenchReport | None]:
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        raw = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserInputError(f"cannot read {file} as a result; give JSON that a benchmark wrote.") from error
     kind = raw.get("kind") if isinstance(raw, dict) else None
     if kind == KIND:

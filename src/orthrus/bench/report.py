@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from orthrus.base.json_text import parse_json
 from orthrus.bench.layout import law, markdown, terminal
 from orthrus.bench.legend import LEGEND
 from orthrus.bench.metrics import ALL, Row, Summary, rows, summaries
@@ -124,8 +124,8 @@ class BenchReport:
 def read_report(path: Path) -> BenchReport:
     """The report in a JSON file; UserInputError naming the file when it is unreadable or something else."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
+        raw = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
         raise UserInputError(
             f"cannot read {path} as a benchmark report; give the JSON that `orthrus bench` wrote."
         ) from e

@@ -1,6 +1,5 @@
 """A server as the partner of a chat: any that speaks OpenAI's interface, and more from one of ours."""
 
-import json
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from orthrus.base.addresses import api_root
 from orthrus.base.event_stream import event_data
+from orthrus.base.json_text import parse_json
 from orthrus.cli.chat_partner import Answering, Messages
 from orthrus.cli.common import need_serve
 from orthrus.cli.options import KEY_VARIABLE
@@ -237,8 +237,8 @@ class _Stream(Iterator[Cycle]):
 
 def _event(data: str, url: str) -> dict[str, Any]:
     try:
-        event = _object(json.loads(data))
-    except (ValueError, RecursionError) as error:
+        event = _object(parse_json(data))
+    except ValueError as error:
         raise OrthrusError(f"{url} sent an event that is no JSON; check --url.") from error
     if event.get("error"):
         raise OrthrusError(f"{url} broke off: {_told(event)}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from orthrus.base.json_text import parse_json
 from orthrus.base.outputs import check_writable, storage_errors
 from orthrus.base.owned import locked_file
 from orthrus.base.prompt_files import FilePrompt, read_prompt_file
@@ -141,8 +142,8 @@ def _num_answered(output: Path, keys: list[str], prompts: Path) -> tuple[int, in
 
 def _is_json(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+        return isinstance(parse_json(line), dict)
+    except ValueError:
         return False
 
 

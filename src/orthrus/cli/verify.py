@@ -1,11 +1,11 @@
 """`orthrus verify`: an answer made again from its receipt, by plain decoding."""
 
-import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orthrus.base.json_text import parse_json
 from orthrus.base.text import printable
 from orthrus.cli import options
 from orthrus.cli.common import UNEXPECTED, load_orthrus
@@ -79,10 +79,10 @@ def _read(file: Path) -> Any:
     try:
         if file.stat().st_size > MOST_BYTES:
             raise UserInputError(f"{file} is too large for a receipt; give the JSON of one answer.")
-        return json_module.loads(file.read_text(encoding="utf-8-sig"))
+        return parse_json(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserInputError(f"cannot read {file} ({error.strerror}); give the file of a receipt.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserInputError(f"{file} is no JSON; give a receipt, or an answer that holds one.") from error
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from orthrus.base.devices import synchronize
+from orthrus.base.json_text import parse_json
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.provenance import cpu_model, installed_version
 from orthrus.base.storage import cache_dir
@@ -288,13 +289,13 @@ def _file(key: dict[str, object]) -> Path:
 def _read(file: Path) -> tuple[list[Round], int]:
     """Stored rounds, and how many were timed for them; none where there are none that can be used."""
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        kept = parse_json(file.read_text(encoding="utf-8"))
         num_timed = int(kept["num_timed"])
         rounds = [{str(name): float(ms) for name, ms in each.items()} for each in kept["rounds"]]
         if not all(0.0 <= ms < math.inf for each in rounds for ms in each.values()):
             return [], 0
         # Raises where something is missing.
         costs_of(rounds)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
         return [], 0
     return rounds, num_timed

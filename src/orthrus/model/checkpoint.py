@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from orthrus.base.fingerprint import fingerprint
+from orthrus.base.json_text import parse_json
 from orthrus.base.loading import Base
 from orthrus.base.outputs import atomic_folder
 from orthrus.base.owned import replace_folder
@@ -281,8 +282,8 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"there is no {file.name} in {file.parent}; {_which_has(file)}.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
+        content = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as e:
         raise CorruptFileError(f"{file} is not valid JSON ({e}); copy or download it again.") from e
     if not isinstance(content, dict):
         raise CorruptFileError(f"{file} is not a JSON object; copy or download it again.")

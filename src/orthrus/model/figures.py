@@ -1,10 +1,10 @@
 """Measured figures of a view: read from a file into its provenance, and shown as a table on its card."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orthrus.base.json_text import parse_json
 from orthrus.base.markdown import markdown_table
 from orthrus.errors import UserInputError
 
@@ -39,8 +39,8 @@ def read_figures(file: Path) -> list[dict[str, Any]]:
     `benchmarks/acceptance.py` writes. Raises UserInputError for anything else.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
+        content = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
         raise UserInputError(f"the figures in {file} cannot be read ({e}); give a JSON file.") from e
     if isinstance(content, dict) and isinstance(content.get("results"), dict):
         content = [

@@ -1,9 +1,9 @@
 """Parses function calls from an answer while it is being written."""
 
-import json
 import re
 from dataclasses import dataclass, field
 
+from orthrus.base.json_text import parse_json
 from orthrus.decoding.stopping import overlap
 from orthrus.server.tools import AFTER_ARGUMENTS, BEFORE_ARGUMENTS, BEFORE_NAME, TAG
 
@@ -76,7 +76,7 @@ class CallReader:
         match = _OPENING.match(self._held)
         if match is None:
             return False
-        piece.calls.append(CallPiece(self.num_calls, json.loads(match[1]), ""))
+        piece.calls.append(CallPiece(self.num_calls, parse_json(match[1]), ""))
         self.num_calls += 1
         self._held, self._arguments, self._read = self._held[match.end() :], "", self._in_arguments
         return True
@@ -109,7 +109,7 @@ class CallReader:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
+        parse_json(text)
     except ValueError:
         return False
     return True

@@ -1,9 +1,9 @@
 """Answers in the shape of Anthropic's /v1/messages, whole and as events."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
+from orthrus.base.json_text import parse_json
 from orthrus.server.call_reader import CallPiece
 from orthrus.server.errors import ApiError, anthropic_body
 from orthrus.server.figures import finish_reason
@@ -122,7 +122,7 @@ class MessagesShape(ItemShape):
 def _object(arguments: str) -> dict[str, Any]:
     """A call that was cut short has no whole object."""
     try:
-        found = json.loads(arguments)
+        found = parse_json(arguments)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orthrus.base.json_text import parse_json
 from orthrus.base.prompt import content_text
 from orthrus.config import Grammar
 from orthrus.decoding.grammar import blanks
@@ -148,8 +149,8 @@ def call_arguments(arguments: object) -> dict[str, Any] | None:
     """The arguments of a call: an object, or an object written as JSON. None for anything else."""
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
+            arguments = parse_json(arguments or "{}")
+        except ValueError:
             return None
     return arguments if isinstance(arguments, dict) else None
 

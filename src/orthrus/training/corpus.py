@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from orthrus.base.json_text import parse_json
 from orthrus.base.outputs import write_text_atomic
 from orthrus.base.prompt_files import is_domain
 from orthrus.errors import CorruptFileError, StorageError, UserInputError
@@ -96,8 +97,8 @@ def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
 
 def _record(line: bytes, file: Path, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as e:
+        record = parse_json(line)
+    except ValueError as e:
         raise _damaged(file, number, "is not a JSON object") from e
     if not isinstance(record, dict):
         raise _damaged(file, number, "is not a JSON object")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from orthrus.base.json_text import parse_json
 from orthrus.base.outputs import SCRATCH, check_writable, write_text_atomic
 from orthrus.base.owned import check_unlocked, locked_folder
 from orthrus.errors import CorruptFileError, UserInputError
@@ -136,9 +137,9 @@ def _source(source: dict[str, Any]) -> str:
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     try:
-        content = json.loads(file.read_bytes())
+        content = parse_json(file.read_bytes())
         sound = all(isinstance(content[key], dict) for key in ("settings", "sources"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise CorruptFileError(_DAMAGED.format(file)) from e
     if not sound:
         raise CorruptFileError(_DAMAGED.format(file))

@@ -1,7 +1,6 @@
 """The index of a packed corpus: what its files hold, and whether they are whole."""
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from orthrus.base.json_text import parse_json
 from orthrus.errors import CorruptFileError
 from orthrus.training.corpus import MOST_IDS
 
@@ -48,7 +48,7 @@ def read_index(folder: Path) -> PackIndex:
     """The index of a packed folder; CorruptFileError for a file that is none."""
     file = folder / INDEX
     try:
-        content = json.loads(file.read_bytes())
+        content = parse_json(file.read_bytes())
         if content["kind"] != KIND:
             raise ValueError("another kind of file")
         if content["format"] != FORMAT:
@@ -60,7 +60,7 @@ def read_index(folder: Path) -> PackIndex:
             values[name] = tuple(map(str, values[name]))
         index = PackIndex(**values)
         _check(index)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise damaged(file, "it is no index of a packed corpus") from error
     return index
 

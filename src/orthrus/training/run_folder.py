@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orthrus.base.json_text import parse_json
 from orthrus.base.outputs import check_writable, write_text_atomic
 from orthrus.base.owned import check_owned, check_unlocked, locked_folder, restore_folder, scraps_of
 from orthrus.errors import UserInputError
@@ -74,10 +75,10 @@ def read_run(path: Path) -> dict[str, Any]:
     if not os.path.lexists(file):
         return {}
     try:
-        content = json.loads(file.read_bytes())
+        content = parse_json(file.read_bytes())
         if content["kind"] == _KIND and isinstance(content["id"], str):
             return dict(content)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         pass
     raise UserInputError(
         f"{file} was not written by a training run; move it away, or give another output folder."

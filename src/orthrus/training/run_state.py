@@ -1,7 +1,6 @@
 """Where a training run stands, read from disk: everything that an exact resume needs, checked before it is believed."""
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
+from orthrus.base.json_text import parse_json
 from orthrus.base.outputs import check_writable
 from orthrus.errors import CorruptFileError, UserInputError
 from orthrus.model.dual_view import DualView
@@ -95,8 +95,8 @@ def find_state(run: Path, dual: DualView, config: TrainConfig, corpus_digest: st
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
+        content = parse_json(file.read_bytes())
+    except (OSError, ValueError) as e:
         raise CorruptFileError(
             f"{file} cannot be read as the state of a run ({type(e).__name__}); move {file.parent} away to "
             "start again."

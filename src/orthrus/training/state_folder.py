@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from orthrus.base.json_text import parse_json
 from orthrus.base.outputs import SCRATCH, atomic_folder, write_text_atomic
 from orthrus.base.owned import MARK, mark_folder, marked_files, restore_folder
 from orthrus.errors import UserInputError
@@ -103,10 +104,10 @@ def hold_state_folder(run: Path, owner: str) -> None:
 def drop_unnamed(run: Path) -> None:
     """Delete shards that `state.json` does not name; nothing when it cannot be read."""
     try:
-        named = json.loads(state_file(run).read_bytes())["folder"]
+        named = parse_json(state_file(run).read_bytes())["folder"]
     except FileNotFoundError:
         named = None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         return
     for folder in (run / STATE).iterdir():
         if not is_shards_name(folder.name) or folder.name == named or folder.is_symlink():

@@ -1,6 +1,5 @@
 """Saving a run's state while the training goes on: each process writes its shards, the first one names them."""
 
-import json
 import warnings
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
+from orthrus.base.json_text import parse_json
 from orthrus.base.outputs import disk_problem, storage_errors
 from orthrus.errors import OrthrusError, OrthrusWarning, StorageError
 from orthrus.model.dual_view import DualView
@@ -111,8 +111,8 @@ class StateSaver:
             file = state_file(self._run)
             try:
                 with storage_errors(file):
-                    place_state(self._run, json.loads(file.read_bytes()) | _plain_scores(state))
-            except (StorageError, OSError, ValueError, RecursionError) as error:
+                    place_state(self._run, parse_json(file.read_bytes()) | _plain_scores(state))
+            except (StorageError, OSError, ValueError) as error:
                 problem = str(error)
         problem = self._processes.first_problem(problem)
         if problem is not None:

@@ -74,7 +74,7 @@ class Scorer:
         try:
             made = read_json(self.run.path / BEST / CONFIG_FILE)["provenance"]
             score, step = float(made["tokens_per_cycle"]), int(made["step"])
-        except (OrthrusError, OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
+        except (OrthrusError, OSError, KeyError, TypeError, ValueError, OverflowError):
             return
         # No later score would be better than one that is not a number.
         if math.isfinite(score):
