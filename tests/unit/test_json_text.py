@@ -12,7 +12,7 @@ def test_text_and_bytes_are_read() -> None:
 
 @pytest.mark.parametrize("text", ["", "{", b"\xff", "[" * 100_000, b'{"a":' * 100_000])
 def test_anything_else_is_a_value_error(text: str | bytes) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r".+"):
         parse_json(text)
 
 
