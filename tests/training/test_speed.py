@@ -3,7 +3,7 @@
 import torch
 
 from orthrus.training.losses import row_losses
-from orthrus.training.speed import FlopCounter, matmul_peak
+from orthrus.training.speed import FlopCounter, dtype_advice, matmul_peak
 
 
 def test_products_are_counted_forward_and_backward() -> None:
@@ -28,3 +28,12 @@ def test_a_loss_with_gradients_of_its_own_is_counted() -> None:
 
 def test_the_peak_is_a_rate() -> None:
     assert matmul_peak(torch.float32) > 1e6
+
+
+def test_bfloat16_that_is_slower_than_float32_is_told() -> None:
+    cpu = torch.device("cpu")
+    advice = dtype_advice(torch.bfloat16, cpu, peak=1.0)
+    assert advice is not None and "dtype=float32" in advice
+    assert dtype_advice(torch.bfloat16, cpu, peak=1e18) is None
+    assert dtype_advice(torch.float32, cpu, peak=1.0) is None
+    assert dtype_advice(torch.bfloat16, torch.device("cuda"), peak=1.0) is None

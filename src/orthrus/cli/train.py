@@ -146,7 +146,7 @@ class _Run:
         from orthrus.model.loading import check_base_name, load_frozen
         from orthrus.training.flex_blocks import check_attention
         from orthrus.training.processes import loading_device, this_process
-        from orthrus.training.speed import matmul_peak
+        from orthrus.training.speed import dtype_advice, matmul_peak
         from orthrus.training.start import check_packs, starting_view, warn_of_other_models
         from orthrus.training.trainer import steps_of
         from orthrus.training.view_score import held_out_prompts
@@ -166,10 +166,13 @@ class _Run:
             warn_of_other_models(self.dual, sequences)
         self.config, self.output = config, config.output_folder
         self.base, self.process = base, process
+        dtype, device = base.model.dtype, process.device
+        peak = None if quiet else matmul_peak(dtype, device)
+        self.advice = None if peak is None else dtype_advice(dtype, device, peak)
         self.display = TrainDisplay(
             f"{base.name}, {sequences.dialogues:,} dialogues, K = {config.block_size}",
             quiet=quiet,
-            peak_flops=None if quiet else matmul_peak(base.model.dtype, process.device),
+            peak_flops=peak,
         )
         self.stopped, self.num_steps = False, steps_of(config, len(sequences))
         self.last_log: TrainLog | None = None
@@ -185,11 +188,15 @@ class _Run:
         from orthrus.training.view_score import Scorer
 
         self.held = held
+        begun = state_file(held.path).is_file()
+        if self.advice is not None and not begun:
+            # A run that has begun keeps its dtype.
+            note(self.advice)
         if self.prompts:
             self.scorer = Scorer(
                 self.base, self.prompts, held, self.origin, self.process, on_decoded=self.display.scoring
             )
-            if state_file(held.path).is_file():
+            if begun:
                 self.scorer.remember()
 
     def hooks(self) -> "Hooks":

@@ -9,6 +9,8 @@ from torch.utils.flop_counter import flop_registry
 
 _SIZES = (1024, 2048)
 _SECONDS = 0.06
+_CLEARLY = 1.25
+"""How many times as fast float32 must be before anybody is told to change a recipe."""
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
@@ -24,6 +26,22 @@ def matmul_peak(dtype: torch.dtype, device: torch.device | str = "cpu") -> float
             best = max(best, 2 * size**3 / (perf_counter() - started))
             spent = perf_counter() - began
     return best
+
+
+def dtype_advice(dtype: torch.dtype, device: torch.device, peak: float) -> str | None:
+    """What to tell the user of a CPU that multiplies float32 faster than bfloat16; None where it does not.
+
+    dtype: of the frozen base; peak: its `matmul_peak` on that device. Takes a tenth of a second in bfloat16.
+    """
+    if dtype != torch.bfloat16 or device.type != "cpu":
+        return None
+    ratio = matmul_peak(torch.float32, device) / peak
+    if ratio < _CLEARLY:
+        return None
+    return (
+        f"this processor multiplies float32 {ratio:.1f} times as fast as bfloat16: with dtype=float32 a run takes "
+        "less time and more memory"
+    )
 
 
 def _wait(result: torch.Tensor) -> None:
