@@ -33,7 +33,8 @@ def test_the_peak_is_a_rate() -> None:
 def test_bfloat16_that_is_slower_than_float32_is_told() -> None:
     cpu = torch.device("cpu")
     advice = dtype_advice(torch.bfloat16, cpu, peak=1.0)
-    assert advice is not None and "dtype=float32" in advice
+    assert advice is not None
+    assert "dtype=float32" in advice
     assert dtype_advice(torch.bfloat16, cpu, peak=1e18) is None
     assert dtype_advice(torch.float32, cpu, peak=1.0) is None
     assert dtype_advice(torch.bfloat16, torch.device("cuda"), peak=1.0) is None
