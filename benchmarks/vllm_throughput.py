@@ -1,8 +1,9 @@
 """Orthrus in vLLM against plain vLLM: python benchmarks/vllm_throughput.py PREPARED --output FILE [--help]
 
 PREPARED is a folder of `python -m tests.vllm.prepare`: the stock model, the exported one, prompts. Both are served
-over HTTP on this machine, and OpenAI's client puts them under load in turns: so many requests open at a time,
-the same requests for both. The environment is that of `make test-vllm`.
+over HTTP on this machine, and OpenAI's client puts them under load in turns: so many requests open at a time, the same
+requests for all servers. vLLM schedules a step while the one before runs, but not with a drafter of somebody else's. So
+a third server is plain vLLM without that. The environment is that of `make test-vllm`.
 """
 
 import asyncio
@@ -28,9 +29,10 @@ from orthrus.integrations.vllm.names import command_line
 
 LEGEND = (
     "tokens_per_second: new tokens / wall time of all requests of a round, median over rounds; over_plain: "
-    "that of Orthrus / that of plain vLLM in the same round, median over rounds; over_plain_cpu: processor seconds "
-    "of plain vLLM's server / of Orthrus's for the same tokens, which a busy machine changes less; tokens_per_step: "
-    "1 + accepted drafts / drafts verified, from /metrics; share_drafted: accepted drafts / all new "
+    "that of Orthrus / that of plain vLLM in the same round, median over rounds; over_synchronous: the same over plain "
+    "vLLM with --no-async-scheduling, as vLLM runs with any drafter of a class of its own; over_plain_cpu: processor "
+    "seconds of plain vLLM's server / of Orthrus's for the same tokens, which a busy machine changes less; "
+    "tokens_per_step: 1 + accepted drafts / drafts verified, from /metrics; share_drafted: accepted drafts / all new "
     "tokens; num_equal: requests whose token ids equal plain vLLM's."
 )
 START_SECONDS = 900
@@ -120,7 +122,7 @@ async def ask_all(
 def measure(
     servers: dict[str, Server], prompts: list[list[int]], concurrency: int, num_tokens: int
 ) -> dict[str, Any]:
-    """One round: the same requests for each server, one server after the other."""
+    """One round: the same requests for each server, one server after the other, in the order of `servers`."""
     found: dict[str, Any] = {}
     for name, server in servers.items():
         names = ("spec_decode_num_drafts", "spec_decode_num_accepted_tokens")
@@ -141,9 +143,12 @@ def measure(
 
 def summary(rounds: list[dict[str, Any]], num_tokens: int) -> dict[str, Any]:
     ours = [one["orthrus"] for one in rounds]
-    plain = [one["plain"] for one in rounds]
+    plain, synchronous = ([one[name] for one in rounds] for name in ("plain", "synchronous"))
     drafts, accepted = (sum(one[key] for one in ours) for key in ("drafts", "accepted"))
-    ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(ours, plain, strict=True)]
+    ratios, to_synchronous = (
+        [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(ours, others, strict=True)]
+        for others in (plain, synchronous)
+    )
     cpu = [b["cpu_seconds"] / a["cpu_seconds"] for a, b in zip(ours, plain, strict=True)]
     pairs = [
         (a, b)
@@ -155,6 +160,9 @@ def summary(rounds: list[dict[str, Any]], num_tokens: int) -> dict[str, Any]:
         "orthrus_tokens_per_second": median(one["tokens_per_second"] for one in ours),
         "over_plain": median(ratios),
         "over_plain_by_round": ratios,
+        "synchronous_tokens_per_second": median(one["tokens_per_second"] for one in synchronous),
+        "over_synchronous": median(to_synchronous),
+        "over_synchronous_by_round": to_synchronous,
         "over_plain_cpu": median(cpu),
         "over_plain_cpu_by_round": cpu,
         "tokens_per_step": 1 + accepted / drafts if drafts else 1.0,
@@ -184,6 +192,9 @@ def main(
     common += ["--no-enable-prefix-caching"]
     servers = {
         "plain": Server(prepared / "stock", output.with_suffix(".plain.log"), *common),
+        "synchronous": Server(
+            prepared / "stock", output.with_suffix(".synchronous.log"), *common, "--no-async-scheduling"
+        ),
         "orthrus": Server(
             prepared / "orthrus",
             output.with_suffix(".orthrus.log"),
@@ -209,7 +220,9 @@ def main(
             for index in range(rounds + 1):
                 if len(found) and time.monotonic() - begun > budget:
                     break
-                one = measure(servers, prompts, open_at_once, tokens)
+                # In turns from either end, so that a machine that drifts favours none.
+                in_turn = dict(reversed(servers.items())) if index % 2 else servers
+                one = measure(in_turn, prompts, open_at_once, tokens)
                 if index:
                     found.append(one)
             report["results"][str(open_at_once)] = summary(found, tokens)
