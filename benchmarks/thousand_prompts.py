@@ -27,7 +27,7 @@ LEGEND = {
     "identical": "prompts whose tokens all equal the baseline's",
     "bound": "what the differences, or that there are none, say about the rate of them: Clopper-Pearson, 95 %",
     "near_ties": "differences that rounding explains; broken: those that it cannot (orthrus audit's rule)",
-    "acceptance_rate": "accepted drafts / proposed drafts",
+    "acceptance_rate": "accepted drafts / verified drafts",
     "tokens_per_forward": "sum of tokens / sum of passes, prefill, draft and verify",
     "chunks": "per dtype, per audit: its strategy line, its differences, and where they come from",
 }

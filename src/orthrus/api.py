@@ -63,7 +63,8 @@ class Orthrus:
 
     `base` is the frozen model with its tokenizer, `dual` holds the two views over it, and `engine` answers
     requests. Thread-safe: requests of several threads share the engine's passes, and each gets the text that it
-    would get alone. runner: runs the passes; the default is the eager runner.
+    would get alone. A process that was forked after loading refuses requests, because the threads stay in its parent:
+    load the model in each process. runner: runs the passes; the default is the eager runner.
     """
 
     def __init__(

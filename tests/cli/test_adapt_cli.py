@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from orthrus.base.loading import load_base
+from orthrus.base.owned import locked_file
 from orthrus.base.resolve import resolve
 from orthrus.model.checkpoint import fresh_view, save_view
 from orthrus.training import adapt
@@ -108,3 +109,22 @@ def test_wrong_use_is_refused_before_anything_is_loaded(
     given = [log if argument == "LOG" else argument for argument in arguments]
     assert_refused(cli("adapt", *given, "--view", str(tmp_path / "view")), *words)
     assert not (tmp_path / "view").exists()
+
+
+def test_a_view_that_was_set_aside_and_not_replaced_is_no_reason_to_start_afresh(
+    cli: Cli, log: str, options: list[str], tmp_path: Path
+) -> None:
+    """What a kill between the two renames of a replacement leaves."""
+    view = tmp_path / "view"
+    (tmp_path / "init").rename(tmp_path / "view.before-1")
+    assert_refused(cli("adapt", log, "--view", str(view)), "view.before-1 lies beside it", "--rollback")
+    assert cli("adapt", "--rollback", "--view", str(view)).code == 0
+    assert view.is_dir()
+
+
+def test_two_runs_never_replace_one_view(cli: Cli, log: str, options: list[str], tmp_path: Path) -> None:
+    view = tmp_path / "view"
+    with locked_file(view, "adapts"):
+        assert_refused(cli("adapt", log, *options), f"adapts {view}")
+        assert_refused(cli("adapt", "--rollback", "--view", str(view)), f"adapts {view}")
+    assert not view.exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from orthrus.base.owned import locked_file
 from orthrus.cli import bench_report
 
 from .conftest import Cli, assert_refused
@@ -85,3 +86,11 @@ def test_the_page_and_its_pictures(
     other.write_text("<p>mine</p>")
     assert_refused(cli("bench", "report", str(file), "-o", str(other)), "mine.html", "no page of Orthrus")
     assert_refused(cli("bench", "report", prompts, "-o", str(page)), "prompts.jsonl")
+
+
+def test_a_file_that_another_run_writes_is_refused(cli: Cli, model_folder: str, tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    for command in ("bench", "audit"):
+        with locked_file(output, "writes"):
+            assert_refused(cli(command, model_folder, "-o", str(output)), f"writes {output}")
+    assert not output.exists()

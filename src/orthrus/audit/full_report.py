@@ -174,8 +174,4 @@ class FullReport:
 def bound(num_different: int, num_runs: int, of_what: str) -> str:
     """What so few differences in so many runs say about the rate, as a clause."""
     rate = largest_rate(num_different, num_runs)
-    rule = f", rule of three {min(1.0, 3 / num_runs):.2%}" if not num_different else ""
-    return (
-        f"{num_different} of {num_runs} {of_what} differ, so at most {rate:.2%} do "
-        f"(95 %, Clopper-Pearson{rule})"
-    )
+    return f"{num_different} of {num_runs} {of_what} differ, so at most {rate:.2%} do (95 % confidence)"

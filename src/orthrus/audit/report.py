@@ -28,7 +28,7 @@ LEGEND = {
     "drift": "the same between the baseline's one-row scores and ours; for information",
     "residue": "the same between ours and the baseline's in passes of as many rows as ours; 0 where they "
     "agree to the bit; for information",
-    "acceptance_rate": "accepted drafts / proposed drafts: a broken drafter gives right text, only slowly",
+    "acceptance_rate": "accepted drafts / verified drafts: a broken drafter gives right text, only slowly",
     "tokens_per_forward": "sum of tokens / sum of passes, prefill, draft and verify",
 }
 

@@ -43,7 +43,7 @@ def encode_prompt(
     if isinstance(prompt, str):
         check_text(prompt, "The prompt")
         if not prompt.strip():
-            raise UserInputError("The prompt is empty: give some text to answer or continue.")
+            raise UserInputError("The prompt is empty or blank: give some text to answer or continue.")
         if raw or tokenizer.chat_template is None:
             return _without_second_start(tokenizer, prompt, _token_ids(tokenizer, prompt))
         return _apply_template(tokenizer, [{"role": "user", "content": prompt}], template_values)

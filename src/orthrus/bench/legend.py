@@ -10,7 +10,7 @@ LEGEND = {
     "tokens_per_forward_mean": "mean over prompts and repeats of tokens / passes",
     "tokens_per_forward_pooled": "sum of tokens / sum of passes",
     "rows_per_pass": "sum of rows of both views / sum of passes, both without the prefill",
-    "acceptance_rate": "accepted drafts / proposed drafts; the AR view's own tokens in neither",
+    "acceptance_rate": "accepted drafts / verified drafts; the AR view's own tokens in neither",
     "accepted_per_cycle": "accepted drafts / cycles that drafted; the AR view's own tokens not counted",
     "accepted_histogram": "how many drafting cycles accepted 0, 1, 2, ... drafts",
     "acceptance_by_position": "entry j from 1: drafting cycles that accepted at least j / those that accepted at "

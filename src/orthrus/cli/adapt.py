@@ -97,9 +97,13 @@ def adapt(
 
 
 def _roll_back(view: Path, *, json: bool) -> None:
+    from orthrus.base.owned import locked_file
     from orthrus.training.adapt import roll_back
 
-    source, aside = roll_back(view)
+    if not view.parent.is_dir():
+        raise UserInputError(f"there is no folder {view.parent}; name the view that was adapted with --view.")
+    with locked_file(view, "adapts"):
+        source, aside = roll_back(view)
     report = {"view": str(view), "from": str(source), "aside": None if aside is None else str(aside)}
     if json:
         print_json(report)
@@ -111,9 +115,15 @@ def _start_folder(view: Path, init: str) -> Path:
     """The view to start from: the one that is served, or what `init` names."""
     from orthrus.model.checkpoint import CONFIG_FILE
     from orthrus.model.loading import DEFAULT_MODEL_VIEW, shipped_view_folder
+    from orthrus.training.adapt import set_aside
 
     if view.exists():
         found: Path | None = view
+    elif init == "default" and (aside := set_aside(view)):
+        raise UserInputError(
+            f"there is no view {view}, but {aside[-1].name} lies beside it: an adapt was stopped while it replaced "
+            "the view. Put that one back with --rollback, or name a view to start from with --init."
+        )
     elif init == "default":
         found = shipped_view_folder(DEFAULT_MODEL_VIEW)
     else:

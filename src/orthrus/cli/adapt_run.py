@@ -66,7 +66,7 @@ class Adapting:
     def run(self) -> dict[str, Any]:
         """The report; of an earlier run of the same kind that came to its end, that one's."""
         from orthrus.base.outputs import json_or_none
-        from orthrus.base.owned import locked_folder, remove_if_only_locked
+        from orthrus.base.owned import locked_file, locked_folder, remove_if_only_locked
         from orthrus.errors import OrthrusError
 
         done = self.work / REPORT
@@ -77,7 +77,8 @@ class Adapting:
             return report
         self.work.mkdir(parents=True, exist_ok=True)
         try:
-            with locked_folder(self.work, "adapts a view"):
+            # The view too: another log has another folder, and would replace the same view.
+            with locked_file(self.view, "adapts"), locked_folder(self.work, "adapts a view"):
                 return self._adapt()
         except OrthrusError:
             # Where nothing was done yet, nothing is left to go on with.

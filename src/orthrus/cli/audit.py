@@ -7,7 +7,7 @@ import typer
 from orthrus.cli import options
 from orthrus.cli.common import UNEXPECTED, check_decode, check_strategies, load_orthrus
 from orthrus.cli.progress import ProgressDisplay
-from orthrus.cli.report import check_output, show_report
+from orthrus.cli.report import held_output, show_report
 
 
 def audit(
@@ -75,36 +75,36 @@ def audit(
     chosen_strategies = check_strategies(strategy)
     from orthrus.base.bench_prompts import load_prompts
 
-    check_output(output)
-    chosen = load_prompts(prompts, tuple(domain or ()), limit)
-    from orthrus.audit import AuditOptions, FullOptions, run_audit
+    with held_output(output):
+        chosen = load_prompts(prompts, tuple(domain or ()), limit)
+        from orthrus.audit import AuditOptions, FullOptions, run_audit
 
-    orthrus = load_orthrus(
-        options.one_model(model, named_model),
-        view=view,
-        dtype=dtype,
-        draft_dtype=draft_dtype,
-        draft_vocab=draft_vocab,
-        runner=runner,
-        device=device,
-    )
-    sampled = FullOptions(
-        draws=draws,
-        num_prompts=law_prompts,
-        temperature=temperature or 1.0,
-        seed=decode["seed"],
-        strategies=chosen_strategies if strategy else ("auto",),
-    )
-    settings = AuditOptions(
-        prompts=chosen,
-        against=against,
-        strategies=chosen_strategies,
-        concurrency=concurrency,
-        full=sampled if full else None,
-        **decode,
-    )
-    with ProgressDisplay(unit="answers") as on_progress:
-        report = run_audit(orthrus, settings, on_progress)
-    show_report(report, "json" if json else format_, output)
-    if not report.passed:
-        raise typer.Exit(UNEXPECTED)
+        orthrus = load_orthrus(
+            options.one_model(model, named_model),
+            view=view,
+            dtype=dtype,
+            draft_dtype=draft_dtype,
+            draft_vocab=draft_vocab,
+            runner=runner,
+            device=device,
+        )
+        sampled = FullOptions(
+            draws=draws,
+            num_prompts=law_prompts,
+            temperature=temperature or 1.0,
+            seed=decode["seed"],
+            strategies=chosen_strategies if strategy else ("auto",),
+        )
+        settings = AuditOptions(
+            prompts=chosen,
+            against=against,
+            strategies=chosen_strategies,
+            concurrency=concurrency,
+            full=sampled if full else None,
+            **decode,
+        )
+        with ProgressDisplay(unit="answers") as on_progress:
+            report = run_audit(orthrus, settings, on_progress)
+        show_report(report, "json" if json else format_, output)
+        if not report.passed:
+            raise typer.Exit(UNEXPECTED)

@@ -9,7 +9,7 @@ from orthrus.cli import options
 from orthrus.cli.common import check_decode, load_orthrus, time_passes
 from orthrus.cli.progress import ProgressDisplay
 from orthrus.cli.render import note, print_json
-from orthrus.cli.report import check_output, save_report, show_report
+from orthrus.cli.report import held_output, save_report, show_report
 from orthrus.config import STRATEGIES, DecodeConfig
 from orthrus.errors import UserInputError
 
@@ -151,48 +151,48 @@ def bench(
     from orthrus.bench import BenchOptions, run_bench
     from orthrus.bench.machine import Energy
 
-    check_output(output)
-    begun = _begun(output)
-    orthrus = load_orthrus(
-        options.one_model(model, named_model),
-        view=view,
-        dtype=dtype,
-        draft_dtype=draft_dtype,
-        draft_vocab=draft_vocab,
-        runner=runner,
-        device=device,
-    )
-    time_passes(orthrus, [arm.strategy for arm in parsed])
-    settings = BenchOptions(
-        prompts=texts,
-        strategies=arms,
-        max_new_tokens=new_tokens,
-        block_size=block_size,
-        node_budget=node_budget,
-        block_budget=block_budget,
-        temperatures=temperatures,
-        seed=seed,
-        repeats=repeats or chosen.repeats,
-        warmup=warmup,
-        thinking=chosen.thinking if thinking is None else thinking,
-    )
-    with ProgressDisplay(unit="runs") as on_progress:
-        report = run_bench(
-            orthrus,
-            settings,
-            on_progress,
-            on_part=None if output is None else lambda part: save_report(part, output, indent=None),
-            begun=begun,
-            energy=Energy(idle_s=_ENERGY_S),
+    with held_output(output):
+        begun = _begun(output)
+        orthrus = load_orthrus(
+            options.one_model(model, named_model),
+            view=view,
+            dtype=dtype,
+            draft_dtype=draft_dtype,
+            draft_vocab=draft_vocab,
+            runner=runner,
+            device=device,
         )
-    if format_ == "vllm" and not json:
-        from orthrus.bench.vllm_form import acceptance
+        time_passes(orthrus, [arm.strategy for arm in parsed])
+        settings = BenchOptions(
+            prompts=texts,
+            strategies=arms,
+            max_new_tokens=new_tokens,
+            block_size=block_size,
+            node_budget=node_budget,
+            block_budget=block_budget,
+            temperatures=temperatures,
+            seed=seed,
+            repeats=repeats or chosen.repeats,
+            warmup=warmup,
+            thinking=chosen.thinking if thinking is None else thinking,
+        )
+        with ProgressDisplay(unit="runs") as on_progress:
+            report = run_bench(
+                orthrus,
+                settings,
+                on_progress,
+                on_part=None if output is None else lambda part: save_report(part, output, indent=None),
+                begun=begun,
+                energy=Energy(idle_s=_ENERGY_S),
+            )
+        if format_ == "vllm" and not json:
+            from orthrus.bench.vllm_form import acceptance
 
-        if output is not None:
-            save_report(report, output)
-        print_json(acceptance(report))
-        return
-    show_report(report, "json" if json or format_ == "vllm" else format_, output)
+            if output is not None:
+                save_report(report, output)
+            print_json(acceptance(report))
+            return
+        show_report(report, "json" if json or format_ == "vllm" else format_, output)
 
 
 def _begun(output: Path | None) -> "BenchReport | None":

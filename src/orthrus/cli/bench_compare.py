@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from orthrus.cli import options
-from orthrus.cli.report import check_output, show_report
+from orthrus.cli.report import held_output, show_report
 
 
 def bench_compare(
@@ -24,5 +24,5 @@ def bench_compare(
     """Compare two results of `orthrus bench`, and show the differences in their settings. No model is loaded."""
     from orthrus.bench import compare_reports
 
-    check_output(output)
-    show_report(compare_reports(a, b), "json" if json else format_, output)
+    with held_output(output):
+        show_report(compare_reports(a, b), "json" if json else format_, output)

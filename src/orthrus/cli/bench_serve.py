@@ -8,7 +8,7 @@ import typer
 from orthrus.cli import options
 from orthrus.cli.common import UNEXPECTED, check_strategies, need_serve
 from orthrus.cli.progress import ProgressDisplay
-from orthrus.cli.report import check_output, show_report
+from orthrus.cli.report import held_output, show_report
 from orthrus.config import STRATEGIES
 
 _SERVER, _LOAD, _REQUESTS = "Server", "Load", "Requests"
@@ -164,29 +164,29 @@ def bench_serve(
     from orthrus.bench.load_client import asks_of
     from orthrus.bench.load_runs import Level
 
-    check_output(output)
-    if concurrency is None and rate is None:
-        concurrency = list(DEFAULT_CONCURRENCY)
-    settings = LoadOptions(
-        url=url,
-        model=model,
-        api_key=api_key or os.environ.get(options.KEY_VARIABLE) or None,
-        timeout=timeout,
-        asks=asks_of(load_prompts(prompts, tuple(domain or ()), limit), requests, max_tokens or [64]),
-        levels=[*(Level(concurrency=n) for n in concurrency or ()), *(Level(rate=r) for r in rate or ())],
-        strategies=arms,
-        temperature=temperature,
-        seed=seed,
-        repeats=repeats,
-        warmup=warmup,
-        ignore_eos=ignore_eos,
-        salt=salt,
-        check=check,
-        ttft_limit_ms=ttft_limit,
-        tpot_limit_ms=tpot_limit,
-    )
-    with ProgressDisplay(unit="requests") as on_progress:
-        report = run_load(settings, on_progress)
-    show_report(report, "json" if json else format_, output)
-    if report.num_different:
-        raise typer.Exit(UNEXPECTED)
+    with held_output(output):
+        if concurrency is None and rate is None:
+            concurrency = list(DEFAULT_CONCURRENCY)
+        settings = LoadOptions(
+            url=url,
+            model=model,
+            api_key=api_key or os.environ.get(options.KEY_VARIABLE) or None,
+            timeout=timeout,
+            asks=asks_of(load_prompts(prompts, tuple(domain or ()), limit), requests, max_tokens or [64]),
+            levels=[*(Level(concurrency=n) for n in concurrency or ()), *(Level(rate=r) for r in rate or ())],
+            strategies=arms,
+            temperature=temperature,
+            seed=seed,
+            repeats=repeats,
+            warmup=warmup,
+            ignore_eos=ignore_eos,
+            salt=salt,
+            check=check,
+            ttft_limit_ms=ttft_limit,
+            tpot_limit_ms=tpot_limit,
+        )
+        with ProgressDisplay(unit="requests") as on_progress:
+            report = run_load(settings, on_progress)
+        show_report(report, "json" if json else format_, output)
+        if report.num_different:
+            raise typer.Exit(UNEXPECTED)

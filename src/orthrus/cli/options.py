@@ -26,6 +26,17 @@ NamedModel = Annotated[
         show_default=False,
     ),
 ]
+NamedBase = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="Name of the base, instead of the recipe's `base`.",
+        rich_help_panel=_MODEL,
+        show_default=False,
+    ),
+]
 OnlyNamedModel = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, rich_help_panel=_MODEL)]
 View = Annotated[
     str,

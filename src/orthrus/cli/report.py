@@ -1,6 +1,8 @@
 """Reports of `bench` and `audit`: on the screen in the format asked for, and as JSON in a file."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,21 @@ from orthrus.cli.options import Format
 from orthrus.cli.render import out, print_json
 
 
-def check_output(output: Path | None) -> None:
-    """Refuse, before any work, a file that cannot be written or that is no report of ours."""
-    if output is not None:
-        from orthrus.base.outputs import check_report
+@contextmanager
+def held_output(output: Path | None) -> Iterator[None]:
+    """Hold the file of a report for this process. Refuses, before any work, one that cannot be written, that is no
+    report of ours, or that another process writes."""
+    if output is None:
+        yield
+        return
+    from orthrus.base.outputs import check_report, storage_errors
+    from orthrus.base.owned import locked_file
 
-        check_report(output)
+    check_report(output)
+    with storage_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with locked_file(output, "writes"):
+        yield
 
 
 def save_report(report: Any, output: Path, *, indent: int | None = 2) -> None:

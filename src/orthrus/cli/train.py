@@ -35,7 +35,7 @@ def train(
             metavar="[KEY=VALUE]...", help="Settings that override the recipe's.", show_default=False
         ),
     ] = None,
-    named_model: options.NamedModel = None,
+    named_model: options.NamedBase = None,
     plan: Annotated[
         bool,
         typer.Option(
@@ -133,7 +133,7 @@ def _train(recipe: Path, overrides: list[str] | None, *, quiet: bool, json: bool
             print_json(report)
         else:
             _print(report)
-    if run.stopped:
+    if state.step < run.num_steps:
         if run.is_main:
             note(f"stopped after step {state.step}; the same command goes on from there")
         raise typer.Exit(interrupt.status)
@@ -215,8 +215,6 @@ class _Run:
 
     def finish(self, state: "RunState") -> None:
         """Write the last view; the state was saved by the trainer."""
-        # The signal may have come to another process, or too late to stop anything.
-        self.stopped = state.step < self.num_steps
         if self.tracker is not None:
             self.tracker.close()
         if self.is_main:
@@ -244,7 +242,8 @@ class _Run:
             "diffusion_tokens_per_second": None if log is None else log.tokens_per_second,
             "decoded_tokens_per_cycle": [{"step": step, "value": value} for step, value in state.scores],
             "best": None if best is None else {"step": best[1], "tokens_per_cycle": best[0]},
-            "stopped": self.stopped,
+            # A signal may have come to another process, or too late to stop anything.
+            "stopped": state.step < self.num_steps,
         }
 
     def _start(self, step: int, num_steps: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from os import getpid
 from secrets import randbits
 from threading import Lock, RLock
 from time import monotonic, perf_counter
@@ -26,7 +27,7 @@ from orthrus.decoding.stopping import StopRules, end_ids
 from orthrus.engine.adaptive import compete
 from orthrus.engine.costs import Costs, OnMeasure, pass_costs
 from orthrus.engine.detokenize import AnswerText, Decoder
-from orthrus.engine.limits import check_block_size, check_prompt, check_token_ids
+from orthrus.engine.limits import check_block_size, check_process, check_prompt, check_token_ids
 from orthrus.engine.prefix import PrefixStore
 from orthrus.engine.request import Request, Step, Work
 from orthrus.engine.round import Observer, run_round
@@ -65,6 +66,7 @@ class Engine:
         self.runner = runner
         self.config = config or EngineConfig()
         self.observers = list(observers)
+        self._pid = getpid()
         self._stepping, self._inbox_lock = RLock(), Lock()
         self._inbox: list[Request] = []
         self._scheduler: Scheduler | None = None
@@ -108,8 +110,10 @@ class Engine:
         ids after every single token and may end the answer there. deadline: time in seconds of `time.monotonic` at
         which the request ends with what it has, with finish "deadline". grammar: the start state of the config's
         grammar. Raises UserInputError for an empty prompt, a prompt as long as the context, unknown ids, a block
-        larger than the view's, and a config with a grammar but without its start state.
+        larger than the view's, a config with a grammar but without its start state, and a process that was forked
+        after the engine was made.
         """
+        check_process(self._pid)
         dual = self.runner.dual
         if (config.grammar is None) != (grammar is None):
             raise UserInputError("a grammar must be compiled for the model: hand in its state too.")
@@ -187,6 +191,7 @@ class Engine:
 
     def step_for(self, request: Request) -> None:
         """Step, unless this request got a record or ended while another thread stepped."""
+        check_process(self._pid)
         num_cycles = len(request.cycles)
         with self._stepping:
             if len(request.cycles) == num_cycles and not request.closed:

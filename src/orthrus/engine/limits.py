@@ -1,5 +1,9 @@
 """Limits of a request, checked before it is accepted."""
 
+import os
+
+import torch
+
 from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
 
@@ -34,3 +38,13 @@ def check_block_size(dual: DualView, block_size: int | None) -> int:
             "or make a view with larger blocks."
         )
     return block_size
+
+
+def check_process(pid: int) -> None:
+    """UserInputError in a process that was forked from `pid`, which made the engine: its threads are not here, and the
+    first pass would wait for them for ever. One thread has none to wait for."""
+    if os.getpid() != pid and torch.get_num_threads() > 1:
+        raise UserInputError(
+            "this model was loaded before the process forked: load it in each process, or start processes with "
+            'multiprocessing.get_context("spawn").'
+        )

@@ -250,7 +250,7 @@ def roll_back(view: Path) -> tuple[Path, Path | None]:
     Returns (where it lay, where the present one went; None where there was none). Raises UserInputError when
     none was set aside.
     """
-    kept = _kept(view, "before")
+    kept = set_aside(view)
     if not kept:
         raise UserInputError(
             f"no earlier view lies beside {view}, so there is nothing to go back to: adapt keeps one when it "
@@ -262,6 +262,11 @@ def roll_back(view: Path) -> tuple[Path, Path | None]:
         view.rename(aside)
     kept[-1].rename(view)
     return kept[-1], aside
+
+
+def set_aside(view: Path) -> list[Path]:
+    """Views that `put_in_place` set aside beside this one, the oldest first."""
+    return _kept(view, "before")
 
 
 def _kept(view: Path, word: str) -> list[Path]:
