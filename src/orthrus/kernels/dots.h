@@ -98,8 +98,8 @@ struct WholeDot {
 };
 #endif
 
-// Whether these instructions add products of bfloat16 faster than float32's do. Intel's processors take two cycles for
-// each, in which they make as many products in float32; theirs are AMX's.
+// Whether these instructions add products of bfloat16 faster than those of float32 do. On Intel's processors each takes
+// two cycles, in which float32 makes twice as many products; they have AMX for bfloat16.
 inline bool has_fast_bfloat16_dots() {
 #if ORTHRUS_BFLOAT16_DOTS
   static const bool is_fast = !__builtin_cpu_is("intel");
