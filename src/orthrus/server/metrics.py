@@ -51,7 +51,7 @@ class Metrics:
         )
         self.accepted_at = counter(
             "spec_decode_num_accepted_tokens_per_pos",
-            "Drafts accepted, by their `position` among those of a cycle.",
+            "Drafts accepted, by their `position` among those of a cycle, counted from 0.",
             "position",
         )
         self.passes = counter("passes", "Passes that answers took part in.")
