@@ -119,12 +119,12 @@ def _start_folder(view: Path, init: str) -> Path:
 
     if view.exists():
         found: Path | None = view
-    elif init == "default" and (aside := set_aside(view)):
-        raise UserInputError(
-            f"there is no view {view}, but {aside[-1].name} lies beside it: an adapt was stopped while it replaced "
-            "the view. Put that one back with --rollback, or name a view to start from with --init."
-        )
     elif init == "default":
+        if aside := set_aside(view):
+            raise UserInputError(
+                f"there is no view {view}, but {aside[-1].name} lies beside it: an adapt was stopped while it "
+                "replaced the view. Put that one back with --rollback, or name a view to start from with --init."
+            )
         found = shipped_view_folder(DEFAULT_MODEL_VIEW)
     else:
         found = Path(init).expanduser()

@@ -31,7 +31,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device | str = "cpu") -> float
 def dtype_advice(dtype: torch.dtype, device: torch.device, peak: float) -> str | None:
     """What to tell the user of a CPU that multiplies float32 faster than bfloat16; None where it does not.
 
-    dtype: of the frozen base; peak: its `matmul_peak` on that device. Takes a tenth of a second in bfloat16.
+    dtype: of the frozen base; peak: its `matmul_peak` on that device. For bfloat16 it times float32 too.
     """
     if dtype != torch.bfloat16 or device.type != "cpu":
         return None
