@@ -140,16 +140,18 @@ void products_of(const std::vector<Side>& sides, const Target<Out>& to, const Mu
 
 // Rows that one walk through a block of weights serves, and bytes of weights that stay in the first cache meanwhile.
 constexpr int64_t kPanelRows = 64, kPanelBytes = 24576;
+// With so many parts of the rows, widening a panel once takes less time than widening it in each part.
+constexpr int64_t kWidenFrom = kLanes > 8 ? 4 : 2;
 
-// Rows x times a block of weights, by panels of its inputs where the block does not stay in the caches. Every sum goes
-// on from panel to panel in the order of the inputs. Pairs of bfloat16 that serve several parts of the rows are widened
-// once, panel by panel. next: what is wanted afterwards, `share` bytes of it.
+// Multiplies rows x by a block of weights, by panels of its inputs where the block does not stay in the caches. Every
+// sum goes on from panel to panel in the order of the inputs. Pairs of bfloat16 that serve many parts of the rows are
+// widened once, panel by panel. next: what is wanted afterwards, `share` bytes of it.
 template <int kBeside, typename T>
 void multiply_block(
     const float* x, int64_t rows, int64_t inputs, const T* weight, float* sums, const char* next, int64_t share) {
   constexpr int64_t kWhole = kPanelBytes / (kPlainWidth * sizeof(float)) / kBeside * kBeside;
   const int64_t parts = (rows + kRows - 1) / kRows;
-  const bool widens = kBeside == 2 && parts > 1;
+  const bool widens = kBeside == 2 && parts >= kWidenFrom;
   const int64_t panel = parts == 1 ? inputs : kWhole;
   alignas(kCacheLine) float wide[kBeside == 2 ? kWhole * kPlainWidth : 1];
   for (int64_t k = 0; k < inputs; k += panel) {
