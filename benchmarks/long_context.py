@@ -126,7 +126,7 @@ class Case:
             elapsed = (perf_counter() - started) * 1e3
         cycle = request.cycles[-1]
         self.shape = cycle.num_passes, cycle.num_rows
-        self.kv_bytes = request.slots.num_slots * slot_bytes(dual.base.config, dual.dtype)
+        self.kv_bytes = request.slots.num_slots * slot_bytes(dual.base.config, self.engine.runner.kv_dtype)
         self.engine.drop(request)
         return elapsed
 
@@ -178,7 +178,7 @@ def build_report(
 ) -> dict[str, Any]:
     """All results, and where they come from."""
     about = orthrus.describe()
-    bytes_of_slot = slot_bytes(orthrus.dual.base.config, orthrus.dual.dtype)
+    bytes_of_slot = slot_bytes(orthrus.dual.base.config, orthrus.engine.runner.kv_dtype)
     return {
         "kind": "orthrus-long-context",
         "legend": LEGEND,

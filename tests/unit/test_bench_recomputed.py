@@ -204,7 +204,7 @@ def test_sizes_count_every_weight_once() -> None:
     from orthrus.bench.work import sizes_of
 
     orthrus = tiny_orthrus()
-    sizes = sizes_of(orthrus.dual)
+    sizes = sizes_of(orthrus.dual, orthrus.dual.dtype)
     assert sizes is not None
     layers = [m for n, m in orthrus.stock().named_modules() if n.endswith("_proj")]
     assert sizes.shared + sizes.ar == sum(m.weight.numel() for m in layers)  # type: ignore[union-attr, operator, misc]

@@ -199,7 +199,8 @@ class _Bench:
 
     def about(self) -> BenchReport:
         """A report without runs."""
-        model, sizes = self.orthrus.describe(), sizes_of(self.orthrus.dual)
+        model = self.orthrus.describe()
+        sizes = sizes_of(self.orthrus.dual, self.orthrus.engine.runner.kv_dtype)
         made = provenance(device=model["device"], dtype=model["dtype"], seed=self.options.seed)
         if self.energy is not None:
             made["energy"] = self.energy.describe()

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from orthrus.base.families import decoder_layers
@@ -100,8 +101,11 @@ class Sizes:
         )
 
 
-def sizes_of(dual: DualView) -> Sizes | None:
-    """The model's sizes; None where rows choose their weights (experts), so that no one size holds for all."""
+def sizes_of(dual: DualView, kv_dtype: torch.dtype) -> Sizes | None:
+    """The model's sizes, with keys and values in that dtype.
+
+    None where rows choose their weights (experts), so that no one size holds for all.
+    """
     config: Any = dual.base.config.get_text_config()
     if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
         return None
@@ -125,7 +129,7 @@ def sizes_of(dual: DualView) -> Sizes | None:
         *_size(head),
         *_size(draft_head),
         4 * heads * head_size * len(layers),
-        2 * kv_heads * head_size * len(layers) * dual.dtype.itemsize,
+        2 * kv_heads * head_size * len(layers) * kv_dtype.itemsize,
     )
 
 

@@ -48,6 +48,7 @@ class CompiledRunner:
     def __init__(self, dual: DualView, on_progress: Progress | None = None) -> None:
         load_kernels(on_progress)
         self.dual, self._dtype = dual, dual.dtype
+        self.kv_dtype = torch.bfloat16 if dual.precision else dual.dtype
         self.repair_tables = RepairTables.of(dual)
         layers = list(decoder_layers(dual.base))
         fast = [fast_layer(layer) for layer in layers]
@@ -66,7 +67,7 @@ class CompiledRunner:
         return SlotPool(
             self.dual.base.config,
             num_pages,
-            dtype=self._dtype,
+            dtype=self.kv_dtype,
             move=torch.ops.orthrus.move_slots,
             keys_turned=True,
         )

@@ -323,7 +323,7 @@ class Engine:
         dual, most = self.runner.dual, self.config.max_slots
         if most is None:
             config = dual.base.config
-            most = _available(dual.device) // 5 // slot_bytes(config, dual.dtype)
+            most = _available(dual.device) // 5 // slot_bytes(config, self.runner.kv_dtype)
             most = min(most, 32 * self.context_length)
         return max(pages_for(most), 4)
 

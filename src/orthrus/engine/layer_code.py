@@ -208,8 +208,10 @@ class _Store:
     def update(
         self, keys_1HTD: Tensor, values_1HTD: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        self.keys[:, :, self.slots_T // PAGE, :, self.slots_T % PAGE] = keys_1HTD.permute(2, 0, 1, 3)
-        self.values.index_copy_(2, self.slots_T, values_1HTD)
+        self.keys[:, :, self.slots_T // PAGE, :, self.slots_T % PAGE] = keys_1HTD.permute(2, 0, 1, 3).to(
+            self.keys.dtype
+        )
+        self.values.index_copy_(2, self.slots_T, values_1HTD.to(self.values.dtype))
         return self.keys, self.values
 
 

@@ -1,4 +1,5 @@
-// Attention of a pass over rows of many requests to the paged slots that each row reads, in float32 or bfloat16.
+// Attention of a pass over rows of many requests to the paged slots that each row reads. Queries are float32 or
+// bfloat16, and so is the pool, which may also hold bfloat16 for queries in float32.
 //
 // A row reads the committed history of its own request, and of this pass the rows that its request's tail allows.
 // All sums are in float32 and in the order of the positions, and a slot that a row may not read is never multiplied
@@ -327,13 +328,13 @@ struct Shape {
   int64_t num_heads, num_kv, group, key_size, value_size, width;
 };
 
-// Queries [begin, end) of a span, in the order of the heads of keys.
-template <typename T>
+// Queries [begin, end) of a span, in the order of the heads of keys. Q: dtype of queries and outputs; T: of the pool.
+template <typename Q, typename T>
 void attend_some(
     const Span& span, const Shape& shape, int64_t begin, int64_t end, const at::Tensor& query, const at::Tensor& keys,
-    const at::Tensor& values, float scale, int64_t window, float cap, T* to) {
+    const at::Tensor& values, float scale, int64_t window, float cap, Q* to) {
   const int64_t num_queries = shape.group * span.rows(), most = std::min(kMostQueries, end - begin);
-  const T* from = query.const_data_ptr<T>();
+  const Q* from = query.const_data_ptr<Q>();
   const auto scratch = room<float>(most * (shape.key_size + shape.width + 1));
   float *numbers = scratch.get(), *sums = numbers + most * shape.key_size, *totals = sums + most * shape.width;
   int64_t rows[kMostQueries];
@@ -344,7 +345,7 @@ void attend_some(
     const auto head_of = [&](int64_t q) { return kv * shape.group + (first + q) % shape.group; };
     for (int64_t q = 0; q < num; ++q) {
       rows[q] = (first + q) / shape.group;
-      const T* here = from + head_of(q) * query.stride(1) + span.row_of_pass(rows[q]) * query.stride(2);
+      const Q* here = from + head_of(q) * query.stride(1) + span.row_of_pass(rows[q]) * query.stride(2);
       widen(here, shape.key_size, numbers + q * shape.key_size, scale);
     }
     const Head<T> head{
@@ -362,14 +363,14 @@ void attend_some(
   }
 }
 
-template <typename T>
+template <typename Q, typename T>
 void attend_all(
     const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, const std::vector<Span>& spans,
     float scale, int64_t window, float cap, at::Tensor& out) {
   const Shape shape{
       query.size(1), keys.size(1), query.size(1) / keys.size(1), keys.size(3), values.size(3),
       whole(values.size(3), kLanes)};
-  T* to = out.mutable_data_ptr<T>();
+  Q* to = out.mutable_data_ptr<Q>();
   // Threads share all queries by what they cost.
   std::vector<double> costs{0.0};
   int64_t num_queries = 0;
@@ -397,7 +398,7 @@ void attend_all(
       };
       const int64_t begin = place(low), end = place(high);
       if (begin < end)
-        attend_some<T>(spans[i], shape, begin, end, query, keys, values, scale, window, cap, to);
+        attend_some<Q, T>(spans[i], shape, begin, end, query, keys, values, scale, window, cap, to);
     }
   });
 }
@@ -414,9 +415,10 @@ at::Tensor attention(
           values.size(0) == 1,
       "attention: queries and values (1, heads, rows, size), keys (1, heads, pages, size, slots of a page)");
   TORCH_CHECK(
-      query.scalar_type() == keys.scalar_type() && query.scalar_type() == values.scalar_type() &&
-          (query.scalar_type() == at::kFloat || query.scalar_type() == at::kBFloat16),
-      "attention: float32 or bfloat16, all alike");
+      keys.scalar_type() == values.scalar_type() &&
+          (query.scalar_type() == at::kFloat || query.scalar_type() == at::kBFloat16) &&
+          (keys.scalar_type() == query.scalar_type() || keys.scalar_type() == at::kBFloat16),
+      "attention: float32 or bfloat16, and a pool of the queries' dtype or of bfloat16");
   TORCH_CHECK(
       query.stride(3) == 1 && values.stride(3) == 1 && keys.stride(4) == 1 && keys.size(4) == kPage &&
           keys.stride(3) == kPage && keys.stride(2) == keys.size(3) * kPage,
@@ -432,10 +434,16 @@ at::Tensor attention(
       TORCH_CHECK(
           span.table[page] >= 0 && span.table[page] < keys.size(2), "attention: no such page");
   at::Tensor out = at::empty({1, query.size(2), query.size(1), values.size(3)}, query.options());
-  if (query.scalar_type() == at::kFloat)
-    attend_all<float>(query, keys, values, spans, static_cast<float>(scale), window, static_cast<float>(cap), out);
+  const auto attend_with = [&](auto of_query, auto of_pool) {
+    attend_all<decltype(of_query), decltype(of_pool)>(
+        query, keys, values, spans, static_cast<float>(scale), window, static_cast<float>(cap), out);
+  };
+  if (query.scalar_type() == at::kBFloat16)
+    attend_with(at::BFloat16{}, at::BFloat16{});
+  else if (keys.scalar_type() == at::kBFloat16)
+    attend_with(float{}, at::BFloat16{});
   else
-    attend_all<at::BFloat16>(query, keys, values, spans, static_cast<float>(scale), window, static_cast<float>(cap), out);
+    attend_with(float{}, float{});
   return out;
 }
 

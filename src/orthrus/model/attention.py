@@ -48,7 +48,7 @@ class RunningPass:
         """Write the pass's rows (1, H, R, D); returns the pool's stores of this layer (1, H, S, D)."""
         stores = self.pool.keys[layer_idx], self.pool.values[layer_idx]
         for store, new in zip(stores, (keys, values), strict=True):
-            store.index_copy_(2, self.pass_.slots_R, new)
+            store.index_copy_(2, self.pass_.slots_R, new.to(store.dtype))
         return stores
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -124,7 +124,11 @@ def span_attention(
         # The heads that share keys become rows of one head: no key is copied once per head.
         query_1HQD = query_1HRD[:, :, group.rows].unflatten(1, (num_kv, fold)).transpose(2, 3).flatten(2, 3)
         keys, values = (
-            store[:, :, group.slots] if isinstance(group.slots, slice) else store.index_select(2, group.slots)
+            (
+                store[:, :, group.slots]
+                if isinstance(group.slots, slice)
+                else store.index_select(2, group.slots)
+            ).to(query_1HRD.dtype)
             for store in (keys_1HSD, values_1HSD)
         )
         if softcap is None:

@@ -19,11 +19,12 @@ class Runner(Protocol):
     """Runs passes of one model. An engine owns its runner; one thread runs passes at a time.
 
     name: "eager" or "compiled". dual: the model. repair_tables: what stands for the view's repair head, where
-    the runner keeps it.
+    the runner keeps it. kv_dtype: of the keys and values in its pools.
     """
 
     name: str
     dual: DualView
+    kv_dtype: torch.dtype
     repair_tables: RepairTables | None
 
     def new_pool(self, num_pages: int) -> SlotPool:
@@ -44,6 +45,7 @@ class RunnerAround:
 
     def __init__(self, runner: Runner) -> None:
         self.name, self.dual, self.repair_tables = runner.name, runner.dual, runner.repair_tables
+        self.kv_dtype = runner.kv_dtype
         self._runner = runner
 
     def new_pool(self, num_pages: int) -> SlotPool:
@@ -59,19 +61,19 @@ class RunnerAround:
 class EagerRunner:
     """The stock transformers forward, over twins, with attention span by span. For any device and dtype.
 
-    Weights are shared with the model, so training shows at once.
+    Weights are shared with the model, so training shows at once. kv_dtype: left out, the model's.
     """
 
     name = "eager"
     repair_tables: RepairTables | None = None
 
-    def __init__(self, dual: DualView) -> None:
-        self.dual = dual
+    def __init__(self, dual: DualView, kv_dtype: torch.dtype | None = None) -> None:
+        self.dual, self.kv_dtype = dual, kv_dtype or dual.dtype
         self._decoder = decoder_with_attention(dual, attention.NAME)
         self._windows = layer_windows(dual.base.config)
 
     def new_pool(self, num_pages: int) -> SlotPool:
-        return SlotPool(self.dual.base.config, num_pages, dtype=self.dual.dtype, device=self.dual.device)
+        return SlotPool(self.dual.base.config, num_pages, dtype=self.kv_dtype, device=self.dual.device)
 
     def hidden(self, p: Pass, pool: SlotPool) -> Tensor:
         dual, running = self.dual, RunningPass(p, pool, self._windows)
