@@ -6,7 +6,7 @@ from itertools import cycle
 from typing import Any
 
 from orthrus.bench.arms import PLAIN, STOCK, Arm
-from orthrus.bench.layout import law
+from orthrus.bench.layout import sampling_name
 from orthrus.bench.metrics import ALL, Row
 from orthrus.bench.records import by_temperature
 from orthrus.bench.report import BenchReport
@@ -39,7 +39,7 @@ class Plot:
 def plots_of_bench(source: str, report: BenchReport) -> Iterator[Plot]:
     """The plots that one benchmark has the data for, greedy first."""
     for temperature, rows in by_temperature(report.rows):
-        named = law(temperature)
+        named = sampling_name(temperature)
         for make in (_waterfall, _positions, _break_even, _block_lengths):
             plot = make(rows, report)
             if plot is not None:

@@ -1,4 +1,4 @@
-"""Log probs of chosen tokens and of the most probable ones, by the model's own law."""
+"""Log probs of chosen tokens and of the most probable ones, by the model's own distribution."""
 
 from collections.abc import Sequence
 

@@ -15,7 +15,7 @@ _MASK = 2**64 - 1
 def exponential_noise(
     seed: int, positions: Sequence[int], vocab_size: int, device: torch.device | str
 ) -> Tensor:
-    """One row of noise per position; noise_RV float32, positive and finite, with the law Exp(1).
+    """One row of noise per position; noise_RV float32, positive and finite, distributed as Exp(1).
 
     seed: 0 to 2**63 - 1; positions: from 0. A row depends on the seed, its own position and nothing else: it
     is the same alone, in a batch, and in any later pass. The integers beneath, SplitMix64's finaliser over

@@ -47,18 +47,18 @@ def reference_decode(
     return new_ids
 
 
-def reference_law(
+def reference_distribution(
     logits_of: Callable[[Tensor], Tensor], prompt_ids: list[int], depth: int, params: SamplingParams
 ) -> dict[tuple[int, ...], float]:
-    """The exact law of the next `depth` tokens, by enumeration: {token ids: probability}.
+    """The exact distribution of the next `depth` tokens, by enumeration: {token ids: probability}.
 
     Filters only: no logit bias, no penalties.
     """
-    law: dict[tuple[int, ...], float] = {(): 1.0}
+    masses: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(depth):
         longer: dict[tuple[int, ...], float] = {}
-        for ids, mass in law.items():
+        for ids, mass in masses.items():
             probs_V = filtered_probs(logits_of(torch.tensor([*prompt_ids, *ids]))[-1:], params)[0]
             longer |= {(*ids, v): mass * float(p) for v, p in enumerate(probs_V) if p > 0}
-        law = longer
-    return law
+        masses = longer
+    return masses

@@ -67,15 +67,15 @@ def draw_with_noise(probs_RV: Tensor, noise_RV: Tensor | Sequence[Tensor]) -> Te
 
     noise_RV: float32, as one tensor or as its rows, of which some may be the same.
 
-    argmax(p / e) with e ~ Exp(1) has law p, needs no host synchronisation, unlike multinomial, and never
-    gives a token of probability 0. Rows need not be normalised. With `noise.exponential_noise` the token is
-    a function of seed, position and law alone, whichever pass the law came from.
+    argmax(p / e) with e ~ Exp(1) has distribution p and never gives a token of probability 0. Unlike multinomial it
+    needs no host synchronisation. Rows need not be normalised. With `noise.exponential_noise` the token is a function
+    of seed, position and p only, whichever pass p came from.
     """
     return _argmax(_raced(probs_RV, noise_RV))
 
 
 def _raced(probs_RV: Tensor, noise_RV: Tensor | Sequence[Tensor]) -> Tensor:
-    """p / e; on a CPU rows of noise are read where they lie, since stacking them would cost more."""
+    """p / e. On a CPU it reads the rows of noise in place, because stacking them costs more."""
     if isinstance(noise_RV, Tensor):
         return probs_RV / noise_RV
     if probs_RV.device.type != "cpu":
@@ -89,8 +89,8 @@ def _raced(probs_RV: Tensor, noise_RV: Tensor | Sequence[Tensor]) -> Tensor:
 def _argmax(scores_RV: Tensor) -> Tensor:
     """The first of the largest scores of each row, token_ids_R.
 
-    On a CPU PyTorch looks at one number at a time; the maxima of chunks, which are vectorised, leave few to
-    look at.
+    On a CPU PyTorch's argmax looks at one number at a time. The maxima of chunks are vectorised, and leave few
+    numbers to look at.
     """
     size = gcd(scores_RV.shape[-1], _CHUNK)
     if scores_RV.device.type != "cpu" or size < _LEAST_CHUNK:
@@ -102,12 +102,12 @@ def _argmax(scores_RV: Tensor) -> Tensor:
 
 
 def coupled_log_scores(probs_RV: Tensor, noise_RV: Tensor | Sequence[Tensor]) -> Tensor:
-    """log p - log e, minus infinity where p is 0: what `draw_with_noise` maximises, to rank drafts by.
+    """log p - log e, the value that `draw_with_noise` maximises; minus infinity where p is 0. Drafts rank by it.
 
-    A row's best score is its draw, its best C are C draws without replacement. Scores of the diffusion view
-    under the noise of the AR view's coming draw couple the two: laws p and q at total variation distance TV
-    then agree with probability at least (1 - TV) / (1 + TV) (Gumbel coupling, arXiv 2408.07978), where
-    independent draws agree with probability sum(p q). The AR view's draw does not look at the draft, so its
-    law stays p.
+    The best score of a row is its draw, and its best C scores are C draws without replacement. If the diffusion view
+    is scored with the noise of the AR view's coming draw, the two are coupled. Draws of distributions p and q, at
+    total variation distance TV, then agree with probability at least (1 - TV) / (1 + TV) (Gumbel coupling,
+    arXiv 2408.07978). Independent draws agree with probability sum(p q). The AR view's draw does not depend on the
+    draft, so its distribution stays p.
     """
     return _raced(probs_RV, noise_RV).log()

@@ -120,7 +120,7 @@ def _temperature(guessed: Guessed) -> float:
 def _scores(guessed: Guessed, logits_DV: Tensor) -> Tensor:
     """Unnormalised log probs, scores_DV float32, by which draft rows rank their guesses.
 
-    Sampled drafts rank by the same noise that the AR view's own choice will meet: where both laws agree, so do
+    Sampled drafts rank by the same noise that the AR view's own choice will meet: where both distributions agree, so do
     the tokens (arXiv 2408.07978).
     """
     request = guessed.request

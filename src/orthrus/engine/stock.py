@@ -85,12 +85,12 @@ def _config(
     max_new_tokens: int, eos_token_ids: frozenset[int], temperature: float, settings: dict[str, Any]
 ) -> GenerationConfig:
     eos = sorted(eos_token_ids)
-    law: dict[str, Any] = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0.0:
-        law = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    law |= settings
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    sampling |= settings
     return GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=eos or None, pad_token_id=eos[0] if eos else 0, **law
+        max_new_tokens=max_new_tokens, eos_token_id=eos or None, pad_token_id=eos[0] if eos else 0, **sampling
     )
 
 

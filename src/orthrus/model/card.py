@@ -256,7 +256,7 @@ def _settings(recipe: dict[str, Any], step: object) -> dict[str, str]:
 
 def _limits(config: ViewConfig) -> str:
     lines = [
-        "In float32, greedy output is the base's token for token, and sampled output has the base's law. In "
+        "In float32, greedy output is the base's token for token, and sampled output has the base's distribution. In "
         "half precision\n  and on quantised bases near-ties may fall either way, as in every speculative "
         "decoder; `orthrus audit` tells them\n  from faults.",
         "It belongs to the base of this fingerprint: on a fine-tuned one it stays lossless and drafts worse.",

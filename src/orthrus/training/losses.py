@@ -26,7 +26,7 @@ class RowLosses(NamedTuple):
 
 
 def pointwise_loss(kind: LossKind, log_q_RV: Tensor, log_p_RV: Tensor, corpus_ids_R: Tensor) -> Tensor:
-    """Loss of each row, loss_R. q is the draft's law, p the AR view's (both log-probabilities, float32).
+    """Loss of each row, loss_R. q is the draft's distribution, p the AR view's (both log-probabilities, float32).
 
     kl: forward KL(p || q), arXiv 2605.12825; ce: cross-entropy on the corpus token; tv: total variation,
     1 - sum min(p, q); lk: the mixture of KL and TV that leans on TV as the overlap grows, arXiv 2602.23881.

@@ -130,7 +130,7 @@ class Work:
 
     @property
     def teacher_rows(self) -> float:
-        """Rows of the AR pass whose law is imitated: different blocks share them."""
+        """Rows of the AR pass whose distribution is a target; blocks share such rows."""
         return min(self.micro_batch_size * self.sequence_length, self.target_rows)
 
 
@@ -228,9 +228,9 @@ def logits_bytes(shape: Shape, work: Work) -> int:
     """The vocabulary rows of one chunk of the loss: min(512, targets) V (28 + 3 c, + 4 in bfloat16, + c where
     logits are capped) bytes.
 
-    Seven float32 numbers for each logit: the AR view's log probabilities and the same by draft row, both laws, the
-    draft's best, their difference and its product; the draft's logits in float32 and as the head gives them; the
-    gradients of the chunk before, in parts and in one.
+    Each logit needs seven float32 numbers: the AR view's log probabilities and the same by draft row, both
+    distributions, the draft's best, their difference and its product. To these come the draft's logits in float32 and
+    as the head gives them, and the gradients of the chunk before, in parts and in one.
     """
     c = work.dtype_bytes
     each = 28 + (3 + shape.capped_logits) * c + 4 * (c != BYTES["float32"])
@@ -300,7 +300,7 @@ def pass_flops(shape: Shape, work: Work) -> float:
     """Operations of the matrix products of one pass of one process, 2 for each multiplication and addition.
 
     M: weights that a row meets in a layer, m of them trained (in place of the base's; low-rank parts besides).
-    AR rows, B T of them: L (2 M + 4 T q); laws to imitate: 2 V C each, for min(B T, targets) rows
+    AR rows, B T of them: L (2 M + 4 T q); target distributions: 2 V C each, for min(B T, targets) rows
     block rows, Q: forward L (2 M + 4 q (S + K)); backward, in the layers that learn, 2 M to their inputs, 2 m to their
         weights, and attention's 4 q S + 8 q K (flex: 10 q (S + K), since it computes scores again and gradients
         of all keys); less 2 C (q + 2 kv) in the first of them, unless a trained mask learns
