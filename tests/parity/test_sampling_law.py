@@ -128,7 +128,7 @@ TOGETHER = 20
 def sample(
     params: SamplingParams, strategy: Strategy, floor: bool, num_draws: int = FEW_DRAWS
 ) -> tuple[list[tuple[int, ...]], float]:
-    """Continuations of PROMPT by the engine, one per seed, some at a time; the share of drafts that stood."""
+    """Continuations of PROMPT by the engine, one per seed, some at a time; the acceptance rate."""
     engine = engine_for(RUNNER, max_slots=TOGETHER * 64, reuse=False)
     waiting = iter(range(num_draws))
     running: list[Request] = []

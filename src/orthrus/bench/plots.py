@@ -85,11 +85,11 @@ def _positions(rows: Sequence[Row], _: BenchReport) -> _Found:
     return (
         "positions",
         "Acceptance by position and domain",
-        f"{_NAMES.get(str(arm), arm)}: of the cycles in which all drafts before position j stood, the share in which "
-        "draft j stood too. With the floor draft 1 is the second token behind the anchor. Far positions rest on few "
-        "cycles.",
+        f"{_NAMES.get(str(arm), arm)}: of the cycles in which all drafts before position j were accepted, the share in "
+        "which draft j was accepted too. With the floor, draft 1 is the second token after the anchor. Few cycles "
+        "reach far positions.",
         Lines(
-            Axis("position in the draft", whole=True), Axis("accepted, given all before", 0.0, 1.0), series
+            Axis("position of the draft", whole=True), Axis("accepted, given all before", 0.0, 1.0), series
         ),
     )
 

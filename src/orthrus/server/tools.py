@@ -12,7 +12,7 @@ from typing import Any
 from orthrus.base.json_text import parse_json
 from orthrus.base.prompt import content_text
 from orthrus.config import Grammar
-from orthrus.decoding.grammar import blanks
+from orthrus.decoding.grammar import whitespace_setting
 from orthrus.errors import UserInputError
 from orthrus.server.errors import bad_request
 from orthrus.server.schemas import ChatRequest, NamedTool, ResponseFormat, Tool
@@ -102,7 +102,7 @@ def _wanted(form: ResponseFormat) -> dict[str, Any]:
 
 def _schema(schema: dict[str, Any], compact: bool) -> str:
     try:
-        return json.dumps(schema | {"x-guidance": blanks(compact=compact)})
+        return json.dumps(schema | {"x-guidance": whitespace_setting(compact=compact)})
     except (ValueError, RecursionError) as error:
         raise bad_request(f"tools: a schema cannot be used ({error}).", param="tools") from error
 

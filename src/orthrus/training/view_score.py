@@ -29,11 +29,11 @@ OnDecoded = Callable[[int, int], None]
 
 
 class Decoded(NamedTuple):
-    """Of decoding by `chain`: tokens after the first, cycles, guesses that stood, and guesses that could have stood."""
+    """Counts of decoding by `chain`: tokens after the first, cycles, accepted guesses, and guesses that were judged."""
 
     num_tokens: int
     num_cycles: int
-    num_stood: int
+    num_accepted: int
     num_judged: int
 
 
@@ -60,7 +60,7 @@ class Scorer:
         counts = torch.tensor(decoded(dual, self.base, mine, self.on_decoded), device=self.process.device)
         total = Decoded(*reduce(counts, "sum").tolist())
         score = total.num_tokens / total.num_cycles if total.num_cycles else 1.0
-        goes_on = total.num_stood / total.num_judged if total.num_judged else None
+        goes_on = total.num_accepted / total.num_judged if total.num_judged else None
         dual.config = replace(dual.config, goes_on=goes_on)
         if self.best is None or score > self.best[0]:
             self.best = (score, step)
