@@ -26,7 +26,7 @@ from orthrus.kernels.build import load_kernels
 from orthrus.kernels.linear import fast_linear
 from orthrus.model.int8_linear import Int8Linear
 from orthrus.model.passes import causal, join
-from orthrus.model.pool import SlotPool, Slots, pages_for, turned
+from orthrus.model.pool import SlotPool, Slots, pages_for, transposed
 
 ROWS = (1, 4, 8, 16, 25, 32, 48)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
@@ -97,7 +97,7 @@ def attention(dtype: str, history: int) -> Callable[[int], tuple[Job, Job]]:
     pool = SlotPool(config, pages_for(history + max(ROWS)), dtype=kind)
     for store in (*pool.keys, *pool.values):
         store.normal_()
-    turned_keys = list(map(turned, pool.keys))
+    transposed_keys = list(map(transposed, pool.keys))
     slots = Slots(pool)
     slots.reserve(pool.num_slots)
     slots.commit(history)
@@ -110,7 +110,7 @@ def attention(dtype: str, history: int) -> Callable[[int], tuple[Job, Job]]:
         mask = torch.zeros(num_rows, end, dtype=kind).masked_fill(~visible, -torch.inf)
         mask = mask.repeat_interleave(fold, 0)
         plan = join([(causal([0] * num_rows), slots)]).plan_P
-        stores = list(zip(pool.keys, turned_keys, pool.values, strict=True))
+        stores = list(zip(pool.keys, transposed_keys, pool.values, strict=True))
         theirs, ours = scaled_dot_product_attention, torch.ops.orthrus.paged_attention
         return (
             lambda: [theirs(folded, k[:, :, :end], v[:, :, :end], mask) for k, _, v in stores] and None,

@@ -132,7 +132,7 @@ class NoShare(Policy):
 class Certain(Ratio):
     """Promises are believed as they are."""
 
-    def add(self, came: float, promised: float) -> None:
+    def add(self, accepted: float, promised: float) -> None:
         """Nothing is learnt."""
 
 

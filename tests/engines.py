@@ -104,5 +104,5 @@ def run_all(engine: Engine, requests: Iterable[Request], *, most: int = 10_000) 
 
 
 def acceptance(request: Request) -> list[tuple[object, ...]]:
-    """What each cycle drafted, and what stood of it; passes over a prompt hang on the company."""
+    """Drafted and accepted tokens of each cycle. Passes over a prompt depend on the other requests."""
     return [(c.kind, c.token_ids, c.is_draft, c.num_drafted, c.num_accepted) for c in request.cycles]

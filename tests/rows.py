@@ -12,7 +12,7 @@ from orthrus.model.runner import EagerRunner, Runner
 
 
 def slot_by_slot(store: Tensor) -> Tensor:
-    """A store of a pool as (1, H, S, D), the numbers of a slot side by side: itself, or a copy of turned keys."""
+    """A store of a pool as (1, H, S, D), the numbers of a slot side by side: itself, or a copy of transposed keys."""
     return store.mT.flatten(2, 3) if store.ndim == 5 else store
 
 

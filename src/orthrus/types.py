@@ -1,7 +1,10 @@
-"""Values that travel between the layers. Shape legend of the whole package:
+"""Values that travel between the layers.
 
-B batch, T rows of a pass, R rows projected to logits, S slots of the cache, K block size,
-H heads, D head dimension, C hidden size, V vocabulary.
+A tensor's name ends in its shape, one letter per dimension; a digit is a size. Letters of the whole package:
+
+B batch, R rows (of a pass, or those projected to logits), T tokens of one sequence, S slots of the cache, K block size,
+H heads, C hidden size, V vocabulary, D draft rows or head dimension, P parents, pages or a pass's plan. Where a letter
+has two meanings, the file says which. A file explains further letters itself.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,10 +16,10 @@ CycleKind = Literal["prefill", "ar", "chain", "tree", "fused", "fused_tree"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The natural log probability of a committed token (finite), and (id, log probability) of the most probable ones.
+    """The natural log probability of a committed token, which is finite, and those of the most probable tokens.
 
-    They come from the model's own distribution, before temperature, penalties, bias and grammar. `top` is sorted,
-    most probable first.
+    They come from the model's own distribution, before temperature, penalties, bias and grammar. `top`: pairs (id, log
+    probability), most probable first.
     """
 
     token_id: int
@@ -26,14 +29,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Cycle:
-    """What one cycle committed. Streams, results and benchmarks all consist of this record.
+    """The record of one cycle: one round of drafting and verifying, in one or two passes.
 
-    `text` is the text that became printable with this cycle (whole characters only; it may lag behind
-    `token_ids`). `is_draft[i]` says whether `token_ids[i]` was drafted; all other tokens are the AR view's own. Of
-    the accepted drafts, `num_copied` came only from a copy or a grammar, and the others from the diffusion view.
-    `rejected_ids`: the rejected drafts after the accepted ones; for a tree, those of its first branch.
-    `elapsed_ms` is the wall time that the cycle took. `logprobs` has one entry per token where the request asked
-    for them.
+    Streams, results and benchmarks all consist of these records. `text`: the text that became printable with this
+    cycle. It has whole characters only, so it may lag behind `token_ids`. `is_draft[i]` says whether `token_ids[i]` was
+    drafted; all other tokens are the AR view's own. `num_copied`: accepted drafts that only a copy or a grammar
+    proposed; the others came from the diffusion view. `rejected_ids`: the rejected drafts after the accepted ones; for
+    a tree, those of its first branch. `elapsed_ms`: the wall time of the cycle. `logprobs`: one entry per token if the
+    request asked for them.
     """
 
     index: int
@@ -54,7 +57,7 @@ class Cycle:
 
 @dataclass(frozen=True, slots=True)
 class DecodeStats:
-    """Counters of one request; docs/metrics.md defines every number."""
+    """Counters of one request. docs/metrics.md defines every number."""
 
     num_prompt_tokens: int
     num_tokens: int
@@ -104,7 +107,7 @@ class DecodeStats:
 
     @property
     def tpot_ms(self) -> float:
-        """Decoding time / (tokens - 1), in ms: tokens of a cycle arrive together, so gaps mean little."""
+        """Decoding time / (tokens - 1), in ms. Tokens of a cycle arrive together, so single gaps mean little."""
         return self.decode_ms / (self.num_tokens - 1) if self.num_tokens > 1 else 0.0
 
     def to_dict(self) -> dict[str, Any]:

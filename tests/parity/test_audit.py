@@ -112,7 +112,7 @@ def test_accepting_everything_fails(temperature: float, monkeypatch: pytest.Monk
 def test_noise_that_is_not_the_seeds_fails_a_sampled_audit(
     strategy: Strategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Draws of the right law, but others than plain decoding's once a draft was judged."""
+    """Draws of the right distribution, but others than plain decoding's once a draft was judged."""
     choose = choices.choose
 
     def shifted(logits_RV: Tensor, judged: Sequence[choices.Judged]) -> list[list[int]]:
@@ -147,7 +147,8 @@ def test_a_corrupt_cache_does_not_excuse_itself(
     assert not report.passed
     assert any("above" in m.reason for m in report.mismatches)
     assert all(
-        m.residue is not None and m.noise is not None and m.residue > 10 * m.noise for m in report.mismatches
+        m.residue is not None and m.rounding_spread is not None and m.residue > 10 * m.rounding_spread
+        for m in report.mismatches
     )
 
 
@@ -236,8 +237,8 @@ def test_a_constructed_near_tie_is_a_near_tie(monkeypatch: pytest.MonkeyPatch) -
         assert mismatch.verdict == "near-tie"
         assert {mismatch.baseline_token, mismatch.our_token} == {favourite, twin}
         assert mismatch.gap is not None
-        assert mismatch.noise is not None
-        assert mismatch.gap <= 2 * mismatch.noise
+        assert mismatch.rounding_spread is not None
+        assert mismatch.gap <= 2 * mismatch.rounding_spread
         assert mismatch.residue is not None
         assert mismatch.residue < 1e-4
 
@@ -255,7 +256,7 @@ def test_the_rule_itself() -> None:
     block = torch.tensor([4.96, 4.94, 0.0])
 
     tie = judge({ONE_ROW: stock, AS_DECODED: block}, block.flip(0)[[1, 2, 0]], 0, 1)
-    assert tie.noise == pytest.approx(0.04)
+    assert tie.rounding_spread == pytest.approx(0.04)
     assert (tie.verdict, tie.gap) == ("broken rule", pytest.approx(0.1))
     tie = judge({ONE_ROW: stock, AS_DECODED: block - 0.06}, torch.tensor([4.9, 4.92, 0.0]), 0, 1)
     assert tie.verdict == "near-tie"
@@ -338,7 +339,7 @@ def test_the_report_in_every_form() -> None:
     assert "5 of 5 outputs identical to the stock model's," in raw["summary"]
     assert raw["provenance"]["seed"] is None
     assert raw["model"]["block_size"] == 8
-    assert {"baseline", "identical", "near_ties", "broken", "gap", "noise"} <= raw["legend"].keys()
+    assert {"baseline", "identical", "near_ties", "broken", "gap", "rounding_spread"} <= raw["legend"].keys()
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(report.to_table())
     assert "PASSED: 5 of 5" in console.export_text()

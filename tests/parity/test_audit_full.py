@@ -1,4 +1,4 @@
-"""`audit --full`: sound text passes, and each planted defect is caught by the part of the audit made for it."""
+"""`audit --full`: sound text passes, and each part of the audit catches the planted defect that it is made for."""
 
 import json
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def full(orthrus: Orthrus, **options: object) -> FullReport:
     return report.full
 
 
-def test_sound_text_passes_and_the_control_does_not() -> None:
+def test_sound_text_passes_and_the_positive_control_does_not() -> None:
     report = full(tiny_orthrus(), bias=0.3)
 
     assert report.failures == []
@@ -70,12 +70,12 @@ def test_sound_text_passes_and_the_control_does_not() -> None:
         "distance of texts (MMD)",
     ]
     for test in report.tests:
-        # One seed, one text: what ours gives is the floor itself.
-        assert test.statistics["chain"] == pytest.approx(test.floor_statistic)
+        # One seed gives one text, so our sample equals the negative control.
+        assert test.statistics["chain"] == pytest.approx(test.negative_control_statistic)
         assert test.p_values["chain"] > test.level
-    assert any(test.sees_control for test in report.tests)
+    assert any(test.finds_positive_control for test in report.tests)
     assert {ratio.what for ratio in arm.ratios} >= {"tokens", "distinct_words", "distinct_trigrams"}
-    assert json.loads(json.dumps(report.to_dict()))["tests"][0]["sees_control"] in (True, False)
+    assert json.loads(json.dumps(report.to_dict()))["tests"][0]["finds_positive_control"] in (True, False)
     assert "| chi-square, depth 1 | chain |" in report.to_markdown()
 
 
@@ -99,7 +99,9 @@ def test_noise_that_repeats_is_caught(what: str, monkeypatch: pytest.MonkeyPatch
     orthrus = tiny_orthrus()
     assert audit(orthrus, PROMPTS, temperature=1.0, max_new_tokens=16).passed
     report = full(orthrus)
-    assert any(failure.startswith("chain does not have the base's law") for failure in report.failures)
+    assert any(
+        failure.startswith("chain does not have the base's distribution") for failure in report.failures
+    )
     assert any(failure.startswith("plain decoding itself") for failure in report.failures)
 
 

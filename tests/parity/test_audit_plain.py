@@ -129,7 +129,7 @@ def test_a_head_that_rounds_by_the_number_of_rows_makes_near_ties(monkeypatch: p
         assert mismatch.verdict == "near-tie"
         assert (mismatch.baseline_token, mismatch.our_token) == (favourite, twin)
         assert mismatch.gap == pytest.approx(1e-4, rel=0.1)
-        assert mismatch.noise == pytest.approx(1e-4, rel=0.1)
+        assert mismatch.rounding_spread == pytest.approx(1e-4, rel=0.1)
         assert mismatch.residue is not None
         assert mismatch.residue < 1e-5
 

@@ -103,7 +103,7 @@ def test_forbidden_tokens_are_no_noise_and_no_tie():
     scores_V = torch.tensor([5.0, 4.0, -torch.inf])
     shapes = {ONE_ROW: scores_V, AS_DECODED: scores_V + 0.5}
     found = judge(shapes, None, 0, 2)
-    assert (found.verdict, found.noise) == ("broken rule", pytest.approx(0.5))
+    assert (found.verdict, found.rounding_spread) == ("broken rule", pytest.approx(0.5))
 
 
 @pytest.mark.parametrize(

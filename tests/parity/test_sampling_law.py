@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthrus.base.families import find_family
 from orthrus.config import DecodeConfig, SamplingParams, Strategy
-from orthrus.decoding.reference import reference_law
+from orthrus.decoding.reference import reference_distribution
 from orthrus.decoding.sampling import filtered_probs
 from orthrus.decoding.tree import DraftTree
 from orthrus.engine import choices, work
@@ -75,7 +75,7 @@ def dual() -> DualView:
 def law(params: SamplingParams) -> dict[tuple[int, ...], float]:
     model = dual().stock()
     with torch.inference_mode():
-        return reference_law(lambda ids_T: model(ids_T[None]).logits[0], PROMPT, DEPTH, params)
+        return reference_distribution(lambda ids_T: model(ids_T[None]).logits[0], PROMPT, DEPTH, params)
 
 
 class Remembering:
@@ -128,7 +128,7 @@ TOGETHER = 20
 def sample(
     params: SamplingParams, strategy: Strategy, floor: bool, num_draws: int = FEW_DRAWS
 ) -> tuple[list[tuple[int, ...]], float]:
-    """Continuations of PROMPT by the engine, one per seed, some at a time; the share of drafts that stood."""
+    """Continuations of PROMPT by the engine, one per seed, some at a time; the acceptance rate."""
     engine = engine_for(RUNNER, max_slots=TOGETHER * 64, reuse=False)
     waiting = iter(range(num_draws))
     running: list[Request] = []

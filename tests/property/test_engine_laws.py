@@ -126,7 +126,7 @@ def same(found: Request, expected: Request, ask: Ask, *, bits: bool) -> None:
     else:
         assert found.token_ids == expected.token_ids
         assert found.finish == expected.finish
-        # What was drafted and what stood; auto's own decisions hang on how many run, and so on company.
+        # Drafted and accepted tokens. The decisions of auto depend on how many requests run, and so on the company.
         if not found.num_preempted and ask.config.strategy != "auto":
             assert acceptance(found) == acceptance(expected)
     assert [p.token_id for p in logprobs] == [p.token_id for p in wanted]

@@ -102,7 +102,7 @@ def test_constrained_texts_in_company_are_those_of_plain_decoding_alone(
 
     monkeypatch.setattr("orthrus.engine.adaptive.num_winners", noting)
     requests = [request for seed in range(8) for request in check(seed)]
-    # The law is about something: copies and forced tokens were verified and stood, and some that were offered were cut.
+    # The test is not empty: copies and forced tokens were verified and accepted, and some were cut.
     assert sum(taken) > 100
     assert sum(won < num for won, num in zip(taken, offered, strict=True)) > 3
     assert any(0 < won < num for won, num in zip(taken, offered, strict=True))

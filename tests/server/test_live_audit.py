@@ -115,8 +115,8 @@ def test_planted_differences_are_violations_with_evidence(monkeypatch, caplog, f
     assert one["seed"] == answer["metrics"]["orthrus"]["seed"]
     assert "was not committed" in one["reason"]
     assert one["gap"] >= 0.0
-    assert one["noise"] is not None
-    assert {"gap", "noise"} <= one["legend"].keys()
+    assert one["rounding_spread"] is not None
+    assert {"gap", "rounding_spread"} <= one["legend"].keys()
     kept = json.dumps(one) + json.dumps(summary)
     assert "private" not in kept
     assert "prompt_ids" not in kept

@@ -86,7 +86,7 @@ def _train_and_score(
         assert [now for now, _ in told] == sorted(now for now, _ in told)
         assert 0 < told[0][0] < told[-1][0] <= {most for _, most in told}.pop()
         assert found.num_tokens / found.num_cycles == state.scores[-1][1]
-        assert dual.config.goes_on == found.num_stood / found.num_judged
+        assert dual.config.goes_on == found.num_accepted / found.num_judged
     if process.is_main_process:
         keep_view(dual, held, LAST, {})
         torch.save(logs, held.path / "logs.pt")

@@ -34,7 +34,7 @@ def headed(seed=0):
 
 
 def accepted(dual, strategy):
-    """Drafts that stood over the answers that `run` trains on."""
+    """Accepted drafts over the answers that `run` trains on."""
     total = 0
     for sample in own_answers(dual, 5, 20):
         config = DecodeConfig(max_new_tokens=20, strategy=strategy, node_budget=6)

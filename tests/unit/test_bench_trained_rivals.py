@@ -241,7 +241,7 @@ def test_a_view_drafts_here_as_in_the_engine(m: Any, floor: bool) -> None:
         # Near the limit the engine drafts no more than it may keep.
         full = [cycle.num_accepted for cycle in result.cycles if cycle.num_drafted == SIZE - 1 - int(floor)]
         assert len(full) >= 8
-        assert run.stood[: len(full)] == full
+        assert run.accepted_by_cycle[: len(full)] == full
         accepted += sum(full)
     assert accepted > 0
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from orthrus.kernels.build import load_kernels
 from orthrus.model.passes import Pass, block, causal, join, tree
-from orthrus.model.pool import PAGE, SlotPool, Slots, turned
+from orthrus.model.pool import PAGE, SlotPool, Slots, transposed
 
 DTYPES = {
     "float32": (torch.float32, torch.float32),
@@ -43,7 +43,7 @@ class Case:
     def attend(self) -> Tensor:
         scale = self.query.shape[-1] ** -0.5
         return torch.ops.orthrus.paged_attention(  # type: ignore[no-any-return]
-            self.query, turned(self.keys), self.values, self.p.plan_P, scale, self.window, self.cap
+            self.query, transposed(self.keys), self.values, self.p.plan_P, scale, self.window, self.cap
         )
 
     def rows(self, number: int) -> list[int]:

@@ -317,15 +317,15 @@ def test_slots_move_as_they_are_indexed(dtype: torch.dtype) -> None:
     for store, other in zip(stores, expected, strict=True):
         assert torch.equal(store, other)
     keys = torch.randn(1, 3, 2 * pool.PAGE, 5).to(dtype)
-    turned = pool.turned(keys)
-    assert turned.shape == (1, 3, 2, 5, pool.PAGE)
-    assert torch.equal(slot_by_slot(turned), keys)
+    transposed = pool.transposed(keys)
+    assert transposed.shape == (1, 3, 2, 5, pool.PAGE)
+    assert torch.equal(slot_by_slot(transposed), keys)
     there, back = [pool.PAGE, 70, 127, 5], [62, pool.PAGE + 1, 3, 4]
     pool.move_slots([keys], there, back)
-    torch.ops.orthrus.move_slots([turned], there, back)
-    assert torch.equal(slot_by_slot(turned), keys)
+    torch.ops.orthrus.move_slots([transposed], there, back)
+    assert torch.equal(slot_by_slot(transposed), keys)
     with pytest.raises(RuntimeError, match="does not have"):
-        torch.ops.orthrus.move_slots([turned], [2 * pool.PAGE], [0])
+        torch.ops.orthrus.move_slots([transposed], [2 * pool.PAGE], [0])
     for wrong in (([7], [8, 9]), ([20], [1]), ([1], [20]), ([-1], [1])):
         with pytest.raises(RuntimeError, match="move_slots"):
             torch.ops.orthrus.move_slots(stores, *wrong)

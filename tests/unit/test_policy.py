@@ -155,14 +155,14 @@ def test_nodes_maximise_tokens_less_the_worth_of_their_time(costs: CostTable) ->
         decider.observe(log_probs[:6], accepted, [0.3], stale=stale, left=left)
 
 
-def chain_of(decider: Policy, stands: float) -> list[float]:
+def chain_of(decider: Policy, prob: float) -> list[float]:
     """Path log probs of a chain as long as the blocks that the policy asks for, each guess as sure."""
-    return [log(stands) * i for i in range(1, decider.block_size)]
+    return [log(prob) * i for i in range(1, decider.block_size)]
 
 
-def drafted(decider: Policy, stands: float) -> None:
+def drafted(decider: Policy, prob: float) -> None:
     """A fresh draft that keeps what it promises."""
-    log_probs = chain_of(decider, stands)
+    log_probs = chain_of(decider, prob)
     depths = range(1, len(log_probs) + 1)
     num_nodes = decider.num_nodes(log_probs, depths, len(log_probs), stale=False, trying=True)
     num_accepted = round(sum(exp(p) for p in log_probs[:num_nodes]))
@@ -179,15 +179,15 @@ def test_blocks_are_long_where_rows_are_free_and_short_where_guesses_fall() -> N
 
 
 @pytest.mark.parametrize("costs", TABLES.values(), ids=TABLES)
-@pytest.mark.parametrize("stands", [0.3, 0.6, 0.9])
-def test_the_length_of_blocks_is_what_brute_force_finds(costs: CostTable, stands: float) -> None:
+@pytest.mark.parametrize("prob", [0.3, 0.6, 0.9])
+def test_the_length_of_blocks_is_what_brute_force_finds(costs: CostTable, prob: float) -> None:
     decider = policy(costs, max_blocks=0)
     for _ in range(60):
-        drafted(decider, stands)
+        drafted(decider, prob)
     rates = {}
     for size in (2, 3, 4, 5, 7):
         for num_nodes in range(size):
-            tokens = 2 + sum(stands**i for i in range(1, num_nodes + 1))
+            tokens = 2 + sum(prob**i for i in range(1, num_nodes + 1))
             ms = costs(1, size, size - 1) + costs(1 + num_nodes) + costs.draft_ms
             rates[size, num_nodes] = tokens / ms
     best = max(rates.values())

@@ -116,7 +116,7 @@ def test_a_chain_cycle_has_two_passes_and_a_fused_one_only_where_no_block_was_at
 
 @EVERY_DRAFTING_WAY
 def test_is_draft_marks_the_tokens_that_the_diffusion_view_proposed(strategy: Strategy, floor: bool) -> None:
-    """A record holds [what the draft pass decided,] drafts that stood, and a token of the AR view's own."""
+    """A record holds [what the draft pass decided,] accepted drafts, and a token of the AR view's own."""
     records = stream(strategy, floor).drain().cycles
     assert records[0].kind == "prefill"
     assert records[0].is_draft == (False,)

@@ -22,11 +22,11 @@ class World:
         for _ in range(steps):
             drafts = policy.choose(num_requests)
             for _ in range(num_requests if self.last else 0):
-                stood = 0
-                while stood < self.last and self.random.random() < self.chance:
-                    stood += 1
-                policy.see_drafts(num_requests, self.last, stood)
-                self.tokens += stood
+                accepted = 0
+                while accepted < self.last and self.random.random() < self.chance:
+                    accepted += 1
+                policy.see_drafts(num_requests, self.last, accepted)
+                self.tokens += accepted
             self.tokens += num_requests
             ms = self.plain_ms + self.row_ms * num_requests * (1 + self.last)
             if drafts:

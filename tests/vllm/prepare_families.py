@@ -42,7 +42,7 @@ def bare(folder: Path) -> Base:
     return load_base(resolve(str(folder)), device="cpu")
 
 
-def exact_law(base: Base, prompt: list[int]) -> list[Tensor]:
+def exact_distribution(base: Base, prompt: list[int]) -> list[Tensor]:
     """Probabilities of the first three sampled tokens at `TEMPERATURE`: (V,) of the first, (V, V) of the first two and
     (V, V) of the second and the third, by trying every beginning."""
     ids_V = torch.arange(VOCAB)
@@ -80,7 +80,7 @@ def main(folder: Path) -> None:
         prompts = ["the cat sat", "a long walk home in the rain. and so", "Ulm", "What, no?"]
         oracle[name] = oracle_of(orthrus, prompts, NEW_TOKENS, raw=True)
         if name == "qwen3":
-            law = exact_law(base, oracle[name]["prompts"][0])
+            law = exact_distribution(base, oracle[name]["prompts"][0])
             (folder / "law.json").write_text(
                 json.dumps({"temperature": TEMPERATURE, "probs": [p.tolist() for p in law]})
             )

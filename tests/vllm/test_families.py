@@ -28,7 +28,7 @@ def drafted(run: Any, model: Path, oracle: dict[str, Any], **options: Any) -> di
 
 
 def assert_like_our_engine(found: dict[str, Any], oracle: dict[str, Any]) -> None:
-    """The same tokens, from about as many drafts, of which as many stood."""
+    """The same tokens, from about as many drafts and accepted drafts."""
     assert [ids for (ids,) in found["token_ids"]] == oracle["token_ids"]
     drafts = found["counters"]["vllm:spec_decode_num_drafts"]
     by_position = found["counters"]["vllm:spec_decode_num_accepted_tokens_per_pos"]

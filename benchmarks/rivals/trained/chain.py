@@ -47,16 +47,16 @@ class Clock:
 
 @dataclass
 class Run:
-    """One answer. tokens: new ones; drafted: drafts that were verified; stood: accepted ones, cycle by cycle."""
+    """One answer. tokens: new ones. drafted: verified drafts. accepted_by_cycle: accepted drafts of each cycle."""
 
     tokens: list[int]
     cycles: int = 0
     drafted: int = 0
-    stood: list[int] = field(default_factory=list)
+    accepted_by_cycle: list[int] = field(default_factory=list)
 
     @property
     def accepted(self) -> int:
-        return sum(self.stood)
+        return sum(self.accepted_by_cycle)
 
 
 def timed(into: list[float], call: Callable[..., Any], *arguments: Any) -> Any:
@@ -111,16 +111,16 @@ def decode(
         if ended():
             break
         choice_R, seen_1RF = timed(clock.verify, rows, [known[-1], *guesses], 0)
-        stood = 0
+        accepted = 0
         for guess, choice in zip(guesses, choice_R.tolist(), strict=False):
             if guess != choice:
                 break
-            stood += 1
+            accepted += 1
         run.drafted += len(guesses)
-        run.stood.append(stood)
-        known += [*guesses[:stood], int(choice_R[stood])]
-        forget(cache, len(guesses) - stood)
-        features_1NF = seen_1RF[:, : 1 + stood]
+        run.accepted_by_cycle.append(accepted)
+        known += [*guesses[:accepted], int(choice_R[accepted])]
+        forget(cache, len(guesses) - accepted)
+        features_1NF = seen_1RF[:, : 1 + accepted]
         if run.cycles % 6 == 1:
             timed(clock.one_row, rows, known[-1:], 0)
             forget(cache, 1)

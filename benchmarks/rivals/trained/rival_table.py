@@ -14,9 +14,9 @@ LEGEND = {
     "arms",
     "tokens_per_cycle": "(tokens - 1) / cycles, pooled over prompts: the base's own token of each cycle counts, and "
     "with the floor the one that the draft pass decides; chain, greedy, float32, every text equal to the stock model's",
-    "accepted_per_cycle": "drafts that stood / cycles; tokens that the base decided do not count, drafts past the end "
+    "accepted_per_cycle": "accepted drafts / cycles; tokens that the base decided do not count, drafts past the end "
     "of an answer do",
-    "acceptance_rate": "drafts that stood / drafts that were verified",
+    "acceptance_rate": "accepted drafts / drafts that were verified",
     "cycle_cost": "(median CPU time of a draft + of a verification) / of a base pass over one row; the same eager "
     "PyTorch, one thread, the passes of one run in turns",
     "tokens_per_base_pass": "tokens_per_cycle / cycle_cost: above 1 the arm would beat plain eager decoding",
@@ -26,7 +26,7 @@ LEGEND = {
     "own_cache_numbers_per_token": "numbers that the drafter keeps for each token of context in a cache of its own",
     "near_ties": "texts that part from the stock model's where its two best logits are less than 0.001 apart; any "
     "other difference stops the run",
-    "prompts": "(tokens - 1, cycles, drafts verified, drafts that stood) of each",
+    "prompts": "(tokens - 1, cycles, drafts verified, accepted drafts) of each",
     "less_ours": "tokens_per_cycle of the arm less that of orthrus decoded alike, first seed, and the 95 % interval of "
     "a paired bootstrap over prompts (10,000 draws)",
     "check": "settings that were tried for a small budget with seed 0; the one that foresaw most was taken",
@@ -34,11 +34,11 @@ LEGEND = {
 
 
 def pooled(counts: Counts) -> dict[str, float]:
-    tokens, cycles, drafted, stood = (sum(each) for each in zip(*counts, strict=True))
+    tokens, cycles, drafted, accepted = (sum(each) for each in zip(*counts, strict=True))
     return {
         "tokens_per_cycle": tokens / cycles,
-        "accepted_per_cycle": stood / cycles,
-        "acceptance_rate": stood / max(1, drafted),
+        "accepted_per_cycle": accepted / cycles,
+        "acceptance_rate": accepted / max(1, drafted),
     }
 
 

@@ -1,4 +1,4 @@
-"""Prove: output token for token against the stock model or plain decoding, and every difference explained."""
+"""Audits output token for token against the stock model or plain decoding, and explains every difference."""
 
 from orthrus.audit.compare import AuditOptions, run_audit
 from orthrus.audit.full import FullOptions

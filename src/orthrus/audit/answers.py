@@ -1,4 +1,4 @@
-"""Prompts answered by an engine of the audit's own, whose slots are checked when they are given back."""
+"""Answers prompts with an engine of the audit's own, and checks the slots that requests give back."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,9 +12,9 @@ from orthrus.types import GenerationResult
 
 
 class Answers:
-    """All asks answered by one engine. Iterate to run: yields how many answers there are when that changes.
+    """Answers all asks with one engine. Iterate to run it; each item is the new number of finished answers.
 
-    asks: (prompt ids, settings) of each. damages: (ask, what is wrong with the slots that it left behind).
+    asks: (prompt ids, settings) of each. damages: (index of the ask, what is wrong with the slots that it gave back).
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class Answers:
         return [TokenStream(self._engine, request).drain() for request in self._requests]
 
     def _check_slots(self, index: int, request: Request) -> None:
-        """Nothing has run yet, so the request can be given slots that are checked."""
+        """Replace the slots of a request that has not run yet by checked ones."""
         request.slots = _CheckedSlots(
             self._engine.scheduler.pool, lambda what: self.damages.append((index, what))
         )
 
 
 class _CheckedSlots(Slots):
-    """Slots that are checked while they still are the request's: when it gives them back."""
+    """Slots that check themselves when the request gives them back."""
 
     def __init__(self, pool: SlotPool, on_damage: Callable[[str], None]) -> None:
         super().__init__(pool)

@@ -1,4 +1,4 @@
-"""Probabilities that an audit states: tails of chi-square laws, bounds on rates, corrections, intervals.
+"""Probabilities that an audit states: tails of chi-square distributions, bounds on rates, corrections, intervals.
 
 scipy has all of them, but only the tests may need it; float64 throughout.
 """
@@ -15,7 +15,7 @@ _BISECTIONS = 80
 
 
 def chi2_tail(statistic: float, degrees: float) -> float:
-    """P(X >= statistic) for X of the chi-square law with so many degrees of freedom."""
+    """P(X >= statistic) for a chi-square distribution with so many degrees of freedom."""
     if statistic <= 0.0:
         return 1.0
     half = torch.tensor([degrees / 2, statistic / 2], dtype=torch.float64)
@@ -23,13 +23,13 @@ def chi2_tail(statistic: float, degrees: float) -> float:
 
 
 def chi2_threshold(significance: float, degrees: float) -> float:
-    """The statistic that is reached with this probability."""
+    """The statistic that a chi-square variable exceeds with this probability."""
     most = degrees + 20 * math.sqrt(2 * degrees) + 200
     return bisect(lambda x: chi2_tail(x, degrees) < significance, 0.0, most)
 
 
 def noncentral_tail(statistic: float, degrees: float, noncentrality: float) -> float:
-    """As `chi2_tail` under the noncentral law: a mixture of chi-square laws with Poisson weights."""
+    """P(X >= statistic) for the noncentral chi-square distribution: a mixture with Poisson weights."""
     mean = noncentrality / 2
     if mean <= 0.0:
         return chi2_tail(statistic, degrees)
@@ -46,8 +46,10 @@ def chi2_power(significance: float, degrees: float, noncentrality: float) -> flo
 
 
 def largest_rate(num_found: int, num_runs: int, confidence: float = CONFIDENCE) -> float:
-    """Clopper-Pearson: the largest rate at which so few of the runs would be found with probability
-    1 - confidence. With none found it is 1 - (1 - confidence)^(1/n), close to the rule of three, 3/n."""
+    """The upper Clopper-Pearson bound: the rate at which so few findings have probability 1 - confidence.
+
+    With no finding in n runs it is 1 - (1 - confidence)^(1/n), close to the rule of three, 3/n.
+    """
     if num_found >= num_runs:
         return 1.0
     if num_found == 0:
@@ -64,7 +66,7 @@ def largest_rate(num_found: int, num_runs: int, confidence: float = CONFIDENCE) 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the given order: each may be compared with the significance of the whole."""
+    """Holm's adjusted p-values, in the given order. Each may be compared with the significance of the whole family."""
     adjusted, largest = [1.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -73,10 +75,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def ratio_interval(ours_N: Sequence[float], theirs_N: Sequence[float]) -> tuple[float, float, float, float]:
-    """(sum ours / sum theirs, low, high, standard error), where number n of both answers prompt n.
+    """(sum ours / sum theirs, low, high, standard error), where entry n of both belongs to prompt n.
 
-    low, high: 2.5 % and 97.5 % of the ratio over bootstrap draws of the prompts, seed 0; standard error:
-    their standard deviation.
+    low, high: the 2.5 % and 97.5 % quantiles of the ratio over bootstrap draws of the prompts, with seed 0.
+    standard error: the standard deviation over these draws.
     """
     pairs_2N = torch.tensor([list(ours_N), list(theirs_N)], dtype=torch.float64)
     num = pairs_2N.shape[1]
@@ -90,7 +92,7 @@ def ratio_interval(ours_N: Sequence[float], theirs_N: Sequence[float]) -> tuple[
 
 
 def bisect(is_above: Callable[[float], bool], low: float, high: float) -> float:
-    """Where `is_above` turns from False to True between low and high; high where it stays False."""
+    """The point between low and high where `is_above` turns from False to True; high if it stays False."""
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if is_above(middle) else (middle, high)

@@ -1,4 +1,4 @@
-"""Every prompt decoded by a baseline and by each strategy, token for token.
+"""Decodes every prompt by a baseline and by each strategy, and compares them token for token.
 
 The baseline is the stock model's own `generate`, or plain decoding by the same runner.
 """
@@ -41,10 +41,10 @@ class AuditPrompt(Protocol):
 class AuditOptions:
     """What to compare, and with which baseline; other fields as in DecodeConfig and SamplingParams.
 
-    against: "stock", "plain", or None for `default_baseline`. With a temperature above 0 the baseline draws
-    too, with the very noise that ours draws with: then even sampled texts must be equal, token for token.
-    concurrency: requests that share the passes of our side; a baseline always answers one at a time.
-    full: also test the law of sampled text, its length and variety: see `orthrus.audit.full`.
+    against: "stock", "plain", or None for `default_baseline`. With a temperature above 0 the baseline draws with the
+    same noise as ours, so sampled texts must be equal too, token for token. concurrency: requests that share the
+    passes of our side; the baseline always answers one at a time. full: also test the distribution of sampled text,
+    its length and its variety, see `orthrus.audit.full`.
     Raises UserInputError for a value out of range.
     """
 
@@ -84,19 +84,22 @@ class AuditOptions:
 
 
 def default_baseline(orthrus: Orthrus) -> Baseline:
-    """Plain decoding where another runner than the stock code rounds in less than float32: near-ties against
-    the stock model are then a matter of course, and lossless means equal to plain decoding by that runner."""
+    """ "plain" for a compiled or captured runner in a precision below float32, "stock" otherwise.
+
+    There the runner rounds differently from the stock code, so near-ties with the stock model are common. Lossless
+    then means equal to plain decoding by the same runner.
+    """
     dual = orthrus.dual
     in_float32 = dual.dtype == torch.float32 and dual.precision is None
     return "stock" if orthrus.engine.runner.name == "eager" or in_float32 else "plain"
 
 
 def run_audit(orthrus: Orthrus, options: AuditOptions, on_progress: OnProgress | None = None) -> AuditReport:
-    """Compare, and explain every first difference of two outputs; see `orthrus.audit.explain`.
+    """Compare the outputs, and explain every first difference; see `orthrus.audit.explain`.
 
-    Each strategy answers all prompts through an engine of its own, `options.concurrency` at a time; a
-    difference is explained by a replay of that request alone. Whenever a request gives its slots back they
-    are checked too: every committed slot must be the AR view's own. No other thread may decode meanwhile.
+    Each strategy answers all prompts through an engine of its own, `options.concurrency` at a time. A replay of the
+    request alone explains a difference. Whenever a request gives its slots back, the audit checks that the AR view
+    wrote every committed slot. No other thread may decode meanwhile.
     Raises UserInputError for a prompt or block size that does not fit the model.
     """
     base = orthrus.base
@@ -168,8 +171,10 @@ def run_audit(orthrus: Orthrus, options: AuditOptions, on_progress: OnProgress |
 
 
 class NoisyChoice(LogitsProcessor):
-    """Makes the stock model's greedy `generate` draw: each token is argmax(p / e), e the noise of the seed
-    and of the token's place in the whole sequence."""
+    """Makes the stock model's greedy `generate` sample.
+
+    Each token is argmax(p / e), where e is the noise of the seed and of the token's position in the whole sequence.
+    """
 
     def __init__(self, temperature: float, seed: int) -> None:
         self._params = SamplingParams(temperature=temperature)

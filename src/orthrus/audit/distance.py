@@ -1,7 +1,7 @@
-"""How far apart two samples of text are: maximum mean discrepancy with a Hamming kernel, prompt by prompt.
+"""The distance of two samples of text: maximum mean discrepancy with a Hamming kernel, prompt by prompt.
 
-As in Model Equality Testing (arXiv 2410.20247): two texts are as alike as the share of their first characters
-that agree, and what chance does is found by permuting the labels within each prompt.
+The method is that of Model Equality Testing (arXiv 2410.20247). The kernel of two texts is the share of their first
+characters that agree. Permuting the labels within each prompt gives the distribution under the null hypothesis.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,16 @@ from torch import Tensor
 
 NUM_CHARACTERS = 100
 _TOGETHER = 2_000
-"""Permutations that are tried at once."""
+"""Permutations in one batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two samples of one prompt and the text that a biased sampler would fall for, as kernels_NN between all
-    of them: the first sample, the second one, the biased text last. num: texts of each sample."""
+    """Two samples of one prompt, and the greedy text that a biased sampler repeats.
+
+    kernel_NN: the kernel between all texts, in the order first sample, second sample, greedy text. num: texts of each
+    sample.
+    """
 
     kernel_NN: Tensor
     num: int
@@ -31,12 +34,12 @@ class Pair:
         return cls(kernel_NN, len(first))
 
     def distance(self) -> float:
-        """Of the first sample and the second one."""
+        """The distance of the two samples."""
         first_M, second_M = self._counts()
         return float(self._distances(first_M[None], second_M[None]))
 
     def permuted(self, num_permutations: int, generator: torch.Generator) -> Tensor:
-        """The distance under random labels, distances_P."""
+        """The distance under permuted labels, distances_P."""
         num, both_M = self.num, sum(self._counts())
         found = []
         for start in range(0, num_permutations, _TOGETHER):
@@ -47,33 +50,33 @@ class Pair:
         return torch.cat(found)
 
     def biased(self, hits_BN: Tensor) -> Tensor:
-        """The distance once those texts of the second sample are the biased one, distances_B. hits_BN: bool."""
+        """The distance after the texts in hits_BN (bool) of the second sample became the greedy text, distances_B."""
         hit_BN = hits_BN.double()
         second_BM = torch.cat([torch.zeros_like(hit_BN), 1.0 - hit_BN, hit_BN.sum(-1, keepdim=True)], -1)
         return self._distances(self._counts()[0][None], second_BM)
 
     def _counts(self) -> tuple[Tensor, Tensor]:
-        """How often each text stands in the first sample, and in the second one: (first_M, second_M)."""
+        """How often each text occurs in the first sample, and in the second one: (first_M, second_M)."""
         place_M = torch.arange(2 * self.num + 1)
         is_first_M = place_M < self.num
         return is_first_M.double(), (~is_first_M & (place_M < 2 * self.num)).double()
 
     def _distances(self, first_PM: Tensor, second_PM: Tensor) -> Tensor:
-        """Of samples in which each text stands so often, distances_P."""
+        """The distance of samples that hold each text so often, distances_P."""
         across_P = ((second_PM @ self.kernel_NN) * first_PM).sum(-1)
         within_P = self._means_of_others(first_PM) + self._means_of_others(second_PM)
         return within_P - 2 * across_P / self.num**2
 
     def _means_of_others(self, counts_PM: Tensor) -> Tensor:
-        """The mean likeness of two different draws, which may be the same text."""
+        """The mean kernel of two different draws, which may be the same text."""
         sums_P = ((counts_PM @ self.kernel_NN) * counts_PM).sum(-1)
         alone_P = (counts_PM * self.kernel_NN.diagonal()).sum(-1)
         return (sums_P - alone_P) / (self.num * (self.num - 1))
 
 
 def p_value(distance: float, permuted_P: Tensor) -> float:
-    """How often random labels give at least this distance, the labels at hand counted among them."""
-    # Rounding must not turn labels that are as good as the real ones into worse ones.
+    """The share of permutations that give at least this distance; the real labels count as one of them."""
+    # The tolerance keeps permutations that equal the real labels up to rounding.
     num_as_far = int((permuted_P >= distance - 1e-6).sum())
     return (1 + num_as_far) / (1 + len(permuted_P))
 

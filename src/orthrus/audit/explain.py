@@ -1,8 +1,8 @@
 """Why two outputs differ: a near-tie that rounding decides, or a broken rule.
 
-A pass over a block and a pass over one row sum up in different orders, so their logits differ by some
-noise; where the best two tokens are closer than that, either may come out. The noise is measured with the
-baseline alone: were logits of our drafting a part of it, a corrupt cache would excuse itself.
+A pass over a block and a pass over one row sum up in different orders, so rounding changes their logits. Where the best
+two tokens are closer than that change, either may come out. The size of the change is the rounding spread. It is
+measured with the baseline alone. If logits of our drafting were part of it, a corrupt cache would excuse itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,30 +22,31 @@ from orthrus.config import Baseline, DecodeConfig
 Verdict = Literal["near-tie", "broken rule"]
 NUM_CANDIDATES = 32
 MARGIN = 2.0
-"""Each of the two logits may move by the noise. Where the baseline picks our token in another shape,
-the gap is at most twice the noise, so the rule never fails what the baseline does too."""
+"""Each of the two logits may move by the rounding spread. If the baseline picks our token in another shape, the gap is
+at most twice the spread. So the rule never fails a token that the baseline picks too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """All in scores (see `place.scores`), over the top candidates; None where the outputs only differ in length.
+    """The verdict on a difference. Numbers are scores (see `place.scores`); None if the outputs differ in length only.
 
-    gap: the baseline's token over ours, in the one-row shape. noise: the largest change of a score between
-    the baseline's shapes. For information, drift: from its one-row shape to our scores; residue: from its
-    "as decoded" shape to ours, 0 where the baseline, given as many rows, agrees with us to the bit.
+    gap: score of the baseline's token minus score of ours, in the one-row shape. rounding_spread: the largest change
+    of a top candidate's score between the baseline's shapes. Two numbers are for information. drift: the change from
+    the baseline's one-row shape to our scores. residue: the change from its "as decoded" shape to our scores; it is 0
+    where the baseline, with as many rows, gives our bits.
     """
 
     verdict: Verdict
     reason: str
     gap: float | None = None
-    noise: float | None = None
+    rounding_spread: float | None = None
     drift: float | None = None
     residue: float | None = None
-    noise_by_shape: dict[str, float] = field(default_factory=dict)
+    spread_by_shape: dict[str, float] = field(default_factory=dict)
 
 
 def first_difference(baseline_ids: Sequence[int], our_ids: Sequence[int]) -> int:
-    """The first place where they differ, from 0; the length of the shorter one where it begins the other."""
+    """The first index where they differ; the length of the shorter one if it is a prefix of the other."""
     pairs = zip(baseline_ids, our_ids, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -82,11 +83,11 @@ def judge(
     our_token: int,
     could_take: Callable[[Tensor, int, float], bool] | None = None,
 ) -> Judgement:
-    """The rule itself. shapes: scores_V of the baseline, "one row" and "as decoded" among them.
+    """Apply the rule. shapes: scores_V of the baseline by shape, "one row" and "as decoded" among them.
 
-    Broken: our token is not the best by the AR view's own scores, or the gap is above MARGIN x noise. With
-    filters, whose edges rounding moves too, the gap alone says nothing: `could_take` is asked instead, see
-    `Place.could_take`.
+    The rule is broken if our token is not the best by the AR view's own scores, or if the gap is above
+    MARGIN x rounding spread. With filters the gap alone does not decide, because rounding also moves their edges. Then
+    `could_take` decides, see `Place.could_take`.
     """
     reference_V = shapes[ONE_ROW]
     top_N = reference_V.topk(min(NUM_CANDIDATES, reference_V.numel())).indices
@@ -96,15 +97,15 @@ def judge(
         for name, scores_V in shapes.items()
         if name != ONE_ROW
     }
-    noise = max(changes.values(), default=0.0)
+    spread = max(changes.values(), default=0.0)
     gap = abs(float(reference_V[baseline_token] - reference_V[our_token]))
     if could_take is None:
-        is_tie = gap <= MARGIN * noise
-        reason = f"the gap is {'within' if is_tie else 'above'} {MARGIN:g} x the noise between shapes"
+        is_tie = gap <= MARGIN * spread
+        reason = f"the gap is {'within' if is_tie else 'above'} {MARGIN:g} x the rounding spread"
     else:
-        is_tie = could_take(reference_V, our_token, MARGIN * noise)
+        is_tie = could_take(reference_V, our_token, MARGIN * spread)
         reason = (
-            f"within {MARGIN:g} x the noise between shapes the filters {'may' if is_tie else 'cannot'} "
+            f"within {MARGIN:g} x the rounding spread the filters {'may' if is_tie else 'cannot'} "
             "let our token win"
         )
     verdict: Verdict = "near-tie" if is_tie else "broken rule"
@@ -117,17 +118,19 @@ def judge(
             reason = (
                 f"our own scores are highest for token {int(our_scores_V.argmax())}, which was not committed"
             )
-    return Judgement(verdict, reason, gap, noise, drift, residue, changes)
+    return Judgement(verdict, reason, gap, spread, drift, residue, changes)
 
 
 def _largest_change(scores_V: Tensor, reference_V: Tensor, candidates_N: Tensor) -> float:
-    """Over tokens that both allow."""
+    """The largest change of a candidate's score, over tokens that both allow."""
     changes_N = (scores_V - reference_V)[candidates_N].abs()
     changes_N = changes_N[changes_N.isfinite()]
     return float(changes_N.max()) if len(changes_N) else 0.0
 
 
 def _unrepeatable(found: Judgement) -> Judgement:
-    """Beside others, or on devices whose sums come out differently every time, a request may take the other
-    side of a tie than alone."""
+    """Adds that the replay gave another token.
+
+    Rounding may decide a tie differently in passes shared with other requests, or on devices whose sums vary.
+    """
     return replace(found, reason=f"{found.reason}; decoding again, alone, gave another token")

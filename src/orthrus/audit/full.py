@@ -1,9 +1,10 @@
-"""The law of sampled text, and its length and variety: what `orthrus audit --full` tests beside identity.
+"""Tests the distribution of sampled text, its length and its variety: `orthrus audit --full`.
 
-Three samples answer a few prompts: plain decoding twice with different seeds, ours with the seeds of the
-second. Each is tested against the exact law of the first tokens (`law`) and for its distance from the first
-plain sample (`distance`). What plain decoding gives is the floor; a sample with a planted bias is the negative
-control, which the tests must find.
+Three samples answer a few prompts. Plain decoding draws two of them, with different seeds. Ours is drawn with the
+seeds of the second one. The module `distribution` tests a sample against the exact distribution of the first tokens.
+The module `distance` tests how far it is from the first plain sample. Two controls show what the tests are worth.
+The negative control is the second plain sample, and no test may fail it. The positive control is a plain sample with
+a planted bias, which the tests must find.
 """
 
 import math
@@ -17,17 +18,17 @@ from orthrus.api import Orthrus
 from orthrus.audit.answers import Answers
 from orthrus.audit.chances import CONFIDENCE, holm
 from orthrus.audit.distance import Pair, p_value
-from orthrus.audit.full_report import ArmResult, FullReport, LawTest, Power
-from orthrus.audit.law import (
+from orthrus.audit.distribution import (
     LEAST_EXPECTED,
     Found,
-    PromptLaw,
+    PromptDistribution,
     chi_square,
     noncentrality,
     power,
-    prompt_law,
+    prompt_distribution,
     smallest_bias,
 )
+from orthrus.audit.full_report import ArmResult, FullReport, Power, SampleTest
 from orthrus.audit.texts import text_counts, text_ratios
 from orthrus.config import Baseline, DecodeConfig, SamplingParams, Strategy
 from orthrus.errors import UserInputError
@@ -36,17 +37,20 @@ from orthrus.types import GenerationResult
 OnStage = Callable[[str, int, int], None]
 SIGNIFICANCE, POWER = 1e-3, 0.95
 BIASES = (0.1, 0.2, 0.4, 0.8)
-"""Whose power is told beside that of the planted one."""
+"""Further biases for which the report gives the power of a test."""
 NUM_CONTROLS = 200
+"""Biased samples from which the power of the distance test is estimated."""
 _OTHER_TEXTS = 10**6
-"""Added to seeds of the answers whose length and variety are compared."""
+"""Distance between the seeds of the samples and those of the answers whose length and variety are compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullOptions:
-    """How much to draw. draws: texts of each sample and prompt; num_prompts: of the audit's prompts, spread
-    evenly over them; num_tokens: the longest text of these samples; depth: of the prefix trees; bias: the
-    share of greedy texts that the negative control plants; concurrency: texts that share the passes.
+    """How much to draw.
+
+    draws: texts of each sample and prompt. num_prompts: prompts that are sampled, spread evenly over the audit's
+    prompts. num_tokens: length limit of a sampled text. depth: number of tokens of the longest prefixes that are
+    counted. bias: share of greedy texts in the positive control. concurrency: texts that share the passes.
 
     Raises UserInputError for a value out of range.
     """
@@ -69,7 +73,7 @@ class FullOptions:
         if not 0.0 < self.bias < 1.0:
             raise UserInputError(f"the planted bias must lie between 0 and 1, not {self.bias}.")
         if not self.temperature > 0.0:
-            raise UserInputError(f"sampled law needs a temperature above 0, not {self.temperature}.")
+            raise UserInputError(f"testing sampled text needs a temperature above 0, not {self.temperature}.")
 
 
 def run_full(
@@ -80,9 +84,9 @@ def run_full(
     options: FullOptions,
     on_stage: OnStage,
 ) -> FullReport:
-    """Draw, test and compare. prompts: token ids of all prompts; config: the settings of the whole audit.
+    """Draw the samples, test them and compare their texts.
 
-    No other thread may decode meanwhile.
+    prompts: token ids of all prompts. config: the settings of the whole audit. No other thread may decode meanwhile.
     """
     return _Full(orthrus, against, prompts, config, options, on_stage).run()
 
@@ -103,21 +107,21 @@ class _Full:
         self._places = [i * len(prompts) // num for i in range(num)]
         self._prompts = [prompts[i] for i in self._places]
         self._damages: list[str] = []
-        # All tests of our samples are one family.
+        # Holm's correction treats all tests of our samples as one family.
         self._level = SIGNIFICANCE / ((options.depth + 1) * len(options.strategies))
 
     def run(self) -> FullReport:
         options = self._options
-        laws = self._laws()
+        distributions = self._distributions()
         plain = [self._draw("ar", first) for first in (0, options.draws)]
         greedy = self._answers("ar", [(ids, self._settings("ar", None)) for ids in self._prompts])
         ours = {strategy: self._draw(strategy, options.draws) for strategy in options.strategies}
         pairs = self._pairs(plain[0], plain[1], greedy)
         permuted_P = self._permuted(pairs)
-        control_draws = self._plant(plain[1], greedy)
-        tests: list[LawTest] = []
+        biased = self._plant(plain[1], greedy)
+        tests: list[SampleTest] = []
         for depth in range(1, options.depth + 1):
-            tests.append(self._law_test(depth, laws, plain[1], control_draws, ours))
+            tests.append(self._chi_square_test(depth, distributions, plain[1], biased, ours))
         tests.append(self._distance_test(pairs, permuted_P, plain[0], ours, greedy))
         return FullReport(
             tests=tuple(self._adjusted(tests)),
@@ -145,7 +149,7 @@ class _Full:
     # ------------------------------------------------------------------------------------- samples
 
     def _settings(self, strategy: Strategy, seed: int | None, num_tokens: int | None = None) -> DecodeConfig:
-        """seed None: greedy."""
+        """Settings of one answer; without a seed it is greedy."""
         options = self._options
         sampling = (
             SamplingParams() if seed is None else SamplingParams(temperature=options.temperature, seed=seed)
@@ -165,7 +169,7 @@ class _Full:
         return answers.results
 
     def _draw(self, strategy: Strategy, first: int) -> list[list[GenerationResult]]:
-        """By prompt: draws with the seeds from `first` on, of which each prompt has its own."""
+        """Answers by prompt. Each prompt has its own seeds; `first` is the offset of the first one."""
         options, found = self._options, []
         for index, ids in enumerate(self._prompts):
             self._on_stage(f"sampling, {strategy}", index, len(self._prompts))
@@ -174,21 +178,24 @@ class _Full:
             found.append(self._answers(strategy, [(ids, self._settings(strategy, s)) for s in seeds]))
         return found
 
-    def _laws(self) -> list[PromptLaw]:
+    def _distributions(self) -> list[PromptDistribution]:
         options, found = self._options, []
         for index, ids in enumerate(self._prompts):
-            self._on_stage("law of the base", index, len(self._prompts))
+            self._on_stage("distribution of the base", index, len(self._prompts))
             sampling = SamplingParams(temperature=options.temperature)
-            law = prompt_law(
+            distribution = prompt_distribution(
                 self._orthrus, self._against, ids, sampling, depth=options.depth, num_draws=options.draws
             )
-            found.append(law)
+            found.append(distribution)
         return found
 
     def _plant(
         self, samples: list[list[GenerationResult]], greedy: list[GenerationResult]
     ) -> list[list[GenerationResult]]:
-        """Each text is the greedy one with the probability of the bias: drafts that are taken unseen."""
+        """Replaces each text by the greedy one with the probability of the bias.
+
+        A verifier that accepts drafts without looking has this effect.
+        """
         generator = torch.Generator().manual_seed(self._options.seed)
         return [
             [
@@ -200,30 +207,32 @@ class _Full:
 
     # --------------------------------------------------------------------------------------- tests
 
-    def _law_test(
+    def _chi_square_test(
         self,
         depth: int,
-        laws: list[PromptLaw],
+        distributions: list[PromptDistribution],
         plain: list[list[GenerationResult]],
-        control: list[list[GenerationResult]],
+        biased: list[list[GenerationResult]],
         ours: dict[Strategy, list[list[GenerationResult]]],
-    ) -> LawTest:
+    ) -> SampleTest:
         options = self._options
 
         def test(samples: list[list[GenerationResult]]) -> Found:
-            return chi_square(laws, [[result.token_ids for result in mine] for mine in samples], depth)
+            return chi_square(
+                distributions, [[result.token_ids for result in mine] for mine in samples], depth
+            )
 
-        floor, mine = test(plain), {strategy: test(samples) for strategy, samples in ours.items()}
-        settings = (noncentrality(laws, depth, options.draws), floor.degrees, self._level)
-        return LawTest(
+        negative, mine = test(plain), {strategy: test(samples) for strategy, samples in ours.items()}
+        settings = (noncentrality(distributions, depth, options.draws), negative.degrees, self._level)
+        return SampleTest(
             name=f"chi-square, depth {depth}",
             statistics={strategy: found.statistic for strategy, found in mine.items()},
             p_values={strategy: found.p_value for strategy, found in mine.items()},
-            degrees=floor.degrees,
-            floor_statistic=floor.statistic,
-            floor_p=floor.p_value,
-            control_bias=options.bias,
-            control_p=test(control).p_value,
+            degrees=negative.degrees,
+            negative_control_statistic=negative.statistic,
+            negative_control_p=negative.p_value,
+            positive_control_bias=options.bias,
+            positive_control_p=test(biased).p_value,
             powers=tuple(Power(bias, power(*settings, bias)) for bias in (options.bias, *BIASES)),
             smallest_bias=smallest_bias(*settings, POWER),
         )
@@ -240,8 +249,10 @@ class _Full:
         ]
 
     def _permuted(self, pairs: list[Pair]) -> torch.Tensor:
-        """Distances under random labels within each prompt, summed over prompts; enough of them for p-values
-        well below the level."""
+        """Distances under labels that are permuted within each prompt, summed over prompts.
+
+        There are enough permutations for p-values well below the level of one test.
+        """
         generator = torch.Generator().manual_seed(self._options.seed)
         num = math.ceil(4 / self._level)
         total_P = torch.zeros(num, dtype=torch.float64)
@@ -257,8 +268,8 @@ class _Full:
         plain: list[list[GenerationResult]],
         ours: dict[Strategy, list[list[GenerationResult]]],
         greedy: list[GenerationResult],
-    ) -> LawTest:
-        floor = sum(pair.distance() for pair in pairs)
+    ) -> SampleTest:
+        negative = sum(pair.distance() for pair in pairs)
         statistics: dict[str, float] = {}
         p_values: dict[str, float] = {}
         for strategy, samples in ours.items():
@@ -276,21 +287,21 @@ class _Full:
             controls[bias] = float(found_C[0])
         seen = next((each.bias for each in powers if each.power >= POWER), None)
         planted = powers[-1].bias if seen is None else seen
-        return LawTest(
+        return SampleTest(
             name="distance of texts (MMD)",
             statistics=statistics,
             p_values=p_values,
             degrees=None,
-            floor_statistic=floor,
-            floor_p=p_value(floor, permuted_P),
-            control_bias=planted,
-            control_p=p_value(controls[planted], permuted_P),
+            negative_control_statistic=negative,
+            negative_control_p=p_value(negative, permuted_P),
+            positive_control_bias=planted,
+            positive_control_p=p_value(controls[planted], permuted_P),
             powers=tuple(powers),
             smallest_bias=seen,
         )
 
-    def _adjusted(self, tests: list[LawTest]) -> list[LawTest]:
-        """With the p-values of ours corrected for how many there are."""
+    def _adjusted(self, tests: list[SampleTest]) -> list[SampleTest]:
+        """Adds the p-values of our samples after Holm's correction for the number of tests."""
         keys = [(i, strategy) for i, test in enumerate(tests) for strategy in test.p_values]
         adjusted = dict(zip(keys, holm([tests[i].p_values[s] for i, s in keys]), strict=True))
         return [
@@ -322,7 +333,7 @@ class _Full:
             num_equal_by_seed=sum(same),
             acceptance_rate=sum(s.num_accepted for s in stats) / drafted if drafted else None,
             ratios=text_ratios(third, first),
-            floor_ratios=text_ratios(second, first),
+            negative_control_ratios=text_ratios(second, first),
         )
 
     @cached_property
@@ -330,7 +341,7 @@ class _Full:
         return [self._long_counts("ar", which) for which in (0, 1)]
 
     def _long_counts(self, strategy: Strategy, which: int) -> list[dict[str, float]]:
-        """Of one answer to every prompt, as long as the audit's."""
+        """Counts of one answer to every prompt, with the audit's own length limit."""
         start = self._options.seed + _OTHER_TEXTS * (which + 1)
         length = self._config.max_new_tokens
         asks = [

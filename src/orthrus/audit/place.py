@@ -1,4 +1,4 @@
-"""The place where two outputs part: what makes logits a choice there, and what rounding may make of it."""
+"""The position where two outputs differ: how logits become a choice there, and how rounding may change it."""
 
 from collections.abc import Sequence
 
@@ -13,19 +13,22 @@ from orthrus.decoding.sampling import filtered_probs
 from orthrus.decoding.stopping import end_ids
 
 _TOGETHER = 64
-"""Tokens that are tried at once, each with a row of the whole vocabulary."""
+"""Tokens in one batch; each needs a row of the whole vocabulary."""
 
 
 def scores(logits_V: Tensor, sampling: SamplingParams, position: int) -> Tensor:
-    """What the chosen token has the most of, scores_V float32: the logits, or for a sampled text
-    logits / temperature - log(noise), where position is the token's place in the whole sequence."""
+    """The values that the chosen token maximises, scores_V float32.
+
+    They are the logits, or for a sampled text logits / temperature - log(noise). position: the token's position in the
+    whole sequence.
+    """
     if sampling.greedy:
         return logits_V
     return logits_V / sampling.temperature - _log_noise(sampling, position, logits_V)
 
 
 class Place:
-    """Where a request, after `prompt_ids` and `new_ids`, chooses its next token by its settings."""
+    """The choice of the next token after `prompt_ids` and `new_ids`, by the request's settings."""
 
     def __init__(
         self, orthrus: Orthrus, prompt_ids: Sequence[int], new_ids: Sequence[int], config: DecodeConfig
@@ -47,13 +50,13 @@ class Place:
 
     @property
     def has_filters(self) -> bool:
-        """Whether top-k, top-p or min-p may take tokens out, however good their scores are."""
+        """Whether top-k, top-p or min-p may remove tokens, whatever their scores are."""
         params = self.sampling
         has_nucleus = params.top_p is not None and params.top_p < 1.0
         return not params.greedy and (bool(params.top_k) or has_nucleus or bool(params.min_p))
 
     def scores(self, logits_V: Tensor, *, filtered: bool = False) -> Tensor:
-        """Scores by the request's rules, minus infinity for what they forbid, and for what filters take out."""
+        """Scores under the request's rules; minus infinity for what the rules forbid or the filters remove."""
         ruled_1V = self._rules(logits_V[None], [()], self._mask_1V)
         scores_V = scores(ruled_1V[0], self.sampling, self._position)
         if filtered and self.has_filters:
@@ -61,9 +64,10 @@ class Place:
         return scores_V
 
     def could_take(self, scores_V: Tensor, token_id: int, margin: float) -> bool:
-        """Whether the filters may let this token win where scores differ by up to `margin`.
+        """Whether this token may win if each score may be wrong by up to `margin`.
 
-        They may keep it, and what is better by more than that they may take out. scores_V: without filters.
+        The filters must be able to keep it, and to remove every token that is better by more than the margin.
+        scores_V: without filters.
         """
         better_N = (scores_V > scores_V[token_id] + margin).nonzero()[:, 0]
         return bool(self._keeps(scores_V, better_N.new_tensor([token_id]), margin)[0]) and not any(
@@ -71,7 +75,7 @@ class Place:
         )
 
     def _keeps(self, scores_V: Tensor, ids_N: Tensor, change: float) -> Tensor:
-        """Whether the filters keep each of these tokens when its score alone changes so; kept_N."""
+        """Whether the filters keep each of these tokens if only its own score changes by `change`; kept_N."""
         rows_NV = (scores_V + _log_noise(self.sampling, self._position, scores_V)).repeat(len(ids_N), 1)
         at_N1 = ids_N[:, None]
         rows_NV.scatter_add_(1, at_N1, torch.full_like(rows_NV[:, :1], change))

@@ -1,4 +1,4 @@
-"""An answer once more by plain decoding, alone, pass by pass: what it should have been."""
+"""Decodes an answer once more with plain decoding, alone, pass by pass."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ from orthrus.model.pool import PAGE
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """An answer as it was given. config: its settings, with the seed that was used."""
+    """An answer as a client received it. config: its settings, with the seed that was used."""
 
     prompt_ids: list[int]
     config: DecodeConfig
@@ -21,17 +21,17 @@ class Answered:
 
     @classmethod
     def of(cls, request: Request) -> "Answered":
-        """Of a request that has ended."""
+        """The answer of a request that has ended."""
         sampling = replace(request.config.sampling, seed=request.seed)
         config = replace(request.config, sampling=sampling)
         return cls(list(request.prompt_ids), config, tuple(request.token_ids), request.finish)
 
 
 class PlainReplay:
-    """Decodes an answer's prompt again: strategy `ar`, the same settings and seed, slots of its own.
+    """Decodes an answer's prompt again with strategy `ar`, the same settings and seed, and slots of its own.
 
-    `step` runs one pass, until `done`; from the thread that steps the engine, or with the engine held. A text
-    that did not end by itself is decoded as far as it came: a deadline or a full pool may have cut it.
+    Call `step`, which runs one pass, until `done`: from the thread that steps the engine, or with the engine held. A
+    deadline or a full pool may have cut the answer. Then the replay stops at the same length.
     """
 
     def __init__(self, orthrus: Orthrus, answered: Answered) -> None:
@@ -55,7 +55,7 @@ class PlainReplay:
         return self._request.closed
 
     def step(self) -> None:
-        """One pass. Raises what ends the replay."""
+        """Run one pass. Raises the error that ended the replay, if one did."""
         self._engine.step()
         if self._request.failure is not None:
             raise self._request.failure
@@ -70,13 +70,13 @@ class PlainReplay:
 
     @property
     def difference(self) -> int | None:
-        """The first token, from 0, where the answer is another; None where all are the same."""
+        """Index of the first token that differs; None if all are equal."""
         if self.token_ids == self._answered.token_ids:
             return None
         return first_difference(self.token_ids, self._answered.token_ids)
 
     def explain(self, orthrus: Orthrus) -> Judgement:
-        """Whether rounding may be the reason for the difference; decodes the answer as it was, on `orthrus`."""
+        """Judge whether rounding explains the difference. Decodes the answer again as it was, on `orthrus`."""
         answered, position = self._answered, self.difference
         assert self.done and position is not None, "there is a difference to explain"
         ours = answered.token_ids

@@ -1,7 +1,7 @@
-"""Receipts: what an answer was made of, so that anybody with the model can make it again, and check it.
+"""Receipts: records of an answer, with which anybody who has the model can decode it again and check it.
 
-A receipt is JSON: the model and its fingerprint, the versions that ran it, and of each text the prompt's token
-ids, the settings that decide the text with the seed that was used, and the token ids of the answer.
+A receipt is JSON. It holds the model and its fingerprint, and the versions that ran it. For each text it holds the
+prompt's token ids, the settings that decide the text, the seed that was used, and the token ids of the answer.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ KIND, FORMAT = "orthrus-receipt", 1
 _PACKAGES = ("orthrus-lm", "torch", "transformers")
 _GRAMMARS = "llguidance"
 _DECIDING = ("max_new_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos")
-"""With the grammar and the sampling, the settings that the text is a function of."""
+"""Together with grammar and sampling, the settings that decide the text."""
 _ABOUT = ("name", "base_fingerprint", "dtype", "device", "runner")
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """A receipt that has been read. model, versions: as they stand in it."""
+    """A receipt that has been read. model, versions: as in the file."""
 
     model: dict[str, Any]
     versions: dict[str, str]
@@ -34,8 +34,11 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What became of one text. position: its first token, from 0, that plain decoding has otherwise, with both
-    tokens there (None: the text has ended); None where all are the same. text: what plain decoding writes."""
+    """The result for one text.
+
+    position: index of the first token that differs from plain decoding, None if all are equal. plain_token, our_token:
+    the tokens there, None where that text has ended. text: what plain decoding writes.
+    """
 
     num_tokens: int
     text: str
@@ -47,7 +50,7 @@ class Checked:
 
 
 def model_part(orthrus: Orthrus) -> dict[str, Any]:
-    """What a receipt says of the model. `load` loads it elsewhere, None where only its owner knows the place."""
+    """A receipt's entry on the model. `load`: the name that loads it elsewhere, None for a local path."""
     about, base = orthrus.describe(), orthrus.base
     return {
         "name": base.name,
@@ -92,12 +95,12 @@ def _text_part(text: Answered) -> dict[str, Any]:
 
 
 def digest(token_ids: Sequence[int]) -> str:
-    """A short name for token ids: BLAKE2b over them in decimal, separated by blanks."""
+    """A short name for token ids: BLAKE2b over them in decimal, separated by spaces."""
     return f"blake2b:{hashlib.blake2b(' '.join(map(str, token_ids)).encode(), digest_size=16).hexdigest()}"
 
 
 def find_receipt(content: Any) -> Any:
-    """The receipt itself, or the one that an answer holds. Raises UserInputError where there is none."""
+    """The receipt itself, or the one that an answer holds. Raises UserInputError if there is none."""
     if isinstance(content, dict) and content.get("kind") == KIND:
         return content
     found = content
@@ -114,7 +117,7 @@ def find_receipt(content: Any) -> Any:
 
 
 def read_receipt(content: Any) -> Receipt:
-    """A receipt from its JSON. Raises UserInputError for what is none, is of another format, or was changed."""
+    """A receipt from its JSON. Raises UserInputError if it is no receipt, has another format, or was changed."""
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise UserInputError(f'it is no receipt; one has "kind": "{KIND}".')
     if content.get("format_version") != FORMAT:

@@ -1,4 +1,4 @@
-"""Compute the logits of one position again, just as we decoded it."""
+"""Computes the logits of one position again, with the passes that decoded it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,10 @@ from orthrus.model.runner import Runner, RunnerAround
 
 
 class Chunk(NamedTuple):
-    """A pass with AR rows: tokens committed before it, its rows of both views, and which were projected."""
+    """A pass with AR rows.
+
+    start: tokens committed before it. num_rows: its rows of both views. logit_rows: the rows that were projected.
+    """
 
     start: int
     num_rows: int
@@ -37,7 +40,7 @@ class OurReplay:
 def replay_ours(
     orthrus: Orthrus, prompt_ids: list[int], config: DecodeConfig, our_ids: Sequence[int], position: int
 ) -> OurReplay:
-    """Decode `our_ids` again, alone, up to token number `position` (from 0), and keep what that was decided by."""
+    """Decode `our_ids` again, alone, up to index `position`, and keep the logits that decided that token."""
     watched = _Watched(orthrus.engine.runner, [*prompt_ids, *our_ids[:position]])
     engine = EngineBeside(orthrus.engine, watched, reuse=False)
     request = orthrus.submit(prompt_ids, config, engine=engine)
@@ -50,7 +53,7 @@ def replay_ours(
 
 
 class _Watched(RunnerAround):
-    """A runner that keeps what its passes, of one request, compute for the token after `text`."""
+    """A runner for one request, which keeps the logits of the token after `text`."""
 
     def __init__(self, runner: Runner, text: list[int]) -> None:
         super().__init__(runner)
@@ -80,7 +83,7 @@ class _Watched(RunnerAround):
 
 
 def _row_that_read(tail: list[int], part: Part) -> int | None:
-    """The AR row whose path in this part is `tail`, the end of the text: siblings of a tree read another."""
+    """The AR row whose path in this part is `tail`, the end of the text. Other branches of a tree read other tokens."""
     for row in range(part.num_ar):
         read = range(row + 1) if part.tail_II is None else part.tail_II[row].nonzero()[0].tolist()
         if [part.token_ids[i] for i in read] == tail:

@@ -19,24 +19,26 @@ LEGEND = {
     "plain: strategy ar by the same runner; one prompt at a time, whatever the concurrency of ours",
     "identical": "prompts whose tokens all equal the baseline's",
     "score": "a logit; for a sampled text logit / temperature - log(noise of the draw): the best is chosen",
-    "near_ties": f"prompts whose first difference has a gap of at most {MARGIN:g} x noise, because each of "
-    "both scores may move by the noise",
-    "broken": "prompts whose first difference rounding cannot explain; any one fails the audit",
+    "near_ties": f"prompts whose first difference has a gap of at most {MARGIN:g} x rounding_spread, because each "
+    "of the two scores may move by that",
+    "broken": "prompts whose first difference rounding cannot explain; one of them fails the audit",
     "gap": "score of the baseline's token - score of ours, computed by the baseline one row at a time",
-    "noise": f"largest change of a score, among the top {NUM_CANDIDATES} candidates, when the baseline "
+    "rounding_spread": f"largest change of a score, among the top {NUM_CANDIDATES} candidates, when the baseline "
     "computes the same position in passes of other shapes: as many rows as ours, blocks, all at once",
-    "drift": "the same between the baseline's one-row scores and ours; for information",
-    "residue": "the same between ours and the baseline's in passes of as many rows as ours; 0 where they "
-    "agree to the bit; for information",
-    "acceptance_rate": "accepted drafts / verified drafts: a broken drafter gives right text, only slowly",
+    "drift": "the same change between the baseline's one-row scores and ours; for information",
+    "residue": "the same change between our scores and the baseline's in passes of as many rows as ours; 0 where "
+    "they agree to the bit; for information",
+    "acceptance_rate": "accepted drafts / verified drafts; a broken drafter gives right text, but slowly",
     "tokens_per_forward": "sum of tokens / sum of passes, prefill, draft and verify",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """The first difference between two outputs. `position` counts new tokens from 0; gap, noise,
-    drift and residue are scores; a token is None where that output has ended. `LEGEND` defines the numbers.
+    """The first difference between two outputs.
+
+    `position` counts new tokens from 0. gap, rounding_spread, drift and residue are scores, which `LEGEND` defines. A
+    token is None where that output has ended.
     """
 
     strategy: str
@@ -47,10 +49,10 @@ class Mismatch:
     baseline_text: str
     our_text: str
     gap: float | None
-    noise: float | None
+    rounding_spread: float | None
     drift: float | None
     residue: float | None
-    noise_by_shape: dict[str, float]
+    spread_by_shape: dict[str, float]
     verdict: Verdict
     reason: str
 
@@ -70,14 +72,17 @@ class StrategyResult:
 
     @property
     def bound(self) -> str:
-        """What the differences, or that there are none, say about the rate of them."""
+        """The upper bound on the rate of differences, as a clause."""
         return f"{self.strategy}: {bound(self.num_prompts - self.num_identical, self.num_prompts, 'outputs')}"
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """`damages`: slot caches that broke their invariant; `faults`: what is wrong with the model itself; each a
-    sentence. `full`: the tests of sampled text, where they were asked for."""
+    """The results of an audit.
+
+    `damages`: sentences on slot caches that broke their invariant. `faults`: sentences on what is wrong with the model
+    itself. `full`: the tests of sampled text, if they were asked for.
+    """
 
     strategies: tuple[StrategyResult, ...]
     mismatches: tuple[Mismatch, ...]
@@ -90,8 +95,10 @@ class AuditReport:
 
     @property
     def passed(self) -> bool:
-        """No broken rule, damaged cache or fault of the model, and sampled text of the base's law where that
-        was tested; near-ties do not count against it."""
+        """Whether no rule is broken, no cache is damaged, the model has no fault, and no test of sampled text failed.
+
+        Near-ties do not count.
+        """
         is_sound = not (self.damages or self.faults or (self.full is not None and self.full.failures))
         return is_sound and not any(s.num_broken for s in self.strategies)
 
@@ -131,7 +138,7 @@ class AuditReport:
         """JSON-ready and complete: verdict, counts, differences, formulas, model, options and provenance."""
         return {
             "kind": "orthrus-audit",
-            "format_version": 4,
+            "format_version": 5,
             "passed": self.passed,
             "summary": self.summary,
             "model": self.model,
@@ -145,7 +152,7 @@ class AuditReport:
         } | ({} if self.full is None else {"full": self.full.to_dict()})
 
     def to_table(self) -> RenderableType:
-        """For a terminal: counts by strategy, the differences, the formulas, the verdict."""
+        """For a terminal: the counts by strategy, the differences, the formulas, and the verdict."""
         parts: list[RenderableType] = [_table(_COUNTS, [_counts(s) for s in self.strategies])]
         if self.mismatches:
             parts.append(_table(_DIFFERENCES, [_difference(m) for m in self.mismatches]))
@@ -178,7 +185,7 @@ class AuditReport:
         return out.getvalue()
 
 
-_ONLY_DIFFERENCES = ("score", "gap", "noise", "drift", "residue")
+_ONLY_DIFFERENCES = ("score", "gap", "rounding_spread", "drift", "residue")
 _COUNTS = [
     "strategy",
     "prompts",
@@ -196,7 +203,7 @@ _DIFFERENCES = [
     "baseline",
     "ours",
     "gap",
-    "noise",
+    "rounding_spread",
     "drift",
     "residue",
     "verdict",
@@ -215,12 +222,12 @@ def _difference(m: Mismatch) -> list[str]:
         "(end)" if token is None else f"{text!r} ({token})"
         for token, text in ((m.baseline_token, m.baseline_text), (m.our_token, m.our_text))
     ]
-    numbers = ["–" if x is None else f"{x:.3g}" for x in (m.gap, m.noise, m.drift, m.residue)]
+    numbers = ["–" if x is None else f"{x:.3g}" for x in (m.gap, m.rounding_spread, m.drift, m.residue)]
     return [m.strategy, str(m.prompt_index + 1), str(m.position + 1), *tokens, *numbers, m.verdict, m.reason]
 
 
 def _table(header: list[str], body: list[list[str]]) -> Table:
-    # Names break at their underscores, so that the counts fit a terminal of 80 columns.
+    # Names wrap at their underscores, so that the counts fit a terminal of 80 columns.
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in header:
         table.add_column(name.replace("_", "\n"))

@@ -1,4 +1,4 @@
-"""The logits of one position by the baseline alone, in passes of several shapes: what rounding can do."""
+"""Computes the baseline's logits of one position in passes of several shapes, to show the effect of rounding."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,7 +18,7 @@ from orthrus.model.runner import Runner
 ONE_ROW, AS_DECODED, AT_ONCE = "one row", "as decoded", "all at once"
 
 Feed = Callable[[Tensor, Chunk, int | None], Tensor | None]
-"""Called with ids_1T, the chunk that they are, and the row whose logits_V are wanted, if any is."""
+"""Called with ids_1T, their chunk, and the row whose logits_V are wanted, or None."""
 
 
 @torch.inference_mode()
@@ -32,9 +32,9 @@ def baseline_logits(
 ) -> dict[str, Tensor]:
     """float32 logits_V of the token after `prompt_ids + new_ids`, by shape, without any of our drafting.
 
-    "one row" is how the baseline decodes: the prompt (at once in `generate`, by chunks in `ar`), then row by
-    row. "as decoded" feeds as many rows at a time as the passes of `chunks` had, the text first and something
-    causal behind it. The other shapes show what rounding does when these two agree.
+    "one row" is the baseline's own decoding: first the prompt (at once in `generate`, by chunks in `ar`), then row by
+    row. "as decoded" feeds as many rows at a time as the passes of `chunks` had; causal filler rows follow the text.
+    The other shapes show the effect of rounding where these two agree.
     """
     ids, num_prompt = prompt_ids + new_ids, len(prompt_ids)
     engine, dual = orthrus.engine, orthrus.dual
@@ -45,7 +45,7 @@ def baseline_logits(
     ]
     shapes = {
         ONE_ROW: prompt + _blocks(num_prompt, len(ids), 1),
-        # A cycle may go on behind the token in question.
+        # The cycle may have gone on beyond the token in question.
         AS_DECODED: [chunk for chunk in chunks if chunk.start < len(ids)],
         f"blocks of {block_size}": prompt + _blocks(num_prompt, len(ids), block_size),
         AT_ONCE: [Chunk(0, len(ids), [len(ids) - 1])],
@@ -65,10 +65,10 @@ def baseline_logits(
 def continuation_logits(
     orthrus: Orthrus, against: Baseline, prompt_ids: list[int], longest: int
 ) -> Callable[[Sequence[int]], Tensor]:
-    """A function: new ids, at most `longest`, -> the baseline's float32 logits_V of the token after them.
+    """A function from new ids, at most `longest` of them, to the baseline's float32 logits_V of the next token.
 
-    The prompt is fed once; call the function in inference mode. By the runner that decodes, or by the stock
-    model, without any of our drafting.
+    It uses the runner that decodes, or the stock model, without any of our drafting. The prompt is fed once. Call the
+    function in inference mode.
     """
     num_prompt = len(prompt_ids)
     size = orthrus.engine.config.chunk if against == "plain" else num_prompt
@@ -83,7 +83,7 @@ def continuation_logits(
     def logits_after(new_ids: Sequence[int]) -> Tensor:
         if not new_ids:
             return after_prompt_V
-        # Row by row, as plain decoding reads them.
+        # Row by row, as plain decoding does.
         rows = [Chunk(num_prompt + i, 1, [0]) for i in range(len(new_ids))]
         return _last_logits(feed, [*prompt_ids, *new_ids], rows)
 
@@ -91,7 +91,7 @@ def continuation_logits(
 
 
 def _last_logits(feed: Feed, ids: list[int], chunks: list[Chunk]) -> Tensor:
-    """Feed all chunks; rows behind the last id are causal, hence harmless."""
+    """Feed all chunks. Rows after the last id are causal, so they do not affect it."""
     found: Tensor | None = None
     for chunk in chunks:
         rows = ids[chunk.start : chunk.start + chunk.num_rows]
@@ -104,8 +104,10 @@ def _last_logits(feed: Feed, ids: list[int], chunks: list[Chunk]) -> Tensor:
 
 
 def _plain(runner: Runner, chunks: list[Chunk]) -> Feed:
-    """AR rows through the runner that decodes, in slots of their own, whose length is set from outside:
-    no engine, so a fault in how it drafts, commits or moves history shows in none of the shapes."""
+    """Feeds AR rows to the runner that decodes, in slots of their own.
+
+    No engine takes part, so a fault in its drafting, committing or moving of history affects none of the shapes.
+    """
     num_pages = pages_for(max(chunk.start + chunk.num_rows for chunk in chunks))
     pool = runner.new_pool(num_pages)
     slots = Slots(pool)
@@ -117,7 +119,8 @@ def _plain(runner: Runner, chunks: list[Chunk]) -> Feed:
         hidden_RC = runner.hidden(p, pool)
         if row is None:
             return None
-        # Projected beside the rows that the engine projects in such a pass: alone it might round otherwise.
+        # It is projected together with the rows that the engine projects in such a pass. Alone it might round
+        # differently.
         rows = chunk.logit_rows if row in chunk.logit_rows else [row]
         return runner.head(hidden_RC[rows])[rows.index(row)]
 
@@ -125,8 +128,8 @@ def _plain(runner: Runner, chunks: list[Chunk]) -> Feed:
 
 
 def _stock(model: PreTrainedModel, masked: DualView | None) -> Feed:
-    """The stock forward with its own cache. masked: hand it ready masks, in the form of this model's family."""
-    # Without a config all layers keep the whole history, so that rejected rows can be cropped off again.
+    """Feeds the stock forward with its own cache. masked: give it ready masks, in the form of this model's family."""
+    # Without a config all layers keep the whole history, so rejected rows can be cropped off.
     cache = DynamicCache()
 
     def feed(ids_1T: Tensor, chunk: Chunk, row: int | None) -> Tensor | None:
@@ -146,7 +149,7 @@ def _stock(model: PreTrainedModel, masked: DualView | None) -> Feed:
 
 
 def _causal_mask(dual: DualView, chunk: Chunk) -> Tensor | dict[str, Tensor]:
-    """The mask of causal rows, windows included: with a mask attention picks another kernel than without."""
+    """The mask of causal rows, windows included. Attention picks another kernel with a mask than without one."""
     end = chunk.start + chunk.num_rows
     key_1S = torch.arange(end, device=dual.device)[None]
     query_1T = key_1S[:, chunk.start :]
@@ -158,7 +161,7 @@ def _causal_mask(dual: DualView, chunk: Chunk) -> Tensor | dict[str, Tensor]:
 
 
 def _blocks(start: int, end: int, size: int) -> list[Chunk]:
-    """New tokens, all of whose rows are projected."""
+    """Chunks of new tokens, with all rows projected."""
     return [Chunk(at, length, list(range(length))) for at, length in _cuts(start, end, size)]
 
 

@@ -1,4 +1,4 @@
-"""Faults of the model itself, which no comparison of texts shows: both sides would share them."""
+"""Finds faults of the model itself. No comparison of texts shows them, because both sides would share them."""
 
 import torch
 from torch import nn
@@ -10,10 +10,11 @@ from orthrus.model.twin import Twin
 
 
 def model_faults(orthrus: Orthrus) -> list[str]:
-    """Sentences: a view of no numbers (its text is right, its drafts are worth nothing), and twins that were
-    swapped, which make a wrong baseline too: the weights that the view belongs to lie on its own side.
+    """One sentence for each fault.
 
-    Another base than the view's own, such as a fine-tuned one, is no fault.
+    A view that holds NaN gives right text, but drafts nothing. Swapped twins have the base's own weights on the
+    diffusion side, which makes the baseline wrong too. A base other than the view's own, such as a fine-tuned one, is
+    no fault.
     """
     dual = orthrus.dual
     faults = [
@@ -22,7 +23,7 @@ def model_faults(orthrus: Orthrus) -> list[str]:
         if parameter.is_floating_point() and not bool(parameter.detach().isfinite().all())
     ][:1]
     expected = dual.config.base_fingerprint
-    # What was quantised in memory, or rounded to float16, has other numbers by intent.
+    # Weights that were quantised in memory, or rounded to float16, differ from the stored ones by intent.
     is_as_stored = dual.precision is None and dual.dtype in (torch.float32, torch.bfloat16)
     if not (expected and is_as_stored) or fingerprint(dual.stock()) == expected:
         return faults

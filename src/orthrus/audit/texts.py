@@ -1,4 +1,4 @@
-"""Length and variety of texts side by side: what drafting, done right, leaves as it is."""
+"""Compares length and variety of texts, which right drafting does not change."""
 
 import re
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ FORMULAS = {
 }
 _WORD = re.compile(r"[\w']+")
 SEEN = 1.960 + 1.645
-"""Standard errors by which a ratio must differ from 1 for a 95 % interval to leave it out with power 0.95."""
+"""Standard errors by which a true ratio must differ from 1, so that a 95 % interval excludes 1 with power 0.95."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextRatio:
-    """ratio: sum over prompts of `what` in our answers / the same in plain decoding's answers of other seeds.
+    """ratio: sum over prompts of `what` in our answers / the same in plain decoding's answers with other seeds.
 
-    low, high: 95 % of a bootstrap over prompts; expected is 1.00. seen: how far from 1 a true ratio must be
-    to be told with power 0.95, about 3.6 standard errors.
+    1.00 is expected. low, high: 95 % bootstrap interval over prompts. seen: how far from 1 a true ratio must be to be
+    detected with power 0.95, about 3.6 standard errors.
     """
 
     what: str
@@ -51,7 +51,7 @@ def text_counts(text: str, num_tokens: int) -> dict[str, float]:
 def text_ratios(
     ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]]
 ) -> tuple[TextRatio, ...]:
-    """Our counts over theirs, where number n of both answers prompt n."""
+    """Our counts / theirs, where entry n of both belongs to prompt n."""
     found = []
     for what in FORMULAS:
         ratio, low, high, error = ratio_interval([c[what] for c in ours], [c[what] for c in theirs])

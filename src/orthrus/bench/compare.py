@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from orthrus.base.markdown import markdown_table
-from orthrus.bench.layout import law
+from orthrus.bench.layout import sampling_name
 from orthrus.bench.metrics import Row
 from orthrus.bench.report import BenchReport, read_report
 from orthrus.bench.statistics import Interval, Spread
@@ -136,13 +136,13 @@ def _differences(a: BenchReport, b: BenchReport) -> list[str]:
     return found
 
 
-_HEADER = ["law", "domain", "arm", "metric", "a", "b", "b / a"]
+_HEADER = ["sampling", "domain", "arm", "metric", "a", "b", "b / a"]
 _ALIGN = "llllrrr"
 
 
 def _cells(change: Change) -> list[str]:
     ratio = "–" if change.ratio is None else f"{change.ratio:.3f}{'*' if change.clear else ''}"
-    where = [law(change.temperature), change.domain, change.arm, change.metric]
+    where = [sampling_name(change.temperature), change.domain, change.arm, change.metric]
     return [*where, _number(change.a), _number(change.b), ratio]
 
 

@@ -1,4 +1,4 @@
-"""How the numbers of a benchmark are laid out: one table of domains x arms, a summary, and the details."""
+"""Lays out the numbers of a benchmark: one table of domains x arms, a summary, and the details."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,8 +15,8 @@ from orthrus.bench.records import by_temperature
 from orthrus.bench.statistics import Interval, Spread
 
 
-def law(temperature: float) -> str:
-    """How a temperature is called."""
+def sampling_name(temperature: float) -> str:
+    """What reports call the sampling at a temperature."""
     return f"temperature {temperature:g}" if temperature else "greedy"
 
 
@@ -24,17 +24,17 @@ def terminal(title: str, rows: Sequence[Row], summaries: Sequence[Summary]) -> R
     """Rich tables that fit 80 columns, then the formulas of what they show."""
     parts: list[RenderableType] = [escape(title)]
     for temperature, mine, lines in _parts(rows, summaries):
-        table = _table(law(temperature), ("arm", *_MAIN))
+        table = _table(sampling_name(temperature), ("arm", *_MAIN))
         for domain in _domains(mine):
-            # A line of its own: as a column it would not fit.
+            # The domain gets a line of its own, because a further column would not fit.
             table.add_section()
             table.add_row(f"[bold]{escape(domain)}[/bold]")
             for row in (r for r in mine if r.domain == domain):
                 table.add_row(f" {row.arm}", *(_METRICS[name](row) for name in _MAIN))
-        summary = _table(f"{law(temperature)}, over domains", ("arm", *_SUMMARY))
+        summary = _table(f"{sampling_name(temperature)}, over domains", ("arm", *_SUMMARY))
         for line in lines:
             summary.add_row(line.arm, *(show(line) for show in _SUMMARY.values()))
-        times = _table(f"{law(temperature)}, times over all prompts", ("arm", *_TIMES))
+        times = _table(f"{sampling_name(temperature)}, times over all prompts", ("arm", *_TIMES))
         for row in (r for r in mine if r.domain == ALL):
             times.add_row(row.arm, *(_METRICS[name](row) for name in _TIMES))
         parts += [table, summary, times]
@@ -43,7 +43,7 @@ def terminal(title: str, rows: Sequence[Row], summaries: Sequence[Summary]) -> R
 
 
 def markdown(rows: Sequence[Row], summaries: Sequence[Summary]) -> str:
-    """The same for GitHub, and every number over all domains beside its formula."""
+    """The same for GitHub, with every number over all domains beside its formula."""
     sections = []
     for temperature, mine, lines in _parts(rows, summaries):
         overall = [row for row in mine if row.domain == ALL]
@@ -55,7 +55,7 @@ def markdown(rows: Sequence[Row], summaries: Sequence[Summary]) -> str:
         ]
         details = [[f"`{name}`", *map(show, overall), LEGEND[name]] for name, show in _METRICS.items()]
         sections += [
-            f"### {law(temperature).capitalize()}",
+            f"### {sampling_name(temperature).capitalize()}",
             markdown_table(["domain", "arm", *map(_code, _MAIN)], body, "ll" + "r" * len(_MAIN)),
             "Over domains:",
             markdown_table(

@@ -8,7 +8,7 @@ from typing import Any
 
 from orthrus.base.json_text import parse_json
 from orthrus.bench.arms import PLAIN, STOCK
-from orthrus.bench.layout import SHOWN, cells, law
+from orthrus.bench.layout import SHOWN, cells, sampling_name
 from orthrus.bench.legend import LEGEND
 from orthrus.bench.machine import NOT_AVAILABLE
 from orthrus.bench.metrics import ALL, Row
@@ -115,7 +115,7 @@ def _tables(bench: BenchReport | None) -> str:
         parts.append("<p><strong>This run is unfinished.</strong></p>")
     for temperature, rows in by_temperature(bench.rows):
         overall = [row for row in rows if row.domain == ALL]
-        named = law(temperature)
+        named = sampling_name(temperature)
         body = [[row.domain, row.arm, *cells(row)] for row in rows]
         parts += [
             f"<h3>By domain ({named})</h3>",

@@ -6,7 +6,7 @@ from itertools import cycle
 from typing import Any
 
 from orthrus.bench.arms import PLAIN, STOCK, Arm
-from orthrus.bench.layout import law
+from orthrus.bench.layout import sampling_name
 from orthrus.bench.metrics import ALL, Row
 from orthrus.bench.records import by_temperature
 from orthrus.bench.report import BenchReport
@@ -39,7 +39,7 @@ class Plot:
 def plots_of_bench(source: str, report: BenchReport) -> Iterator[Plot]:
     """The plots that one benchmark has the data for, greedy first."""
     for temperature, rows in by_temperature(report.rows):
-        named = law(temperature)
+        named = sampling_name(temperature)
         for make in (_waterfall, _positions, _break_even, _block_lengths):
             plot = make(rows, report)
             if plot is not None:
@@ -85,11 +85,11 @@ def _positions(rows: Sequence[Row], _: BenchReport) -> _Found:
     return (
         "positions",
         "Acceptance by position and domain",
-        f"{_NAMES.get(str(arm), arm)}: of the cycles in which all drafts before position j stood, the share in which "
-        "draft j stood too. With the floor draft 1 is the second token behind the anchor. Far positions rest on few "
-        "cycles.",
+        f"{_NAMES.get(str(arm), arm)}: of the cycles in which all drafts before position j were accepted, the share in "
+        "which draft j was accepted too. With the floor, draft 1 is the second token after the anchor. Few cycles "
+        "reach far positions.",
         Lines(
-            Axis("position in the draft", whole=True), Axis("accepted, given all before", 0.0, 1.0), series
+            Axis("position of the draft", whole=True), Axis("accepted, given all before", 0.0, 1.0), series
         ),
     )
 

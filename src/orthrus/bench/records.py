@@ -23,11 +23,11 @@ _Measured = TypeVar("_Measured", bound=_AtTemperature)
 class Run:
     """One prompt decoded once by one arm. Times in ms.
 
-    The prefill gives the first token and is no cycle. Of each cycle after it, in order: `committed`, the tokens
-    that it added. Of each cycle that drafted: `drafted`, the drafts that the AR view judged, of a tree every node;
-    `judged`, how many stood one after the other, of a tree along its first branch; `accepted`, how many stood.
-    `work`: rows, passes and reads after the first token. `peak_bytes` and `joules` are None where the machine
-    does not tell. `equal_to_plain` is None for sampled stock text, which another random generator draws.
+    The prefill gives the first token and is no cycle. `committed`: for each cycle after it, the tokens that it added.
+    The next three lists have an entry for each cycle that drafted. `drafted`: the drafts that the AR view judged; of a
+    tree every node. `judged`: the length of the judged path; of a tree along its first branch. `accepted`: the accepted
+    drafts. `work`: rows, passes and reads after the first token. `peak_bytes` and `joules` are None if the machine does
+    not report them. `equal_to_plain` is None for sampled stock text, which another random generator draws.
     """
 
     arm: str
@@ -148,7 +148,7 @@ def by_temperature(measured: Sequence[_Measured]) -> list[tuple[float, list[_Mea
 
 
 def _judged(cycle: Cycle) -> int:
-    # What an end or a limit cut off is in neither count: nobody knows whether it would have stood.
+    # Drafts after an end or a limit are in neither count, because it is unknown whether they would be accepted.
     return min(cycle.num_accepted + len(cycle.rejected_ids), cycle.num_drafted)
 
 

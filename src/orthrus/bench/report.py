@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from orthrus.base.json_text import parse_json
-from orthrus.bench.layout import law, markdown, terminal
+from orthrus.bench.layout import markdown, sampling_name, terminal
 from orthrus.bench.legend import LEGEND
 from orthrus.bench.metrics import ALL, Row, Summary, rows, summaries
 from orthrus.bench.records import Run
@@ -113,10 +113,10 @@ class BenchReport:
     def title(self) -> str:
         """Model, view and settings in one line."""
         m, o = self.model, self.options
-        laws = " and ".join(map(law, o["temperatures"]))
+        samplings = " and ".join(map(sampling_name, o["temperatures"]))
         block = o["block_size"] or m["block_size"]
         return (
-            f"{m['model']}, {m['dtype']} on {m['device']}, {m['view']} view, block {block}, {laws}, "
+            f"{m['model']}, {m['dtype']} on {m['device']}, {m['view']} view, block {block}, {samplings}, "
             f"prompts: {o['num_prompts']}, repeats: {o['repeats']}, tokens: at most {o['max_new_tokens']}"
         )
 

@@ -11,7 +11,7 @@ from orthrus.base.bench_prompts import BenchPrompt
 from orthrus.base.provenance import provenance
 from orthrus.bench.arms import PLAIN, STOCK, Arm, check_rounds
 from orthrus.bench.cycles import RecordingRunner, without_reuse
-from orthrus.bench.layout import law
+from orthrus.bench.layout import sampling_name
 from orthrus.bench.machine import Energy, forget_peak, peak_bytes
 from orthrus.bench.records import About, Run, output_digest, run_of_result, run_of_stock
 from orthrus.bench.report import BenchReport
@@ -165,7 +165,7 @@ class _Job(NamedTuple):
         if self.warmup:
             return f"warm-up: {self.arm}"
         where = f"{self.domain}, prompt {self.prompt_index + 1}, repeat {self.repeat + 1}"
-        return f"{where}, {law(self.temperature)}: {self.arm}"
+        return f"{where}, {sampling_name(self.temperature)}: {self.arm}"
 
 
 def _jobs(options: BenchOptions, prompts: list[list[int]]) -> list[_Job]:

@@ -70,7 +70,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 
 
 def _help(command: Callable[..., None]) -> str:
-    """Its docstring, a line each paragraph: the terminal breaks lines where it ends."""
+    """A command's docstring, with one line per paragraph, because the terminal breaks the lines."""
     return "\n\n".join(" ".join(part.split()) for part in cleandoc(command.__doc__ or "").split("\n\n"))
 
 
@@ -99,7 +99,7 @@ def root(
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and leave with its status: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C."""
+    """Run the command line and exit with its status, which docs/cli.md lists."""
     quiet_libraries()
     raise SystemExit(run_command(typer.main.get_command(app), args))
 

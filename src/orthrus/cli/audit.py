@@ -1,4 +1,4 @@
-"""`orthrus audit`: is every token the stock model's own, or that of plain decoding?"""
+"""`orthrus audit`: compares every token with the stock model's, or with plain decoding's."""
 
 from typing import Annotated, Any
 
@@ -32,8 +32,9 @@ def audit(
         bool,
         typer.Option(
             "--full",
-            help="Also test the distribution of sampled text, with a test of plain decoding, an artificial bias "
-            "that must be found, and the power of each test; and compare length and variety of texts.",
+            help="Also test the distribution of sampled text, with a negative control (plain decoding), a positive "
+            "control (a planted bias, which must be found) and the power of each test; and compare length and "
+            "variety of texts.",
         ),
     ] = False,
     draws: Annotated[
@@ -42,7 +43,9 @@ def audit(
     law_prompts: Annotated[
         int,
         typer.Option(
-            min=1, help="Number of prompts whose sampled text --full tests, spread evenly over all prompts."
+            min=1,
+            help="Number of prompts for which --full tests the distribution of sampled text, spread evenly over "
+            "all prompts.",
         ),
     ] = 12,
     view: options.View = "default",
@@ -58,9 +61,9 @@ def audit(
     """Compare output with the stock model's or plain decoding's, token by token, and explain each difference.
 
     With --concurrency, prompts share the passes of the engine, as requests to a server do. With a temperature,
-    sampled texts are compared: the baseline draws with the same noise. --full samples too, with `auto` or the
-    strategies named, many texts of a few prompts, and tests their law. Exit status 1 means that the audit
-    failed.
+    sampled texts are compared: the baseline draws with the same noise. --full draws many texts for a few prompts, with
+    `auto` or the strategies you name, and tests whether they follow the base's distribution. Exit status 1 means
+    that the audit failed.
     """
     decode: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

@@ -1,4 +1,4 @@
-"""`orthrus bench report`: results as one page, and its plots as pictures."""
+"""`orthrus bench report`: makes one page of results, and pictures of its plots."""
 
 import shutil
 import subprocess
@@ -43,8 +43,8 @@ def bench_report(
     """Make one page of results: plots, tables, formulas and origins. It loads nothing from the network, and can be
     printed.
 
-    A file is told by its `kind`: orthrus-bench, orthrus-audit, orthrus-long-context, orthrus-sceptic, or
-    orthrus-training-curve (`points` of arm, targets and tokens_per_cycle).
+    The command recognises a file by its field `kind`: orthrus-bench, orthrus-audit, orthrus-long-context,
+    orthrus-sceptic, or orthrus-training-curve (`points` of arm, targets and tokens_per_cycle).
     """
     from orthrus.base.outputs import check_writable, write_text_atomic
     from orthrus.bench.page import make_page

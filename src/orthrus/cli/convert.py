@@ -1,4 +1,4 @@
-"""`orthrus convert`: write a view, or base and view together, and prove that nothing was lost."""
+"""`orthrus convert`: writes a view, or base and view together, and checks that nothing was lost."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,17 @@ def convert(
     out_folder: Annotated[
         Path | None, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")
     ] = None,
-    named_model: options.NamedModel = None,
+    named_model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="SOURCE",
+            help="Name of the source, instead of the argument SOURCE.",
+            rich_help_panel="Model",
+            show_default=False,
+        ),
+    ] = None,
     to: Annotated[
         Layout,
         typer.Option(
@@ -87,7 +97,7 @@ def convert(
             show_default=False,
         ),
     ] = None,
-    device: options.Device = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", rich_help_panel="Model")] = "cpu",
     revision: options.Revision = None,
     quiet: options.Quiet = False,
     json: options.Json = False,
@@ -140,7 +150,7 @@ def convert(
 
 
 def _source_and_target(first: str, second: Path | None, named_model: str | None) -> tuple[str, Path]:
-    """What the arguments mean: SOURCE OUT, or OUT alone beside --model."""
+    """The source and the folder: from SOURCE OUT, or from --model and OUT alone."""
     if named_model is not None:
         if second is not None:
             options.one_model(first, named_model)
@@ -151,7 +161,7 @@ def _source_and_target(first: str, second: Path | None, named_model: str | None)
 
 
 def _stated(licence: str | None, figures: Path | None) -> dict[str, Any]:
-    """What the user says of the view, for its provenance; checked before anything is loaded."""
+    """The user's entries for the view's provenance, checked before anything is loaded."""
     from orthrus.model.figures import read_figures
 
     if licence is not None and not licence.strip():
@@ -161,14 +171,14 @@ def _stated(licence: str | None, figures: Path | None) -> dict[str, Any]:
 
 
 def _default_view(source: str) -> str:
-    """A local base gets a fresh view without a warning: that is what it was given for."""
+    """The default of --view: "fresh" for a local base, so that no warning is printed, otherwise "default"."""
     from orthrus.model.merged import folder_kind
 
     try:
         path = Path(source).expanduser()
         is_base = path.is_file() or ((path / "config.json").is_file() and folder_kind(path) == "base")
     except (RuntimeError, OSError, ValueError):
-        # No path at all: the loader says so better.
+        # The source is no valid path. The loader has the better message.
         return "default"
     return "fresh" if is_base else "default"
 

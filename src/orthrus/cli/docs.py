@@ -26,6 +26,7 @@ A command writes its result to stdout, and everything else to stderr: progress, 
 | 1 | done with a negative result (an audit failed, tokens differed), or an unexpected error |
 | 2 | wrong usage, or an error that the sentence after `error:` explains |
 | 130 | stopped with Ctrl-C |
+| 143, 129 | stopped by SIGTERM, SIGHUP |
 """
 
 
@@ -70,7 +71,7 @@ def _placeholder(parameter: Any) -> str:
 def _names(parameter: Any, context: typer.Context) -> str:
     if parameter.param_type_name == "argument":
         return f"`{parameter.metavar or parameter.name.upper()}`"
-    # The help record reads "-n, --name VALUE": whatever follows the long name is the value.
+    # The help record reads "-n, --name VALUE". The value is the part after the long name.
     shown = parameter.get_help_record(context)[0]
     value = "" if parameter.is_flag else " " + shown.split(max(parameter.opts, key=len), 1)[1].strip()
     names = [*parameter.opts, *parameter.secondary_opts]

@@ -1,4 +1,4 @@
-"""Reference pages from the code itself: the server's requests, and the keys of a recipe."""
+"""Makes reference pages from the code itself: the server's requests, and the keys of a recipe."""
 
 import types
 from collections.abc import Iterator
@@ -86,26 +86,26 @@ def http_page() -> str:
                 bodies.setdefault(_name(content), []).append(path)
     parts.append("")
     models = schema["components"]["schemas"]
-    told: list[str] = []
+    listed: list[str] = []
     waiting = list(bodies)
     while waiting:
         name = waiting.pop(0)
-        if name in told or not models[name].get("properties"):
+        if name in listed or not models[name].get("properties"):
             continue
-        told.append(name)
+        listed.append(name)
         parts += _model(name, models[name], bodies.get(name, []))
-        waiting += [found for found in _names_in(models[name]) if found not in told]
-    return "\n".join([*parts, *_figures()])
+        waiting += [found for found in _names_in(models[name]) if found not in listed]
+    return "\n".join([*parts, *_metrics()])
 
 
-def _figures() -> Iterator[str]:
-    """What /metrics shows."""
+def _metrics() -> Iterator[str]:
+    """The section on /metrics."""
     from orthrus.server.live_audit import COUNTERS
     from orthrus.server.metrics import GAUGES, Metrics
 
-    yield "## Figures of /metrics\n"
+    yield "## Metrics of /metrics\n"
     yield wrapped(
-        "For Prometheus. Where vLLM has the same figure, its name is `vllm:` and what follows `orthrus_` here. "
+        "For Prometheus. Metrics that vLLM has too have vLLM's name, with the prefix `orthrus_` instead of `vllm:`. "
         "[Metrics](../metrics.md) defines cycles, drafts and passes."
     )
     yield "\n| name | kind | meaning |\n| --- | --- | --- |"
@@ -138,10 +138,10 @@ def _model(name: str, model: dict[str, Any], paths: list[str]) -> Iterator[str]:
 
 
 def _values(about: dict[str, Any]) -> str:
-    """What a field may hold, in words."""
+    """The allowed values of a field, in words."""
     if "$ref" in about:
         name = _name(about)
-        # What pydantic calls JsonValue has no fields to list.
+        # Pydantic's JsonValue has no fields to list.
         return "any value" if name == "JsonValue" else f"[{name}](#{name.lower()})"
     if "anyOf" in about:
         return " or ".join(dict.fromkeys(_values(each) for each in about["anyOf"]))
@@ -153,7 +153,7 @@ def _values(about: dict[str, Any]) -> str:
     kind = kinds.get(about.get("type", ""), about.get("type", "any value"))
     if kind == "array":
         kind = f"list of {_values(about.get('items', {}))}"
-    # Beyond this a limit only says which machine word holds the number.
+    # A larger limit is only that of the machine word which holds the number.
     known = {name: about[name] for name in _LIMITS if name in about and abs(about[name]) < 2**31 - 1}
     limits = [_LIMITS[name].format(f"{value:g}") for name, value in known.items()]
     return " ".join([kind, *([f"({', '.join(limits)})"] if limits else [])]).replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""The form that an answer must have: options of the command line, and the grammar that they stand for."""
+"""Structured output: the options of the command line, and the grammar that they mean."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,14 +8,14 @@ import typer
 from orthrus.config import LONGEST_GRAMMAR, Grammar
 from orthrus.errors import UserInputError
 
-_FORM = "Form of the answer"
+_PANEL = "Structured output"
 
 JsonSchema = Annotated[
     str | None,
     typer.Option(
         metavar="FILE|JSON",
         help="The answer is JSON that fits this JSON Schema: a file, or the schema itself, which begins with {.",
-        rich_help_panel=_FORM,
+        rich_help_panel=_PANEL,
         show_default=False,
     ),
 ]
@@ -24,7 +24,7 @@ Regex = Annotated[
     typer.Option(
         metavar="PATTERN",
         help="The whole answer matches this regular expression.",
-        rich_help_panel=_FORM,
+        rich_help_panel=_PANEL,
         show_default=False,
     ),
 ]
@@ -34,7 +34,7 @@ LarkGrammar = Annotated[
         "--grammar",
         metavar="FILE",
         help="The answer fits this context-free grammar, in llguidance's dialect of Lark, with the rule start.",
-        rich_help_panel=_FORM,
+        rich_help_panel=_PANEL,
         show_default=False,
     ),
 ]
@@ -42,8 +42,8 @@ CompactJson = Annotated[
     bool,
     typer.Option(
         "--compact-json",
-        help="JSON has no blanks between its parts: fewer tokens.",
-        rich_help_panel=_FORM,
+        help="JSON has no whitespace between its parts: fewer tokens.",
+        rich_help_panel=_PANEL,
     ),
 ]
 
@@ -51,7 +51,10 @@ CompactJson = Annotated[
 def grammar_of(
     json_schema: str | None, regex: str | None, grammar: Path | None, *, compact: bool
 ) -> Grammar | None:
-    """The form that an answer must have; None for any. UserInputError for several, or a file without text."""
+    """The grammar that an answer must follow; None for any text.
+
+    Raises UserInputError for several grammars, or for a file that holds no text.
+    """
     given = [
         name
         for name, value in (("--json-schema", json_schema), ("--regex", regex), ("--grammar", grammar))
@@ -70,7 +73,7 @@ def grammar_of(
 
 
 def _file_text(file: Path) -> str:
-    """The text of a grammar's file, or a little more than may be used of it."""
+    """The text of a grammar's file, cut off a little beyond the length limit of a grammar."""
     name = str(file) if len(str(file)) <= 200 else f"{str(file)[:200]} ..."
     try:
         with file.expanduser().open(encoding="utf-8-sig") as content:

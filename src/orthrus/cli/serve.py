@@ -1,4 +1,4 @@
-"""`orthrus serve`: the model behind OpenAI's HTTP interface."""
+"""`orthrus serve`: serves a model over HTTP, with OpenAI's and Anthropic's APIs."""
 
 import gc
 import os
@@ -197,7 +197,8 @@ def serve(
         )
         time_passes(orthrus, ["auto"], quiet=quiet)
         orthrus.warm_up()
-        # What is there now stays. A whole collection would look at all of it, and stop every thread for 0.2 s.
+        # The objects that exist now stay for good. Freezing them spares each full collection 0.2 s, in which it would
+        # stop every thread.
         gc.collect()
         gc.freeze()
         if not quiet:

@@ -80,7 +80,7 @@ def train(
     """Train a diffusion view, or plan it.
 
     The same command resumes where an earlier one stopped. Ctrl-C and SIGTERM save first. OUTPUT/best holds the
-    view with the best score in evaluations, OUTPUT/view the last view.
+    view with the best evaluation score, OUTPUT/view the last view.
     """
     asked = PlanOptions(
         gpus=gpus,

@@ -13,7 +13,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 class TrainDisplay:
-    """A context manager that is told of logs and scores."""
+    """A context manager that shows logs and evaluation scores."""
 
     def __init__(self, title: str, *, quiet: bool = False, peak_flops: float | None = None) -> None:
         self._title, self._quiet, self._peak_flops = title, quiet, peak_flops
@@ -80,7 +80,7 @@ class TrainDisplay:
         self._refresh()
 
     def _set(self, state: str) -> None:
-        """What goes on; who asked to stop is to see that it was heard, whatever goes on until then."""
+        """Show the current stage. After a stop was requested, keep showing that until the run ends."""
         if not self._is_stopping:
             self._state = state
 
@@ -127,10 +127,10 @@ def positions(log: "TrainLog") -> str:
 
 
 def share_of_peak(log: "TrainLog", peak_flops: float | None) -> str:
-    """What part of the machine's best matrix product the arithmetic of the steps amounts to, where known.
+    """The operations of the steps as a share of the machine's best matrix product; empty if unknown.
 
-    A share above 100 % says that the peak was measured too low, as it was in bfloat16 on a processor without arithmetic
-    for it. Then nothing is said.
+    A share above 100 % means that the peak was measured too low, as in bfloat16 on a processor without instructions for
+    it. Then the result is empty too.
     """
     if log.flops_per_second is None or not peak_flops or log.flops_per_second > peak_flops:
         return ""
@@ -138,7 +138,7 @@ def share_of_peak(log: "TrainLog", peak_flops: float | None) -> str:
 
 
 def log_line(log: "TrainLog", peak_flops: float | None = None) -> str:
-    """The same figures as the panel's, in one line."""
+    """The numbers of the panel in one line."""
     accuracy = " ".join(f"{a:.2f}" for a in log.accuracy_J)
     left = f", about {duration(log.seconds_left)} left" if log.step < log.num_steps else ""
     return (
@@ -149,5 +149,5 @@ def log_line(log: "TrainLog", peak_flops: float | None = None) -> str:
 
 
 def _rate(log: "TrainLog") -> str:
-    """Tokens a second; of a few, a decimal too."""
+    """Tokens per second; a small number has a decimal."""
     return f"{log.tokens_per_second:,.{0 if log.tokens_per_second >= 10 else 1}f}"

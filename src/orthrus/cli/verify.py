@@ -1,4 +1,4 @@
-"""`orthrus verify`: an answer made again from its receipt, by plain decoding."""
+"""`orthrus verify`: decodes an answer again from its receipt, with plain decoding."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,17 +18,29 @@ if TYPE_CHECKING:
     from orthrus.audit.receipts import Checked, Receipt
 
 MOST_BYTES = 2**28
+_MODEL, _AS_ON_RECEIPT = "Model", "Default: as on the receipt."
 
 
 def verify(
     receipt: Annotated[
         Path, typer.Argument(metavar="FILE", help="A receipt, or an answer that holds one, as JSON.")
     ],
-    model: options.Model = None,
+    model: Annotated[
+        str | None, typer.Argument(help=f"{options.MODEL_HELP} {_AS_ON_RECEIPT}", show_default=False)
+    ] = None,
     named_model: options.NamedModel = None,
     view: options.View = "default",
-    runner: options.Runner = None,
-    device: options.Device = None,
+    runner: Annotated[
+        str | None,
+        typer.Option(
+            help=f"eager, compiled (on a CPU), or auto: compiled where that works. {_AS_ON_RECEIPT}",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help=f"cpu, cuda, cuda:1 or mps. {_AS_ON_RECEIPT}", rich_help_panel=_MODEL),
+    ] = None,
     any_version: Annotated[
         bool,
         typer.Option("--any-version", help="Accept other versions of packages than those on the receipt."),
@@ -38,9 +50,9 @@ def verify(
 ) -> None:
     """Decode an answer of a server again from its receipt, with plain decoding, and compare the tokens.
 
-    Ask for a receipt with "orthrus": {"receipt": true}. MODEL, dtype, runner and device are the receipt's, unless
-    they are given. Where the file holds the whole answer, its text is compared too. Exit status 1 means that
-    something differs.
+    Ask the server for a receipt with "orthrus": {"receipt": true}. MODEL, runner and device are the receipt's unless
+    you give them. The dtype is always the receipt's. If the file holds the whole answer, its text is compared too.
+    Exit status 1 means that something differs.
     """
     content = _read(receipt)
     from orthrus.audit.receipts import check_model, check_versions, find_receipt, read_receipt
@@ -87,7 +99,7 @@ def _read(file: Path) -> Any:
 
 
 def _model_of(receipt: "Receipt", model: str | None, named_model: str | None) -> str:
-    """The model to load; UserInputError where the receipt does not tell it."""
+    """The model to load. Raises UserInputError if the receipt does not name it."""
     if model is not None or named_model is not None:
         return options.one_model(model, named_model)
     load = receipt.model.get("load")
@@ -100,7 +112,7 @@ def _model_of(receipt: "Receipt", model: str | None, named_model: str | None) ->
 
 
 def _text_differs(content: dict[str, Any], index: int, text: str) -> bool | None:
-    """Whether the answer shows another text than plain decoding writes; None where it shows none as it was written."""
+    """Whether the answer's text differs from plain decoding's; None if the answer holds no unchanged text."""
     choices = content.get("choices")
     if not isinstance(choices, list) or index >= len(choices) or not isinstance(choices[index], dict):
         return None
@@ -109,7 +121,7 @@ def _text_differs(content: dict[str, Any], index: int, text: str) -> bool | None
         shown = message.get("content")
         return shown != text if isinstance(shown, str) and not message.get("tool_calls") else None
     shown = choices[index].get("text")
-    # A prompt that was echoed stands before it.
+    # An echoed prompt comes before the text.
     return not shown.endswith(text) if isinstance(shown, str) else None
 
 

@@ -1,1 +1,1 @@
-"""Pure decoding rules: tensors and numbers in, small values out; no model inside."""
+"""Decoding rules without a model: they take tensors and numbers, and return small values."""

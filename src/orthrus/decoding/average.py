@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 
 MEMORY = 0.85
-"""Weight of the past in a moving average, for each new observation, unless it says otherwise."""
+"""The default weight of the past in a moving average, for each new observation."""
 TRUSTED = 2.0
-"""How many accepted drafts, all of them promised, a ratio starts from: a few say little about promises."""
+"""Both sums of a `Ratio` start at this value, as if so many drafts had been promised and accepted. So the first few
+observations change the ratio little."""
 
 
 @dataclass(slots=True)
@@ -27,24 +28,24 @@ class Average:
 
 @dataclass(slots=True)
 class Ratio:
-    """Ratio of accepted to promised drafts, from two moving sums. Both start at the same value, so the ratio
-    starts at 1.
+    """Ratio of accepted to promised drafts, from two moving sums. Both have the same start value, so it starts at 1.
 
-    memory: weight of the past, for each new observation. start: what both sums start from.
+    memory: weight of the past, for each new observation. start: the start value of both sums, to which they return
+    without observations.
     """
 
     memory: float = MEMORY
     start: float = TRUSTED
-    came: float = field(init=False)
+    accepted: float = field(init=False)
     promised: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.came = self.promised = self.start
+        self.accepted = self.promised = self.start
 
     @property
     def value(self) -> float:
-        return self.came / self.promised
+        return self.accepted / self.promised
 
-    def add(self, came: float, promised: float) -> None:
-        self.came = self.memory * self.came + (1 - self.memory) * self.start + came
+    def add(self, accepted: float, promised: float) -> None:
+        self.accepted = self.memory * self.accepted + (1 - self.memory) * self.start + accepted
         self.promised = self.memory * self.promised + (1 - self.memory) * self.start + promised

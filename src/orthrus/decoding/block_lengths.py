@@ -1,4 +1,4 @@
-"""How many tokens a block should guess, from what earlier drafts promised, by the length of their block."""
+"""Estimates how many accepted drafts blocks of each length promise, to choose how many tokens a block guesses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +10,18 @@ from orthrus.decoding.average import Average
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 """Possible numbers of guesses in a block, below the largest that the view allows."""
 GOES_ON, NUM_PROMISED = 0.7, 2
-"""Values before a request has drafted: the chance that a guess is accepted if those before it were, for a view
-that does not store its own, and the number of drafts that this first estimate counts for.
+"""GOES_ON: the first estimate of the probability that a guess is accepted if those before it were, for a view that does
+not store its own. NUM_PROMISED: the number of proposals that this estimate counts for.
 """
 STRAYS = 0.1
-"""The share by which the estimate for blocks longer than a draft's own returns to the first expectation, per draft."""
+"""The share by which each proposal moves the estimate for longer blocks than its own back to the first expectation."""
 
 
 class Offer(NamedTuple):
-    """Expected number of accepted drafts of a draft, with as many nodes as are worth their time (on average)."""
+    """The expected accepted drafts of a proposal, if only the nodes that are worth their time are verified.
+
+    num_nodes: how many these are; an average in `BlockLength`.
+    """
 
     promised: float
     num_nodes: float
@@ -26,7 +29,7 @@ class Offer(NamedTuple):
 
 @dataclass(slots=True)
 class BlockLength:
-    """Blocks of one length: what their drafts promise, with as many nodes as regular drafting would verify."""
+    """Blocks of one length: the accepted drafts that they promise, with as many nodes as drafting would verify."""
 
     num_guesses: int
     promised: Average
@@ -34,7 +37,7 @@ class BlockLength:
 
     @property
     def rows(self) -> int:
-        """Rows that guess, and the first row, whose guess the AR row at the anchor decides."""
+        """Rows of a block: its guesses, and the first row, whose token the AR row at the anchor decides."""
         return 1 + self.num_guesses
 
 
@@ -50,10 +53,11 @@ def block_lengths(
 
 
 def learn(lengths: Sequence[BlockLength], offers: Sequence[Offer], goes_on: float | None = None) -> None:
-    """Update the lengths with what a fresh draft offered. offers: by length, shortest first, up to the draft's own.
+    """Update the lengths with the offers of a fresh proposal.
 
-    For longer blocks, the gain beyond the draft's depth is estimated from their earlier averages. The estimate of
-    a length that is not tried slowly returns to the first expectation.
+    offers: by length, shortest first, up to the proposal's own length. For longer blocks, the gain beyond the
+    proposal's depth is estimated from their earlier averages. The estimate of a length that is not tried slowly returns
+    to the first expectation.
     """
     before = here = Offer(0.0, 0)
     known = [(0.0, 0.0), (0.0, 0.0), *((n.promised.value, n.num_nodes.value) for n in lengths)]
@@ -63,7 +67,7 @@ def learn(lengths: Sequence[BlockLength], offers: Sequence[Offer], goes_on: floa
             offer = offers[i]
         else:
             (p0, _), (p1, n1), (p2, n2) = known[i : i + 3]
-            # A view whose guesses never stood expects nothing of any length.
+            # A view whose guesses were never accepted expects nothing of any length.
             rise = first[i + 1] - first[i]
             usual = (first[i + 2] - first[i + 1]) / rise if rise else 0.0
             rises = max(p2 - p1, 0.0) / (p1 - p0) if p1 > p0 else usual
@@ -77,8 +81,9 @@ def learn(lengths: Sequence[BlockLength], offers: Sequence[Offer], goes_on: floa
 
 @cache
 def first_expected(num_guesses: int, goes_on: float | None = None) -> float:
-    """Expected accepted drafts of a block, before one was made. goes_on: the view's own chance, None if it stores
-    none.
+    """Expected accepted drafts of a block before any observation.
+
+    goes_on: the view's own probability that a guess is accepted if those before it were, None if it stores none.
     """
-    chance = GOES_ON if goes_on is None else goes_on
-    return sum(chance**i for i in range(1, num_guesses + 1))
+    prob = GOES_ON if goes_on is None else goes_on
+    return sum(prob**i for i in range(1, num_guesses + 1))

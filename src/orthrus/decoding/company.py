@@ -1,4 +1,4 @@
-"""The share of the cost of a pass for one of the requests in it."""
+"""Computes the share of a pass's cost for one of the requests in it."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,14 @@ from orthrus.decoding.prices import Prices
 
 @dataclass(frozen=True, slots=True)
 class Company:
-    """The requests of a pass, assumed to carry equally many rows, and the rows of prompts in the same pass.
+    """The batch of a pass, as one of its requests sees it: the number of requests, and the rows of prompts in the pass.
 
-    Each request pays its share of the pass. The weights are read once, so with more requests rows make up more of
-    the cost. Rows of prompts are in the pass anyway, and each row in addition to them costs its full price.
+    All requests are assumed to carry equally many rows, and each pays its share of the pass. A pass reads the weights
+    once, so with more requests the rows make up more of the cost. The rows of prompts are in the pass anyway, and each
+    further row costs its full price.
 
-    prices: of whole passes. own_head: drafts have a head of their own. shared: how much more the rows of drafts
-    count than the prices say where several requests run.
+    prices: of whole passes. own_head: drafts have a head of their own. shared: with several requests, the factor on
+    the price of drafts' rows.
     """
 
     prices: Prices
@@ -26,12 +27,13 @@ class Company:
 
     @property
     def size(self) -> tuple[int, int]:
-        """The values in which two companies of one request may differ."""
+        """The values in which two companies of one request may differ: (requests, rows of prompts)."""
         return self.num_requests, self.num_prompt_rows
 
     def pass_ms(self, num_nodes: int, num_blocks: int, length: BlockLength) -> float:
-        """Milliseconds of a verify pass with blocks; without nodes, of a draft pass; without nodes and blocks, of
-        a plain pass.
+        """This request's milliseconds of a verify pass with blocks.
+
+        Without nodes it is a draft pass, and without nodes and blocks a plain pass.
         """
         key = (
             *(self.prices.version, self.shared, self.own_head, self.size),
@@ -42,7 +44,7 @@ class Company:
             n = self.num_requests
             num_guesses = joint_guesses(n * num_blocks * length.num_guesses, own_head=self.own_head)
             if not num_nodes and not self.own_head:
-                # A block that is drafted alone serves whatever the AR view chooses.
+                # A block in a draft pass is used whatever the AR view chooses, so all its guesses are projected.
                 num_guesses = n * num_blocks * length.num_guesses
             num_rows = self.num_prompt_rows + n * (1 + num_nodes)
             ms = self.prices(num_rows, n * num_blocks * length.rows, num_guesses) / n
@@ -53,8 +55,9 @@ class Company:
         return ms
 
     def least_row_ms(self, most_nodes: int) -> float:
-        """The least time that a row of drafts adds to the pass, if each request verifies at most so many nodes and
-        no other drafts are in the pass.
+        """The least time that a row of drafts adds to the pass.
+
+        Each request verifies at most `most_nodes` nodes, and no other drafts are in the pass.
         """
         key = self.prices.version, self.size, most_nodes
         ms = self.prices.shared_ms.get(key)

@@ -1,4 +1,4 @@
-"""Nodes of several requests compete for the rows of a pass, at one price."""
+"""Divides the rows of a pass among the nodes of several requests, at one price."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -7,7 +7,7 @@ from itertools import accumulate
 def num_winners(
     chances: Sequence[Sequence[float]], added_ms: Callable[[int], float], rate: float
 ) -> list[int]:
-    """How many nodes of each request a pass should verify: those that together give the most tokens for its time.
+    """How many nodes of each request a pass should verify, so that together they give the most tokens for its time.
 
     chances: acceptance probabilities of each request's nodes, in descending order. added_ms: the time that so many
     rows add to the pass. rate: tokens that a millisecond is worth.

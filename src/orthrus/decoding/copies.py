@@ -1,7 +1,7 @@
-"""Drafts by copying (prompt lookup): what followed an earlier occurrence of the last tokens in the prompt or the text.
+"""Drafts by copying (prompt lookup): the tokens that followed an earlier occurrence of the last tokens of the text.
 
-This needs no model and no draft pass, only an index from the last few tokens to the end of their latest
-occurrence, which is updated with each token.
+This needs no model and no draft pass. It needs an index from the last few tokens to the end of their latest occurrence,
+which is updated with each token.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ class Copy(NamedTuple):
 
 NO_COPY = Copy((), 0)
 MATCH_LENGTHS = (2, 3, 4, 6, 8)
-"""Numbers of last tokens that are looked up."""
+"""The numbers of last tokens that are looked up."""
 
 
 class CopyIndex:
@@ -32,8 +32,8 @@ class CopyIndex:
         assert min(match_lengths) >= 1, "at least one token has to match"
         self._lengths = sorted(match_lengths, reverse=True)
         self._token_ids: list[int] = []
-        # Per match length: the place after the latest occurrence of these tokens, the end of the text left
-        # out, since nothing follows there yet.
+        # By match length: the place after the latest occurrence of these tokens. The end of the text does not count,
+        # because nothing follows it yet.
         self._after: dict[int, dict[tuple[int, ...], int]] = {length: {} for length in self._lengths}
 
     def __len__(self) -> int:
@@ -50,16 +50,14 @@ class CopyIndex:
             text.append(token_id)
 
     def continuation(self, num_tokens: int) -> Copy:
-        """What followed the earlier occurrence of the last tokens: at most so many tokens, fewer at the end of the
-        text.
-        """
+        """The tokens after the earlier occurrence of the last tokens: so many, or fewer at the end of the text."""
         return self.after((), num_tokens)
 
     def after(self, path_ids: Sequence[int], num_tokens: int) -> Copy:
         """Like `continuation`, as if the text were followed by these tokens; they are not added.
 
-        Earlier occurrences are looked up only in the text. One may end at the end of the text; then the path
-        itself follows it.
+        Earlier occurrences are looked up only in the text. If one ends at the end of the text, the path itself
+        follows it.
         """
         text = self._token_ids
         longest = self._lengths[0]
@@ -86,63 +84,62 @@ PRIOR_CHANCES = {
     6: (0.75, 0.8, 0.8, 0.85),
     8: (0.85, 0.85, 0.9, 0.9),
 }
-"""Chance that a copied token is accepted if those before it were, by match length and depth, before any
-observation: rounded from 500 answers of the default model in nine domains with equal weights.
+"""By match length and depth, the first estimate of the probability that a copied token is accepted if those before it
+were. The values are rounded from 500 answers of the default model in nine domains with equal weights.
 """
 PRIOR_WEIGHT = 4.0
-"""The number of observations that such a chance counts for."""
+"""The number of observations that a prior counts for."""
 MEMORY = 0.95
-"""Weight of earlier observations, for each further observation of the same kind."""
+"""The factor on the weight of earlier observations, for each further observation of the same kind."""
 MOST_DEPTHS = len(PRIOR_CHANCES[MATCH_LENGTHS[0]])
 """Number of depths that are distinguished; all further ones count as the last."""
 
 
 @dataclass(slots=True)
 class CopyPromise:
-    """What copies promise in one request: chances by match length and depth.
+    """The acceptance probabilities of copies in one request, by match length and depth.
 
-    A chance is the probability that a token is accepted if all copied tokens before it were. It starts at a prior,
-    which rises with match length and depth, and is updated by the acceptance of copies. A depth without
-    observations uses those of the depth before it, because a copy that has been right for long usually stays
-    right.
+    Each is the probability that a copied token is accepted if all copied tokens before it were. It starts at a prior,
+    which rises with match length and depth, and follows the acceptance of copies. A depth without observations uses
+    those of the depth before it, because a copy that has been right for long usually stays right.
     """
 
-    _came: dict[tuple[int, int], float] = field(default_factory=dict)
+    _accepted: dict[tuple[int, int], float] = field(default_factory=dict)
     _seen: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def chance(self, match_length: int, depth: int) -> float:
-        """The chance of the token at this depth (the first token has depth 1), given those before it.
+        """The acceptance probability of the token at this depth (the first has depth 1), given those before it.
 
         match_length: one of MATCH_LENGTHS, here and below.
         """
         return self._chances(match_length, depth)[-1]
 
     def log_probs(self, copy: Copy) -> list[float]:
-        """Log probability that each token of a copy is accepted, given that those before it are; below 0, finite."""
+        """Log probability that each token of a copy is accepted, given that those before it are. Finite and below 0."""
         if not copy.token_ids:
             return []
         log_probs = list(map(log, self._chances(copy.match_length, len(copy.token_ids))))
         return log_probs + log_probs[-1:] * (len(copy.token_ids) - len(log_probs))
 
     def _chances(self, match_length: int, depth: int) -> list[float]:
-        """By depth, down to the last that is told apart from deeper ones."""
-        leaning, chances = 0.0, []
+        """The probabilities by depth, down to the last depth that is distinguished."""
+        deviation, chances = 0.0, []
         for level, prior in enumerate(PRIOR_CHANCES[match_length][:depth], start=1):
-            # Between the prior of this depth and as far from it as the depth before it turned out to be.
-            expected = min(max(prior + leaning, 0.01), 0.99)
+            # The prior of this depth, shifted by as much as the depth before it deviates from its own prior.
+            expected = min(max(prior + deviation, 0.01), 0.99)
             key = match_length, level
-            came, seen = self._came.get(key, 0.0), self._seen.get(key, 0.0)
-            chances.append((came + PRIOR_WEIGHT * expected) / (seen + PRIOR_WEIGHT))
-            leaning = chances[-1] - prior
+            accepted, seen = self._accepted.get(key, 0.0), self._seen.get(key, 0.0)
+            chances.append((accepted + PRIOR_WEIGHT * expected) / (seen + PRIOR_WEIGHT))
+            deviation = chances[-1] - prior
         return chances
 
-    def observe(self, match_length: int, num_stood: int, num_judged: int) -> None:
-        """Record that of the first `num_judged` tokens of a copy, which the text has passed, `num_stood` were accepted.
+    def observe(self, match_length: int, num_accepted: int, num_judged: int) -> None:
+        """Record that `num_accepted` of the first `num_judged` tokens of a copy were accepted.
 
-        Tokens after the first rejected one are not used. They may be left out, or counted as judged.
+        Tokens after the first rejected one have no effect. They may be left out, or counted as judged.
         """
-        assert 0 <= num_stood <= num_judged, "more tokens stood than were judged"
-        for depth in range(1, min(num_judged, num_stood + 1) + 1):
+        assert 0 <= num_accepted <= num_judged, "more tokens accepted than judged"
+        for depth in range(1, min(num_judged, num_accepted + 1) + 1):
             key = match_length, min(depth, MOST_DEPTHS)
-            self._came[key] = MEMORY * self._came.get(key, 0.0) + (depth <= num_stood)
+            self._accepted[key] = MEMORY * self._accepted.get(key, 0.0) + (depth <= num_accepted)
             self._seen[key] = MEMORY * self._seen.get(key, 0.0) + 1.0

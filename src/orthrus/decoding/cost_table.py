@@ -1,22 +1,22 @@
-"""The cost of passes by their rows, measured on the machine; it also estimates passes that were not measured."""
+"""The cost of passes by their rows, measured on the machine. Passes that were not measured are estimated."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
 
 MOST_JOINT = 24
-"""Guesses of blocks that are projected together with the AR rows of their pass, before it is known which
-block serves: so few rows cost less than reading the head a second time would."""
+"""Up to so many guesses of blocks are projected together with the AR rows of their pass, before it is known which block
+will be used. So few rows cost less than reading the head's weights a second time."""
 
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
-    """Milliseconds of a pass by its rows: `body_ms` of AR rows, and `head_ms` of projecting as many.
+    """Milliseconds of a pass by its rows.
 
-    What block rows add is told apart, since they read weights of their own: `block_ms`, by `block_rows`,
-    beside a few AR rows; `draft_pass_ms`, by `draft_rows`, of the pass that most drafts come from, one AR row
-    and the rows of one block; and `draft_ms` of making a draft of one block. Rows ascend; between the entries
-    costs are interpolated, beyond them extrapolated; fewer block rows than were timed cost at least their
-    share.
+    `body_ms`, by `rows`: layers of a pass of AR rows. `head_ms`, by `rows`: projecting so many rows. `block_ms`, by
+    `block_rows`: the time that block rows, which read weights of their own, add to a few AR rows. `draft_pass_ms`, by
+    `draft_rows`: layers of a usual draft pass, of one AR row and the rows of one block. `draft_ms`: making the proposal
+    of one block. Rows ascend. Costs are interpolated between the entries, and extrapolated beyond them. Fewer block
+    rows than were timed cost at least their share.
     """
 
     rows: tuple[int, ...]
@@ -29,7 +29,7 @@ class CostTable:
     draft_ms: float
 
     def __call__(self, num_ar: int, num_block: int = 0, num_projected: int = 0) -> float:
-        """A pass of AR rows, all projected, and block rows, of which `num_projected` are."""
+        """Milliseconds of a pass of AR rows, all projected, and block rows, of which `num_projected` are projected."""
         head_ms = _at(self.rows, self.head_ms, num_ar + num_projected)
         if num_ar == 1 and 0 < num_block <= self.draft_rows[-1]:
             return head_ms + _at(self.draft_rows, self.draft_pass_ms, num_block)
@@ -41,7 +41,7 @@ class CostTable:
 
 
 def joint_guesses(num_guesses: int, *, own_head: bool) -> int:
-    """How many of the guesses of a pass's blocks are projected with its AR rows: all or none.
+    """How many guesses of a pass's blocks are projected together with its AR rows: all or none.
 
     own_head: drafts have a head of their own, of lower precision or of fewer ids.
     """

@@ -1,7 +1,7 @@
-"""Texts of a given form: which tokens a grammar allows, after the text and after every path of a draft tree.
+"""Structured output: the tokens that a grammar allows, after the text and after every path of a draft tree.
 
-The work is done by llguidance (the extra `grammar`). A mask is a function of the committed tokens alone, so
-drafts under masks give the text that plain decoding under masks gives.
+llguidance (the extra `grammar`) does the work. A mask is a function of the committed tokens only, so drafts under masks
+give the text that plain decoding under masks gives.
 """
 
 import json
@@ -22,21 +22,22 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 COMPILE_SECONDS = 20.0
-"""Longest wait for a grammar to compile; people's own take milliseconds."""
+"""Longest wait for a grammar to compile. Usual ones take milliseconds."""
 STACK_BYTES = 2**28
-"""Stack of the thread that compiles: rules that name each other in a long row are followed by recursion."""
+"""Stack of the compiling thread, because the compiler follows long chains of rules by recursion."""
 NUM_KEPT = 32
-"""Compiled grammars that are kept, the most recently used ones."""
+"""Number of compiled grammars that are kept: the most recently used ones."""
 WHITESPACE = r"(\x20|\x0A[\x20\x09]{0,16})"
-"""Between the parts of JSON: a space, or a new line and its indent. Weak models otherwise write blanks for ever."""
+"""Whitespace between the parts of JSON: a space, or a new line and its indent. Without this limit, weak models may
+write whitespace for ever."""
 MOST_COMPILING = 4
-"""Grammars that compile at once, those that were given up among them: they cannot be stopped."""
+"""Limit on grammars that compile at the same time, timed-out ones included, because they cannot be stopped."""
 
 
 class GrammarCompiler:
-    """Compiles grammars for one model; made once, safe to use by many threads.
+    """Compiles grammars for one model. Many threads may use it.
 
-    tokenizer: one of transformers' fast ones; eos_token_ids: the model's own; vocab_size: of its logits.
+    tokenizer: a fast tokenizer of transformers. eos_token_ids: the model's own. vocab_size: of its logits.
     Raises MissingExtraError without llguidance, UnsupportedModelError for a tokenizer that it cannot read.
     """
 
@@ -70,7 +71,7 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._end_ids = tuple(ends)
         self._kept: OrderedDict[Grammar, LLMatcher] = OrderedDict()
-        # Those that took too long, which are not tried again.
+        # Grammars that took too long, which are not tried again.
         self._too_slow: OrderedDict[Grammar, None] = OrderedDict()
         self._lock, self._starting = threading.Lock(), threading.Lock()
         self._compiling = threading.BoundedSemaphore(MOST_COMPILING)
@@ -107,7 +108,7 @@ class GrammarCompiler:
 
         if not self._compiling.acquire(timeout=COMPILE_SECONDS):
             raise UserInputError("grammars that take too long keep the compiler busy; try again in a minute.")
-        # A thread of its own, for its stack, and so that nobody waits for ever.
+        # A separate thread has a larger stack, and lets us give up waiting.
         with self._starting:
             size = threading.stack_size(STACK_BYTES)
             try:
@@ -133,7 +134,7 @@ class GrammarCompiler:
         try:
             matcher = LLMatcher(self._tokenizer, _serialised(grammar), log_level=0)
             if not matcher.is_error():
-                # The first mask makes what all copies share, and finds what is too complex.
+                # The first mask builds the state that all copies share, and detects a grammar that is too complex.
                 matcher.compute_bitmask()
             error = matcher.get_error()
         except ValueError as wrong:
@@ -158,11 +159,10 @@ def _gave_up(grammar: Grammar) -> UserInputError:
 
 
 class GrammarState:
-    """How far one text has come in its grammar. Not for use by two threads at once.
+    """The state of one text in its grammar, from `GrammarCompiler.state`. Not for use by two threads at once.
 
-    Made by `GrammarCompiler.state`. Masks are bool, True where a token may come next, over the vocabulary of
-    the model's logits, on the CPU; they are shared: do not write to them. Tokens that end the text are
-    allowed exactly where the grammar is satisfied.
+    Masks are bool over the vocabulary of the model's logits, on the CPU: True where a token may come next. They are
+    shared, so do not write to them. Tokens that end the text are allowed exactly where the grammar is satisfied.
     """
 
     def __init__(self, matcher: "LLMatcher", vocab_size: int, end_ids: tuple[int, ...]) -> None:
@@ -170,7 +170,7 @@ class GrammarState:
         self._vocab_size, self._end_ids = vocab_size, list(end_ids)
         self._text: list[int] = []
         self._ended = False
-        # Where the matcher stands behind the text, and masks after the paths that were asked for since.
+        # The path after the text that the matcher has read, and the masks of paths that were asked for since.
         self._at: tuple[int, ...] = ()
         self._known: dict[tuple[int, ...], Tensor | None] = {}
 
@@ -184,9 +184,9 @@ class GrammarState:
         return not bool(others_V.any())
 
     def mask(self) -> Tensor:
-        """What is allowed after the committed text; after its end, tokens that end it.
+        """The mask after the committed text. After the text's end, it allows the tokens that end a text.
 
-        Raises UserInputError where the grammar became too complex, or no token fits it.
+        Raises UserInputError if the grammar became too complex, or allows no token.
         """
         mask_V = self._mask_after(())
         if mask_V is None:
@@ -199,7 +199,7 @@ class GrammarState:
     def advance(self, token_id: int) -> None:
         """Commit a token that the mask allows.
 
-        Raises UserInputError where the grammar does not allow it.
+        Raises UserInputError if the grammar does not allow it.
         """
         if not 0 <= token_id < self._vocab_size or not self.mask()[token_id]:
             raise UserInputError(f"token {token_id} breaks the grammar; choose tokens that the mask allows.")
@@ -214,16 +214,16 @@ class GrammarState:
             )
         self._text.append(token_id)
         self._at = ()
-        # What was looked at behind this token need not be looked at again.
+        # Keep the masks of paths that begin with this token.
         self._known = {path[1:]: mask_V for path, mask_V in self._known.items() if path[:1] == (token_id,)}
 
     def masks_for_paths(self, parents: Sequence[int], token_ids: Sequence[int]) -> tuple[Tensor, list[bool]]:
-        """Masks after each row of a draft tree, the root's first: masks_RV; and which nodes are allowed.
+        """(masks_RV after each row of a draft tree, the root's first; for each node, whether it is allowed).
 
-        parents, token_ids: as in `DraftTree`. A node is allowed where its parent is and the mask after that
-        allows its token; nothing follows an end. Rows of other nodes have masks without meaning. Nothing is
-        committed.
-        Raises UserInputError as `mask` does, for the text alone: a path that leads nowhere is not allowed.
+        parents, token_ids: as in `DraftTree`. A node is allowed if its parent is, and the mask after the parent allows
+        its token. Nothing may follow an end of text. Rows of other nodes have masks without meaning. Nothing is
+        committed. Raises UserInputError as `mask` does, for the text only. A path with no allowed next token is itself
+        not allowed.
         """
         num_rows = len(token_ids) + 1
         masks_RV = torch.zeros(num_rows, self._vocab_size, dtype=torch.bool)
@@ -236,7 +236,7 @@ class GrammarState:
         for row, parent in enumerate(parents, start=1):
             children[parent].append(row)
         paths: list[tuple[int, ...]] = [()] * num_rows
-        # Depth first, so that the matcher goes back as seldom as it can.
+        # Depth first, so that the matcher rolls back as seldom as possible.
         stack = children[0][::-1]
         while stack:
             row = stack.pop()
@@ -254,9 +254,9 @@ class GrammarState:
         return masks_RV, allowed[1:]
 
     def forced(self, max_tokens: int) -> list[int]:
-        """The next tokens, at most so many, for as long as the mask allows exactly one: any logits choose it.
+        """The next tokens, at most so many, as long as the mask allows exactly one token.
 
-        The last one may end the text. Nothing is committed.
+        Any logits choose these tokens. The last one may end the text. Nothing is committed.
         """
         found: list[int] = []
         mask_V: Tensor | None = self.mask()
@@ -269,13 +269,13 @@ class GrammarState:
         return found
 
     def _mask_after(self, path: tuple[int, ...]) -> Tensor | None:
-        """The mask after text and path; None where the path leads nowhere. The path's own beginnings are allowed."""
+        """The mask after text and path; None if no token may follow. Shorter prefixes of the path must be allowed."""
         if path not in self._known:
             self._known[path] = self._mask_here() if self._go_to(path) else None
         return self._known[path]
 
     def _go_to(self, path: tuple[int, ...]) -> bool:
-        """Bring the matcher to where text and path end; False where it fails on the way."""
+        """Move the matcher to the end of text and path; False if it fails on the way."""
         num_common = next(
             (i for i, (a, b) in enumerate(zip(self._at, path, strict=False)) if a != b),
             min(len(self._at), len(path)),
@@ -295,7 +295,7 @@ class GrammarState:
         return True
 
     def _mask_here(self) -> Tensor | None:
-        """Where the matcher stands; None where it failed, or allows nothing."""
+        """The mask at the matcher's current place; None if it failed, or allows no token."""
         if self._ended or self._matcher.is_stopped():
             if self._matcher.is_error():
                 return None
@@ -311,7 +311,7 @@ class GrammarState:
 
 
 def _serialised(grammar: Grammar) -> str:
-    """In llguidance's own form. Raises ValueError where it is not even that."""
+    """The grammar in llguidance's own form. Raises ValueError for a syntax error."""
     from llguidance import LLMatcher
 
     if grammar.kind == "regex":
@@ -319,18 +319,18 @@ def _serialised(grammar: Grammar) -> str:
     if grammar.kind == "lark":
         return LLMatcher.grammar_from_lark(grammar.text)
     schema = grammar.text if grammar.kind == "json_schema" else '{"type": "object"}'
-    return LLMatcher.grammar_from_json_schema(schema, blanks(compact=grammar.compact))  # type: ignore[arg-type]
+    return LLMatcher.grammar_from_json_schema(schema, whitespace_setting(compact=grammar.compact))  # type: ignore[arg-type]
 
 
-def blanks(*, compact: bool) -> dict[str, bool | str]:
-    """What may stand between the parts of JSON, as llguidance's `x-guidance` says it."""
+def whitespace_setting(*, compact: bool) -> dict[str, bool | str]:
+    """The whitespace that is allowed between the parts of JSON, as a setting for llguidance's `x-guidance`."""
     return {"whitespace_flexible": False} if compact else {"whitespace_pattern": WHITESPACE}
 
 
 def _gist(message: str) -> str:
-    """The part of an error of llguidance's that says what is wrong, in one printable line."""
+    """The main part of a message from llguidance, in one printable line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    told = next((line.removeprefix("error:") for line in lines if line.startswith("error:")), "")
-    line = (told or (lines[0] if lines else "")).strip().rstrip(".")
+    said = next((line.removeprefix("error:") for line in lines if line.startswith("error:")), "")
+    line = (said or (lines[0] if lines else "")).strip().rstrip(".")
     line = "".join(char if char.isprintable() else "?" for char in line)
     return line if len(line) <= 200 else line[:200] + "..."

@@ -1,4 +1,4 @@
-"""Log probs of chosen tokens and of the most probable ones, by the model's own law."""
+"""Log probs of chosen tokens and of the most probable ones, by the model's own distribution."""
 
 from collections.abc import Sequence
 
@@ -8,20 +8,20 @@ from torch import Tensor
 from orthrus.types import TokenLogprob
 
 LEAST_LOGPROB = -9999.0
-"""What stands for a log prob of minus infinity, or of no number, which JSON does not have."""
+"""Replaces a log prob of minus infinity, or of NaN, because JSON has neither."""
 
 
 def token_logprobs(logits_RV: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
-    """Of each row the log prob of its chosen token, and the `num_top` most probable tokens with theirs.
+    """For each row, the log prob of its chosen token, and the `num_top` most probable tokens with theirs.
 
-    logits_RV: as the model gives them, before bias, penalties, grammar and temperature, any float dtype; the
-    softmax is float32. A row's values depend on that row alone. The top comes most probable first, ties by
-    the lowest id; it has fewer tokens where the vocabulary has fewer, and may hold the chosen one.
+    logits_RV: as the model gives them, before bias, penalties, grammar and temperature, in any float dtype. The softmax
+    is float32. The values of a row depend only on that row. The top is sorted, most probable first; among equals the
+    lowest id comes first. It may hold the chosen token, and has fewer tokens if the vocabulary has fewer.
     """
     assert len(token_ids) == len(logits_RV), "one chosen token per row"
     if not token_ids:
         return []
-    # Without numbers that are none, and without infinities, whose difference is none.
+    # NaN and infinities are replaced, because inf - inf would be NaN.
     logits_RV = torch.nan_to_num(logits_RV.float(), nan=-torch.inf, neginf=-torch.inf)
     log_probs_RV = torch.nan_to_num(logits_RV.log_softmax(-1), nan=LEAST_LOGPROB, neginf=LEAST_LOGPROB)
     log_probs_RV.clamp_min_(LEAST_LOGPROB)
@@ -35,7 +35,7 @@ def _tops(log_probs_RV: Tensor, num_top: int) -> list[tuple[tuple[int, float], .
     if num_top < 1:
         return [()] * len(log_probs_RV)
     least_R1 = log_probs_RV.topk(num_top, dim=-1).values[:, -1:]
-    # topk leaves open which of several equal tokens it takes: take them all, then sort.
+    # topk does not define which of several equal tokens it takes, so take them all and sort.
     tops: list[list[tuple[float, int]]] = [[] for _ in log_probs_RV]
     rows_N, ids_N = (log_probs_RV >= least_R1).nonzero(as_tuple=True)
     values_N = log_probs_RV[rows_N, ids_N]

@@ -15,20 +15,20 @@ _MASK = 2**64 - 1
 def exponential_noise(
     seed: int, positions: Sequence[int], vocab_size: int, device: torch.device | str
 ) -> Tensor:
-    """One row of noise per position; noise_RV float32, positive and finite, with the law Exp(1).
+    """One row of noise per position; noise_RV float32, positive and finite, distributed as Exp(1).
 
-    seed: 0 to 2**63 - 1; positions: from 0. A row depends on the seed, its own position and nothing else: it
-    is the same alone, in a batch, and in any later pass. The integers beneath, SplitMix64's finaliser over
-    the mixed token id xor the mixed seed and position, are the same on every device; the logarithm may differ
-    in its last bit.
+    seed: 0 to 2**63 - 1. positions: from 0. A row depends only on the seed and its own position, so it is the same
+    alone, in a batch, and in any later pass. It is computed from integers: SplitMix64's finaliser over the mixed
+    token id xor the mixed seed and position. The integers are the same on every device. Their logarithm may differ in
+    its last bit.
     """
     if not positions:
         return torch.empty(0, vocab_size, device=device)
-    # Rows of a draft tree share positions: siblings see the same noise, which is computed once.
+    # Siblings of a draft tree have the same position, so their noise is computed once.
     slots = {position: slot for slot, position in enumerate(dict.fromkeys(positions))}
     keys = [_signed(row_key(seed, position)) for position in slots]
     noise_UV = torch.empty(len(keys), vocab_size, device=device)
-    # On a CPU a few rows after the other stay in the cache; elsewhere one launch serves all.
+    # On a CPU, a few rows at a time stay in the cache. On a GPU, one launch computes all rows.
     step = max(1, 2**16 // vocab_size) if noise_UV.device.type == "cpu" else len(keys)
     keys_U1 = torch.tensor(keys, device=device)[:, None]
     for some_U1, out_UV in zip(keys_U1.split(step), noise_UV.split(step), strict=True):
@@ -42,23 +42,23 @@ def exponential_noise(
 
 
 def row_key(seed: int, position: int) -> int:
-    """The 64 bits that tell one row of noise from all others; a bijection of the position for each seed."""
+    """The 64 bits that identify a row of noise. For each seed they are a bijection of the position."""
     return _mix((_mix((seed + _GAMMA) & _MASK) + position * _GAMMA) & _MASK)
 
 
 def choice_seed(seed: int, index: int) -> int:
-    """The seed of the `index`-th of several answers to one request; the first one's is `seed` itself.
+    """The seed of the `index`-th of several answers to one request. The first answer has `seed` itself.
 
-    seed: 0 to 2**63 - 1, and so is the result: 63 bits of the key of a row far beyond any text.
+    seed and the result are from 0 to 2**63 - 1. The result is 63 bits of the key of a row far beyond any text.
     """
     return seed if index == 0 else row_key(seed, 2**63 + index) >> 1
 
 
 def hashed(keys_R1: Tensor, vocab_size: int) -> Tensor:
-    """64 bits per row key and token id, the high ones the best mixed: keys_R1 int64 -> bits_RV int64.
+    """64 bits per row key and token id, of which the high ones are mixed best: keys_R1 int64 -> bits_RV int64.
 
-    The finaliser's first shift is linear in xor, so both of its parts take it beforehand; its last shift
-    would leave the high 31 bits as they are, and is left out.
+    The finaliser's first shift is linear in xor, so it is applied to both parts beforehand. Its last shift would not
+    change the high 31 bits, so it is left out.
     """
     bits_RV = _shifted_xor(keys_R1.clone(), _SHIFTS[0]) ^ _token_part(vocab_size, keys_R1.device)
     bits_RV.mul_(_signed(_MULTIPLIERS[0]))
@@ -75,7 +75,7 @@ def _token_part(vocab_size: int, device: torch.device) -> Tensor:
 
 
 def _shifted_xor(bits: Tensor, shift: int) -> Tensor:
-    """In place, bits ^= bits >> shift with zeros coming in; int64's own shift brings in the sign."""
+    """In place, bits ^= bits >> shift, as a logical shift: a mask removes the sign bits that int64's shift adds."""
     return bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << (64 - shift)) - 1))
 
 

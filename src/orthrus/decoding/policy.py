@@ -1,10 +1,10 @@
 """Decides what each pass carries: a plain step or drafts, the length of blocks, the number of nodes and of blocks.
 
-All values are in tokens: the worth of a pass is the number of tokens that it is expected to commit, minus the
-number that its time would bring at the best known rate (the renewal-reward rule). Expectations are the draft's own
-probabilities, corrected by the acceptance so far in this request. Times come from a table measured on the machine,
-corrected by the observed times of passes. No decision can change the text: every token is the AR view's own
-choice.
+A proposal is the set of drafts that come from one block. All values are in tokens. The value of a pass is the number of
+tokens that it is expected to commit, minus the number that its time would bring at the best known rate (the
+renewal-reward rule). Expectations are the proposal's own probabilities, corrected by the acceptance so far in this
+request. Times come from a table measured on the machine, corrected by the observed times of passes. No decision can
+change the text, because the AR view chooses every token.
 """
 
 from collections.abc import Sequence
@@ -19,24 +19,30 @@ from orthrus.decoding.company import Company
 from orthrus.decoding.prices import Prices
 
 Left = Literal["fresh", "stale", "none"]
-"""The draft that a verification leaves: fresh (its block is at the end of the path), stale (further back), or none."""
+"""The proposal that a verification leaves: fresh (its block is at the end of the path), stale (further back), none."""
 
 
 @dataclass(slots=True)
 class Policy:
     """The decisions for one request, whose blocks guess at most `most_guesses` tokens.
 
-    max_nodes and max_blocks bound what a pass may carry. goes_on: the view's own, see `ViewConfig`.
+    max_nodes and max_blocks are limits of one pass. goes_on: the view's own, see `ViewConfig`.
 
-    Averages over the request: the accepted drafts that a draft promised, with as many nodes as drafting would verify,
-    fresh ones by the length of their block, and stale ones (their block had not seen all of the text); how much of the
-    promises came true (what stands alone shows little where little is verified); by number of blocks, how often the
-    text went on exactly where one of them stood; and how often a stale draft was left where it did not.
+    The policy keeps these averages over the request:
 
-    PATIENCE: plain tokens before drafting gets another chance; doubled, up to MOST_PATIENCE, whenever the chance
-    was wasted. SHARED: how much more the rows of drafts in a pass of several requests count than the table says (those
-    of copies alone do not, see `compete`), because a request's draft costs time beside the pass too, and all requests
-    wait for it. LENGTHS: see `block_lengths`. `benchmarks/policy_ablation.py` measures what each of them is worth.
+    * `_lengths`: for each length of blocks, the accepted drafts that a fresh proposal promised, if as many nodes were
+      verified as drafting would verify.
+    * `_stale`: the same for stale proposals, whose block had not seen all of the text.
+    * `_fresh_trust`, `_stale_trust`: accepted drafts / promised drafts. The accepted drafts alone would show little
+      where few are verified.
+    * `_hits[n]`: with n blocks, how often the accepted path ended at one of them.
+    * `_block_trust`: hits / the hits that the proposals' probabilities promised.
+    * `_left`: how often a stale proposal remained when the path did not end at a block.
+
+    PATIENCE: plain tokens before the next trial of drafting; doubled, up to MOST_PATIENCE, after a trial that did not
+    pay. SHARED: the factor on the cost of drafts' rows in a pass of several requests. A request's drafts cost time
+    beside the pass too, and all requests wait for it. Rows of copies that are verified alone have no such factor, see
+    `compete`. LENGTHS: see `block_lengths`. `benchmarks/policy_ablation.py` measures the effect of each of them.
     """
 
     PATIENCE: ClassVar[int] = 24
@@ -77,7 +83,7 @@ class Policy:
         self._choose_length()
 
     def among(self, num_requests: int, num_prompt_rows: int = 0) -> None:
-        """Decide as one of so many running requests, beside so many rows of prompts, see `Company`: drafts shrink."""
+        """Decide as one of so many running requests, with so many rows of prompts in the pass: drafts shrink."""
         size = num_requests, num_prompt_rows
         if self.costs.version != self._version:
             self._choices.clear()
@@ -90,34 +96,37 @@ class Policy:
 
     @property
     def block_size(self) -> int:
-        """Rows of the blocks that are to be drafted next."""
+        """Rows of the next blocks."""
         return self._length.rows
 
     @property
     def plain_rate(self) -> float:
-        """Tokens a millisecond of plain decoding."""
+        """Tokens per millisecond of plain decoding."""
         return 1.0 / self.pass_ms(0, 0)
 
     @property
     def draft_rate(self) -> float:
-        """Tokens a millisecond of drafting and verifying, with the blocks that make most of it."""
+        """Tokens per millisecond of drafting and verifying, with the best length and number of blocks."""
         return self._draft_rate
 
     def pass_ms(self, num_nodes: int, num_blocks: int, length: BlockLength | None = None) -> float:
-        """What the pass costs this request, see `Company`; length: of the blocks, the chosen one if left out."""
+        """This request's share of a pass's cost, see `Company`. length: of the blocks; by default the chosen one."""
         return self._company.pass_ms(num_nodes, num_blocks, length or self._length)
 
     def rate(self) -> float:
-        """The best rate known: what a millisecond is worth."""
+        """The best known rate: the tokens that a millisecond is worth."""
         return max(self.plain_rate, self.draft_rate)
 
     def least_chance(self, most_nodes: int) -> float:
-        """Below this chance of its first node, no chain of at most so many nodes pays, however sure the others are and
-        however many of its company verify as much, where no other drafts are in the pass."""
+        """The least acceptance probability of its first node with which a chain of at most so many nodes can pay.
+
+        It holds for passes without other drafts, even if all later nodes are certain and all requests of the company
+        verify as many nodes.
+        """
         return self.rate() * self._company.least_row_ms(most_nodes)
 
     def wants_draft(self) -> bool:
-        """Whether a draft pass is to be made now, where there is no draft."""
+        """Whether to make a draft pass now, when there is no proposal."""
         plain = self.plain_rate
         if self.draft_rate > plain or (self._plain_tokens >= self._patience and self._hoped_rate() > plain):
             return True
@@ -133,19 +142,20 @@ class Policy:
         stale: bool,
         trying: bool = False,
     ) -> int:
-        """How many nodes of a best-first tree to verify, given all nodes' path log probs in its order.
+        """The number of nodes of a best-first tree to verify.
 
-        Called before each `observe`, which learns from what it noted. depths: of the nodes, 1 for the
-        anchor's children; num_guesses: of their draft. stale: the draft is. trying: a draft pass was made for
-        them, maybe as a chance only. Then time is worth what drafting makes of it, even where plain decoding
-        makes more: a chance that verifies too little would prove nothing.
+        Call it before each `observe`, which uses the values noted here. log_probs: the path log prob of each node, in
+        the tree's order. depths: of the nodes, 1 for the anchor's children. num_guesses: of their proposal. stale:
+        whether the proposal is stale. trying: a draft pass was made for these nodes, possibly as a trial. Then time is
+        worth what drafting makes of it, even where plain decoding is faster. A trial that verifies too few drafts
+        would prove nothing.
         """
         probs = [exp(log_prob) for log_prob in log_probs]
         trust = (self._stale_trust if stale else self._fresh_trust).value
         drafting = self._offer(probs, trust, self.draft_rate)
         self._offers = [drafting]
         if not stale:
-            # Shorter blocks would have promised what is not so deep.
+            # A shorter block would have promised only the nodes that are not deeper than its length.
             deepest = max(depths, default=0)
             for length in [n for n in self._lengths if n.num_guesses < num_guesses][::-1]:
                 if length.num_guesses < deepest:
@@ -154,21 +164,23 @@ class Policy:
                 else:
                     self._offers.append(drafting)
             self._offers.reverse()
-        # Mostly drafting is the best that is known.
+        # In most cases drafting has the best known rate.
         same = trying or self.rate() == self.draft_rate
         return int((drafting if same else self._offer(probs, trust, self.rate())).num_nodes)
 
     def chain_rate(self, promised: Sequence[float]) -> float:
-        """Tokens a millisecond of verifying a chain without a draft pass; promised: accepted drafts among the
-        first one, two, ... of its nodes. 0 without a chain."""
+        """Tokens per millisecond of verifying a chain without a draft pass; 0 without a chain.
+
+        promised: the expected accepted drafts among the first one, two, ... of its nodes.
+        """
         rates = [(1.0 + tokens) / self.pass_ms(n, 0) for n, tokens in enumerate(promised, start=1)]
         return max(rates, default=0.0)
 
     def worth(self, log_probs: Sequence[float], is_view: Sequence[bool], *, stale: bool) -> int:
-        """How many nodes of a best-first tree of several sources make most of their time.
+        """How many nodes of a best-first tree of several sources are worth more than the time they take.
 
-        is_view: per node, whether the diffusion view proposed it: then it is trusted as far as the view's drafts
-        are; other sources know what they are worth.
+        is_view: for each node, whether the diffusion view proposed it. Then its probability is corrected by the trust
+        in the view's drafts. The probabilities of other sources need no correction.
         """
         trust = (self._stale_trust if stale else self._fresh_trust).value
         probs = [exp(p) * (trust if view else 1.0) for p, view in zip(log_probs, is_view, strict=True)]
@@ -177,20 +189,20 @@ class Policy:
         return _best([tokens - rate * self.pass_ms(n, 0) for n, tokens in enumerate(promised)])
 
     def keeps_stale(self) -> bool:
-        """Whether a stale draft is worth verifying, rather than making a new one."""
+        """Whether a stale proposal is worth verifying, rather than making a new one."""
         return self._length.num_guesses > 1 and self._worth(stale=True) > 0.0
 
     def num_blocks(self, num_nodes: int, end_probs: Sequence[float]) -> int:
-        """How many blocks to add, given each row's chance to be where the path ends.
+        """How many blocks to add to a verification. end_probs: the probability that the path ends at each row.
 
-        While stale drafts are worth keeping the first block stands at the root: it lies on every path, and so
-        leaves one. The others stand where the path most likely ends.
+        While stale proposals are worth keeping, the first block is at the root. The root is on every path, so this
+        block always leaves a proposal. The other blocks are where the path most probably ends.
         """
         rate, fresh = self.rate(), self._worth(stale=False)
         stale = self._left.value * max(self._worth(stale=True), 0.0)
         root = 1 if self.keeps_stale() else 0
-        chances = [*end_probs[:root], *sorted(end_probs[root:], reverse=True)][: self.max_blocks]
-        hits = accumulate(self._block_trust.value * chance for chance in chances)
+        probs = [*end_probs[:root], *sorted(end_probs[root:], reverse=True)][: self.max_blocks]
+        hits = accumulate(self._block_trust.value * prob for prob in probs)
         values = [-rate * self.pass_ms(num_nodes, 0)]
         for num_blocks, hit in enumerate(hits, start=1):
             hit = min(hit, 1.0)
@@ -206,8 +218,12 @@ class Policy:
         stale: bool,
         left: Left,
     ) -> None:
-        """Take note of a verification: its nodes, how many stood, and whether their draft was a stale one; the
-        chances that the path would end at its blocks, and what draft it left."""
+        """Learn from a verification.
+
+        log_probs: of the verified nodes. num_accepted: how many of them were accepted. block_probs: the probability
+        that the path would end at each of its blocks. stale: whether the nodes' proposal was stale. left: the proposal
+        that the verification left.
+        """
         self._has_learnt = True
         verified = sum(exp(log_prob) for log_prob in log_probs)
         if block_probs:
@@ -223,7 +239,8 @@ class Policy:
             learn(self._lengths, self._offers, self.goes_on)
             self._fresh_trust.add(num_accepted, verified)
             if not self.keeps_stale():
-                # One bad stale draft must not be the last: what is not tried is slowly trusted again.
+                # While no stale proposal is tried, the trust in them slowly returns. Otherwise one bad one would be
+                # the last.
                 self._stale_trust.add(0.0, 0.0)
                 self._stale.value += (1 - MEMORY) * (self._length.promised.value - self._stale.value)
         self._choices.clear()
@@ -234,20 +251,20 @@ class Policy:
         self._plain_tokens = 0
 
     def _offer(self, probs: Sequence[float], trust: float, rate: float) -> Offer:
-        """The first nodes that make most of their time."""
+        """The best number of first nodes to verify, and the accepted drafts that they promise."""
         promised = list(accumulate(probs, initial=0.0))
         values = [trust * tokens - rate * self.pass_ms(n, 0) for n, tokens in enumerate(promised)]
         best = _best(values)
         return Offer(promised[best], best)
 
     def _choose_length(self) -> None:
-        """The length of blocks that makes most of its time, and what it makes of it.
+        """Choose the length of blocks with the best rate.
 
-        Nothing is learnt while nothing is drafted, so the choice is kept by the company.
+        The policy learns nothing while it drafts nothing, so the choice is kept for each size of the company.
         """
         size = self._company.size
         if size not in self._choices:
-            # Requests that have learnt nothing yet choose alike.
+            # Requests that have learnt nothing yet make the same choice.
             known = {} if self._has_learnt else self.costs.first_choices
             key = (
                 *(self.costs.version, type(self), self.own_head, size),
@@ -265,7 +282,7 @@ class Policy:
         self._length, self._draft_rate = self._choices[size]
 
     def _hoped_rate(self) -> float:
-        """Tokens a millisecond of drafts that fare as first expected. It depends on prices and company alone."""
+        """Tokens per millisecond if acceptance is as first expected. It depends only on prices and company."""
         size = self._company.size
         if size not in self._hopes:
             self._hopes[size] = max(
@@ -274,35 +291,39 @@ class Policy:
             )
         return self._hopes[size]
 
-    def _two_pass_rate(self, length: BlockLength, num_stand: float, num_nodes: int) -> float:
-        """Tokens a millisecond of a draft pass and a verification that leaves no draft; num_stand: drafts."""
+    def _two_pass_rate(self, length: BlockLength, num_accepted: float, num_nodes: int) -> float:
+        """Tokens per millisecond of a draft pass and a verification that leaves no proposal."""
         verify_ms = self.pass_ms(num_nodes, 0, length) + self.costs.draft_ms
-        return (2.0 + num_stand) / (self.pass_ms(0, 1, length) + verify_ms)
+        return (2.0 + num_accepted) / (self.pass_ms(0, 1, length) + verify_ms)
 
     def _worth(self, *, stale: bool) -> float:
-        """Tokens that a draft at hand is worth: it saves the draft pass, but also the one token which that
-        would have decided, and fewer drafts stand of a stale one."""
+        """The value of an existing proposal, in tokens.
+
+        It saves a draft pass, but also the one token that the draft pass would have decided. Of a stale proposal fewer
+        drafts are accepted.
+        """
         saved = self.rate() * self.pass_ms(0, 1) - 1.0
         num_fresh = self._num_fresh(self._length)
         return saved - (num_fresh - self._num_stale(num_fresh) if stale else 0.0)
 
     def _num_fresh(self, length: BlockLength) -> float:
-        """How many drafts of a fresh draft are expected to stand."""
+        """Expected accepted drafts of a fresh proposal."""
         return self._fresh_trust.value * length.promised.value
 
     def _num_stale(self, num_fresh: float) -> float:
-        # What was seen of stale drafts may be long ago; they are no better than fresh ones.
+        """Expected accepted drafts of a stale proposal."""
+        # The observations of stale proposals may be old. These are no better than fresh ones.
         return min(self._stale_trust.value * self._stale.value, num_fresh)
 
     def _steady_rate(self, length: BlockLength, num_blocks: int) -> float:
-        """A verification with so many blocks, and a draft pass where it leaves nothing."""
+        """Tokens per millisecond of verifications with so many blocks. A draft pass follows if no proposal is left."""
         fresh, num_nodes = self._num_fresh(length), round(length.num_nodes.value)
         if not num_blocks:
             return self._two_pass_rate(length, fresh, num_nodes)
         draft_ms = self.pass_ms(0, 1, length)
         verify_ms = self.pass_ms(num_nodes, num_blocks, length) + self.costs.draft_ms
         hit = self._hits[num_blocks].value
-        # Of a single guess nothing is left once it has been decided.
+        # After a single guess has been decided, nothing is left of it.
         stale = (1.0 - hit) * self._left.value if length.num_guesses > 1 else 0.0
         nothing = 1.0 - hit - stale
         tokens = 1.0 + (hit + nothing) * fresh + stale * self._num_stale(fresh) + nothing

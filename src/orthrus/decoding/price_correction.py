@@ -1,4 +1,4 @@
-"""How far passes stray from their prices, as they are seen to: a busy machine makes all of them dearer."""
+"""Estimates how far the times of passes deviate from their prices. A busy machine makes all of them dearer."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -6,21 +6,21 @@ from dataclasses import dataclass, field
 from math import exp, log
 
 CLASSES = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Most rows of the passes that share a correction, and one class of those with more."""
+"""Upper limits of the classes of rows. Passes of one class share a correction. One more class holds larger passes."""
 WEIGHT, NEAR = 0.1, 0.5
-"""Of one more pass in the correction of its class, and what is left of that weight for the next class."""
+"""WEIGHT: of a new pass in the correction of its class. NEAR: the factor on that weight for each class further away."""
 OUTLIER = 4.0
-"""A pass counts at most as this many times dearer, or cheaper, than its corrected price."""
+"""A pass counts as at most this many times dearer, or cheaper, than its corrected price."""
 
 
 @dataclass(slots=True)
 class PriceCorrection:
-    """A factor for each class of rows, which follows the time of a pass over its price in the cost table.
+    """A factor for each class of rows: a moving average of (time of a pass / its price in the cost table).
 
-    Averages are of logarithms, so that twice and half as long weigh alike. A pass also moves the classes
-    beside its own, the less the further away: what slows the machine slows all, so a price that is not tried
-    follows those that are, and `auto` does not stay away from passes that were dear once. For one thread at
-    a time.
+    Averages are of logarithms, so that twice and half as long have the same weight. A pass also moves the classes near
+    its own, the less the further away. A busy machine slows all passes, so the price of passes that are not tried
+    follows those that are. Otherwise `auto` would avoid for ever a kind of passes that was dear once. For use by one
+    thread at a time.
     """
 
     classes: Sequence[int] = CLASSES
@@ -30,13 +30,13 @@ class PriceCorrection:
         self._logs = [0.0] * (len(self.classes) + 1)
 
     def __call__(self, num_rows: int) -> float:
-        """What the price of a pass of so many rows is to be multiplied by; 1 before anything was seen."""
+        """The factor on the price of a pass of so many rows; 1 before the first observation."""
         return exp(self._logs[self._class_of(num_rows)])
 
     def observe(self, num_rows: int, price_ms: float, measured_ms: float) -> None:
-        """Take note of a pass: its rows of both views, its price in the table, and what it took.
+        """Record a pass: its rows of both views, its price in the table, and its time.
 
-        Times that are not positive say nothing and are left out.
+        Times and prices that are not positive are ignored.
         """
         if price_ms <= 0.0 or measured_ms <= 0.0:
             return

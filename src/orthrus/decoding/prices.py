@@ -1,4 +1,4 @@
-"""What passes cost now: the machine's cost table, corrected by what passes have been seen to take."""
+"""The current prices of passes: the machine's cost table, corrected by the observed times of passes."""
 
 from math import log2
 
@@ -6,21 +6,22 @@ from orthrus.decoding.cost_table import CostTable
 from orthrus.decoding.price_correction import CLASSES, PriceCorrection
 
 STEP, HOLD = 0.25, 0.2
-"""Corrections change in steps of so many doublings, and only once they are this far beyond half a step: noise
-must not change decisions."""
+"""STEP: corrections change in steps of so many doublings. HOLD: a step is taken only if the correction is this far, in
+steps, beyond half a step, so that noise does not change decisions."""
 
 
 MOST_KNOWN = 1 << 14
-"""Prices that are kept; a pass of many requests asks for some hundred."""
+"""Limit on the prices that are kept. A pass of many requests asks for some hundred."""
 
 
 class Prices:
-    """A cost table that follows the machine: beside a busy process passes cost more, and not all alike.
+    """A cost table that follows the machine. Beside a busy process passes cost more, and not all by the same factor.
 
-    version: rises after each change of prices. shared_ms: what the policies of all requests worked out from the prices;
-    first_choices: the index of the length of blocks that a request chooses before it has learnt anything, and its rate.
-    Their keys begin with the version, which a policy reads before it asks for a price: so what another thread works out
-    during a change is not used after it. Only the engine that runs the passes calls `observe`; any thread may ask.
+    version: rises after each change of prices. shared_ms: results that the policies of all requests computed from the
+    prices. first_choices: the index of the length of blocks that a request chooses before it has learnt anything, and
+    its rate. The keys of both begin with the version, which a policy reads before it asks for a price. So a result that
+    another thread computes during a change is not used after it. Only the engine that runs the passes calls `observe`.
+    Any thread may ask for prices.
     """
 
     def __init__(self, costs: CostTable) -> None:
@@ -30,16 +31,16 @@ class Prices:
         self.first_choices: dict[tuple[object, ...], tuple[int, float]] = {}
         self._correction = PriceCorrection()
         self._steps = dict.fromkeys(CLASSES, 0)
-        # All requests ask for the same few again and again.
+        # All requests ask for the same few prices again and again.
         self._known: dict[tuple[int, int, int, int], float] = {}
 
     @property
     def draft_ms(self) -> float:
-        """Of making a draft of one block, beside its pass."""
+        """Milliseconds of making the proposal of one block, without its pass."""
         return self.costs.draft_ms * self._factor(1)
 
     def __call__(self, num_ar: int, num_block: int = 0, num_projected: int = 0) -> float:
-        """Milliseconds of a pass of AR rows, all projected, and block rows, of which `num_projected` are."""
+        """Milliseconds of a pass of AR rows, all projected, and block rows, of which `num_projected` are projected."""
         key = self.version, num_ar, num_block, num_projected
         ms = self._known.get(key)
         if ms is None:
@@ -50,7 +51,7 @@ class Prices:
         return ms
 
     def observe(self, num_ar: int, num_block: int, num_projected: int, measured_ms: float) -> None:
-        """Take note of what a pass took."""
+        """Record the time of a pass."""
         num_rows = num_ar + num_block
         self._correction.observe(num_rows, self.costs(num_ar, num_block, num_projected), measured_ms)
         for rows, step in self._steps.items():

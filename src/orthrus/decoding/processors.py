@@ -1,4 +1,4 @@
-"""What changes logits before they are a choice: bias, penalties, no end too early, a grammar's mask."""
+"""Rules that change logits before the choice: bias, penalties, a minimum length, a grammar's mask."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,13 +11,12 @@ from orthrus.errors import UserInputError
 
 
 class LogitRules:
-    """The rules of one request over rows of logits, with what its text has seen so far.
+    """The rules of one request for rows of logits, with the tokens of its text so far.
 
-    In this order: logit bias, repetition penalty, frequency and presence penalties, no end of text before
-    `min_tokens` new ones, and the masks of a grammar; in float32, with the arithmetic of transformers and
-    vLLM. Rows of a draft tree differ in what they have seen: the prompt (`see_prompt`), the committed new
-    tokens (`see`) and each row's own path. What a row becomes does not depend on how the text before it is
-    split into committed tokens and path, to the last bit.
+    The order is: logit bias, repetition penalty, frequency and presence penalties, no end of text before `min_tokens`
+    new tokens, the masks of a grammar. The arithmetic is that of transformers and vLLM, in float32. A row has seen the
+    prompt (`see_prompt`), the committed new tokens (`see`) and its own path in the draft tree. The result for a row
+    does not depend, to the last bit, on how the text before it is divided into committed tokens and path.
 
     end_ids: the tokens that end the text, see `stopping.end_ids`. Not for use by two threads at once.
     Raises UserInputError for a biased token id that the vocabulary does not have.
@@ -47,14 +46,14 @@ class LogitRules:
         self._seen_ids_S = self._on_device([])
         self._counts: Counter[int] = Counter()
         self._places: dict[int, int] = {}
-        # The tokens of the text, in the order in which they first came, and how often each did.
+        # The tokens of the text in order of their first occurrence, and how often each occurs.
         self._text_ids_G, self._counts_G = self._on_device([]), torch.empty(0, device=device)
         self._min_tokens, self._num_new = min_tokens, 0
         self._end_ids_E = self._on_device(sorted(t for t in set(end_ids) if t < vocab_size))
 
     @property
     def active(self) -> bool:
-        """False where calling the rules without masks gives back what it got, now and from now on."""
+        """False if the rules without masks change no logits, now and later."""
         return self._penalises or len(self._bias_ids_I) > 0 or self._holds_back
 
     @property
@@ -70,7 +69,7 @@ class LogitRules:
         return self._num_new < self._min_tokens and len(self._end_ids_E) > 0
 
     def see_prompt(self, token_ids: Iterable[int]) -> None:
-        """Add tokens of the prompt, which only the repetition penalty looks at."""
+        """Add tokens of the prompt, which only the repetition penalty uses."""
         if self._repetition == 1.0:
             return
         if new := set(token_ids) - self._seen:
@@ -94,11 +93,11 @@ class LogitRules:
     def __call__(
         self, logits_RV: Tensor, path_ids: Sequence[Sequence[int]], masks_RV: Tensor | None = None
     ) -> Tensor:
-        """Logits by the rules, float32, in new memory; logits_RV itself where no rule is active.
+        """Logits after the rules, float32, in new memory; logits_RV itself if no rule is active.
 
-        path_ids: for each row the tokens that it has seen beyond the committed ones, in any order. masks_RV,
-        bool: which tokens the grammar allows after each row; at least one in each. A row where the grammar
-        leaves only tokens that end the text may end, however short the text is.
+        path_ids: for each row, the tokens that it has seen beyond the committed ones, in any order. masks_RV, bool: the
+        tokens that the grammar allows after each row, at least one. Where the grammar allows only tokens that end the
+        text, the text may end however short it is.
         """
         assert len(path_ids) == len(logits_RV), "one path per row"
         if masks_RV is None and not self.active:
@@ -121,11 +120,11 @@ class LogitRules:
         return scores_RV if masks_RV is None else scores_RV.masked_fill_(~masks_RV, -torch.inf)
 
     def _repeated(self, scores: Tensor) -> Tensor:
-        """Lower where the penalty is above 1, whatever the sign (after arXiv 1909.05858, section 4.1)."""
+        """Scores with the repetition penalty. Above 1 it lowers all scores (after arXiv 1909.05858, section 4.1)."""
         return torch.where(scores < 0, scores * self._repetition, scores / self._repetition)
 
     def _count(self, scores_RV: Tensor, path_ids: Sequence[Sequence[int]]) -> None:
-        """Frequency and presence penalties, in place; a token of a path has the count of its whole text."""
+        """Apply frequency and presence penalties in place. The count of a token includes the row's path."""
         cells = [
             (row, token, self._counts[token] + count)
             for row, path in enumerate(path_ids)
@@ -142,7 +141,7 @@ class LogitRules:
     def _hold_back(
         self, scores_RV: Tensor, path_ids: Sequence[Sequence[int]], masks_RV: Tensor | None
     ) -> None:
-        """Let no row end the text whose text is too short, in place."""
+        """Forbid, in place, the end of the text in rows whose text is too short."""
         early_R = torch.tensor([self._num_new + len(path) < self._min_tokens for path in path_ids])
         early_R = early_R.to(scores_RV.device)
         if masks_RV is not None:

@@ -1,4 +1,4 @@
-"""The slow oracle: decoding as the textbook says it, with the whole sequence recomputed for each token."""
+"""The slow oracle for tests: textbook decoding, which recomputes the whole sequence for each token."""
 
 from collections.abc import Callable
 
@@ -21,17 +21,17 @@ def reference_decode(
     min_tokens: int = 0,
     mask_after: Callable[[list[int]], Tensor] | None = None,
 ) -> list[int]:
-    """Decode with `logits_of(token_ids_T) -> logits_TV`, no cache and no drafts; returns the new ids.
+    """Decode with `logits_of(token_ids_T) -> logits_TV`, without cache and drafts. Returns the new ids.
 
-    Every strategy gives these ids, sampled ones too: a token is drawn with the noise of the seed (None: 0)
-    and of its own place, the prompt's first token being at 0. eos_token_ids: all that end the text, stop
-    token ids included. mask_after(new ids) -> mask_V bool: what a grammar allows after them.
+    Every strategy must give these ids, also when sampling. A token is drawn with the noise of the seed (0 for None) and
+    of its own position; the prompt's first token has position 0. eos_token_ids: all tokens that end the text, stop
+    token ids included. mask_after(new ids) -> mask_V bool: the tokens that a grammar allows after them.
     """
     params = params or SamplingParams()
     new_ids: list[int] = []
     while len(new_ids) < max_new_tokens and not eos_token_ids & {*new_ids}:
         logits_1V = logits_of(torch.tensor([*prompt_ids, *new_ids]))[-1:]
-        # Rules that start from nothing for each token, and are told of the text as of a path.
+        # New rules for each token, which get the whole text as the row's path.
         rules = LogitRules(
             params, logits_1V.shape[-1], logits_1V.device, min_tokens=min_tokens, end_ids=eos_token_ids
         )
@@ -47,18 +47,18 @@ def reference_decode(
     return new_ids
 
 
-def reference_law(
+def reference_distribution(
     logits_of: Callable[[Tensor], Tensor], prompt_ids: list[int], depth: int, params: SamplingParams
 ) -> dict[tuple[int, ...], float]:
-    """The exact law of the next `depth` tokens, by enumeration: {token ids: probability}.
+    """The exact distribution of the next `depth` tokens, by enumeration: {token ids: probability}.
 
     Filters only: no logit bias, no penalties.
     """
-    law: dict[tuple[int, ...], float] = {(): 1.0}
+    masses: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(depth):
         longer: dict[tuple[int, ...], float] = {}
-        for ids, mass in law.items():
+        for ids, mass in masses.items():
             probs_V = filtered_probs(logits_of(torch.tensor([*prompt_ids, *ids]))[-1:], params)[0]
             longer |= {(*ids, v): mass * float(p) for v, p in enumerate(probs_V) if p > 0}
-        law = longer
-    return law
+        masses = longer
+    return masses

@@ -1,4 +1,4 @@
-"""Cycle records into the counters of a request."""
+"""Sums up the cycle records of a request."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from orthrus.types import Cycle, DecodeStats
 def summarise(num_prompt_tokens: int, cycles: Sequence[Cycle], num_cached_tokens: int = 0) -> DecodeStats:
     """Add up a request's records; the first is the prefill's. docs/metrics.md has the definitions.
 
-    num_cached_tokens: of the prompt, how many an earlier request had left in the cache.
+    num_cached_tokens: tokens of the prompt that an earlier request had left in the cache.
     """
     prefill = [c for c in cycles if c.kind == "prefill"]
     decode = [c for c in cycles if c.kind != "prefill"]
@@ -20,7 +20,7 @@ def summarise(num_prompt_tokens: int, cycles: Sequence[Cycle], num_cached_tokens
         num_passes=sum(c.num_passes for c in cycles),
         num_prefill_passes=sum(c.num_passes for c in prefill),
         num_rows=sum(c.num_rows for c in decode),
-        # The last record of a request that was cancelled, or found no room, has no pass: it is no cycle.
+        # The last record of a request that was cancelled, or found no room, has no pass, so it is no cycle.
         num_cycles=sum(c.num_passes > 0 for c in decode),
         num_drafted=sum(c.num_drafted for c in decode),
         num_accepted=sum(c.num_accepted for c in decode),

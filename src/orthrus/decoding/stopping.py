@@ -1,4 +1,4 @@
-"""When to stop inside a block of several tokens: end-of-sequence ids, stop strings, the token limit."""
+"""Stop rules, checked token by token: end-of-sequence ids, stop strings, the token limit."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from orthrus.types import FinishReason
 
 
 def end_ids(config: DecodeConfig, eos_token_ids: frozenset[int], vocab_size: int) -> frozenset[int]:
-    """The tokens that end a request's text: the model's own, unless they are ignored, and those asked for.
+    """The tokens that end a request's text: the model's own, unless they are ignored, and the request's.
 
     Raises UserInputError for a stop token id that the vocabulary does not have.
     """
@@ -22,24 +22,24 @@ def end_ids(config: DecodeConfig, eos_token_ids: frozenset[int], vocab_size: int
 
 @dataclass(frozen=True, slots=True)
 class StopRules:
-    """`eos_token_ids`: all that end the text (`end_ids`); `max_new_tokens` counts the one that did."""
+    """`eos_token_ids`: all tokens that end the text, from `end_ids`. `max_new_tokens`: a limit that includes these."""
 
     eos_token_ids: frozenset[int]
     max_new_tokens: int
 
     def finish_reason(self, token_id: int, num_tokens: int) -> FinishReason | None:
-        """Why decoding ends with this token, the `num_tokens`-th new one; None if it goes on."""
+        """The reason why decoding ends with this token, the `num_tokens`-th new one; None if it goes on."""
         if token_id in self.eos_token_ids:
             return "stop"
         return "length" if num_tokens >= self.max_new_tokens else None
 
 
 class StopStrings:
-    """Watches the text as it grows and holds back what may yet become a stop string.
+    """Finds stop strings in a growing text, and holds back text that may still become one.
 
-    A stop string may begin in one token and end some blocks later; nothing that could be its beginning
-    is released before it is known not to be. It may hold special tokens, which are matched and never shown.
-    `matched` is the stop string that was complete first.
+    A stop string may begin in one token and end many tokens later. Text that could be its beginning is held back until
+    it is known not to be. A stop string may hold special tokens, which are matched and never shown. `matched`: the stop
+    string that was found, if one was.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
@@ -47,15 +47,15 @@ class StopStrings:
         self._stop = stop
         self._held = ""
         self._num_passed = 0
-        """Characters held that a stop string must not end in."""
+        """Number of held characters in which a stop string must not end."""
         self._hidden: list[bool] = []
-        """For each character held whether it belongs to a special token."""
+        """For each held character, whether it belongs to a special token."""
 
     def push(self, piece: str, *, hidden: bool = False, may_end: bool = True) -> tuple[str, bool]:
         """Take new text; return (what may be shown now, whether a stop string is complete).
 
-        hidden: the piece is the name of a special token. may_end: stop strings that this piece completes count;
-        one that was completed by a piece that may not end the text is text, now and later.
+        hidden: the piece is the name of a special token. may_end: whether a stop string that this piece completes
+        counts. A stop string that does not count is text, now and later.
         """
         if not self._stop:
             return piece, False
@@ -73,15 +73,15 @@ class StopStrings:
         return self._release(len(self._held) - keep), False
 
     def flush(self) -> str:
-        """The text held back, once nothing more will come."""
+        """The text that was held back, after the last piece."""
         return self._release(len(self._held))
 
     def _find(self, stop: str) -> int:
-        """Where in the held text this stop string begins that may end the text; -1 if nowhere."""
+        """The index in the held text of this stop string, if it may end the text; otherwise -1."""
         return self._held.find(stop, max(0, self._num_passed - len(stop) + 1))
 
     def _release(self, count: int) -> str:
-        """Take `count` characters off the front; returns those that are shown."""
+        """Remove `count` characters from the front, and return those that are shown."""
         shown = "".join(c for c, hidden in zip(self._held[:count], self._hidden, strict=False) if not hidden)
         self._held, self._hidden = self._held[count:], self._hidden[count:]
         self._num_passed = max(0, self._num_passed - count)
@@ -89,5 +89,5 @@ class StopStrings:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,7 +1,7 @@
-"""Draft trees: which guesses of a block are worth a row of the verify pass. Plain Python, on the host.
+"""Draft trees: the guesses of a block that get a row of the verify pass. Plain Python, on the host.
 
-Row 0 of a tree is the anchor, its root; node i is row i + 1. Parents are row numbers and come first, so a
-tree is three flat lists. A chain is a tree without branches.
+Row 0 of a tree is the anchor, its root. Node i is row i + 1. A tree is three flat lists; parents are row numbers and
+come before their children. A chain is a tree without branches.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from math import exp, inf
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What a block proposes: D positions after the root, C candidates each.
+    """The proposal of a block: D positions after the root, with C candidates each.
 
-    log_probs_DC: of each candidate, given that what was guessed before it stands; at most 0. pairs_DPC, where
-    a repair head has looked at neighbours: pairs_DPC[d][p][c] is the log prob of candidate c of position d,
-    given that candidate p of position d - 1 stands; entry 0 is never read, since what comes before position 0
-    is known. It takes the place of log_probs_DC from position 1 on.
+    log_probs_DC: of each candidate, given that the guesses before it are accepted; at most 0. pairs_DPC comes from a
+    repair head, which looks at neighbours: pairs_DPC[d][p][c] is the log prob of candidate c of position d, given that
+    candidate p of position d - 1 is accepted. It replaces log_probs_DC from position 1 on. Entry 0 is never read,
+    because the token before position 0 is known.
     """
 
     token_ids_DC: list[list[int]]
@@ -29,13 +29,13 @@ class Candidates:
         return len(self.token_ids_DC)
 
     def log_probs(self, position: int, parent_rank: int) -> list[float]:
-        """Log prob of each candidate of a position, given which candidate of the one before it stands."""
+        """Log prob of each candidate of a position, given the accepted candidate of the position before it."""
         if position == 0 or self.pairs_DPC is None:
             return self.log_probs_DC[position]
         return self.pairs_DPC[position][parent_rank]
 
     def walk(self) -> list[tuple[int, float]]:
-        """(rank, log prob) of the best guess of each position, given the guess before it."""
+        """(rank, log prob) of the best guess of each position, given the best guess before it."""
         steps, rank = [], 0
         for position in range(len(self)):
             row = self.log_probs(position, rank)
@@ -44,14 +44,14 @@ class Candidates:
         return steps
 
     def first(self, num_positions: int) -> "Candidates":
-        """No more than the first positions."""
+        """The first positions only."""
         pairs_DPC = None if self.pairs_DPC is None else self.pairs_DPC[:num_positions]
         return Candidates(self.token_ids_DC[:num_positions], self.log_probs_DC[:num_positions], pairs_DPC)
 
     def after(self, token_ids: Sequence[int]) -> "Candidates | None":
-        """What is left once these tokens are decided; None unless the walk foresaw them all and goes on.
+        """The positions that are left after these tokens; None unless `walk` guessed them all and goes on.
 
-        The first row that is left becomes conditional on the last of them.
+        The first position that is left becomes conditional on the last of these tokens.
         """
         num_positions, steps = len(token_ids), self.walk()
         ranks = [rank for rank, _ in steps[:num_positions]]
@@ -68,7 +68,7 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class DraftTree:
-    """Per node: its token, the row of its parent, and the log prob of the whole path from the root to it."""
+    """For each node: its token, the row of its parent, and the log prob of the whole path from the root to it."""
 
     token_ids: list[int]
     parents: list[int]
@@ -79,18 +79,18 @@ class DraftTree:
         return len(self.token_ids)
 
     def first(self, num_nodes: int) -> "DraftTree":
-        """The first nodes alone; of a best-first tree, the best tree of that size."""
+        """The first nodes only. For a best-first tree, this is the best tree of that size."""
         return DraftTree(self.token_ids[:num_nodes], self.parents[:num_nodes], self.log_probs[:num_nodes])
 
     def depths(self) -> list[int]:
-        """Per node: a child of the root has depth 1."""
+        """The depth of each node. A child of the root has depth 1."""
         depths = [0]
         for parent in self.parents:
             depths.append(depths[parent] + 1)
         return depths[1:]
 
     def paths(self) -> list[list[int]]:
-        """Per row, the root's included: the rows from the root's child down to it; none for the root."""
+        """For each row, the root included: the rows from the root's child down to it; none for the root."""
         paths: list[list[int]] = [[]]
         for row, parent in enumerate(self.parents, start=1):
             paths.append([*paths[parent], row])
@@ -101,9 +101,9 @@ class DraftTree:
         return [[self.token_ids[row - 1] for row in path] for path in self.paths()]
 
     def end_probs(self) -> list[float]:
-        """Per row, the root's included: the chance that the accepted path ends there, as the draft sees it.
+        """For each row, the root included: the proposal's probability that the accepted path ends there.
 
-        That of reaching the row, less that of reaching any of its children.
+        It is the probability of reaching the row, minus that of reaching any of its children.
         """
         reach = [1.0, *(exp(log_prob) for log_prob in self.log_probs)]
         ends = reach.copy()
@@ -112,7 +112,7 @@ class DraftTree:
         return [max(0.0, end) for end in ends]
 
     def children(self) -> list[dict[int, int]]:
-        """Per row, the root's included: {token id: row of the child that carries it}."""
+        """For each row, the root included: {token id: row of the child with this token}."""
         children: list[dict[int, int]] = [{} for _ in range(self.num_nodes + 1)]
         for row, (token_id, parent) in enumerate(zip(self.token_ids, self.parents, strict=True), start=1):
             children[parent][token_id] = row
@@ -120,11 +120,11 @@ class DraftTree:
 
 
 EMPTY_TREE = DraftTree([], [], [])
-"""Nothing but the anchor: a verify pass of one row."""
+"""Only the anchor: a verify pass of one row."""
 
 
 def chain_tree(candidates: Candidates, num_nodes: int) -> DraftTree:
-    """The walk's first `num_nodes` guesses in a row, fewer where the block proposes fewer."""
+    """A chain of the walk's first `num_nodes` guesses; fewer if the block proposes fewer."""
     steps = candidates.walk()[: max(0, num_nodes)]
     token_ids = [ids[rank] for ids, (rank, _) in zip(candidates.token_ids_DC, steps, strict=False)]
     log_probs = accumulate(log_prob for _, log_prob in steps)
@@ -132,12 +132,12 @@ def chain_tree(candidates: Candidates, num_nodes: int) -> DraftTree:
 
 
 def best_first_tree(candidates: Candidates, budget: int) -> DraftTree:
-    """The `budget` most probable prefixes, most probable first; fewer where there are no more.
+    """The `budget` most probable prefixes, most probable first; fewer if there are no more.
 
-    A prefix counts as the product of its candidates' probabilities, each given the one before it, so the sum
-    over nodes is the number of drafts that one may expect to stand, and no other tree of this size has a
-    larger one. Equal scores go to the shallower node, then to the earlier parent, then to the better
-    candidate; candidates of probability 0 are left out. Source: best-first search as in arXiv 2604.12989.
+    The probability of a prefix is the product of its candidates' probabilities, each given the one before it. So the
+    sum over nodes is the expected number of accepted drafts, and no other tree of this size has a larger one. Among
+    equals the shallower node comes first, then the earlier parent, then the better candidate. Candidates of
+    probability 0 are left out. Source: best-first search as in arXiv 2604.12989.
     """
     ranked: dict[tuple[int, int], list[tuple[float, int]]] = {}
 
@@ -152,8 +152,8 @@ def best_first_tree(candidates: Candidates, budget: int) -> DraftTree:
     token_ids: list[int] = []
     parents: list[int] = []
     costs, ranks = [0.0], [-1]
-    # (cost of the path, depth, parent's row, place among the parent's options): every node is reached once,
-    # from its better sibling or, as a first child, from its parent; both cost no more than it does.
+    # (cost of the path, depth, parent's row, place among the parent's options). Every node is reached once: from its
+    # better sibling, or as a first child from its parent. Neither costs more than the node.
     heap: list[tuple[float, int, int, int]] = []
 
     def push(depth: int, parent: int, place: int) -> None:
@@ -175,12 +175,12 @@ def best_first_tree(candidates: Candidates, budget: int) -> DraftTree:
 
 
 def accepted_rows(tree: DraftTree, ar_ids: Sequence[int]) -> list[int]:
-    """The rows of the accepted nodes, from the root's child on: the path that the AR view would have taken.
+    """The rows of the accepted nodes, from the root's child on. Their tokens are the AR view's own choices.
 
-    ar_ids: per row, the root's included, the AR view's choice after it.
+    ar_ids: for each row, the root included, the AR view's choice after it.
     """
     rows, last = [], 0
-    # Parents come first, so one look at each node is enough.
+    # Parents come first, so one loop over the nodes is enough.
     for row, (token_id, parent) in enumerate(zip(tree.token_ids, tree.parents, strict=True), start=1):
         if parent == last and token_id == ar_ids[last]:
             rows.append(row)
@@ -189,9 +189,9 @@ def accepted_rows(tree: DraftTree, ar_ids: Sequence[int]) -> list[int]:
 
 
 def rejected_ids(tree: DraftTree, rows: Sequence[int]) -> list[int]:
-    """The tokens of the first branch that goes on where an accepted path ends: what the draft would have written.
+    """The tokens of the first branch after the accepted path: the text that the proposal would have written.
 
-    rows: of the accepted nodes, from `accepted_rows`. In a best-first tree the first branch is the likeliest.
+    rows: of the accepted nodes, from `accepted_rows`. In a best-first tree the first branch is the most probable one.
     """
     token_ids, last = [], rows[-1] if rows else 0
     for row, (token_id, parent) in enumerate(zip(tree.token_ids, tree.parents, strict=True), start=1):
@@ -206,8 +206,8 @@ def with_chain(
 ) -> tuple[DraftTree, list[bool]]:
     """A tree and a chain of another source as one best-first tree, and for each node whether it is the tree's.
 
-    log_probs: of the chain's tokens, each given those before it. Where the chain goes along a branch of the
-    tree no node is added: of the two probabilities the larger one counts.
+    log_probs: of the chain's tokens, each given those before it. Where the chain follows a branch of the tree, no node
+    is added, and the larger one of the two probabilities counts.
     """
     ids, parents, log_path = list(tree.token_ids), list(tree.parents), list(tree.log_probs)
     children, row, total = tree.children(), 0, 0.0
@@ -222,7 +222,7 @@ def with_chain(
         else:
             log_path[child - 1] = max(log_path[child - 1], total)
         row = child
-    # Parents are never less probable, and come first among equals.
+    # A parent is never less probable than its children, and comes first among equals.
     order = sorted(range(len(ids)), key=lambda i: (-log_path[i], i))
     places = {0: 0} | {node + 1: place + 1 for place, node in enumerate(order)}
     merged = DraftTree(
@@ -232,8 +232,7 @@ def with_chain(
 
 
 def pruned(tree: DraftTree, keeps: Sequence[bool]) -> tuple[DraftTree, list[int]]:
-    """The tree without some nodes, and the old places of those that are left; what follows a pruned node goes
-    with it."""
+    """The tree without some nodes and all that follow them, and the old indices of the remaining nodes."""
     places, left = {0: 0}, []
     for node, keep in enumerate(keeps):
         if keep and tree.parents[node] in places:

@@ -1,1 +1,1 @@
-"""State and time: the decode loop, its strategies, and the stream of records that comes out."""
+"""State and time: the engine and its decode loop, the strategies, and the streams of records."""

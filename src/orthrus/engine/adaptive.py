@@ -1,7 +1,7 @@
-"""What `auto` wants of the next pass: whatever the policy finds worth its time.
+"""Chooses the work of `auto` in the next pass: drafts and blocks that the policy finds worth their time.
 
-Drafts come from several sources: the view's blocks, fresh and stale; copies of what followed the last tokens
-where they stood before; tokens that a grammar forces. Copies and forced tokens cost no draft pass.
+Drafts have several sources: blocks of the view (fresh and stale proposals), copies of the tokens that followed an
+earlier occurrence of the last tokens, and tokens that a grammar forces. Copies and forced tokens need no draft pass.
 """
 
 from dataclasses import replace
@@ -19,20 +19,20 @@ from orthrus.model.dual_view import DualView
 from orthrus.types import CycleKind
 
 FORCED = 1 << 20
-"""Match length of tokens that a grammar forces: they stand for certain."""
+"""Match length of tokens that a grammar forces: they are certain to be accepted."""
 MOST_COPIED = 12
-"""Tokens that are copied ahead at most."""
+"""The largest number of tokens of a copy."""
 
 
 def adaptive_work(request: Request, dual: DualView) -> Work:
-    """The first pass of a cycle."""
+    """The work of a cycle's first pass."""
     policy = request.policy
     assert policy is not None
     copy = copied(request)
     request.block_size = policy.block_size
     chain = _likely_chain(request, policy, copy)
     is_due = request.drafts is None or (request.stale and not policy.keeps_stale())
-    # A copy that makes more of its time than a draft would spares the draft pass.
+    # If verifying the copy yields more tokens per millisecond than drafting, no draft pass is made.
     spares = is_due and policy.chain_rate(list(accumulate(map(exp, chain.log_probs)))) > policy.rate()
     if is_due and not spares:
         draft = _wanted_draft(request, dual, copy)
@@ -48,7 +48,7 @@ def adaptive_work(request: Request, dual: DualView) -> Work:
 
 
 def _wanted_draft(request: Request, dual: DualView, copy: Copy) -> Work | None:
-    """A draft pass where one can be made and the policy wants it; else the policy counts a pass without."""
+    """A draft pass if it is possible and the policy wants it. Otherwise the policy counts a pass without drafting."""
     policy = request.policy
     assert policy is not None
     if may_draft(request, dual, floor=True) and policy.wants_draft():
@@ -57,20 +57,21 @@ def _wanted_draft(request: Request, dual: DualView, copy: Copy) -> Work | None:
 
 
 def _copy_work(request: Request, dual: DualView, copy: Copy, chain: DraftTree) -> Work:
-    """A verification of the first tokens of a copy, which are in `chain`; of none of them a plain pass."""
+    """A verification of `chain`, the first tokens of a copy. Without tokens it is a plain pass."""
     kind: CycleKind = "tree" if chain.num_nodes or request.step is not None else "ar"
     return verify_work(request, dual, kind, chain, [], is_view=[False] * chain.num_nodes, copy=copy)
 
 
 def compete(chosen: list[tuple[Request, Work]], dual: DualView) -> list[tuple[Request, Work]]:
-    """The same, but of copies that nothing else rides on only as many tokens as their rows are worth beside all others.
+    """The same work, with copies shortened.
 
-    Each request has offered what might pay; what a row costs only the whole pass tells.
+    Of each copy that is verified alone, only the tokens remain that pay for their rows, given all other rows of the
+    pass. Each request chose without knowing the others, but only the whole pass determines the cost of a row.
     """
     copies = [i for i, (_, work) in enumerate(chosen) if work.is_copy]
     if not copies:
         return chosen
-    # A request whose prompt is being fed has not been told its company.
+    # The policy of a request whose prompt is being fed does not know its company yet.
     policies = [r.policy for r, work in chosen if r.policy is not None and work.kind != "prefill"]
     prices = policies[0].costs
     num_ar = sum(work.part.num_ar - (work.tree.num_nodes if work.is_copy else 0) for _, work in chosen)
@@ -92,7 +93,7 @@ def compete(chosen: list[tuple[Request, Work]], dual: DualView) -> list[tuple[Re
 
 
 def _cut(request: Request, dual: DualView, work: Work, num_nodes: int) -> Work:
-    """Less of a copy. Where nothing is left of it, a draft has its turn, which the copy would have spared."""
+    """The first tokens of a copy. If none is left, the draft pass is made that the copy had replaced."""
     if not num_nodes and work.spares_draft:
         draft = _wanted_draft(request, dual, work.copy)
         if draft is not None and request.slots.reserve(request.slots.length + draft.part.num_rows):
@@ -101,9 +102,9 @@ def _cut(request: Request, dual: DualView, work: Work, num_nodes: int) -> Work:
 
 
 def adaptive_verify(request: Request, dual: DualView, copy: Copy, *, trying: bool) -> Work | None:
-    """Of the drafts at hand, those that are worth their rows, with blocks; None where none is.
+    """Verify those drafts that are worth their rows, with blocks. None if no draft is.
 
-    trying: a draft pass was made for them, maybe as a chance only.
+    trying: a draft pass was made for them, possibly as a trial.
     """
     policy = request.policy
     assert policy is not None and request.drafts is not None
@@ -130,7 +131,7 @@ def adaptive_verify(request: Request, dual: DualView, copy: Copy, *, trying: boo
 
 
 def observe(request: Request, work: Work) -> None:
-    """Let the policy learn from a verification: how the view's drafts fared, and where the path ended."""
+    """Let the policy learn from a verification: the acceptance of the view's drafts, and the end of the path."""
     policy, step = request.policy, request.step
     assert policy is not None and step is not None
     if not any(work.is_view):
@@ -138,12 +139,14 @@ def observe(request: Request, work: Work) -> None:
     ends = work.tree.end_probs()
     left: Left = "none" if request.drafts is None else "stale" if request.stale else "fresh"
     log_probs = [p for p, is_view in zip(work.tree.log_probs, work.is_view, strict=True) if is_view]
-    num_stood = sum(step.is_draft) - step.num_copied
-    policy.observe(log_probs, num_stood, [ends[row] for row in work.block_rows], stale=work.stale, left=left)
+    num_accepted = sum(step.is_draft) - step.num_copied
+    policy.observe(
+        log_probs, num_accepted, [ends[row] for row in work.block_rows], stale=work.stale, left=left
+    )
 
 
 def copied(request: Request) -> Copy:
-    """What the grammar forces next, or else what followed the last tokens where they stood before."""
+    """The tokens that the grammar forces next, or else those that followed an earlier occurrence of the last tokens."""
     deepest = deepest_draft(request)
     if deepest < 1:
         return NO_COPY
@@ -161,21 +164,21 @@ def copied(request: Request) -> Copy:
 
 
 def observe_copy(request: Request, copy: Copy, token_ids: list[int]) -> None:
-    """Take note of how a copy fared against the tokens that were committed in its place, verified or not."""
+    """Compare a copy, verified or not, with the tokens that were committed, and record how many were accepted."""
     if copy.token_ids and copy.match_length != FORCED:
         pairs = zip(copy.token_ids, token_ids, strict=False)
-        num_stood = next(
+        num_accepted = next(
             (i for i, (ours, theirs) in enumerate(pairs) if ours != theirs),
             min(len(copy.token_ids), len(token_ids)),
         )
         num_judged = min(len(copy.token_ids), len(token_ids))
-        request.copy_promise.observe(copy.match_length, num_stood, num_judged)
+        request.copy_promise.observe(copy.match_length, num_accepted, num_judged)
     if request.copies is not None:
         request.copies.extend(token_ids)
 
 
 def _likely_chain(request: Request, policy: Policy, copy: Copy) -> DraftTree:
-    """A copy as a chain of drafts; empty where it cannot be worth its rows, as in most passes of many requests."""
+    """A copy as a chain of drafts. Empty if it cannot be worth its rows, as in most passes of many requests."""
     if not copy.token_ids:
         return EMPTY_TREE
     if copy.match_length != FORCED:

@@ -1,4 +1,4 @@
-"""A second engine over the model of another: for audits and benchmarks, which want a pool of their own."""
+"""A second engine over the model of another one, for audits and benchmarks, which need a pool of their own."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,10 +9,10 @@ from orthrus.model.runner import Runner
 
 
 class EngineBeside(Engine):
-    """An engine with slots and kept pages of its own. What passes cost it takes from `engine`.
+    """An engine with its own slots and kept pages. It takes the cost table from `engine`.
 
-    runner: the other engine's unless given; limits: fields of EngineConfig that differ. Passes of both wait for
-    each other: a runner serves one thread at a time.
+    runner: by default the other engine's. limits: fields of EngineConfig that differ. The passes of both exclude each
+    other, because a runner serves one thread at a time.
     """
 
     def __init__(self, engine: Engine, runner: Runner | None = None, **limits: Any) -> None:
@@ -21,5 +21,5 @@ class EngineBeside(Engine):
         self._stepping = engine._stepping
 
     def _timed(self, on_measure: OnMeasure | None) -> Costs:
-        """The other engine's: this machine has been timed."""
+        """The cost table of the other engine."""
         return self._other.costs(on_measure)

@@ -1,4 +1,4 @@
-"""What the logits of a pass become, for all of its requests together: the AR view's choices, and drafts."""
+"""Turns the logits of a pass into the AR view's choices and into drafts, for all of its requests together."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,8 +18,11 @@ from orthrus.model.runner import Runner
 
 
 class Judged(NamedTuple):
-    """Rows of the AR view of one request: rows of the logits, the positions that they decide, the tokens that
-    each has seen beyond the committed ones, and what a grammar allows after each."""
+    """The judged AR rows of one request.
+
+    rows: rows of the logits. positions: of the tokens that they decide. paths: the tokens that each row has seen beyond
+    the committed ones. masks_QV: the tokens that a grammar allows after each row.
+    """
 
     request: Request
     rows: slice
@@ -29,13 +32,13 @@ class Judged(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the best logit is the choice."""
+        """Whether the choice is simply the largest logit."""
         request = self.request
         return request.config.sampling.greedy and not request.rules.active and self.masks_QV is None
 
 
 class Guessed(NamedTuple):
-    """Draft rows of one request: rows of the hidden states, and the first position that they decide."""
+    """Draft rows of one request: rows of the hidden states, and the first position that they guess."""
 
     request: Request
     rows: slice
@@ -45,8 +48,8 @@ class Guessed(NamedTuple):
 def choose(logits_RV: Tensor, judged: Sequence[Judged]) -> list[list[int]]:
     """The AR view's own token after each row, by request. logits_RV: of the rows of all requests.
 
-    A sampled token is a function of seed and position, whoever asks and how often: so drafts and neighbours
-    cannot touch the text. A request with a chosen logit that is NaN or infinite gets that as its `failure`.
+    The noise of a sampled token is a function of seed and position. So drafts and other requests cannot change the
+    text. A request with a chosen logit that is NaN or infinite gets an error as its `failure`.
     """
     special = [j for j in judged if not j.is_plain]
     ids_R = torch.zeros(len(logits_RV), dtype=torch.long, device=logits_RV.device)
@@ -59,7 +62,7 @@ def choose(logits_RV: Tensor, judged: Sequence[Judged]) -> list[list[int]]:
             continue
         probs_QV = filtered_probs(ruled_QV, j.request.config.sampling)
         ids_R[j.rows] = draw_with_noise(probs_QV, _noise(j.request, j.positions, probs_QV))
-    # One look at the device for both.
+    # One copy from the device for both.
     known_R = logits_RV.gather(-1, ids_R[:, None])[:, 0].isfinite()
     ids, are_known = torch.stack([ids_R, known_R.long()]).tolist()
     for j in judged:
@@ -74,10 +77,10 @@ def choose(logits_RV: Tensor, judged: Sequence[Judged]) -> list[list[int]]:
 def rank(
     runner: Runner, hidden_DC: Tensor, logits_DV: Tensor, guessed: Sequence[Guessed]
 ) -> list[Candidates]:
-    """The best candidates of each draft row, by request; a request's first row follows its anchor.
+    """The best candidates of each draft row, by request. A request's first row follows its anchor.
 
-    hidden_DC, logits_DV: of the draft rows of all requests, before and after the head. A repair head lets the
-    first row know the anchor, and each further candidate the one before it: see `Candidates.pairs_DPC`.
+    hidden_DC, logits_DV: of the draft rows of all requests, before and after the head. With a repair head, the first
+    row depends on the anchor, and each further candidate on the one before it: see `Candidates.pairs_DPC`.
     """
     dual = runner.dual
     width = min(8 if dual.repair is None else 16, logits_DV.shape[-1])
@@ -120,8 +123,8 @@ def _temperature(guessed: Guessed) -> float:
 def _scores(guessed: Guessed, logits_DV: Tensor) -> Tensor:
     """Unnormalised log probs, scores_DV float32, by which draft rows rank their guesses.
 
-    Sampled drafts rank by the same noise that the AR view's own choice will meet: where both laws agree, so do
-    the tokens (arXiv 2408.07978).
+    Sampled drafts rank with the noise of the AR view's own coming choice. Where both distributions agree, the tokens
+    agree too (arXiv 2408.07978).
     """
     request = guessed.request
     logits_DV = request.rules(logits_DV, [()] * len(logits_DV))
@@ -133,7 +136,7 @@ def _scores(guessed: Guessed, logits_DV: Tensor) -> Tensor:
 
 
 def _noise(request: Request, positions: Sequence[int], probs_RV: Tensor) -> list[Tensor]:
-    """The rows of noise_RV; kept until passed, since drafting and verifying ask for the same."""
+    """The rows of noise. They are kept until the text has passed them, because drafting and verifying need the same."""
     new = [p for p in dict.fromkeys(positions) if p not in request.noise]
     if new:
         length = request.slots.length

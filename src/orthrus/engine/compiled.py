@@ -1,7 +1,7 @@
-"""The compiled runner: decoder layers as code made for this CPU, over packed weights, kept on disk.
+"""The compiled runner: decoder layers as code that is compiled for this CPU, over packed weights, and kept on disk.
 
-The stock forward stays in charge of all but the layers; a copy of its structure calls compiled code in their
-place. All layers of a kind share it, so compiling takes seconds, and sizes are open, so it happens once.
+The stock forward runs everything but the layers; a copy of its structure calls compiled code in their place. All layers
+of a kind share one code, and its sizes are open. So compiling takes half a minute or more, once.
 """
 
 import os
@@ -34,13 +34,12 @@ from orthrus.model.shadow import shadow
 class CompiledRunner:
     """Runs passes on a CPU as compiled code; see `orthrus.model.runner.Runner`.
 
-    A row comes out equal to the last bit in any pass: alone, beside other rows, beside other requests, as part
-    of a prompt's chunk or of a tree. Weights are packed when the runner is made, which takes as much memory
-    again; what changes them later is not seen. Hooks on the model's layers are not called.
+    A row comes out equal to the last bit in any pass: alone, beside other rows or other requests, in a prompt's chunk
+    or in a tree. The runner packs the weights when it is made, which takes as much memory again. Later changes of the
+    weights have no effect. Hooks on the model's layers are not called.
 
-    on_progress: called only while code is compiled that the cache folder does not have. Raises what goes wrong
-    while compiling; UnsupportedModelError where the stock forward does more between
-    two layers than to hand one's result to the next.
+    on_progress: called only while code is compiled that the cache folder does not have. Raises the compiler's errors,
+    and UnsupportedModelError if the stock forward does more between two layers than to pass on the result.
     """
 
     name = "compiled"
@@ -69,7 +68,7 @@ class CompiledRunner:
             num_pages,
             dtype=self.kv_dtype,
             move=torch.ops.orthrus.move_slots,
-            keys_turned=True,
+            keys_transposed=True,
         )
 
     def hidden(self, p: Pass, pool: SlotPool) -> Tensor:
@@ -85,7 +84,7 @@ class CompiledRunner:
         hidden_1RC = self.dual.embed(p.token_ids_R[None])
         dtype, device = hidden_1RC.dtype, hidden_1RC.device
         if dtype != self._dtype or device.type != "cpu":
-            # Compiled code checks no types.
+            # Compiled code does not check types.
             raise UserInputError(
                 f"the model was moved to {str(dtype).removeprefix('torch.')} on {device} after its passes had been "
                 "compiled: load it that way, or with runner='eager'."
@@ -101,7 +100,7 @@ class CompiledRunner:
         return hidden_RC
 
     def _run_layers(self, calls: "_Calls", hidden_1RC: Tensor) -> Tensor:
-        """All layers by one call, without a way back to Python between them."""
+        """Run all layers by one call, without returning to Python between them."""
         p, pool = calls.pass_, calls.pool
         mixed = p.num_ar_rows < p.num_rows
         codes = [self._code[first, mixed] for first in self._kinds]
@@ -113,7 +112,7 @@ class CompiledRunner:
 
     @torch.inference_mode()
     def _prepare(self, on_progress: Progress | None) -> None:
-        """See how the stock forward calls its layers; compile their code, or load it from the cache folder."""
+        """Record how the stock forward calls its layers, and compile their code or load it from the cache folder."""
         pool, size = self.new_pool(3), self.dual.config.block_size
         slots = Slots(pool)
         slots.reserve(11 + 5 + size)
@@ -138,20 +137,20 @@ class CompiledRunner:
                     layer, arguments, config=self.dual.base.config, progress=on_progress
                 )
         if len({id(given) for given in seen.given}) == 1:
-            # One call stands for all layers: thirty calls of modules would show.
+            # One module stands for all layers, because thirty calls of modules would cost noticeable time.
             self._decoder = _with_layers(self.dual, _Stack(len(self._kinds)))
 
 
 def _with_layers(dual: DualView, layers: nn.Module) -> nn.Module:
-    """The stock decoder with something else in place of its layers; the rest is shared."""
+    """The stock decoder with another module in place of its layers. The rest is shared."""
     return shadow(dual.base.get_decoder(), lambda path, _: layers if path == "layers" else None)
 
 
 class _Calls:
-    """What one pass's layers are called with.
+    """The arguments of one pass's layers.
 
-    given: per layer the tensors, or tuples of them, that its stock forward gets by name; flat: the same as
-    lists, of which one stands for all layers where all are given the same.
+    given: for each layer, the tensors (or tuples of them) that its stock forward gets by name. flat: the same as lists;
+    a single list serves all layers if all get the same arguments.
     """
 
     def __init__(self, run: Callable[["_Calls", Tensor], Tensor], p: Pass, pool: SlotPool) -> None:
@@ -163,14 +162,14 @@ class _Calls:
         self._known: dict[tuple[int, ...], tuple[dict[str, Any], list[Tensor], Any]] = {}
 
     def take(self, index: int, hidden_1RC: Tensor, kwargs: dict[str, Any]) -> None:
-        """Take note of the call of a layer, or of all of them; each must get what the one before returned."""
+        """Record the call of a layer, or of all layers at once. Each must get the result of the one before."""
         if index != self.num_called or (index and hidden_1RC is not self._hidden_1RC):
             raise UnsupportedModelError(
                 "the stock forward of this model does more than to call its layers in turn: run it eagerly."
             )
         self.num_called += 1
         self._hidden_1RC = hidden_1RC
-        # Flattened once for layers that share them; kept themselves, so that nothing else can take their ids.
+        # Arguments that layers share are flattened once. They are kept, so that no other object can get their ids.
         key = tuple(map(id, kwargs.values()))
         if key not in self._known:
             given: dict[str, Any] = {
@@ -183,7 +182,7 @@ class _Calls:
 
 
 class _StandIn(nn.Module):
-    """Stands for one layer: notes its call; the last one runs them all."""
+    """A stand-in for one layer, which records its call. The last one runs all layers."""
 
     def __init__(self, index: int, num_layers: int) -> None:
         super().__init__()
@@ -195,7 +194,7 @@ class _StandIn(nn.Module):
 
 
 class _Stack(nn.ModuleList):
-    """A list of layers of which one call stands for all."""
+    """A list of layers with a single element, whose call runs all layers."""
 
     def __init__(self, num_layers: int) -> None:
         super().__init__([_StandIn(0, 1)])
@@ -208,9 +207,9 @@ class _Stack(nn.ModuleList):
 
 
 def compile_problem(dual: DualView) -> str | None:
-    """Why compiled code is not made for this model or machine; None where it is.
+    """The reason why this model or machine is not supported, or None.
 
-    Ends a sentence that begins with "the compiled runner", as those of the next two functions do.
+    It completes a sentence that begins with "the compiled runner". So do the results of the next two functions.
     """
     if (method := quantisation(dual.base.config)) is not None:
         return f"does not run {method} weights"
@@ -222,20 +221,20 @@ def compile_problem(dual: DualView) -> str | None:
         return f"is made for CPUs, and the model is on {dual.device.type}"
     machine = platform.machine()
     if sys.platform != "linux" or machine.lower() not in ("x86_64", "amd64"):
-        # Others may do: nobody has run the tests there yet.
+        # Other platforms may work, but nobody has run the tests there yet.
         return f"is made for x86-64 Linux only, and this is {platform.system() or sys.platform} on {machine}"
     return None
 
 
 def compiler_problem() -> str | None:
-    """What is missing to compile with; None where nothing is."""
+    """The reason why there is no compiler to use, or None."""
     if any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c):
         return None
     return "needs a C++ compiler, and none is on the PATH: install g++ or clang++"
 
 
 def memory_problem(dual: DualView) -> str | None:
-    """What is missing of memory for packed weights beside the stock ones, and a repair head's tables."""
+    """The reason if memory is too small for packed weights beside the stock ones, and a repair head's tables."""
     num_bytes = sum(t.nbytes for t in (*dual.base.parameters(), *dual.base.buffers()))
     num_bytes += 2 * dual.vocab_size * (dual.config.repair_rank or 0) * dual.dtype.itemsize
     needed, available = 1.2 * num_bytes, available_bytes()

@@ -1,4 +1,4 @@
-"""What passes cost on this machine: measured once for a model and precision, kept on disk."""
+"""Measures the cost of passes on this machine, once for each model and precision, and keeps it on disk."""
 
 import hashlib
 import json
@@ -37,48 +37,48 @@ from orthrus.model.pool import Slots, pages_for
 from orthrus.model.runner import Runner
 
 ROWS = (1, 2, 4, 5, 6, 8, 9, 12, 16, 17, 24, 25, 32, 33, 48, 64, 128, 256)
-"""Numbers of AR rows that are timed. Kernels take rows in groups, so the first row beyond a group costs most: what
-lies between two timed numbers is read off a line, and 5, 9, 17, 25 and 33 keep those steps."""
+"""Numbers of AR rows that are timed; others are interpolated. Kernels take rows in groups, so the first row beyond a
+group costs most. That is why 5, 9, 17, 25 and 33 are among them."""
 BLOCKS, BESIDE = (1, 2, 3, 4), 8
-"""Numbers of blocks that are timed, beside that many AR rows."""
+"""BLOCKS: numbers of blocks that are timed. BESIDE: the number of AR rows in the same pass."""
 DRAFT_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
-"""Rows of a block that is drafted alone, as far as blocks go, and one as long as they go."""
+"""Rows of the block in timed draft passes: those below the view's block size, and the block size itself."""
 HISTORY = 256
-"""Committed tokens that timed passes read: about as many as in the middle of an answer."""
+"""Committed tokens that timed passes read, about as many as in the middle of an answer."""
 TABLE_VERSION = 16
-"""Of what a stored table means: raised when passes come to do more, or less, beside their layers."""
+"""Version of the stored tables. Raise it when passes do more, or less, beside their layers."""
 TREE = 24
-"""Nodes of the tree whose making is timed with a draft's."""
+"""Nodes of the tree whose construction is timed as a part of making a proposal."""
 PLAIN_RUN = 5
-"""Passes of one row that run before a round's others, and before its drafts: behind large passes a processor is slower
-for a while."""
+"""Passes of one row that run before a round's other passes, and before its proposals, because a processor is slower
+for a while after large passes."""
 WARM_ROWS = 32
-"""The largest passes of the round that warms up."""
+"""Most AR rows of the passes in the warm-up round."""
 REPEATS, ENOUGH = 5, 10
-"""Rounds of the first measurement, and in all, of which each later start times one."""
+"""REPEATS: rounds that the first start times. ENOUGH: rounds in total; until then each later start adds one."""
 BUSY = 1.5
-"""A round that takes so many times as long as the fastest was timed on a busy machine; less is the machine's drift."""
+"""A round this many times as slow as the fastest one was timed on a busy machine. Smaller factors are drift."""
 
 OnMeasure = Callable[[int, int], None]
 """Called with (rounds done, rounds in all) while passes are timed."""
 
 Round = dict[str, float]
-"""Milliseconds of what is timed: `body 8+16` of 8 AR rows and 16 block rows, `head 8` of their projection, and of a
-greedy or a sampled request `greedy choice 8` and `greedy draft`."""
+"""Milliseconds by name: `body 8+16` for the layers with 8 AR rows and 16 block rows, `head 8` for projecting 8 rows,
+`greedy choice 8` and `greedy draft` for the choices and the proposal of a greedy request (likewise `sampled`)."""
 
 
 class Costs(NamedTuple):
-    """The cost tables of greedy and of sampled decoding: drawing a token costs more than taking the best."""
+    """The cost tables of greedy and of sampled decoding, because drawing a token costs more than taking the best."""
 
     greedy: CostTable
     sampled: CostTable
 
 
 def pass_costs(runner: Runner, on_measure: OnMeasure | None = None, *, add_round: bool = True) -> Costs:
-    """The cost tables of this runner here: from the cache folder, or measured now (a few seconds).
+    """The cost tables of this runner on this machine, from the cache folder or measured now (a few seconds).
 
-    add_round: the first starts after that time a round each; a start that is in a hurry does not. Rounds of a busy
-    machine are dropped where there are quiet ones.
+    add_round: also time another round, until there are `ENOUGH`. A start that must be fast passes False. Rounds of a
+    busy machine are dropped if there are quiet ones.
     """
     key = _key(runner)
     file = _file(key)
@@ -88,14 +88,14 @@ def pass_costs(runner: Runner, on_measure: OnMeasure | None = None, *, add_round
         timed = time_rounds(runner, on_measure, repeats=repeats)
         before, alike = rounds, [each for each in rounds if each.keys() == timed[0].keys()]
         rounds = quiet_rounds(alike + timed)
-        # Where older ones are dropped, others have to take their place.
+        # If older rounds were dropped, later starts have to replace them.
         num_timed = num_timed + repeats if all(each in rounds for each in before) else len(rounds)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             kept = {"key": key, "num_timed": num_timed, "rounds": rounds}
             write_text_atomic(file, json.dumps(kept, indent=1) + "\n")
         except (StorageError, OSError):
-            # A machine without a writable cache measures again next time.
+            # Without a writable cache folder, the next start measures again.
             pass
     return costs_of(rounds)
 
@@ -106,10 +106,10 @@ def costs_of(rounds: Sequence[Round]) -> Costs:
 
 
 def cost_table(rounds: Sequence[Round], *, greedy: bool = True) -> CostTable:
-    """A table of timed rounds, all of the same passes: medians, of rounds brought to one speed.
+    """The table of timed rounds, all of the same passes: medians after the rounds were scaled to one speed.
 
-    A machine that drifts slows all passes of a round alike; that cancels. The least of each pass would not
-    do: a plain pass, which waits for memory, has more to gain from a quiet moment than one of many rows.
+    A drifting machine slows all passes of a round by the same factor, and the scaling cancels it. Minima would be
+    wrong: a plain pass, which waits for memory, gains more from a quiet moment than a pass of many rows.
     """
     pairs = list(zip(rounds, _slowness(rounds), strict=True))
     ms = {name: median(each[name] / slowness for each, slowness in pairs) for name in rounds[0]}
@@ -132,9 +132,9 @@ def cost_table(rounds: Sequence[Round], *, greedy: bool = True) -> CostTable:
 
 
 def quiet_rounds(rounds: Sequence[Round]) -> list[Round]:
-    """Those of a machine that was as quiet as in the fastest of them.
+    """The rounds in which the machine was about as quiet as in the fastest one.
 
-    Other processes slow some passes more than others, so what they leave is not a slower machine but another one.
+    Other processes slow some passes more than others. So one factor cannot correct such a round, and it is dropped.
     """
     slowness = _slowness(rounds)
     least = min(slowness)
@@ -142,7 +142,7 @@ def quiet_rounds(rounds: Sequence[Round]) -> list[Round]:
 
 
 def _slowness(rounds: Sequence[Round]) -> list[float]:
-    """How many times as long as usual the passes of each round took."""
+    """For each round, the typical ratio of a pass's time to its median over all rounds."""
     usual = {name: median(each[name] for each in rounds) for name in rounds[0]}
     return [median(each[name] / ms for name, ms in usual.items() if ms > 0.0) for each in rounds]
 
@@ -151,10 +151,10 @@ def _slowness(rounds: Sequence[Round]) -> list[float]:
 def time_rounds(
     runner: Runner, on_measure: OnMeasure | None = None, *, repeats: int = REPEATS
 ) -> list[Round]:
-    """Time passes of several numbers of rows after `HISTORY` tokens, in several rounds; one more warms up.
+    """Time passes of several numbers of rows after `HISTORY` tokens, in `repeats` rounds after a warm-up round.
 
-    Block rows are timed as what they add to a pass of a few AR rows, and in draft passes of one AR row.
-    Sampled means temperature 1 without filters.
+    Block rows are timed in passes with `BESIDE` AR rows, and in draft passes with one AR row. Sampled means temperature
+    1 without filters.
     """
     dual = runner.dual
     size = dual.config.block_size
@@ -171,13 +171,13 @@ def time_rounds(
     chain = range(BESIDE - 1)
     for m in BLOCKS:
         parts[BESIDE, m * size] = tree(ids[:BESIDE], chain, range(m), size, mask_token_id)
-    # Two of them at least, to tell what a row costs.
+    # At least two numbers are needed for the cost of a row.
     draft_rows = sorted({min(2, size - 1), *(n for n in DRAFT_ROWS if n < size), size})
     for n in draft_rows:
         parts[1, n] = tree(ids[:1], [], [0], n, mask_token_id)
     num_guesses = max(1, dual.config.num_guesses(size))
     plain = (1, 0), parts[1, 0]
-    # From the smallest to the largest, so that none runs behind a much larger one.
+    # From the smallest to the largest, so that none runs after a much larger one.
     passes = [plain] * PLAIN_RUN + sorted(parts.items(), key=lambda each: sum(each[0]))
     num_rounds = repeats + 1
     rounds = []
@@ -192,11 +192,11 @@ def time_rounds(
                 hidden_RC = runner.hidden(join([(part, slots)], dual.device), pool)
             if block:
                 continue
-            # The last logits, megabytes, are given back before a clock runs, not under it.
+            # Free the megabytes of the last logits before the clock starts.
             logits_RV = hidden_RC
             with clock(f"head {n}"):
                 logits_RV = runner.head(hidden_RC)
-            # Rows of a tree share positions, and noise once made is kept.
+            # Rows of a tree share positions, and their noise is computed once.
             positions = [HISTORY + 1 + i % size for i in range(n)]
             for kind, request in requests.items():
                 with clock(f"{kind} choice {n}"):
@@ -212,7 +212,7 @@ def time_rounds(
 
 
 def _draft(runner: Runner, request: Request, hidden_DC: Tensor, logits_DV: Tensor, anchor_id: int) -> None:
-    """What a draft takes: its candidates, a tree, the part that verifies it, an accepted path to be gathered."""
+    """Make a proposal with all that belongs to it: candidates, a tree, the part that verifies it, a path to gather."""
     if runner.dual.draft_head is not None:
         logits_DV = runner.head(hidden_DC, drafts=True)
     (drafts,) = rank(runner, hidden_DC, logits_DV, [Guessed(request, slice(0, len(logits_DV)), HISTORY + 1)])
@@ -222,7 +222,7 @@ def _draft(runner: Runner, request: Request, hidden_DC: Tensor, logits_DV: Tenso
 
 
 def _timed_request(dual: DualView, slots: Slots, temperature: float) -> Request:
-    """A request without text, whose choices and drafts are timed."""
+    """A request without text, whose choices and proposals are timed."""
     config = DecodeConfig(sampling=SamplingParams(temperature=temperature, seed=0))
     return Request(
         prompt_ids=[0],
@@ -238,7 +238,7 @@ def _timed_request(dual: DualView, slots: Slots, temperature: float) -> Request:
 
 
 class _Clock:
-    """The times of each part of a round, in ms."""
+    """Measures the times of each part of a round, in ms."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -253,17 +253,17 @@ class _Clock:
         self._times[name].append((perf_counter() - start) * 1e3)
 
     def round(self) -> Round:
-        """What was timed more than once counts once: plain passes, of which the first follow others."""
+        """The medians by name. Only plain passes are timed several times, because the first ones follow other work."""
         return {name: median(times) for name, times in self._times.items()}
 
 
 def _ascending(values: list[float]) -> tuple[float, ...]:
-    """More rows never cost less: what says so is noise."""
+    """Correct measured times so that more rows never cost less."""
     return tuple(accumulate(reversed(values), min))[::-1]
 
 
 def _key(runner: Runner) -> dict[str, object]:
-    """All that a cost may depend on."""
+    """All that the costs may depend on."""
     dual = runner.dual
     config = dual.base.config
     on_gpu = dual.device.type == "cuda"
@@ -287,14 +287,14 @@ def _file(key: dict[str, object]) -> Path:
 
 
 def _read(file: Path) -> tuple[list[Round], int]:
-    """Stored rounds, and how many were timed for them; none where there are none that can be used."""
+    """(stored rounds, how many were timed in all). Empty if the file has no usable rounds."""
     try:
         kept = parse_json(file.read_text(encoding="utf-8"))
         num_timed = int(kept["num_timed"])
         rounds = [{str(name): float(ms) for name, ms in each.items()} for each in kept["rounds"]]
         if not all(0.0 <= ms < math.inf for each in rounds for ms in each.values()):
             return [], 0
-        # Raises where something is missing.
+        # Raises if an entry is missing.
         costs_of(rounds)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
         return [], 0

@@ -1,4 +1,4 @@
-"""Token ids to text as they come, never half a character."""
+"""Converts token ids to text one by one, in whole characters."""
 
 from typing import Protocol
 
@@ -16,10 +16,10 @@ _REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
-    """Emits text for each pushed id; ids whose bytes do not yet make whole characters wait for the next.
+    """Emits text for each pushed id. Ids whose bytes do not make whole characters yet wait for the next id.
 
-    A tokenizer may render an id differently after another one (leading spaces, merged bytes), so pieces are
-    differences of two decodings that share a short left context, and their sum equals decoding all at once.
+    A tokenizer may render an id differently after another one (leading spaces, merged bytes). So a piece is the
+    difference of two decodings with the same short left context. All pieces together equal the text decoded at once.
     """
 
     def __init__(self, tokenizer: Decoder, skip_special_tokens: bool = True) -> None:
@@ -35,7 +35,7 @@ class Detokenizer:
         return self._advance(final=False)
 
     def flush(self) -> str:
-        """The rest, once nothing more will come; bytes that never made a character show as U+FFFD."""
+        """The rest of the text, after the last id. Bytes that make no character become U+FFFD."""
         return self._advance(final=True)
 
     def _advance(self, *, final: bool) -> str:
@@ -51,9 +51,9 @@ class Detokenizer:
 
 
 class AnswerText:
-    """Detokenising and stop strings, token by token, so that a stop string cuts the ids too.
+    """The text of an answer, with stop strings, token by token, so that a stop string ends the list of ids too.
 
-    Special tokens are no part of the text, but stop strings that hold their names are found.
+    Special tokens are not part of the text, but stop strings that hold their names are found.
     Raises UserInputError for stop strings without a tokenizer.
     """
 
@@ -70,7 +70,7 @@ class AnswerText:
         return self._stop.matched
 
     def push(self, token_id: int, *, may_end: bool = True) -> tuple[str, bool]:
-        """The text that may be shown now, and whether a stop string is complete that this token may end."""
+        """(text that may be shown now, whether this token completes a stop string). may_end: stop strings count."""
         if self._detokenizer is None:
             return "", False
         shown, complete = self._stop.push(self._detokenizer.push(token_id), may_end=may_end)
@@ -81,7 +81,7 @@ class AnswerText:
         return shown + more, complete
 
     def flush(self) -> tuple[str, bool]:
-        """What was held back, once nothing more will come, and whether it completes a stop string."""
+        """(text that was held back, whether it completes a stop string), after the last token."""
         if self._detokenizer is None:
             return "", False
         piece, complete = self._stop.push(self._detokenizer.flush())
@@ -89,6 +89,6 @@ class AnswerText:
 
 
 def special_tokens(tokenizer: Decoder | None) -> dict[int, str]:
-    """The names of the tokens that decoding leaves out, by id."""
+    """The names of the special tokens, which decoding leaves out, by id."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {token_id: token.content for token_id, token in added.items() if token.special}

@@ -1,7 +1,7 @@
 """The engine: every step runs one pass that carries the rows of all requests that are ready.
 
-Each request gets exactly the text that it would get alone: its rows read its own history, its choices are
-functions of its own settings, seed and tokens, and our CPU kernels compute a row identically in any pass.
+Each request gets exactly the text that it would get alone. Its rows read only its own history, and its choices are
+functions of its own settings, seed and tokens. Our CPU kernels compute a row identically in any pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,10 +41,13 @@ from orthrus.types import Cycle
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Limits of an engine. max_slots: memory for keys and values, in tokens; None takes a fifth of the free
-    memory, at most 32 whole contexts. chunk: the most rows of prompts in one pass. max_running: requests that run
-    at once. reuse: keep pages of earlier requests for later ones with the same prefix. policy: decides for `auto`.
-    add_round: see `pass_costs`."""
+    """Limits of an engine.
+
+    max_slots: memory for keys and values, in tokens. None takes a fifth of the free memory, for at most 32 whole
+    contexts. chunk: limit on the rows of prompts in one pass. max_running: limit on running requests. reuse: keep pages
+    of earlier requests for later ones with the same prefix. policy: makes the decisions of `auto`. add_round: see
+    `pass_costs`.
+    """
 
     max_slots: int | None = None
     chunk: int = 256
@@ -75,15 +78,15 @@ class Engine:
 
     @property
     def context_length(self) -> int:
-        """Tokens that a request's prompt and answer may have together."""
+        """Limit on the tokens of a request's prompt and answer together."""
         return context_length(self.runner.dual.base.config)
 
     @property
     def scheduler(self) -> Scheduler:
-        """The requests and the pool that they share; created with the first request."""
+        """The scheduler, which owns the requests and their pool. Created with the first request."""
         if self._scheduler is None:
             with self._stepping:
-                # Another thread may have made it meanwhile; two pools would share nothing.
+                # Another thread may have made it meanwhile.
                 if self._scheduler is None:
                     pool = self.runner.new_pool(self._num_pages())
                     prefixes = PrefixStore(pool) if self.config.reuse else None
@@ -103,15 +106,15 @@ class Engine:
         deadline: float | None = None,
         grammar: GrammarState | None = None,
     ) -> Request:
-        """Submit a request; `step` answers it. Call it from any thread.
+        """Submit a request, which `step` answers. Call it from any thread.
 
-        on_cycle: called with each record by the thread that steps. on_end: called once, after the last record,
-        when the request is closed: finished, failed or dropped. Neither may raise. should_stop: gets all new token
-        ids after every single token and may end the answer there. deadline: time in seconds of `time.monotonic` at
-        which the request ends with what it has, with finish "deadline". grammar: the start state of the config's
-        grammar. Raises UserInputError for an empty prompt, a prompt as long as the context, unknown ids, a block
-        larger than the view's, a config with a grammar but without its start state, and a process that was forked
-        after the engine was made.
+        on_cycle: called with each record by the thread that steps. on_end: called once, after the last record, when the
+        request is closed: finished, failed or dropped. Neither may raise. should_stop: gets all new token ids after
+        every single token and may end the answer there. deadline: time in seconds of `time.monotonic` at which the
+        request ends with the tokens it has, with finish "deadline". grammar: the start state of the config's grammar.
+        Raises UserInputError for an empty prompt, a prompt as long as the context, unknown ids, a block larger than the
+        view's, a config with a grammar but without its start state, and in a process that was forked after the engine
+        was made.
         """
         check_process(self._pid)
         dual = self.runner.dual
@@ -159,13 +162,13 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Run one pass for all requests that are ready, and record what it decided.
+        """Run one pass for all requests that are ready, and commit the tokens that it decides.
 
-        An error of a pass ends the requests that took part in it, as their `failure`, and is raised.
+        An error of a pass ends all requests that took part in it: it becomes their `failure`, and is raised.
         """
         with self._stepping:
             start = perf_counter()
-            self._take_in()
+            self._admit()
             scheduler = self.scheduler
             alive = [*scheduler.running, *scheduler.waiting]
             company = scheduler.num_sharing, scheduler.num_prompt_rows
@@ -202,14 +205,14 @@ class Engine:
         return self._stepping
 
     def drop(self, request: Request) -> None:
-        """End a request now, without a record; its pages are free when this returns."""
+        """End a request now, without a record. Its pages are free when this returns."""
         with self._stepping:
             if not request.closed:
-                self._take_in()
+                self._admit()
                 self._close(request)
 
     def _close(self, request: Request) -> None:
-        """Nothing more will come: all of its pages are free, and whoever waits for its end hears of it, once."""
+        """End a request: free its pages, and call `on_end`, once."""
         if request.closed:
             return
         self.scheduler.finish(request)
@@ -217,8 +220,8 @@ class Engine:
         if request.on_end is not None:
             request.on_end(request)
 
-    def _take_in(self) -> None:
-        """New requests line up; those that were cancelled or are overdue end."""
+    def _admit(self) -> None:
+        """Queue new requests, and end those that were cancelled or are overdue."""
         with self._inbox_lock:
             arrived, self._inbox = self._inbox, []
         for request in arrived:
@@ -231,7 +234,7 @@ class Engine:
                 self._record(request)
 
     def _run(self, chosen: list[tuple[Request, Work]]) -> list[Request]:
-        """One pass and all that follows from it; returns the requests whose cycle has ended."""
+        """Run one pass, commit its tokens, and return the requests whose cycle has ended."""
         pool = self.scheduler.pool
         p, took = run_round(self.runner, pool, chosen, self.observers)
         is_decoding = all(work.kind != "prefill" for _, work in chosen)
@@ -253,7 +256,7 @@ class Engine:
         return ended
 
     def _record(self, request: Request) -> None:
-        """Close a request's cycle, and the request itself where it has ended."""
+        """Write the record of a request's cycle, and close the request if it has ended."""
         step = request.step or Step("ar" if request.token_ids else "prefill")
         if request.finish in ("cancelled", "deadline"):
             step.text += request.text.flush()[0]
@@ -283,13 +286,13 @@ class Engine:
                 self._close(request)
 
     def _close_failed(self) -> None:
-        """Requests that failed by themselves end; the others go on."""
+        """Close requests that failed on their own. The others go on."""
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             if request.failure is not None:
                 self._close(request)
 
     def _wanted(self, request: Request, company: tuple[int, int]) -> Work | None:
-        """What a request wants of the next pass; None where it has failed instead. company: see `Policy.among`."""
+        """The work of a request in the next pass, or None if it failed. company: see `Policy.among`."""
         if request.policy is not None:
             request.policy.among(*company)
         try:
@@ -299,8 +302,8 @@ class Engine:
             return None
 
     def costs(self, on_measure: OnMeasure | None = None) -> Costs:
-        """The cost of passes on this machine, by which `auto` decides: timed once (some seconds), then kept."""
-        # What is known needs no lock: a busy engine lets go of it for moments only.
+        """The cost tables of this machine, by which `auto` decides. They are timed once, in some seconds, and kept."""
+        # Known costs need no lock, which a busy engine releases only for moments.
         if self._costs is None:
             with self._stepping:
                 if self._costs is None:
@@ -308,7 +311,7 @@ class Engine:
         return self._costs
 
     def prices(self, *, greedy: bool) -> Prices:
-        """`costs` of greedy or of sampled decoding, corrected by the times observed since."""
+        """The costs of greedy or of sampled decoding, corrected by the times observed since."""
         if greedy not in self._prices:
             costs = self.costs()
             with self._stepping:
@@ -316,7 +319,7 @@ class Engine:
         return self._prices[greedy]
 
     def _timed(self, on_measure: OnMeasure | None) -> Costs:
-        """What prices start from: measured here, unless that has been done."""
+        """The cost tables from which prices start."""
         return pass_costs(self.runner, on_measure, add_round=self.config.add_round)
 
     def _num_pages(self) -> int:
@@ -328,7 +331,7 @@ class Engine:
         return max(pages_for(most), 4)
 
     def _policy(self, config: DecodeConfig, block_size: int) -> Policy | None:
-        """What decides for `auto`; None for the fixed strategies. Times the machine where nobody has."""
+        """The policy for `auto`, or None for the fixed strategies. Times the machine if there is no cost table yet."""
         if config.strategy != "auto":
             return None
         dual = self.runner.dual
@@ -343,5 +346,5 @@ class Engine:
 
 
 def _available(device: torch.device) -> int:
-    """Bytes that can still be taken where the pool will lie."""
+    """Free bytes on the device of the pool."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()

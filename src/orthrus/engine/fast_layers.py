@@ -9,13 +9,13 @@ from orthrus.kernels.linear import fast_linear, fast_twin
 from orthrus.model.twin import Twin
 
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linear layers with the same input, by their names in transformers. If the stock code calls one of them on
-another tensor, it is computed again, so a wrong guess costs only time.
+"""Linear layers that usually have the same input, by their names in transformers. If the stock code calls one of them
+on another tensor, the joined layer is computed again, which costs only time.
 """
 
 
 class _Joined:
-    """A linear of several parts, and its last input and outputs while a layer's code is being made."""
+    """A linear layer of several parts, with its last input and outputs while a layer's code is being compiled."""
 
     def __init__(self, linear: nn.Module, sizes: list[int]) -> None:
         self.linear, self.sizes = linear, sizes
@@ -29,11 +29,11 @@ class _Joined:
 
 
 class _Part(nn.Module):
-    """One of the linears that became a joined one; the first of them registers its tensors."""
+    """One part of a joined linear layer. The first part registers its tensors."""
 
     def __init__(self, joined: _Joined, index: int) -> None:
         super().__init__()
-        # The sizes tell apart kinds of layers that are joined otherwise.
+        # The sizes distinguish kinds of layers that are joined differently.
         self._joined, self.index, self.sizes = joined, index, str(joined.sizes)
         if index == 0:
             self.linear = joined.linear
@@ -45,7 +45,7 @@ class _Part(nn.Module):
 def fast_layer(layer: nn.Module) -> nn.Module:
     """A copy of a layer that computes the same, up to rounding.
 
-    Linears are packed, norms and biases copied; only a matrix that no packed linear takes is shared.
+    Linear layers are packed, and norms and biases are copied. Only a matrix that cannot be packed is shared.
     """
     shared: dict[int, Any] = {
         id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers()) if tensor.ndim > 1
@@ -63,7 +63,7 @@ def fast_layer(layer: nn.Module) -> nn.Module:
 
 
 def _pack(parent: nn.Module) -> None:
-    """Lay out what is left of linears, those of a twin together where they can be."""
+    """Pack the remaining linear layers, both sides of a twin together if possible."""
     for name, child in list(parent.named_children()):
         fast: nn.Module | None = None
         if type(child) is Twin:
@@ -77,7 +77,7 @@ def _pack(parent: nn.Module) -> None:
 
 
 def _joined_linear(members: list[Any]) -> _Joined | None:
-    """None unless all members are there, of one kind, and can be joined."""
+    """The joined linear layer, or None unless all members exist, are of one kind, and can be joined."""
     if all(type(member) is Twin and member.row_dim == -2 for member in members):
         ar = fast_linear([member.ar for member in members])
         diffusion = fast_linear([member.diffusion for member in members])

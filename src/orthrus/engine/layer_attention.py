@@ -22,11 +22,11 @@ def _compiled_attention(
     plan_P: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface; keys and values are the pool's stores, keys turned.
-    Returns (1, R, H, D).
+    """Attention by our kernel, behind transformers' attention interface. Returns (1, R, H, D). D: head dimension.
 
-    By our kernel: a row comes out equal to the last bit in whatever pass it stands, and wherever in the pool
-    its history lies. An int8 model needs that: a last bit can push an activation over a rounding step.
+    keys_1HPDW, values_1HSD: the pool's stores; keys are transposed, see `pool.transposed`. A row comes out equal to the
+    last bit in any pass, wherever in the pool its history lies. An int8 model needs that, because a last bit can push
+    an activation over a rounding step.
     """
     assert plan_P is not None, "attention outside of a pass"
     scale = query_1HRD.shape[-1] ** -0.5 if scaling is None else scaling

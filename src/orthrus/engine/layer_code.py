@@ -24,26 +24,29 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 LayerCode = Any
-"""Of a kind of layers, for `torch.classes.orthrus.Layers`: (a layer's tensors, hidden_1TC, those of
-`Arguments.flat`) -> hidden_1TC."""
+"""The code of a kind of layers, for `torch.classes.orthrus.Layers`: a function from a layer's tensors, hidden_1TC and
+`Arguments.flat` to hidden_1TC."""
 
 
 def named_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by their paths; a tensor that two modules share is listed twice."""
+    """All parameters and buffers by their paths. A tensor that two modules share is listed twice."""
     found = dict(layer.named_parameters(remove_duplicate=False))
     return found | dict(layer.named_buffers(remove_duplicate=False))
 
 
 def kind(layer: nn.Module) -> tuple[Any, ...]:
-    """Layers of equal kind differ in the values of their tensors only."""
+    """The kind of a layer. Layers of equal kind differ only in the values of their tensors."""
     modules = tuple((name, type(module), _settings(module)) for name, module in layer.named_modules())
     return modules, tuple((name, t.shape, t.dtype) for name, t in named_tensors(layer).items())
 
 
 class Arguments(NamedTuple):
-    """What a layer is called with: hidden_1TC, what its stock forward is given besides (tensors, or tuples of
-    them, by name), the slots_T to be written, the pool's stores, the pass's plan_P, and a marker
-    (num_ar_rows + 1, 0), since compiled code takes a number only as a size; None where all rows are AR."""
+    """The arguments of a layer. T: rows of the pass.
+
+    given: the further arguments of its stock forward by name, tensors or tuples of them. slots_T: the slots to write.
+    keys, values: the pool's stores. plan_P: the pass's plan. marker: an empty tensor (num_ar_rows + 1, 0), because
+    compiled code takes a number only as a size; None if all rows are AR.
+    """
 
     hidden_1TC: Tensor
     given: dict[str, Any]
@@ -60,7 +63,7 @@ class Arguments(NamedTuple):
 
 
 def flatten(given: dict[str, Any]) -> list[Tensor]:
-    """The tensors of a layer's keyword arguments, laid out as the compiler was told."""
+    """The tensors of a layer's keyword arguments, contiguous as the compiled code expects."""
     values = (v for value in given.values() for v in (value if isinstance(value, tuple) else (value,)))
     return [value.contiguous() for value in values]
 
@@ -68,21 +71,21 @@ def flatten(given: dict[str, Any]) -> list[Tensor]:
 def layer_code(
     layer: nn.Module, example: Arguments, *, config: Any, progress: Progress | None = None
 ) -> LayerCode:
-    """The code of layers of this kind, from the cache folder or made now (ten seconds or so) and kept there.
+    """The code of layers of this kind, from the cache folder, or compiled now and kept there.
 
-    Rows, AR rows, slots of the pool and the plan's numbers are sizes that it takes as they come, if all of the
-    example's differ; the rest of the example stays: kind, dtype, batch size 1. Nothing is checked and nothing compiled
-    anew. config: the model's, part of the name that the code is kept under. progress: called only while the
-    code is made. Raises what compiling raises; StorageError where the cache folder cannot be used.
+    The numbers of rows, AR rows, slots and plan entries are open sizes; they must all differ in the example. Kind,
+    dtype and batch size 1 are fixed by the example. The code checks nothing and is never compiled anew. config: the
+    model's, a part of the code's name on disk. progress: called only during compilation. Raises the compiler's errors,
+    and StorageError if the cache folder cannot be used.
     """
 
     def make(folder: Path) -> Path:
-        # The compiler takes seconds to import, and most starts find the code made.
+        # Importing the compiler takes seconds, and most starts find the code on disk.
         from torch._inductor import aot_compile
 
         options = {**_OPTIONS, "aot_inductor.custom_ops_to_c_shims": build.c_functions()}
-        # A file's path, so that all that belongs to this code is written beside it. (The compiler's own cache
-        # holds headers for any code, and stays.)
+        # With a file's path, the compiler writes all files of this code beside it. (Its own cache, with headers for any
+        # code, stays.)
         options["aot_inductor.output_path"] = str(folder / "layers.so")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -97,20 +100,20 @@ def layer_code(
 
 @cache
 def _loaded(path: Path) -> LayerCode:
-    """Once a process: each loading sets up a library of its own."""
+    """Load a library, once per process, because each loading would create another copy."""
     return torch.classes.orthrus.LayerCode(str(path))
 
 
 @cache
 def sources_digest() -> str:
-    """Of the code that decides what compiled layers compute, and so what they cost."""
+    """Digest of the sources that decide what compiled layers compute, and what they cost."""
     modules = (fast_layers, linear, layer_attention, int4_linear, int8_linear, twin)
     paths = [Path(__file__), *build.SOURCES, *(Path(module.__file__ or "") for module in (build, *modules))]
     return hashlib.sha256(b"".join([path.read_bytes() for path in paths])).hexdigest()
 
 
-# Checks that packed weights cannot pass; code that does not depend on the number of threads; and rounding
-# after each operation as the stock code does, lest a row hang on what is fused in passes of its kind.
+# Rounding after each operation, as in the stock code, makes a row independent of what is fused in its kind of pass. The
+# asserts are off because packed weights cannot pass them. The code must not depend on the number of threads.
 _OPTIONS = {
     "emulate_precision_casts": True,
     "size_asserts": False,
@@ -121,7 +124,7 @@ _OPTIONS = {
 
 
 def _digest(layer: nn.Module, example: Arguments, config: Any) -> str:
-    """A name for the code: of all that it depends on, the sources behind it and the processor included."""
+    """The code's name: a digest of all that it depends on, including our sources and the processor."""
     settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_name")}
     parts = (
         (torch.__version__, transformers.__version__, sources_digest()),
@@ -139,7 +142,7 @@ def _digest(layer: nn.Module, example: Arguments, config: Any) -> str:
 
 
 def _exported(layer: nn.Module, example: Arguments) -> "ExportedProgram":
-    """The graph of a layer of this kind as a function of flat tensors, with all sizes of a pass left open."""
+    """The graph of a layer of this kind as a function of flat tensors, with open sizes of the pass."""
     template, split = _template(layer)
     names = list(named_tensors(template))
     lengths = {n: len(v) if isinstance(v, tuple) else None for n, v in example.given.items()}
@@ -185,13 +188,14 @@ def _exported(layer: nn.Module, example: Arguments) -> "ExportedProgram":
 
 
 def _open_sizes(example: Arguments) -> list[dict[int, Any] | None]:
-    """Per flat argument, the dimensions that change from pass to pass."""
+    """For each flat argument, the dimensions that change from pass to pass."""
     from torch.export import Dim
 
     num_rows = example.hidden_1TC.shape[1]
     sizes: list[dict[int, Any] | None] = [{1: Dim.DYNAMIC}]
     for name, value in example.given.items():
-        # Positions (1, T), their cosines and sines (1, T, D): by place, since another size may equal T.
+        # The arguments are positions (1, T), and their cosines and sines (1, T, D). Only this dimension is checked,
+        # because another size may equal T.
         for tensor in flatten({name: value}):
             place = min(tensor.ndim - 1, 1)
             sizes.append({place: Dim.DYNAMIC} if tensor.ndim and tensor.shape[place] == num_rows else None)
@@ -200,7 +204,7 @@ def _open_sizes(example: Arguments) -> list[dict[int, Any] | None]:
 
 
 class _Store:
-    """The pool's stores of one layer, keys turned, as the stock attention talks to a cache."""
+    """The pool's stores of one layer, with transposed keys, behind the interface of a transformers cache."""
 
     def __init__(self, keys: Tensor, values: Tensor, slots_T: Tensor) -> None:
         self.keys, self.values, self.slots_T = keys, values, slots_T
@@ -216,9 +220,9 @@ class _Store:
 
 
 def _template(layer: nn.Module) -> tuple[nn.Module, RowSplit]:
-    """The layer without its values, and the split that its twins share.
+    """The layer without the values of its tensors, and the split that its twins share.
 
-    A template that held a layer's own tensors would be taken for that layer by the compiler.
+    If the template held a layer's own tensors, the compiler would build that layer's values into the code.
     """
     hollow = {
         id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
@@ -237,7 +241,7 @@ def _template(layer: nn.Module) -> tuple[nn.Module, RowSplit]:
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """What a module's code may branch on: windows, layer types, whether positions are rotated."""
+    """The settings on which a module's code may branch, such as windows, layer types and rotated positions."""
     plain = (bool, int, float, str, type(None))
     found = {name: value for name, value in vars(module).items() if isinstance(value, plain)}
     found.pop("layer_idx", None)

@@ -20,7 +20,7 @@ def check_prompt(prompt_ids: list[int], context_length: int) -> None:
 
 
 def check_token_ids(dual: DualView, token_ids: list[int]) -> None:
-    """UserInputError for an id that the model has no embedding for."""
+    """Raises UserInputError for an id without an embedding."""
     num_ids = dual.vocab_size
     wrong = next((i for i in token_ids if type(i) is not int or not 0 <= i < num_ids), None)
     if wrong is not None:
@@ -28,7 +28,7 @@ def check_token_ids(dual: DualView, token_ids: list[int]) -> None:
 
 
 def check_block_size(dual: DualView, block_size: int | None) -> int:
-    """The block size asked for, or the view's own; UserInputError when larger than the view's."""
+    """The requested block size, or else the view's own. Raises UserInputError if it is larger than the view's."""
     trained = dual.config.block_size
     if block_size is None:
         return trained
@@ -41,8 +41,10 @@ def check_block_size(dual: DualView, block_size: int | None) -> int:
 
 
 def check_process(pid: int) -> None:
-    """UserInputError in a process that was forked from `pid`, which made the engine: its threads are not here, and the
-    first pass would wait for them for ever. One thread has none to wait for."""
+    """Raises UserInputError in a process that was forked from `pid`, which made the engine.
+
+    The threads of the parent do not exist here, so the first pass would wait for ever. With one thread it would not.
+    """
     if os.getpid() != pid and torch.get_num_threads() > 1:
         raise UserInputError(
             "this model was loaded before the process forked: load it in each process, or start processes with "

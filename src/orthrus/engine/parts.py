@@ -1,4 +1,4 @@
-"""The work that a request can want of a pass: a chunk of its prompt, a draft, a verification."""
+"""Builds the work of a request in a pass: a chunk of its prompt, a draft pass, a verification."""
 
 from math import inf
 
@@ -11,7 +11,7 @@ from orthrus.types import CycleKind
 
 
 def prompt_work(request: Request, num_tokens: int) -> Work:
-    """The next tokens of the prompt, or after a preemption of all known tokens; at most so many."""
+    """At most so many next tokens of the prompt, or after a preemption, of all known tokens."""
     length = request.slots.length
     end = min(length + num_tokens, length + request.num_to_feed)
     is_last = end == length + request.num_to_feed
@@ -23,7 +23,7 @@ def prompt_work(request: Request, num_tokens: int) -> Work:
 
 
 def draft_work(request: Request, dual: DualView, kind: CycleKind, copy: Copy = NO_COPY) -> Work:
-    """A block at the anchor, with the anchor as an AR row beside it unless the floor is off."""
+    """A draft pass: a block at the anchor. With the floor, the anchor is also an AR row."""
     request.drafts = None
     if request.config.floor or request.policy is not None:
         return verify_work(request, dual, kind, EMPTY_TREE, [0], copy=copy)
@@ -45,7 +45,7 @@ def verify_work(
 ) -> Work:
     """The anchor and a tree of drafts as AR rows, and diffusion blocks at some of them.
 
-    is_view: per node, whether the diffusion view proposed it; all of them unless given.
+    is_view: for each node, whether the diffusion view proposed it; by default all of them.
     """
     deepest = max(drafts.depths(), default=0)
     size = min(request.block_size, request.context_length - request.slots.length - deepest)
@@ -71,7 +71,7 @@ def verify_work(
 
 
 def draft_tree(request: Request, num_nodes: int, max_depth: int, *, branching: bool) -> DraftTree:
-    """The view's drafts to be verified, none deeper than `max_depth`, none that breaks the grammar."""
+    """The view's drafts to verify. None is deeper than `max_depth`, and none breaks the grammar."""
     deepest = min(max_depth, deepest_draft(request))
     if request.drafts is None or not num_nodes or deepest < 1:
         return EMPTY_TREE
@@ -89,10 +89,10 @@ def deepest_draft(request: Request) -> int:
 
 
 def block_rows(drafts: DraftTree, num_blocks: int, max_depth: int, *, at_root: bool) -> list[int]:
-    """AR rows that get blocks: those where the path is most likely to end, by the draft's own probabilities.
+    """AR rows that get blocks: those where the path most probably ends, by the proposal's own probabilities.
 
-    at_root: the first block is at the root, which is on every path, so that a draft is left whichever drafts are
-    accepted. Rows deeper than `max_depth` get none: a path that ends there leaves no room for another draft.
+    at_root: the first block is at the root, which is on every path, so that a proposal is left whichever drafts are
+    accepted. Rows deeper than `max_depth` get none, because a path that ends there leaves no room for more drafts.
     """
     if num_blocks < 1:
         return []
@@ -104,7 +104,7 @@ def block_rows(drafts: DraftTree, num_blocks: int, max_depth: int, *, at_root: b
 
 
 def may_draft(request: Request, dual: DualView, floor: bool) -> bool:
-    """Whether a draft pass, with an AR row or without, can be followed by a draft worth verifying."""
+    """Whether a draft pass, with or without the floor, can leave a draft to verify."""
     num_ar = int(floor)
     size = min(request.block_size, request.context_length - request.slots.length)
     return min(1 + dual.config.num_guesses(size), request.room - 1) - num_ar >= 1

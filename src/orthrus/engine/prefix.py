@@ -1,6 +1,4 @@
-"""Prefix cache: pages of earlier requests, kept by their tokens, so that the next turn of a chat starts after the
-last.
-"""
+"""Prefix cache: keeps pages of earlier requests by their tokens, so that a chat's next turn starts after the last."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,7 +11,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(slots=True, eq=False)
 class PrefixPage:
-    """A page of committed history: its tokens, and the page before it (None at a beginning)."""
+    """A page of committed history: its tokens, and the page before it (None for a text's first page)."""
 
     page: int
     tokens: Tokens
@@ -22,12 +20,11 @@ class PrefixPage:
 
 
 class PrefixStore:
-    """Full pages of committed history, keyed by all tokens from the beginning; the least recently used are evicted
-    first.
+    """Full pages of committed history, keyed by all tokens from the beginning. The least recently used go first.
 
-    The store owns its pages beside the requests that use them. A request that uses a page uses all pages before it,
-    so what follows a page that nobody uses is unused too. Tokens are compared, not hashes of them. Not thread-safe:
-    the engine guards it.
+    The store owns its pages together with the requests that use them. A request that uses a page uses all pages before
+    it. So if nobody uses a page, nobody uses the pages after it. Tokens are compared, not their hashes. Not
+    thread-safe: the engine guards it.
     """
 
     def __init__(self, pool: SlotPool) -> None:
@@ -37,16 +34,16 @@ class PrefixStore:
         self._pages: OrderedDict[int, PrefixPage] = OrderedDict()
 
     def __len__(self) -> int:
-        """Pages that are kept."""
+        """Number of kept pages."""
         return len(self._pages)
 
     @property
     def num_idle(self) -> int:
-        """Pages that nobody else uses: `evict` can give up all of them."""
+        """Number of pages that no request uses. `evict` can free all of them."""
         return sum(self._pool.owners(page) == 1 for page in self._pages)
 
     def find(self, token_ids: Sequence[int]) -> list[PrefixPage]:
-        """The longest run of kept pages that begin these tokens; the last token is never among them."""
+        """The longest sequence of kept pages with which these tokens begin. They never include the last token."""
         found: list[PrefixPage] = []
         children = self._first
         for start in range(0, len(token_ids) - PAGE, PAGE):
@@ -55,13 +52,13 @@ class PrefixStore:
                 break
             found.append(node)
             children = node.children
-        # Beginnings serve most requests: they count as used last.
+        # First pages serve most requests, so they count as the most recently used.
         for node in reversed(found):
             self._pages.move_to_end(node.page)
         return found
 
     def add(self, parent: PrefixPage | None, token_ids: Sequence[int], page: int) -> PrefixPage:
-        """Keep a committed page that follows `parent`, which the caller uses; returns what stands for it.
+        """Keep a committed page that follows `parent`, which the caller uses. Returns the kept page.
 
         That may be an equal page of another request. The caller then uses it in place of its own.
         """

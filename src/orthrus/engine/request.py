@@ -1,4 +1,4 @@
-"""A request: pure data, and the only way in which tokens become part of the answer."""
+"""A request: pure data, and `commit`, the only way in which tokens become part of the answer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,14 +21,14 @@ from orthrus.types import Cycle, CycleKind, FinishReason, TokenLogprob
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """What a request wants of the next pass.
+    """A request's work in the next pass.
 
-    kind: of the cycle that the pass belongs to. tree: drafts to be verified. block_rows: AR rows at which
-    diffusion blocks are anchored, block_size rows each, of which num_guesses count. stale: the drafts' block
-    had not seen all of the text. is_view: per node, whether the diffusion view proposed it. copy: what copying
-    proposes here, verified or not. masks_QV: what a grammar allows after each judged row. without_floor: the
-    paper's draft pass, a block without an AR row. is_last: of a prompt's chunks, or any other work. spares_draft: a
-    copy stands in for a draft pass, for which nobody has asked the policy.
+    kind: of the cycle that the pass belongs to. tree: drafts to verify. block_rows: AR rows that are anchors of
+    diffusion blocks, of block_size rows each, whose first num_guesses guesses count. stale: the drafts' block had not
+    seen all of the text. is_view: for each node, whether the diffusion view proposed it. copy: the tokens that copying
+    proposes here, verified or not. masks_QV: the tokens that a grammar allows after each judged row. without_floor: the
+    paper's draft pass, a block without an AR row. is_last: the last chunk of a prompt, or any other work.
+    spares_draft: a copy is verified in place of a draft pass, so the policy was not asked for one.
     """
 
     kind: CycleKind
@@ -47,13 +47,13 @@ class Work:
 
     @property
     def is_copy(self) -> bool:
-        """Whether all that is verified was copied, or forced by a grammar, and no block rides on it."""
+        """Whether all drafts were copied or forced by a grammar, and the request has no block in the pass."""
         return bool(self.tree.num_nodes) and not self.block_rows and not any(self.is_view)
 
     def guess_rows(self, block: int, first: int = 0) -> range:
-        """Rows of the part that guess, of one block, from guess `first` on.
+        """Rows of the part that hold the guesses of one block, from guess `first` on.
 
-        What a block's first row guesses the AR view decides, unless the pass has no AR row.
+        A block's first row makes no guess if the pass has an AR row, because that decides its token.
         """
         start = self.part.num_ar + block * self.block_size + (0 if self.without_floor else 1)
         return range(start + first, start + self.num_guesses)
@@ -61,7 +61,7 @@ class Work:
 
 @dataclass(slots=True)
 class Step:
-    """What a cycle has committed so far, and its costs."""
+    """The tokens that a cycle has committed so far, and its costs."""
 
     kind: CycleKind
     token_ids: list[int] = field(default_factory=list)
@@ -77,14 +77,14 @@ class Step:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
-    """Settings and state of one request; the engine that it was given to is the only one to change it.
+    """Settings and state of one request. Only its engine changes it.
 
-    The anchor, its last known token, is not in the cache yet: it stands at position slots.length once the
-    prompt has been fed. block_size: rows of the blocks that are drafted next. drafts: what the diffusion view
-    proposes after the anchor, None where it has not been asked; stale: their block stood further back, so it
-    has not seen all of the text before them. next_work: the second half of a cycle, decided with the first.
-    should_stop sees all new token ids after every single token. deadline: in seconds of `time.monotonic`.
-    began: when it first ran, by the same clock. closed: nothing more will come, and `cycles` is complete.
+    The anchor, the last known token, is not in the cache yet. Its position is slots.length once the prompt has been
+    fed. block_size: rows of the next blocks. drafts: the diffusion view's proposal after the anchor, None if there is
+    none. stale: the proposal's block is further back, so it has not seen all of the text. next_work: the second pass of
+    a cycle, chosen after the first. should_stop: gets all new token ids after every single token. deadline: in seconds
+    of `time.monotonic`. began: when it first ran, by the same clock. closed: the request has ended, and `cycles` is
+    complete.
     """
 
     prompt_ids: list[int]
@@ -139,8 +139,7 @@ class Request:
     def num_to_feed(self) -> int:
         """Tokens that must go into the cache before the request can continue; 0 if only its anchor is left.
 
-        The first pass over a fresh prompt's last token decides a token too; after a preemption that token is
-        known.
+        The first pass over a prompt's last token decides a token too. After a preemption that token is known.
         """
         return self.num_known - self.slots.length - (1 if self.token_ids else 0)
 
@@ -161,9 +160,9 @@ class Request:
         )
 
     def commit(self, token_ids: list[int], num_drafts: int, logprobs: list[TokenLogprob]) -> int:
-        """Take decided tokens one by one, the first `num_drafts` of which were drafts, until the answer ends.
+        """Commit decided tokens one by one until the answer ends. Returns how many were committed.
 
-        Text, stop strings, penalties and log probs all follow this one list. Returns how many were taken.
+        The first `num_drafts` of them were drafts. Text, stop strings, penalties and log probs all follow this list.
         """
         assert self.step is not None
         for i, token_id in enumerate(token_ids):
@@ -181,7 +180,7 @@ class Request:
         return len(token_ids)
 
     def _ended(self, token_id: int) -> FinishReason | None:
-        """Why the answer ends with this token, if it does; a stop comes before the limit."""
+        """The reason why the answer ends with this token, or None. A stop takes precedence over the length limit."""
         assert self.step is not None
         may_end = len(self.token_ids) >= self.config.min_tokens
         piece, complete = self.text.push(token_id, may_end=may_end)

@@ -1,4 +1,4 @@
-"""One pass for many requests, and its results: choices, commits, drafts."""
+"""Runs one pass for many requests, and applies its results: choices, commits, proposals."""
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
@@ -23,14 +23,14 @@ Chosen = Sequence[tuple[Request, Work]]
 
 
 class Took(NamedTuple):
-    """What a pass took until its tokens were chosen: milliseconds, and draft rows projected with the AR rows."""
+    """The cost of a pass until its tokens were chosen: milliseconds, and draft rows projected with the AR rows."""
 
     ms: float
     num_guesses: int
 
 
 class _Wish(NamedTuple):
-    """A request whose text goes on from a block of the pass: which block, and the first guess that is left."""
+    """A request that gets its next proposal from a block of the pass: the block, and its first guess that is left."""
 
     request: Request
     work: Work
@@ -42,7 +42,7 @@ class _Wish(NamedTuple):
 def run_round(
     runner: Runner, pool: SlotPool, chosen: Chosen, observers: Sequence[Observer]
 ) -> tuple[Pass, Took]:
-    """Run one pass, commit what it decides, and make the next draft of each request that has a block for it."""
+    """Run one pass, commit the tokens that it decides, and make the next proposals from its blocks."""
     start = perf_counter()
     p = join([(work.part, request.slots) for request, work in chosen], runner.dual.device)
     hidden_RC = runner.hidden(p, pool)
@@ -71,7 +71,7 @@ def run_round(
         try:
             serving = settle(request, work, own_ids.get(key, []), logprobs.get(key, []))
         except OrthrusError as error:
-            # A grammar that leads nowhere ends its own request, and no other.
+            # A grammar that allows no token ends its own request only.
             request.failure = error
             continue
         if serving is not None:
@@ -85,7 +85,7 @@ def run_round(
 
 
 def _judged(chosen: Chosen, p: Pass) -> tuple[list[int], list[Judged]]:
-    """Rows of the pass whose next token the AR view decides, and what is known of them by request."""
+    """Rows of the pass whose next token the AR view decides, and the same rows by request."""
     rows: list[int] = []
     judged = []
     for (request, work), span in zip(chosen, p.spans, strict=True):
@@ -102,8 +102,9 @@ def _judged(chosen: Chosen, p: Pass) -> tuple[list[int], list[Judged]]:
 def _sure_guesses(runner: Runner, chosen: Chosen, p: Pass) -> dict[int, list[int]]:
     """Rows of the pass, by request, whose guesses are projected with the AR rows.
 
-    Of few rows all: they cost less than reading the head a second time. Of many those that are needed whatever
-    stands: of blocks that are drafted alone. The others wait until it is known which block serves.
+    If they are few, these are all guesses, because that costs less than reading the head's weights a second time. If
+    they are many, these are the guesses of draft passes, which are needed whichever drafts are accepted. All others
+    wait until it is known which block is used.
     """
     if runner.dual.draft_head is not None:
         return {}
@@ -121,11 +122,14 @@ def _sure_guesses(runner: Runner, chosen: Chosen, p: Pass) -> dict[int, list[int
 def _draft(
     runner: Runner, hidden_RC: Tensor, logits_RV: Tensor | None, places: dict[int, int], wishes: list[_Wish]
 ) -> None:
-    """New drafts for all wishes. places: by request, where the logits of its guesses begin, if they are there."""
+    """Make the proposals of all wishes.
+
+    places: by request, the row of logits_RV at which the logits of its guesses begin, if they were projected.
+    """
     rows: list[int] = []
     ready: list[int] = []
     guessed = []
-    # Requests whose guesses have been projected come first, so that two slices serve all.
+    # Requests whose guesses have been projected come first, so that two slices hold all guesses.
     wishes = sorted(wishes, key=lambda w: id(w.request) not in places)
     for w in wishes:
         mine = [_row(w.span, row) for row in w.work.guess_rows(w.block, w.first)]
@@ -149,5 +153,5 @@ def _draft(
 
 
 def _row(span: Span, row: int) -> int:
-    """A diffusion row of a part, as a row of the pass."""
+    """The row of the pass that is this diffusion row of a part."""
     return span.draft_first + row - span.part.num_ar

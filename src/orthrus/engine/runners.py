@@ -1,4 +1,4 @@
-"""Which code runs passes: compiled on a CPU, or the stock one."""
+"""Chooses the code that runs passes: compiled on a CPU, or the stock code."""
 
 import os
 import warnings
@@ -15,7 +15,7 @@ RUNNERS = ("auto", "eager", "compiled")
 def chosen_runner(runner: str | None) -> str:
     """The name of the requested runner: as given, otherwise the environment variable ORTHRUS_RUNNER, otherwise "auto".
 
-    UserInputError unless there is a runner of that name.
+    Raises UserInputError for an unknown name.
     """
     runner = runner or os.environ.get("ORTHRUS_RUNNER") or "auto"
     if runner not in RUNNERS:
@@ -26,9 +26,9 @@ def chosen_runner(runner: str | None) -> str:
 def make_runner(dual: DualView, runner: str = "auto", on_progress: Progress | None = None) -> Runner:
     """The runner of that name for a model.
 
-    "auto": compiled on an x86-64 Linux CPU, else eager; an OrthrusWarning says so where the compiler, the memory
-    or the disk for it is missing. Raises UserInputError for an unknown runner, or one that cannot run here;
-    StorageError where the cache folder cannot keep compiled code.
+    "auto": compiled on an x86-64 Linux CPU, otherwise eager. An OrthrusWarning tells if it is eager because compiler,
+    memory or disk are missing. Raises UserInputError for an unknown runner, or one that cannot run here. Raises
+    StorageError if the cache folder cannot keep compiled code.
     """
     runner = chosen_runner(runner)
     if runner == "eager":

@@ -1,7 +1,7 @@
 """Decides which requests take part in the next pass: plain Python over requests and pages, without tensors.
 
-First come, first served, and running requests go first. A pass has at most one chunk of prompt rows. If pages run
-out, kept pages are freed first; then the request that arrived last is preempted, and later starts again from its
+Running requests go first, then waiting ones in order of arrival. A pass has at most one chunk of prompt rows. If pages
+run out, kept pages are freed first. Then the request that arrived last is preempted, and starts again later from its
 tokens.
 """
 
@@ -16,14 +16,14 @@ from orthrus.engine.request import Request, Work
 from orthrus.model.pool import PAGE, SlotPool, pages_for
 
 Wanted = Callable[[Request], Work | None]
-"""What a request wants of the next pass; None where it has failed instead."""
+"""The work of a request in the next pass, or None if the request failed."""
 
 
 @dataclass(slots=True)
 class Scheduler:
-    """The requests of an engine: `waiting` for pages, in their order, and `running`, oldest first.
+    """The requests of an engine: those `waiting` for pages, in order, and those `running`, oldest first.
 
-    chunk: rows of prompts in one pass. max_running: requests that may run at once. prefixes: None without
+    chunk: limit on the rows of prompts in one pass. max_running: limit on running requests. prefixes: None without
     reuse. Not thread-safe: the engine guards it.
     """
 
@@ -42,8 +42,8 @@ class Scheduler:
     def next_pass(self, wanted: Wanted, plain: Wanted) -> list[tuple[Request, Work]]:
         """The work of the next pass, each part with slots for its rows; empty if no request can continue.
 
-        plain: the smallest work with which a request can continue, for one whose drafts even the whole pool cannot
-        hold. A request that is too large for the pool even so gets finish "length".
+        plain: the smallest work with which a request can continue. It is used if even the whole pool cannot hold the
+        wanted work. A request that is too large even then ends with finish "length".
         """
         chosen: list[tuple[Request, Work]] = []
         for request in list(self.running):
@@ -71,17 +71,17 @@ class Scheduler:
 
     @property
     def num_sharing(self) -> int:
-        """Requests that share the next passes: those that run, and those that will as soon as they are fed."""
+        """Requests that share the next passes: the running ones, and waiting ones that may run."""
         return min(len(self.running) + len(self.waiting), self.max_running)
 
     @property
     def num_prompt_rows(self) -> int:
-        """Rows of prompts in the next pass, if there are pages for them: 0 or a whole chunk, which is near enough."""
+        """Estimate of the rows of prompts in the next pass, if there are pages for them: 0 or a whole chunk."""
         begin = self.waiting if len(self.running) < self.max_running else ()
         return self.chunk if any(r.num_to_feed for r in (*self.running, *begin)) else 0
 
     def finish(self, request: Request) -> None:
-        """Remove a request, waiting or running; its pages are freed, or kept for others, at once."""
+        """Remove a waiting or running request. Its pages are freed, or kept for others, at once."""
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -89,7 +89,7 @@ class Scheduler:
         request.slots.free()
 
     def keep(self, request: Request) -> None:
-        """Keep the pages that have become full; other requests can use them at once."""
+        """Keep a request's full pages. Other requests can use them at once."""
         if self.prefixes is None:
             return
         node: PrefixPage | None
@@ -103,7 +103,7 @@ class Scheduler:
         request.prefix = node, num_kept
 
     def _feed(self, request: Request, left: int, chosen: list[tuple[Request, Work]]) -> int:
-        """Choose a chunk of a request's prompt; returns its rows. Chunks end at fixed places of the text."""
+        """Add a chunk of a request's prompt to the pass, and return its rows. Chunks end at fixed positions."""
         length = request.slots.length
         size = min(self.chunk - length % self.chunk, request.num_to_feed)
         if size > left or not self._make_room(request, size, chosen):
@@ -113,14 +113,14 @@ class Scheduler:
         return size
 
     def _can_begin(self, request: Request) -> bool:
-        """Whether there are pages for a waiting request's text; takes over what is kept of it."""
+        """Whether there are pages for a waiting request's text. Adopts kept pages with the same tokens."""
         if self.prefixes is not None and not request.slots.pages:
             found = self.prefixes.find(request.known(0, request.num_known))
             request.slots.adopt([node.page for node in found])
             request.prefix = (found[-1] if found else None), len(found)
         missing = pages_for(request.num_known + 1) - len(request.slots.pages)
         if self._free_pages(missing) or not self.running:
-            # After a preemption it finds pages of its own, its answer's among them.
+            # After a preemption, the kept pages found are its own, so they do not count as cached.
             if not request.num_preempted:
                 request.num_cached = request.slots.length
             return True
@@ -128,7 +128,7 @@ class Scheduler:
         return False
 
     def _free_pages(self, num_pages: int) -> bool:
-        """Whether so many pages are free, after giving up kept ones; none are given up where all are too few."""
+        """Whether so many pages are free, after evicting kept ones. None is evicted if even all would be too few."""
         missing = num_pages - self.pool.num_free
         if missing > 0 and self.prefixes is not None and missing <= self.prefixes.num_idle:
             missing -= self.prefixes.evict(missing)
@@ -139,9 +139,9 @@ class Scheduler:
         return request.slots.length + work.part.num_rows > self.pool.num_slots
 
     def _make_room(self, request: Request, num_rows: int, chosen: list[tuple[Request, Work]]) -> bool:
-        """Slots for the rows of a pass; may send other requests back, and then takes them out of `chosen`.
+        """Reserve slots for the rows of a pass. This may preempt other requests, and removes these from `chosen`.
 
-        False: this request must wait, or has ended.
+        Returns False if this request must wait, or has ended.
         """
         num_slots = request.slots.length + num_rows
         while True:
@@ -152,13 +152,13 @@ class Scheduler:
             if last is request and len(self.running) == 1:
                 request.finish = "length"
                 return False
-            self._send_back(last)
+            self._preempt(last)
             chosen[:] = [(other, work) for other, work in chosen if other is not last]
             if last is request:
                 return False
 
-    def _send_back(self, request: Request) -> None:
-        """Free a running request's pages; it keeps its tokens and comes back before its equals who wait."""
+    def _preempt(self, request: Request) -> None:
+        """Preempt a running request. It keeps its tokens, and waits before all others of its priority."""
         self.running.remove(request)
         request.slots.free()
         request.drafts, request.stale, request.next_work, request.prefix = None, False, None, None

@@ -45,8 +45,8 @@ def stock_generate(
     """Decode with the model's own `generate`, its default cache, and no sampling setting except the temperature.
 
     processor: changes each token's scores before `generate` chooses. cache: an empty one to use in place of the
-    default. settings: further ones of its GenerationConfig, such as prompt_lookup_num_tokens. Give it the model of
-    `Orthrus.stock()`: with twins inside it would not be the stock model.
+    default. settings: further fields of its GenerationConfig, such as prompt_lookup_num_tokens. Pass the model of
+    `Orthrus.stock()`; a model with twins would not be the stock model.
     """
     ids_1T = torch.tensor([prompt_ids], device=model.device)
     clock = _FirstToken(ids_1T.device)
@@ -54,7 +54,7 @@ def stock_generate(
     with _own_generation_config(model, config), _seeded(seed, ids_1T.device):
         synchronize(ids_1T.device)
         start = perf_counter()
-        # Typed loosely: what `generate` returns depends on its settings.
+        # Any, because the type that `generate` returns depends on its settings.
         generate: Any = model.generate
         new_ids = generate(
             ids_1T,
@@ -68,7 +68,7 @@ def stock_generate(
 
 
 class _FirstToken(StoppingCriteria):
-    """Never stops anything; notes when the first token was there. A streamer would copy every token."""
+    """Records the time of the first token, and never stops. (A streamer would copy every token.)"""
 
     def __init__(self, device: torch.device) -> None:
         self._go_on_1 = torch.zeros(1, dtype=torch.bool, device=device)
@@ -85,18 +85,18 @@ def _config(
     max_new_tokens: int, eos_token_ids: frozenset[int], temperature: float, settings: dict[str, Any]
 ) -> GenerationConfig:
     eos = sorted(eos_token_ids)
-    law: dict[str, Any] = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0.0:
-        law = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    law |= settings
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    sampling |= settings
     return GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=eos or None, pad_token_id=eos[0] if eos else 0, **law
+        max_new_tokens=max_new_tokens, eos_token_id=eos or None, pad_token_id=eos[0] if eos else 0, **sampling
     )
 
 
 @contextmanager
 def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """`generate` fills gaps from the checkpoint's settings (penalties, filters): none for either side."""
+    """Replace the checkpoint's settings (penalties, filters), with which `generate` would fill gaps of the config."""
     before, model.generation_config = model.generation_config, config
     try:
         yield

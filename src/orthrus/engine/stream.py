@@ -10,17 +10,17 @@ from orthrus.types import Cycle, GenerationResult
 
 
 class TokenStream(Iterator[Cycle]):
-    """Iterate to decode; each item is what one cycle committed. `result` is the whole answer so far.
+    """Iterate to decode; each item is the record of one cycle. `result` is the whole answer so far.
 
-    Streams of one engine share its passes: asking one of them for its next record advances all of them, and the
-    records of the others are kept until they are asked for. Thread-safe between streams; one stream belongs to one
-    thread.
+    Streams of one engine share its passes. Asking one of them for its next record advances all of them, and the records
+    of the others are kept until they are asked for. Different threads may use different streams; one stream belongs to
+    one thread.
     """
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self._engine, self.request = engine, request
         self._next = 0
-        # A stream that nobody holds any more must not be decoded to its end.
+        # If nobody holds the stream any more, its request is cancelled.
         self._finalizer = finalize(self, engine.cancel, request)
 
     def __next__(self) -> Cycle:
@@ -35,12 +35,12 @@ class TokenStream(Iterator[Cycle]):
         return request.cycles[self._next - 1]
 
     def close(self) -> None:
-        """Stop at once and free the request's memory; nothing more will come."""
+        """Stop at once and free the request's memory. The iteration ends."""
         self._engine.drop(self.request)
         self._next = len(self.request.cycles)
 
     def cancel(self) -> None:
-        """Stop before the next pass; the stream ends with finish_reason 'cancelled'."""
+        """Stop before the next pass. The stream ends with finish_reason 'cancelled'."""
         self._engine.cancel(self.request)
 
     def drain(self) -> GenerationResult:
@@ -51,7 +51,7 @@ class TokenStream(Iterator[Cycle]):
 
     @property
     def result(self) -> GenerationResult:
-        """The whole answer so far; complete once the stream has ended, 'cancelled' before."""
+        """The answer so far. Until the stream has ended, its finish_reason is 'cancelled'."""
         cycles = tuple(self.request.cycles[: self._next])
         last = cycles[-1].finish_reason if cycles else None
         return GenerationResult(

@@ -1,7 +1,7 @@
-"""What a request wants of the next pass, and what it does with the result; both without running anything.
+"""Chooses a request's work in the next pass, and commits the result. Nothing here runs a pass.
 
-A cycle commits tokens once. It takes one pass, or two if a draft is made first; with the floor the draft pass
-decides a token too. Strategies differ only in the parts that they want.
+A cycle is one round of drafting and verifying: one or two passes, whose tokens are reported as one record. With the
+floor, the draft pass decides a token too. Strategies differ only in the work that they choose.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,11 @@ from orthrus.types import CycleKind, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a cycle decodes. num_nodes: drafts that are verified, 0 for plain decoding. branching: as a tree
-    rather than a chain. num_blocks: diffusion blocks that ride on the verification (fused), 0 for none."""
+    """How a cycle decodes.
+
+    num_nodes: drafts to verify, 0 for plain decoding. branching: verify a tree, not a chain. num_blocks: diffusion
+    blocks that the verify pass carries (fused strategies), 0 for none.
+    """
 
     kind: CycleKind
     num_nodes: int = 0
@@ -30,7 +33,7 @@ PLAIN = Plan("ar")
 
 
 def fixed_plan(config: DecodeConfig, block_size: int) -> Plan:
-    """The plan of a strategy that does not adapt."""
+    """The plan of a fixed strategy."""
     kind = config.strategy
     assert kind != "auto", "the policy makes the plans of auto"
     if kind == "ar":
@@ -38,12 +41,12 @@ def fixed_plan(config: DecodeConfig, block_size: int) -> Plan:
     branching = kind in ("tree", "fused_tree")
     num_nodes = config.node_budget if branching else block_size - int(config.floor)
     num_blocks = config.block_budget if kind in ("fused", "fused_tree") else 0
-    # A row carries one block: more of them would only take slots.
+    # A row has at most one block, so more blocks than rows would only take slots.
     return Plan(kind, num_nodes, branching, min(num_blocks, num_nodes + 1))
 
 
 def wanted(request: Request, dual: DualView) -> Work:
-    """The next pass of a request whose prompt has been fed."""
+    """The work of a request in the next pass, once its prompt has been fed."""
     if request.next_work is not None:
         work, request.next_work = request.next_work, None
         return work
@@ -58,7 +61,7 @@ def wanted(request: Request, dual: DualView) -> Work:
 
 
 def plain_work(request: Request, dual: DualView) -> Work:
-    """Work of one row, the smallest step. The draft is kept, and a cycle that has begun ends with this pass."""
+    """Work of one row, the smallest step. The proposal is kept, and a cycle that has begun ends with this pass."""
     request.next_work = None
     return verify_work(request, dual, "ar" if request.step is None else request.step.kind, EMPTY_TREE, [])
 
@@ -69,11 +72,10 @@ def settle(
     own_ids: list[int],
     logprobs: list[TokenLogprob],
 ) -> tuple[int, int] | None:
-    """Commit what a pass has decided: the longest path of drafts that the AR view would have written, and then one
-    token that the AR view decides.
+    """Commit the tokens that a pass decided: the longest accepted path of drafts, and one token of the AR view.
 
-    own_ids: the AR view's own tokens after the judged rows; logprobs: of these tokens, where asked for. Returns
-    the block whose guesses go on from there and the first of its guesses that is left, None where none is.
+    own_ids: the AR view's own tokens after the judged rows. logprobs: of these tokens, if asked for. Returns (the block
+    that gives the next proposal, its first guess that is left), or None if no block has guesses left.
     """
     step = request.step = request.step or Step(work.kind)
     if work.kind != "prefill":
@@ -106,23 +108,21 @@ def settle(
 
 
 def settle_draft(request: Request, candidates: Candidates, num_known: int) -> None:
-    """Make the next draft from the guesses of the block that is used; num_known: how many of its guesses were
-    decided.
-    """
+    """Store the next proposal. num_known: how many guesses of its block have been decided already."""
     request.drafts, request.stale = candidates, num_known > 0
 
 
 def end_pass(request: Request, dual: DualView, work: Work) -> bool:
-    """Whether the cycle ends with this pass; otherwise its second half is `next_work`."""
+    """Whether the cycle ends with this pass. Otherwise this sets `next_work`, its second pass."""
     if work.kind == "prefill":
-        # What is fed again after a preemption belongs to the cycle that follows.
+        # Feeding the text again after a preemption belongs to the next cycle.
         return len(work.part.judged) > 0
     is_draft = not work.tree.num_nodes and bool(work.block_rows)
     if request.finish is None and is_draft and request.drafts is not None:
         if request.policy is not None:
             work_after = adaptive_verify(request, dual, copied(request), trying=True)
             if work_after is None or not any(work_after.is_view):
-                # The draft pass has decided a token; nothing of the draft is worth verifying.
+                # The draft pass has decided a token, but no draft is worth verifying.
                 request.policy.observe([], 0, [], stale=False, left="none")
             if work_after is None:
                 return True
@@ -136,7 +136,7 @@ def end_pass(request: Request, dual: DualView, work: Work) -> bool:
 
 
 def _serving_block(work: Work, rows: list[int]) -> tuple[int, int] | None:
-    """Of the blocks on the accepted path, the one nearest to its end, if it has guesses left."""
+    """(block, its decided guesses) of the block on the accepted path nearest to its end, if guesses are left."""
     on_path = [i for i, row in enumerate(work.block_rows) if row in rows]
     if not on_path:
         return None
@@ -146,9 +146,9 @@ def _serving_block(work: Work, rows: list[int]) -> tuple[int, int] | None:
 
 
 def _verify(request: Request, dual: DualView, plan: Plan) -> Work:
-    """The drafts at hand, in the form that the plan asks for; a plain step where there is none."""
+    """Verify the current proposal in the form of the plan. Without a proposal this is a plain step."""
     drafts = draft_tree(request, plan.num_nodes, request.room - 1, branching=plan.branching)
     kind = plan.kind if drafts.num_nodes or request.step is not None else "ar"
-    # A small block at the anchor leaves little once some of its guesses stand.
+    # After some of its guesses are accepted, a small block at the anchor has little left.
     rows = block_rows(drafts, plan.num_blocks, request.room - 3, at_root=request.block_size > 4)
     return verify_work(request, dual, kind, drafts, rows)

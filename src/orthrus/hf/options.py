@@ -9,7 +9,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from orthrus.errors import UserInputError
 
-# Options that would change the law of the tokens or what is returned, with the values that leave them off.
+# Options that would change the distribution of the tokens or what is returned, with the values that leave them off.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "encoder_repetition_penalty": (None, 1.0),

@@ -1,1 +1,1 @@
-"""Two views over one cache: twins, the slot cache, the passes over rows, and how views are stored."""
+"""Two views over one cache: twins, the slot pool, passes over rows, and the storage of views."""

@@ -1,7 +1,9 @@
-"""Attention of a pass, span by span, for the eager runner: the slow oracle of `kernels/attention.cpp`.
+"""Attention of a pass, span by span, for the eager runner. It is the slow oracle of `kernels/attention.cpp`.
 
-Registered with transformers under `NAME`, so that stock attention modules call it. AR rows and diffusion rows of a
-span are computed separately: no product of an AR row uses a slot that a diffusion row wrote.
+It is registered with transformers under `NAME`, so that stock attention modules call it. AR rows and diffusion rows of
+a span are computed separately, so no product of an AR row uses a slot that a diffusion row wrote.
+
+Letters: Q query rows of a group, N slots that they may read, D head dimension.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ NAME = "orthrus_spans"
 
 
 class _Group(NamedTuple):
-    """Rows of one span and one view; of the pool the slots that they may read, by number or as a slice."""
+    """Rows of one span and one view, with the slots of the pool that they may read, as indices or as a slice."""
 
     rows: slice
     slots: slice | Tensor
@@ -29,10 +31,10 @@ class _Group(NamedTuple):
 
 
 class RunningPass:
-    """A pass on its way through the layers: which slots its keys go to, and which rows read which slots.
+    """The state of a pass while it runs through the layers: the slots of its keys, and which rows read which slots.
 
-    windows: per layer, the positions that a row reads back, itself included; None for all. Stands for the
-    transformers cache of the stock forward (`update`, `get_seq_length`).
+    windows: for each layer, the number of positions that a row reads, its own included; None for all. It has the
+    interface of the transformers cache that the stock forward uses (`update`, `get_seq_length`).
     """
 
     is_compileable = False
@@ -45,7 +47,7 @@ class RunningPass:
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the pass's rows (1, H, R, D); returns the pool's stores of this layer (1, H, S, D)."""
+        """Write the pass's rows (1, H, R, D), and return the pool's stores of this layer (1, H, S, D)."""
         stores = self.pool.keys[layer_idx], self.pool.values[layer_idx]
         for store, new in zip(stores, (keys, values), strict=True):
             store.index_copy_(2, self.pass_.slots_R, new.to(store.dtype))
@@ -114,14 +116,14 @@ def span_attention(
     running: RunningPass | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface; keys and values are the pool's stores. Returns (1, R, H, D)."""
+    """Attention behind transformers' interface. Keys and values are the pool's stores. Returns (1, R, H, D)."""
     assert running is not None, "attention outside of a pass"
     num_kv = keys_1HSD.shape[1]
     fold = query_1HRD.shape[1] // num_kv
     out_1RHD = query_1HRD.new_empty((1, query_1HRD.shape[2], query_1HRD.shape[1], values_1HSD.shape[3]))
     window = running.windows[int(module.layer_idx)]  # type: ignore[arg-type]
     for group, mask in running.groups(window, fold, query_1HRD.dtype):
-        # The heads that share keys become rows of one head: no key is copied once per head.
+        # The heads that share keys become rows of one head, so that no key is copied for each head.
         query_1HQD = query_1HRD[:, :, group.rows].unflatten(1, (num_kv, fold)).transpose(2, 3).flatten(2, 3)
         keys, values = (
             (

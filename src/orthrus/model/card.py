@@ -1,4 +1,4 @@
-"""The README of a view or merged folder, made from the view's settings and provenance."""
+"""Makes the README of a view or merged folder from the view's settings and provenance."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,7 @@ from orthrus.model.twin import chosen_names
 from orthrus.model.view_config import Encoding, ViewConfig
 
 Folder = Literal["view", "merged", "released"]
-# What shapes a view, in the order of the card; each is shown where the recipe has it.
+# The recipe keys that the card shows, in this order, if the recipe has them.
 _SETTINGS = {
     "train": "what was trained",
     "block_size": "block size K",
@@ -37,9 +37,9 @@ _SETTINGS = {
     "dtype": "dtype of the frozen base",
     "seed": "seed",
 }
-# What views that are older than these names have in their recipes.
+# Older names of keys in the recipes of older views.
 _OLDER_NAMES = {"row_length": "sequence_length", "batch_rows": "batch_size"}
-# Values that mean "not used", not worth a line.
+# Values that mean "not used"; the card leaves them out.
 _ORDINARY = {
     "train": "view",
     "num_clean": 1,
@@ -55,9 +55,8 @@ _ORDINARY = {
 def view_card(dual: DualView, encoding: Encoding = "full", folder: Folder = "view") -> str:
     """Model card in Markdown, with the hub's metadata header.
 
-    folder: "view" for the view alone, else the layout of base and view together. Measured figures come from
-    `provenance["figures"]` (rows as in `read_figures`), the licence from `provenance["license"]` or the
-    recipe.
+    folder: "view" for a view alone, otherwise the layout of base and view together. Measured figures come from
+    `provenance["figures"]` (rows as in `read_figures`), and the licence from `provenance["license"]` or the recipe.
     """
     config = dual.config
     name = HUB_ID.rpartition("/")[2] if config.base_name == DEFAULT else _public_name(config) or "its base"
@@ -81,13 +80,13 @@ def view_card(dual: DualView, encoding: Encoding = "full", folder: Folder = "vie
 
 
 def _public_name(config: ViewConfig) -> str:
-    """What others may call the base: of a file or folder of somebody's disk, its own name alone."""
+    """The base's name for others: of a local file or folder, only the last part of its path."""
     name = config.base_name
     return name if name == DEFAULT or is_hub_id(name) else PurePath(name).name
 
 
 def _metadata(config: ViewConfig, folder: Folder) -> str:
-    """The hub's header; a base that lies on somebody's disk has no name there."""
+    """The hub's header. It has no base if the base is a local file or folder."""
     base = HUB_ID if config.base_name == DEFAULT else config.base_name
     known = is_hub_id(base)
     data = ModelCardData(
@@ -188,12 +187,12 @@ def _measured(config: ViewConfig) -> str:
 
 
 def _of_twins(config: ViewConfig) -> ViewConfig:
-    """The view as it was before its repair head was trained, with nothing to tell where it has none."""
+    """The view before its repair head was trained; with an empty provenance if it has no repair head."""
     return replace(config, provenance=_mapping(config, "twins"))
 
 
 def _averaged(config: ViewConfig) -> list[ViewConfig]:
-    """The other views that its weights are the mean of, as they were."""
+    """The other views of which its weights are the mean, with their own provenance."""
     others = config.provenance.get("averaged")
     made = [other for other in others if isinstance(other, dict)] if isinstance(others, list) else []
     return [replace(config, provenance=other) for other in made]
@@ -221,7 +220,7 @@ def _training(config: ViewConfig, title: str = "Training") -> str:
 
 
 def _package(versions: dict[str, Any]) -> str | None:
-    """Name and version of this package; the shipped view is older than the name of the distribution."""
+    """Name and version of this package. Older views have its older distribution name."""
     names = ("orthrus-lm", "orthrus")
     return next((f"{name} {versions[name]}" for name in names if versions.get(name)), None)
 
@@ -256,9 +255,9 @@ def _settings(recipe: dict[str, Any], step: object) -> dict[str, str]:
 
 def _limits(config: ViewConfig) -> str:
     lines = [
-        "In float32, greedy output is the base's token for token, and sampled output has the base's law. In "
-        "half precision\n  and on quantised bases near-ties may fall either way, as in every speculative "
-        "decoder; `orthrus audit` tells them\n  from faults.",
+        "In float32, greedy output is the base's token for token, and sampled output has the base's distribution. "
+        "In half\n  precision and on quantised bases near-ties may fall either way, as in every speculative decoder; "
+        "`orthrus audit`\n  tells them from faults.",
         "It belongs to the base of this fingerprint: on a fine-tuned one it stays lossless and drafts worse.",
         f"Blocks are at most {config.block_size} tokens long: that is what it was trained with.",
     ]
@@ -291,12 +290,12 @@ def _stated_licence(config: ViewConfig) -> str | None:
 
 
 def _recipe(config: ViewConfig) -> dict[str, Any]:
-    """The recipe in the provenance, by the names that its keys have today."""
+    """The recipe in the provenance, with the current names of its keys."""
     return {_OLDER_NAMES.get(key, key): value for key, value in _mapping(config, "recipe").items()}
 
 
 def _mapping(config: ViewConfig, key: str) -> dict[str, Any]:
-    """A part of the provenance; empty when it is not there, or free text."""
+    """A part of the provenance; empty if it is missing or free text."""
     value = config.provenance.get(key)
     return value if isinstance(value, dict) else {}
 

@@ -1,4 +1,4 @@
-"""Views on disk: a small folder, like an adapter, for a base that is stored elsewhere."""
+"""View folders: small folders, like adapters, for a base that is stored elsewhere."""
 
 import json
 import warnings
@@ -55,12 +55,11 @@ def fresh_view(
 ) -> DualView:
     """A view that equals the AR view: it is lossless, but saves passes only after training.
 
-    layers: indices of the layers that get twins; twins: the modules that get one (such as q_proj, k_proj and
-    v_proj); all layers and all of their attention when None. rank: None for full copies, else that of
-    low-rank twins, drawn from `seed`, whose part is multiplied by `rank_scale`. mask: "auto" for the first
-    embedding row that no token uses, or a mask embedding of its own where the vocabulary has none to spare;
-    "trained" for the latter in any case; a token id for that row. Raises CheckpointError for a layer or twin
-    that the base does not have, UserInputError for such a mask.
+    layers: indices of the layers that get twins. twins: the modules that get one (such as q_proj, k_proj and v_proj).
+    None means all layers, and all of their attention. rank: of low-rank twins, drawn from `seed`; None for full copies.
+    rank_scale: the factor on the low-rank part. mask: "auto" for the first embedding row that no token uses, or for a
+    trained mask embedding if there is no such row; "trained" for the latter in any case; or the id of a row. Raises
+    CheckpointError for a layer or twin that the base does not have, and UserInputError for such a mask.
     """
     config = ViewConfig(
         block_size=block_size,
@@ -96,7 +95,7 @@ def view_tensors(dual: DualView) -> dict[str, Tensor]:
 
 
 def stored_tensors(dual: DualView, encoding: Encoding) -> dict[str, Tensor]:
-    """The tensors that a view folder with that encoding holds, under their file names."""
+    """The tensors of a view folder with that encoding, under their file names."""
     tensors = view_tensors(dual)
     return tensors if encoding == "full" else encode_tensors(tensors, _ar_tensors(dual))
 
@@ -104,11 +103,11 @@ def stored_tensors(dual: DualView, encoding: Encoding) -> dict[str, Tensor]:
 def save_view(
     dual: DualView, folder: Path | str, encoding: Encoding = "full", *, owner: str | None = None
 ) -> None:
-    """Write `view.safetensors`, `view_config.json` and a card, never half-written.
+    """Write `view.safetensors`, `view_config.json` and a card, all or nothing.
 
-    encoding: "full" keeps every bit; "delta4" stores 4-bit differences from the AR twins, which a base in
-    float32 gives back unchanged when packed again. The folder must not exist, unless `owner` (a run's name)
-    wrote it, and nobody else has written to it since.
+    encoding: "full" keeps every bit; "delta4" stores 4-bit differences from the AR twins. With a base in float32, such
+    a view does not change when it is encoded again. The folder must not exist, unless `owner` (a run's name) wrote it
+    and nobody else has changed it since.
     """
     check_unquantised(dual)
     config = replace(dual.config, encoding=encoding)
@@ -116,7 +115,7 @@ def save_view(
     with atomic_folder(target) if owner is None else replace_folder(target, owner) as temporary:
         save_file(stored_tensors(dual, encoding), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(temporary / CONFIG_FILE, config.to_dict())
-        # AutoModelForCausalLM sees whose folder it is; a base's config in it would make it a merged one.
+        # It lets AutoModelForCausalLM recognise the folder. A base's config in it would make it a merged folder.
         write_json(temporary / "config.json", {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE]})
         (temporary / "README.md").write_text(view_card(dual, encoding), encoding="utf-8")
 
@@ -131,9 +130,7 @@ def round_as_stored(dual: DualView, encoding: Encoding) -> None:
 
 
 def check_unquantised(dual: DualView) -> None:
-    """Raises CheckpointError for a model whose linear layers were quantised after loading: their weights no longer
-    exist.
-    """
+    """Raises CheckpointError if linear layers were quantised after loading, because their weights no longer exist."""
     precision = dual.precision or dual.draft_precision
     if precision is not None:
         raise CheckpointError(
@@ -143,16 +140,16 @@ def check_unquantised(dual: DualView) -> None:
 
 
 def load_view(base: Base, folder: Path | str, *, dtype: torch.dtype | None = None) -> DualView:
-    """Put the view of a folder on `base`; its weights in `dtype`, the base's own when None.
+    """Put the view of a folder on `base`. dtype: of the view's weights, by default the base's.
 
-    Raises CheckpointError when files are missing or the view has the shapes of another base; warns with
-    both fingerprints when the shapes fit but the base's weights are not those that it was trained on.
+    Raises CheckpointError if files are missing, or if the view has the shapes of another base. Warns with both
+    fingerprints if the shapes fit but the view was trained on other weights.
     """
     folder = Path(folder)
     config = ViewConfig.from_dict(read_json(folder / CONFIG_FILE))
-    # Twins change the names of the weights.
+    # The fingerprint is taken first, because twins change the names of the weights.
     found = fingerprint(base.model)
-    # In memory the weights are whole, whatever the folder does.
+    # Loaded weights are never encoded, even if the folder's are.
     dual = DualView(base.model, base.family, replace(config, encoding="full"))
     if dtype is not None:
         for parameter in dual.view_parameters().values():
@@ -170,7 +167,7 @@ def load_view(base: Base, folder: Path | str, *, dtype: torch.dtype | None = Non
 
 
 def _whole_tensors(dual: DualView, folder: Path, encoding: Encoding) -> dict[str, Tensor]:
-    """A folder's tensors as they are in memory, under file names; `dual` has the base that they belong to."""
+    """A folder's decoded tensors, under file names. `dual` has the base that they belong to."""
     tensors = read_view_tensors([folder / WEIGHTS_FILE])
     if encoding == "delta4":
         tensors = decode_tensors(tensors, _ar_tensors(dual), where=str(folder))
@@ -180,9 +177,9 @@ def _whole_tensors(dual: DualView, folder: Path, encoding: Encoding) -> dict[str
 def average_view(dual: DualView, folders: Sequence[Path]) -> None:
     """Give the view the mean of its own weights and of those in the folders, with equal weights.
 
-    Views of one base that end one run, or begin alike, often draft better together than each by itself. What was
-    measured of the view goes from its provenance; that of the others comes in, as `averaged`. Raises CheckpointError
-    for a view of another kind or base, and what `load_view` raises.
+    The mean of views of one run, or of runs that start from the same view, often drafts better than each of them. The
+    view's own measurements are removed from its provenance, and the provenance of the others is added as `averaged`.
+    Raises CheckpointError for a view of another kind or base, and what `load_view` raises.
     """
     own = dual.config
     total = {name: tensor.double() for name, tensor in view_tensors(dual).items()}
@@ -196,7 +193,7 @@ def average_view(dual: DualView, folders: Sequence[Path]) -> None:
                     "only views of one kind and base have a mean."
                 )
         tensors = _whole_tensors(dual, folder, config.encoding)
-        # It checks names and shapes, too.
+        # This checks names and shapes.
         assign_view(dual, tensors, where=str(folder))
         for name, tensor in tensors.items():
             total[name] += tensor.double()
@@ -210,7 +207,7 @@ def average_view(dual: DualView, folders: Sequence[Path]) -> None:
 
 
 def _ar_tensors(dual: DualView) -> dict[str, Tensor]:
-    """The frozen twin of each view tensor that has one of its shape, under the view tensor's file name."""
+    """The frozen AR tensors with the shape of their view tensor, under the view tensor's file name."""
     frozen = dict(dual.base.named_parameters())
     for path, twin in twins(dual.base).items():
         if is_quantised(twin.ar) and not isinstance(twin, LowRankTwin):
@@ -224,9 +221,7 @@ def _ar_tensors(dual: DualView) -> dict[str, Tensor]:
 
 
 def assign_view(dual: DualView, tensors: dict[str, Tensor], *, where: str) -> None:
-    """Copy tensors with file names into the twins; CheckpointError names the first that is missing or has another
-    shape.
-    """
+    """Copy tensors with file names into the twins. CheckpointError names the first missing or misshapen one."""
     wanted = {to_file(name): parameter for name, parameter in dual.view_parameters().items()}
     for kind, names in (
         ("lacks {} tensors", wanted.keys() - tensors.keys()),
@@ -254,9 +249,9 @@ def assign_view(dual: DualView, tensors: dict[str, Tensor], *, where: str) -> No
 
 
 def read_view_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """The view's tensors in safetensors files, base tensors left unread; finite numbers only.
+    """The view's tensors in safetensors files. Base tensors are not read. All numbers must be finite.
 
-    Raises CheckpointError for a missing file, CorruptFileError for one that is damaged or holds NaN or Inf.
+    Raises CheckpointError for a missing file, and CorruptFileError for one that is damaged or holds NaN or Inf.
     """
     tensors: dict[str, Tensor] = {}
     for file in files:
@@ -278,7 +273,7 @@ def read_view_tensors(files: list[Path]) -> dict[str, Tensor]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; CheckpointError when missing, CorruptFileError when it is not JSON."""
+    """Read a JSON object. Raises CheckpointError if the file is missing, CorruptFileError if it is no JSON object."""
     if not file.is_file():
         raise CheckpointError(f"there is no {file.name} in {file.parent}; {_which_has(file)}.")
     try:
@@ -291,7 +286,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _which_has(file: Path) -> str:
-    """What to name instead: folders inside that have the file, as the output of a training run does."""
+    """Advice for the error: subfolders that have the file, as in the output of a training run."""
     inside = sorted(found.parent.name for found in file.parent.glob(f"*/{file.name}"))[:4]
     if not inside:
         return "name a folder that holds a view"

@@ -1,9 +1,10 @@
-"""Views as 4-bit differences from the AR twins: about an eighth of the size of float32 weights.
+"""Encodes views as 4-bit differences from the AR twins, which take about an eighth of the size of float32 weights.
 
-Shape suffixes: O output rows, I inputs, G groups of `GROUP` inputs, S = GROUP. Each group has one bfloat16
-scale and codes from -7 to 7, two to a byte. Vectors (norms, biases, the mask embedding) stay float32, and
-so does whatever has no AR tensor of its shape (the factors of low-rank twins). A repair head is kept in
-bfloat16.
+Each group of inputs has one bfloat16 scale, and codes from -7 to 7, two to a byte. Vectors (norms, biases, the mask
+embedding) stay float32. So do tensors without an AR tensor of their shape (the factors of low-rank twins). A repair
+head is stored in bfloat16.
+
+Letters: O output rows, I inputs, G groups of `GROUP` inputs, S = GROUP.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,19 +19,20 @@ from orthrus.model.names import REPAIR_PREFIX
 GROUP = 64
 CODES, SCALES = ".codes", ".scales"
 _LIMIT = 7
-# Where the largest difference lands on the code scale; beyond 7 it is clipped in favour of the small ones.
+# The codes to which the largest difference of a group may be scaled. Beyond 7 it is clipped, so that small differences
+# become more exact.
 _PEAKS = (1.0, 2.0, 3.0, 4.0, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5, 8.0, 8.5, 9.0, 10.0)
-# A peak must save this share of a group's energy to win, so that rounding noise cannot choose between equals.
+# A peak must save this share of a group's energy to win, so that rounding errors do not choose between equal ones.
 _LEAST_GAIN = 5e-5
-# Except where what was near becomes exact: a group that was packed before finds the codes that it had.
+# A peak also wins if it reproduces the group exactly: a group that was encoded before gets its old codes.
 _EXACT, _NEAR = 1e-2, 1e-7
 
 
 def encode_tensors(tensors: Mapping[str, Tensor], twins: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What to store for view tensors, all under their file names.
+    """The encoded form of view tensors, all under their file names.
 
-    twins: for each tensor of the view that has one the frozen AR weight it is a difference from.
-    Matrices become `NAME.codes` (O, ceil(I / 2)) uint8 and `NAME.scales` (O, G) bfloat16.
+    twins: the frozen AR weights from which differences are taken, by the names of their view tensors. Matrices become
+    `NAME.codes` (O, ceil(I / 2)) uint8 and `NAME.scales` (O, G) bfloat16.
     """
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -48,10 +50,10 @@ def encode_tensors(tensors: Mapping[str, Tensor], twins: Mapping[str, Tensor]) -
 def decode_tensors(
     stored: Mapping[str, Tensor], twins: Mapping[str, Tensor], *, where: str
 ) -> dict[str, Tensor]:
-    """The inverse: view tensors in float32 on the CPU, AR weight plus difference.
+    """The inverse of `encode_tensors`: view tensors in float32 on the CPU, AR weight plus difference.
 
-    A name without a twin comes back as it is, for the caller to refuse. Raises CorruptFileError for codes or
-    scales that are missing, misshapen or out of range.
+    The entry of a name without a twin is unchanged or empty, and the caller must refuse it. Raises CorruptFileError
+    for codes or scales that are missing, misshapen or out of range.
     """
     tensors: dict[str, Tensor] = {}
     for name in _names(stored):
@@ -70,7 +72,7 @@ def decode_tensors(
 
 
 def quantise(delta_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 (O, I) and scales bfloat16 (O, G) with about the least squared error in each group."""
+    """Codes int8 (O, I) and scales bfloat16 (O, G), with about the smallest squared error in each group."""
     num_inputs = delta_OI.shape[1]
     delta_OGS = pad(delta_OI, (0, -num_inputs % GROUP)).unflatten(1, (-1, GROUP))
     peak_OG = delta_OGS.abs().amax(-1)
@@ -81,7 +83,7 @@ def quantise(delta_OI: Tensor) -> tuple[Tensor, Tensor]:
     for peak in _PEAKS:
         trial_OG1 = (peak_OG / peak)[..., None]
         codes_OGS = (delta_OGS / trial_OG1).nan_to_num(0.0).round().clamp(-_LIMIT, _LIMIT)
-        # The best scale for these codes, in closed form.
+        # The closed form of the best scale for these codes.
         scale_OG = (delta_OGS * codes_OGS).sum(-1) / codes_OGS.square().sum(-1).clamp_min(1.0)
         scale_OG = scale_OG.bfloat16()
         error_OG = (delta_OGS - codes_OGS * scale_OG.float()[..., None]).square().sum(-1)
@@ -99,7 +101,7 @@ def _dequantise(codes_OI: Tensor, scales_OG: Tensor) -> Tensor:
 
 
 def _pack(codes_OI: Tensor) -> Tensor:
-    """Even inputs in the low half of a byte, odd ones in the high half, each plus 8."""
+    """Two codes in a byte, each plus 8: even inputs in the low half, odd ones in the high half."""
     halves = (pad(codes_OI, (0, codes_OI.shape[1] % 2)) + 8).to(torch.uint8)
     return halves[:, 0::2] | halves[:, 1::2] << 4
 
@@ -110,7 +112,7 @@ def _unpack(packed: Tensor, num_inputs: int) -> Tensor:
 
 
 def _problem(codes: Tensor | None, scales: Tensor | None, shape: tuple[int, ...]) -> str:
-    """What is wrong with a stored matrix, or nothing."""
+    """What is wrong with a stored matrix; empty if nothing is."""
     if codes is None or scales is None:
         return "lacks its codes or its scales"
     rows, num_inputs = shape
@@ -126,7 +128,7 @@ def _problem(codes: Tensor | None, scales: Tensor | None, shape: tuple[int, ...]
 
 
 def _names(stored: Mapping[str, Tensor]) -> Iterator[str]:
-    """The tensors' own names, each once."""
+    """The names of the encoded tensors, each once."""
     seen: set[str] = set()
     for key in stored:
         name = key.removesuffix(CODES).removesuffix(SCALES)

@@ -1,4 +1,4 @@
-"""Applies a view's repair head to draft rows: functions over the module and the model that it belongs to.
+"""Applies a view's repair head to draft rows.
 
 Shapes: D draft rows, P parents of each, M children of each, C hidden size, r rank, V vocabulary.
 """
@@ -14,16 +14,16 @@ from orthrus.model.repair import RepairHead
 
 
 def repaired(dual: DualView, hidden: Tensor, parent_ids: Tensor) -> Tensor:
-    """Final hidden states (..., C), ready for the head, after the repair head took the previous tokens (...) into
-    account.
-    """
+    """Final hidden states (..., C) for the head, corrected by the repair head for the previous tokens (...)."""
     return hidden + _change(dual, hidden, parent_ids).to(hidden.dtype)
 
 
 class RepairTables(NamedTuple):
-    """What a repair head makes of each token: parents_Vr is what it adds before the nonlinearity as a parent,
-    children_Vr its row of the model's head behind `out`, as a child. Made for runners, who take weights as
-    they are: what changes them later is not seen."""
+    """Precomputed products of a repair head with every token, for runners. Later changes of weights have no effect.
+
+    parents_Vr: the term that each token adds before the nonlinearity, as a parent. children_Vr: each token's row of the
+    model's head, multiplied by `out`, as a child.
+    """
 
     parents_Vr: Tensor
     children_Vr: Tensor
@@ -31,13 +31,13 @@ class RepairTables(NamedTuple):
     @staticmethod
     @torch.inference_mode()
     def of(dual: DualView) -> "RepairTables | None":
-        """None without a repair head, or if the model's head has no readable rows or caps its logits."""
+        """The tables of a model; None without a repair head, or if the head has no readable rows or caps its logits."""
         rows_VC = _head_rows(dual)
         if dual.repair is None or rows_VC is None or dual.logit_cap is not None:
             return None
         dtype = dual.repair.hidden.weight.dtype
         ids_V = torch.arange(dual.vocab_size, device=rows_VC.device)
-        # In slices: embeddings of a large vocabulary would take as much memory again.
+        # In slices, because the embeddings of a large vocabulary would take as much memory again.
         parents = [
             dual.repair.before(dual.base.get_input_embeddings()(ids), dual.repair.parent)
             for ids in ids_V.split(4096)
@@ -45,7 +45,7 @@ class RepairTables(NamedTuple):
         return RepairTables(torch.cat(parents), rows_VC.to(dtype) @ dual.repair.out.weight)
 
     def changes(self, repair: RepairHead, hidden_DC: Tensor, parent_ids: Tensor, child_ids: Tensor) -> Tensor:
-        """As `pair_changes`."""
+        """The same as `pair_changes`, from the tables."""
         before_DPr = repair.before(hidden_DC, repair.hidden)[:, None] + self.parents_Vr[parent_ids]
         return F.silu(before_DPr).float() @ self.children_Vr[child_ids].float().mT
 
@@ -57,10 +57,10 @@ def pair_changes(
     parent_ids_DP: Tensor,
     child_ids_DM: Tensor,
 ) -> Tensor:
-    """The change that each parent makes to the logits of the children, changes_DPM float32; as if through `dual.head`.
+    """The change that each parent makes to the logits of the children, changes_DPM float32, as `dual.head` would give.
 
-    Only the children's rows of the head are read, so a block costs D x P hidden states and no vocabulary;
-    unless the head is quantised and has no rows to read. tables: the runner's, if it has any.
+    Only the children's rows of the head are read, so a block costs D x P hidden states instead of a projection to the
+    vocabulary. A quantised head has no readable rows, so it is applied as a whole. tables: the runner's, if it has any.
     """
     if dual.repair is not None and tables is not None:
         return tables.changes(dual.repair, hidden_DC, parent_ids_DP, child_ids_DM)
@@ -78,8 +78,8 @@ def pair_changes(
 
 
 def _head_rows(dual: DualView) -> Tensor | None:
-    """The head's weight (V, C); None where it is quantised."""
-    # A tied head's rows are the embeddings, whatever has been put in its own place.
+    """The head's weight (V, C); None if it is quantised."""
+    # The rows of a tied head are the embeddings, even if another module has replaced the head.
     tied = getattr(dual.base.config, "tie_word_embeddings", False)
     source = dual.base.get_input_embeddings() if tied else dual.base.get_output_embeddings()
     weight_VC: Tensor | None = getattr(source, "weight", None)

@@ -1,4 +1,4 @@
-"""The frozen base with its second view: the modules, and what both views share. Runners run the passes."""
+"""The frozen base with its second view: the modules and their common parts. Runners run the passes."""
 
 from dataclasses import replace
 
@@ -17,12 +17,12 @@ from orthrus.model.view_config import ViewConfig
 class DualView(nn.Module):
     """Twins injected into a stock model.
 
-    base: the stock model, whose attention projections become twins. The mask embedding (C,) exists only
-    for views without a mask token id. seed: of what starts random in low-rank twins. Raises CheckpointError
-    when `config` names a mask token, layers or twins that this base does not have.
+    base: the stock model, whose attention projections become twins. The mask embedding (C,) exists only for views
+    without a mask token id. seed: for the random initial values of low-rank twins. Raises CheckpointError if `config`
+    names a mask token, layers or twins that this base does not have.
 
-    precision: "int8" or "int4" where linears have been quantised after loading, else None; draft_precision:
-    the same of what block rows run through. draft_ids_N: the ids that drafts may propose, None for all.
+    precision: "int8" or "int4" if linear layers were quantised after loading, otherwise None. draft_precision: the same
+    for the layers of block rows. draft_ids_N: the ids that drafts may propose, None for all.
     """
 
     precision: str | None = None
@@ -59,7 +59,7 @@ class DualView(nn.Module):
         self._num_view_parameters: int | None = None
 
     def add_repair(self, rank: int, seed: int = 0) -> None:
-        """Give the view a repair head, which changes nothing before it is trained."""
+        """Give the view a repair head, which has no effect before it is trained."""
         size = int(self.base.get_input_embeddings().weight.shape[1])  # type: ignore[index]
         self.config = replace(self.config, repair_rank=rank)
         self.repair = RepairHead(size, rank, seed).to(self.device, self.dtype)
@@ -90,8 +90,8 @@ class DualView(nn.Module):
     def head(self, hidden: Tensor, *, drafts: bool = False) -> Tensor:
         """Final hidden states (..., C) to logits (..., V), as the stock model projects them.
 
-        drafts: of block rows, which may have a head of lower precision, or of some ids only: the others have
-        minus infinity.
+        drafts: the rows are block rows, which may have a head of lower precision, or of some ids only. All other ids
+        then get minus infinity.
         """
         head: nn.Module = self.base.get_output_embeddings()
         if drafts and self.draft_head is not None:
@@ -99,7 +99,7 @@ class DualView(nn.Module):
         return self.finished(head(hidden), drafts=drafts)
 
     def finished(self, logits: Tensor, *, drafts: bool = False) -> Tensor:
-        """The head's product after the last steps: capped if the family does so, over the whole vocabulary."""
+        """Logits over the whole vocabulary from the head's product, capped if the family does so."""
         cap = self.logit_cap
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
@@ -109,7 +109,7 @@ class DualView(nn.Module):
         return every.index_copy_(-1, self.draft_ids_N, logits)
 
     def embed(self, token_ids_BT: Tensor) -> Tensor:
-        """Token embeddings (B, T, C), the mask embedding where a row asks for it."""
+        """Token embeddings (B, T, C), with the mask embedding for the ids of masks."""
         embed_tokens = self.base.get_input_embeddings()
         if self.mask_embedding is None:
             return embed_tokens(token_ids_BT)  # type: ignore[no-any-return]
@@ -119,19 +119,17 @@ class DualView(nn.Module):
         )
 
     def mask_argument(self, full: Tensor, windowed: Tensor) -> "Tensor | dict[str, Tensor]":
-        """Ready masks (B, 1, rows, keys) in the form that this family's stock forward takes them."""
+        """Ready masks (B, 1, rows, keys) in the form of this family's stock forward."""
         if self.family.mask_kind == "by_layer_type":
             return {"full_attention": full, "sliding_attention": windowed}
         return windowed
 
     def stock(self) -> PreTrainedModel:
-        """The untouched base model without twins: another structure over the very same weights."""
+        """The untouched base model without twins: another module tree over the same weights."""
         return stock(self.base)
 
     def view_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that training may change: diffusion sides of the twins, mask embedding and repair head,
-        by name.
-        """
+        """The trainable parameters by name: diffusion sides of the twins, mask embedding, repair head."""
         found = {
             f"{path}.diffusion.{name}": parameter
             for path, twin in twins(self.base).items()
@@ -144,20 +142,20 @@ class DualView(nn.Module):
         return found
 
     def num_view_parameters(self) -> int:
-        """Of the view as it was loaded: quantised linears hold none."""
+        """Number of parameters of the view as it was loaded, because quantised layers hold no parameters."""
         if self._num_view_parameters is not None:
             return self._num_view_parameters
         return sum(p.numel() for p in self.view_parameters().values())
 
     def count_view_parameters(self) -> None:
-        """Remember their number, before they are quantised."""
+        """Store the number of the view's parameters. Call it before they are quantised."""
         self._num_view_parameters = self.num_view_parameters()
 
 
 def in_window(visible_BTS: Tensor, query_BT: Tensor, key_BS: Tensor, window: int) -> Tensor:
     """`visible` cut to a sliding window over the positions of query rows and keys.
 
-    A row sees at most `window` positions, itself included, counted back; block rows ahead stay visible.
+    A row sees at most `window` positions up to and including its own. Block rows after it stay visible.
     """
     return visible_BTS & (query_BT[:, :, None] - key_BS[:, None] < window)
 
@@ -169,7 +167,7 @@ def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _initial_mask_embedding(base: PreTrainedModel) -> Tensor:
-    """The mean token embedding (C,): neutral, and on the scale that the first layer expects."""
+    """The mean token embedding (C,), which is neutral and has the scale that the first layer expects."""
     embed_tokens = base.get_input_embeddings()
     weight_VC: Tensor = embed_tokens.weight.detach()  # type: ignore[operator]
     scale = getattr(embed_tokens, "scalar_embed_scale", 1.0)

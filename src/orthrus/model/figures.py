@@ -1,4 +1,4 @@
-"""Measured figures of a view: read from a file into its provenance, and shown as a table on its card."""
+"""Measured figures of a view: reads them from a file for its provenance, and makes a table for its card."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from orthrus.base.json_text import parse_json
 from orthrus.base.markdown import markdown_table
 from orthrus.errors import UserInputError
 
-# Known columns in their order, with the words that head them; others follow under their own names.
+# Known columns in their order, with their headings. Other columns follow under their own names.
 _HEADS = {
     "set": "prompt set",
     "strategy": "strategy",
@@ -33,10 +33,10 @@ _FORMULAS = {
 
 
 def read_figures(file: Path) -> list[dict[str, Any]]:
-    """Figures as the card shows them, one dictionary a row.
+    """The figures for the card, one dictionary for each row.
 
-    The file is a JSON list of such rows ({"set": "gsm8k", "tokens_per_cycle": 3.6, ...}), or what
-    `benchmarks/acceptance.py` writes. Raises UserInputError for anything else.
+    The file is a JSON list of such rows ({"set": "gsm8k", "tokens_per_cycle": 3.6, ...}), or a result of
+    `benchmarks/acceptance.py`. Raises UserInputError for anything else.
     """
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def read_figures(file: Path) -> list[dict[str, Any]]:
 
 
 def is_figures(content: object) -> bool:
-    """Whether this is a list of rows that a table can show, with at least one in it."""
+    """Whether this is a list, with at least one element, of rows that a table can show."""
     return (
         isinstance(content, list)
         and bool(content)
@@ -68,7 +68,7 @@ def is_figures(content: object) -> bool:
 
 
 def figures_table(figures: list[dict[str, Any]]) -> str:
-    """Markdown: one row a measurement, and the formulas of the columns that need one."""
+    """A Markdown table with one row for each measurement, and the formulas of its columns."""
     keys = dict.fromkeys(key for row in figures for key in row)
     columns = [key for key in _HEADS if key in keys] + [key for key in keys if key not in _HEADS]
     heads = {key: _HEADS.get(key, key.replace("_", " ")) for key in columns}
@@ -79,7 +79,7 @@ def figures_table(figures: list[dict[str, Any]]) -> str:
 
 
 def key_table(rows: Mapping[str, str]) -> str:
-    """A table of names and values without heads."""
+    """A table of names and values without headings."""
     return markdown_table(["", ""], [[key, value] for key, value in rows.items()])
 
 

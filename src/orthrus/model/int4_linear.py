@@ -1,4 +1,4 @@
-"""A linear layer in four bits, by PyTorch's own kernels: the reference for the compiled one."""
+"""A linear layer with 4-bit weights, by PyTorch's own kernels: the reference for the compiled one."""
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,14 @@ _MOST, _EXACT = 15, 1e-3
 
 
 class Int4Linear(nn.Module):
-    """A linear with weights of four bits, and rows rounded to int8 by a scale for each group of 32 inputs.
+    """A linear layer with 4-bit weights, and rows that are rounded to int8 with a scale for each group of 32 inputs.
 
-    A weight is its group's least value + 0 to 15 of its steps, both in float16. Weights that lie on such a
-    grid already, as those of a GGUF file of type Q4_0 or Q4_1, stay as they are; others are rounded to
-    fifteen steps between the least and the largest of their group. A row's result does not depend on the
-    rows beside it. Returns the dtype of its input. Weights are unpacked at every call, which is slow.
+    A weight is its group's least value plus 0 to 15 steps; both are float16. Weights that lie on such a grid already,
+    such as those of a GGUF file of type Q4_0 or Q4_1, stay as they are. Others are rounded to fifteen steps between the
+    smallest and the largest of their group. A row's result does not depend on other rows. Returns the dtype of its
+    input. Every call unpacks the weights, which is slow.
+
+    Letters: N outputs, C inputs, G groups of inputs, 32 inputs of a group, L groups without a grid so far.
     """
 
     packed: Tensor
@@ -37,12 +39,12 @@ class Int4Linear(nn.Module):
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "Int4Linear":
-        """A linear's weights, rounded where they need it. Raises ValueError for inputs in no whole groups."""
+        """A linear layer's weights, rounded if needed. Raises ValueError if its inputs are not whole groups."""
         if not fits_groups(linear):
             raise ValueError(f"{linear.in_features} inputs are no groups of {GROUP}")
         groups_NG32 = linear.weight.detach().float().unflatten(1, (-1, GROUP))
         steps_NG, least_NG = _grids(groups_NG32)
-        # Where all are equal, any step will do.
+        # If all weights of a group are equal, any step is right.
         per_step_NG = torch.where(steps_NG == 0, 0.0, 1.0 / steps_NG.float())
         above_NG32 = (groups_NG32 - least_NG.float()[..., None]) * per_step_NG[..., None]
         four_bits_NC = above_NG32.round().clamp(0, _MOST).to(torch.uint8).flatten(1)
@@ -55,7 +57,7 @@ class Int4Linear(nn.Module):
         return out if self.bias is None else out + self.bias  # type: ignore[operator]
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights 0 to 15 (N, C) uint8; steps and least values (N, G) float16, G groups of inputs."""
+        """Weights 0 to 15 (N, C) uint8; steps and least values (N, G) float16."""
         four_bits_NC = torch.stack((self.packed & _MOST, self.packed >> 4), dim=2).flatten(1)
         return four_bits_NC, self.steps_NG, self.least_NG
 
@@ -68,20 +70,20 @@ class Int4Linear(nn.Module):
 
 
 def fits_groups(linear: nn.Linear) -> bool:
-    """Whether a linear's inputs are whole groups."""
+    """Whether a linear layer's inputs are whole groups."""
     return linear.in_features % GROUP == 0
 
 
 def _grids(groups_NG32: Tensor) -> tuple[Tensor, Tensor]:
-    """Steps and least values (N, G) in float16 of the grids that groups lie on, or of fifteen steps."""
+    """Steps and least values (N, G), float16, of the grids on which groups lie, or else of fifteen steps."""
     low_NG, high_NG = groups_NG32.aminmax(dim=-1)
     counts_NG = torch.full_like(low_NG, _MOST)
-    # A few rows tell whether the weights lie on grids at all.
+    # A few rows show whether the weights lie on grids at all.
     if (_counts(groups_NG32[:64]) > 0).float().mean() > 0.5:
         counts_NG = _counts(groups_NG32)
         counts_NG[counts_NG == 0] = _MOST
     steps_NG = ((high_NG - low_NG) / counts_NG).half()
-    # The grid may begin below the least value; float16 holds one of its beginnings, as a rule.
+    # The grid may begin below the smallest weight. One of its possible beginnings is usually a float16 number.
     best_NG = low_NG.half()
     error_NG = (best_NG.float() - low_NG).abs()
     for below in range(1, _MOST):
@@ -96,7 +98,7 @@ def _grids(groups_NG32: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _counts(groups_NG32: Tensor) -> Tensor:
-    """How many equal steps, at most 15, groups lie on from their least to their largest; 0 for none."""
+    """For each group on a grid, the number of steps (at most 15) from its smallest to its largest weight; else 0."""
     low_NG1, high_NG1 = (each[..., None] for each in groups_NG32.aminmax(dim=-1))
     counts_NG = torch.zeros_like(low_NG1[..., 0])
     left_NG = torch.ones_like(counts_NG, dtype=torch.bool)

@@ -10,22 +10,22 @@ from orthrus.errors import UserInputError
 
 _LARGEST_INT8 = 127
 _EXACT_INPUTS = 1024
-"""float32 holds the sums of so many products of two int8 numbers."""
+"""float32 holds sums of so many products of two int8 numbers exactly."""
 _LEAST_SCALE = 1e-12
 _ZERO_POINT = 128
-"""Makes rows unsigned: VNNI multiplies unsigned numbers by signed ones. For two signed ones oneDNN has no
-code where there is no AMX, only a plain loop."""
+"""Added to make rows unsigned, because VNNI multiplies unsigned by signed numbers. Without AMX, oneDNN has only a plain
+loop for two signed numbers."""
 
 
 class Int8Linear(nn.Module):
-    """A linear with int8 weights, scaled per output, and rows rounded to int8 by a scale of their own.
+    """A linear layer with int8 weights, scaled per output, and rows that are rounded to int8.
 
-    Each row has its own scale, so a row's result does not depend on the other rows, which losslessness needs. The
-    products are summed in integers, so it does not depend on the number of rows either. Returns the dtype of its
-    input. Raises UserInputError for weights that are on no CPU.
+    Each row has its own scale, so its result does not depend on the other rows, which losslessness needs. The products
+    are summed as integers, so it does not depend on the number of rows either. Returns the dtype of its input. Raises
+    UserInputError for weights that are not on a CPU.
 
-    Summed by oneDNN where the processor has instructions for it. Without, oneDNN adds two products in 16
-    bits, which do not hold them; there they are summed in float32, which is exact, and slow.
+    oneDNN computes the sums if the processor has instructions for it. Otherwise oneDNN would add two products in 16
+    bits, which may overflow. Then the sums are computed in float32, which is exact but slow.
     """
 
     weight: Tensor
@@ -38,16 +38,16 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", weight_NC, persistent=False)
         self.register_buffer("scales_N", scales_N, persistent=False)
         self.register_buffer("bias", bias_N, persistent=False)
-        # For oneDNN, made when first needed: compiled code packs the weights for itself.
+        # For oneDNN. Made at the first use, because compiled code packs the weights itself.
         self.register_buffer("prepacked", None, persistent=False)
         self.register_buffer("zeros_N", torch.zeros(len(scales_N), dtype=torch.int32), persistent=False)
-        # Rows come rounded already: for oneDNN their scale is one.
+        # Rows are rounded already, so their scale for oneDNN is one.
         self.register_buffer("one", torch.tensor(1.0), persistent=False)
         self.register_buffer("zero_point", torch.tensor(_ZERO_POINT, dtype=torch.int32), persistent=False)
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "Int8Linear":
-        """A linear's weights, rounded."""
+        """A linear layer's weights, rounded."""
         weight_NC = linear.weight.detach()
         check_quantised("int8", weight_NC.device)
         scales_N = (weight_NC.float().abs().amax(1) / _LARGEST_INT8).clamp_min(_LEAST_SCALE)
@@ -61,12 +61,12 @@ class Int8Linear(nn.Module):
         return out if self.bias is None else out + self.bias  # type: ignore[operator]
 
     def _products(self, int8_RC: Tensor) -> Tensor:
-        """Rows times weights in float32, scaled per output; the sums are whole numbers, exact."""
+        """Rows times weights in float32, scaled per output. The sums are exact whole numbers."""
         if not onednn_is_exact():
             parts = zip(int8_RC.split(_EXACT_INPUTS, 1), self.weight.split(_EXACT_INPUTS, 1), strict=True)
             sums = [(rows.float() @ weight.float().t()).int() for rows, weight in parts]
             return torch.stack(sums).sum(0).float() * self.scales_N
-        # A single row is computed twice: for one alone oneDNN takes ten times as long.
+        # A single row is computed as two rows, because oneDNN takes ten times as long for one.
         if int8_RC.shape[0] < 2:
             if not int8_RC.shape[0]:
                 return torch.empty(0, self.out_features)
@@ -91,22 +91,22 @@ class Int8Linear(nn.Module):
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (..., C) in whole numbers that fit into int8, and the scales (..., 1) that bring it back."""
+    """x (..., C) as whole numbers that fit into int8, and the scales (..., 1) with which to multiply them."""
     scales = (x.abs().amax(-1, keepdim=True) / _LARGEST_INT8).clamp_min(_LEAST_SCALE)
     return (x * scales.reciprocal()).round(), scales
 
 
 @cache
 def onednn_is_exact() -> bool:
-    """Whether oneDNN multiplies int8 here, and without sums that overflow 16 bits."""
-    # Not there in older releases of PyTorch.
+    """Whether oneDNN multiplies int8 on this processor without sums that overflow 16 bits."""
+    # Older releases of PyTorch do not have this function.
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     has_sums = any(has.get(name) for name in ("avx_vnni", "avx512_vnni", "amx_int8"))
     return has_sums and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")
 
 
 def check_quantised(precision: str, device: torch.device) -> None:
-    """UserInputError unless linears of ours in int8 or four bits can run on this device."""
+    """Raises UserInputError unless our int8 and 4-bit layers can run on this device."""
     if device.type != "cpu":
         raise UserInputError(
             f"{precision} runs on CPUs only, not on {device.type}: choose device 'cpu', or another dtype."

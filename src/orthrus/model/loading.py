@@ -1,4 +1,4 @@
-"""From the names a user gives to a base with its view on it."""
+"""Loads a base with its view from the names that a user gives."""
 
 import warnings
 from dataclasses import replace
@@ -45,15 +45,16 @@ def load_dual(
 ) -> tuple[Base, DualView]:
     """Load `model` and put `view` on it.
 
-    dtype: as `load_base` takes it, or "int8" or "int4" (on a CPU): loaded in float32, its linears quantised
-    then. draft_dtype: "int8" or "int4" lets the block rows alone run in it, None like all other rows.
-    draft_vocab: how many of the most frequent ids drafts may propose, None for all.
+    model: "default", a hub id, a GGUF file, or a folder that holds a stock base, a view (its base is loaded too), a
+    merged checkpoint, or one of the released Orthrus-Qwen3 layout. A folder with a PEFT adapter loads as its base with
+    the adapter merged in. view: "default" is the checkpoint's own view, or else the one shipped for the base, or else a
+    fresh one with a warning. "fresh" is an untrained one, which equals the AR view. Model and view may be a Path.
 
-    model: "default", a hub id, a GGUF file, or a folder that holds a stock base, a view (its base is loaded
-    too), a merged checkpoint, or one of the released Orthrus-Qwen3 layout. view: "default" is the
-    checkpoint's own, else the one shipped for the base, else a fresh one with a warning; "fresh" an
-    AR-initialised one. Either may be a Path. A folder with a PEFT adapter loads as its base with the adapter
-    merged in. Raises UserInputError for arguments of a wrong type, and what `load_base` and `load_view` raise.
+    dtype: as in `load_base`, or "int8" or "int4" (on a CPU), which quantise the linear layers after loading in float32.
+    draft_dtype: "int8" or "int4" for block rows only; None for the dtype of all rows. draft_vocab: the number of most
+    frequent ids that drafts may propose, None for all.
+
+    Raises UserInputError for arguments of a wrong type, and what `load_base` and `load_view` raise.
     """
     model, view = _name("model", model), _name("view", view)
     for option, value in (("revision", revision), ("attn_implementation", attn_implementation)):
@@ -82,7 +83,7 @@ def load_dual(
         raise UserInputError(f"{model} is quantised already ({method}): leave out {quantised[0]}.")
     if quantised and on_progress is not None:
         on_progress(f"quantising to {' and '.join(quantised)}", 0, None)
-    # Drafts first: they are made of the weights as they were loaded.
+    # Drafts first, because they use the weights as they were loaded.
     if draft_dtype is not None and draft_dtype != dtype:
         quantise_drafts(dual, draft_dtype)
     if dtype in QUANTISED:
@@ -93,14 +94,14 @@ def load_dual(
 
 
 def _name(option: str, value: str | Path) -> str:
-    """What names a model or a view, as text; UserInputError when it is neither text nor a path."""
+    """The name of a model or a view, as text. Raises UserInputError if it is neither text nor a path."""
     if not isinstance(value, str | Path):
         raise UserInputError(f"{option} must be text or a path, not {value!r}.")
     return str(value)
 
 
 def check_base_name(model: str) -> None:
-    """Raises UserInputError where `model` is the folder of a view, for those who need a base alone."""
+    """Raises UserInputError if `model` is the folder of a view, where only a base is allowed."""
     folder = _folder_here(model)
     if folder is not None and folder_kind(folder) == "view":
         base_name = ViewConfig.from_dict(read_json(folder / CONFIG_FILE)).base_name
@@ -111,10 +112,10 @@ def check_base_name(model: str) -> None:
 
 
 class Frozen(NamedTuple):
-    """A base as a name gives it, and what of a view lies where it came from.
+    """A loaded base, and the folder that may also hold a view.
 
-    folder: where it came from, if that is a folder, and `kind` what is in it: a base, a view (whose own base this
-    is), a merged or a released checkpoint. on_default: an adapter merged into the default model.
+    folder: the folder that the name means, if it is one. kind: its content: a base, a view (of this base), a merged or
+    a released checkpoint. on_default: the base is an adapter that was merged into the default model.
     """
 
     base: Base
@@ -126,7 +127,7 @@ class Frozen(NamedTuple):
 def load_frozen(
     model: str, *, revision: str | None = None, on_progress: Progress | None = None, **options: Any
 ) -> Frozen:
-    """The base that `model` names, in whatever way: see `load_dual`. options: of `load_base`, which also raises."""
+    """Load the base that `model` names, as in `load_dual`. options: of `load_base`. Raises what `load_base` raises."""
     return _frozen(_fetched(model, revision, on_progress), on_progress, **options)
 
 
@@ -135,7 +136,7 @@ def _frozen(source: Source, on_progress: Progress | None, **options: Any) -> Fro
     folder, kind = named, named_kind
     if folder is not None and kind == "view":
         source = _fetched(ViewConfig.from_dict(read_json(folder / CONFIG_FILE)).base_name, None, on_progress)
-        # The base may be one half of a merged or released folder.
+        # The base may be a part of a merged or released folder.
         folder, kind = _folder_of(source)
     adapter = folder if folder is not None and is_adapter(folder) else None
     if adapter is not None:
@@ -164,7 +165,7 @@ def _load(
         raise UserInputError(f"{model} is a view already; name its base as the model, or leave out the view.")
     named = None if view in (DEFAULT_VIEW, FRESH_VIEW) else _view_folder(view, on_progress)
     if named is not None:
-        # What is wrong with it is told before a base has been loaded.
+        # Read it now, so that its errors come before a base is loaded.
         ViewConfig.from_dict(read_json(named / CONFIG_FILE))
     base, folder, kind, on_default = _frozen(source, on_progress, **options)
     if view == FRESH_VIEW:
@@ -185,7 +186,7 @@ def _folder_of(source: Source) -> tuple[Path | None, FolderKind]:
 
 
 def _fetched(model: str, revision: str | None, on_progress: Progress | None) -> Source:
-    """What `model` names, a hub id with its folder: downloaded once, for whoever asks next."""
+    """The source that `model` names. A hub id is downloaded, and has its folder as the path."""
     folder = _folder_here(model)
     if folder is not None and ((folder / CONFIG_FILE).is_file() or is_adapter(folder)) and revision is None:
         # The folder of a view or an adapter need not look like a model's.
@@ -230,7 +231,7 @@ def _view_folder(view: str, on_progress: Progress | None) -> Path:
 
 
 def _shipped_view(base: Base, *, on_default: bool = False) -> DualView:
-    """The view that comes with Orthrus for this base; a fresh one, and a word about it, where none does.
+    """The view that comes with Orthrus for this base, or else a fresh one with a warning.
 
     on_default: the base is an adapter merged into the default model, whose view still drafts for it.
     """
@@ -249,15 +250,15 @@ def _shipped_view(base: Base, *, on_default: bool = False) -> DualView:
 
 
 def shipped_view_folder(name: str) -> Path | None:
-    """Where a view that comes with Orthrus lies: in the package, or in the checkout that it runs from."""
+    """The folder of a view that comes with Orthrus: in the package, or in the checkout from which it runs."""
     package = Path(__file__).resolve().parents[1]
     places = [package / "_views" / name]
-    # An editable install runs from src/: nothing else that lies two levels up is ours.
+    # Only an editable install runs from src/. Otherwise the folder two levels up is not ours.
     if package.parent.name == "src":
         places.append(package.parents[1] / "views" / name)
     return next((place for place in places if (place / CONFIG_FILE).is_file()), None)
 
 
 def _fits(folder: Path, base: Base) -> bool:
-    """Whether the view was trained on exactly these weights; on others it would draft worse."""
+    """Whether the view was trained on exactly these weights. On others it would draft worse."""
     return ViewConfig.from_dict(read_json(folder / CONFIG_FILE)).base_fingerprint == fingerprint(base.model)

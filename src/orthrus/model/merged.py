@@ -1,8 +1,8 @@
-"""Base and view in one folder: ours for any family, and the layout of the released Orthrus-Qwen3 models.
+"""Base and view in one folder: our merged layout for any family, and that of the released Orthrus-Qwen3 models.
 
-Ours: config.json of type `orthrus` around the base's own config, the base's files as its family writes
-them, and the view folder's files beside them. Released: architecture `OrthrusLM` on a stock Qwen3 config
-with `block_size` and `mask_token_id`, all tensors in one set, twins named `*_diff`.
+Merged: config.json of type `orthrus` contains the base's own config. The base's files are as its family writes them,
+and the view folder's files lie beside them. Released: architecture `OrthrusLM` on a stock Qwen3 config with
+`block_size` and `mask_token_id`, all tensors in one set, twins named `*_diff`.
 """
 
 from pathlib import Path
@@ -41,7 +41,7 @@ MergedLayout = Literal["merged", "released"]
 
 
 def folder_kind(folder: Path) -> FolderKind:
-    """What a local folder holds. Released checkpoints call themselves `qwen3`: the architecture tells."""
+    """The kind of a local folder. The architecture shows a released checkpoint, whose model type is `qwen3`."""
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if RELEASED_ARCHITECTURE in (config.get("architectures") or ()):
         return "released"
@@ -51,7 +51,7 @@ def folder_kind(folder: Path) -> FolderKind:
 
 
 def released_view_config(config: PreTrainedConfig, base_name: str, base_fingerprint: str = "") -> ViewConfig:
-    """View settings of a released checkpoint; CheckpointError when its config lacks them."""
+    """View settings of a released checkpoint. Raises CheckpointError if its config lacks them."""
     missing = [key for key in ("block_size", "mask_token_id") if getattr(config, key, None) is None]
     if missing:
         raise CheckpointError(
@@ -69,7 +69,7 @@ def released_view_config(config: PreTrainedConfig, base_name: str, base_fingerpr
 
 
 def load_released(base: Base, folder: Path) -> DualView:
-    """The view of a released checkpoint, whose base part is already loaded as `base`."""
+    """The view of a released checkpoint, whose base is loaded already."""
     config = released_view_config(base.model.config, base.reference, fingerprint(base.model))
     dual = DualView(base.model, base.family, config)
     assign_view(dual, read_view_tensors(weight_files(folder)), where=str(folder))
@@ -95,10 +95,10 @@ def save_merged(
     *,
     max_shard_size: int | str | None = None,
 ) -> None:
-    """Write base and view into one new folder, with the tokenizer if a `base` brings one.
+    """Write base and view into one new folder, with the tokenizer if `base` is given.
 
-    max_shard_size: the most that a file of the base's weights may hold, as transformers takes it.
-    Raises CheckpointError when the layout cannot hold them, and for a quantised base.
+    max_shard_size: size limit of a file of the base's weights, as in transformers. Raises CheckpointError if the layout
+    cannot hold them, and for a quantised base.
     """
     check_unquantised(dual)
     if (method := quantisation(dual.base.config)) is not None:
@@ -130,7 +130,7 @@ def save_merged(
 
 
 def orthrus_config(base_config: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a merged folder: our type around the base's own config."""
+    """config.json of a merged folder, which contains the base's own config."""
     return {
         "model_type": MODEL_TYPE,
         "architectures": [ARCHITECTURE],
@@ -162,7 +162,7 @@ def _check_released(dual: DualView) -> None:
 
 
 def add_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Put the view's tensors beside the base's as one more shard, and index them all."""
+    """Add the view's tensors as one more shard to those of the base, and write an index of all."""
     files = weight_files(folder)
     num_shards = len(files) + 1
     weight_map: dict[str, str] = {}

@@ -1,8 +1,8 @@
-"""What checkpoints call us, and the one table between our twins and their tensor names.
+"""Our names in checkpoints, and the only table between module names of twins and tensor names in files.
 
-The released Orthrus-Qwen3 layout keeps the base's own names and puts each diffusion tensor beside its AR
-twin, with `_diff` behind the module's name. Our merged folders and view files use the same names; the
-factors of a low-rank twin are `q_proj_diff.down.weight` and `q_proj_diff.up.weight` there.
+The released Orthrus-Qwen3 layout keeps the base's own names. Each diffusion tensor has the name of its AR twin with
+`_diff` after the module's name. Our merged folders and view files use the same names. There, the factors of a low-rank
+twin are `q_proj_diff.down.weight` and `q_proj_diff.up.weight`.
 """
 
 from collections.abc import Mapping
@@ -28,12 +28,12 @@ def to_file(name: str) -> str:
 
 
 def from_file(name: str) -> str:
-    """The inverse of `to_file`; names that do not belong to a view come back as they are."""
+    """The inverse of `to_file`. Names that do not belong to a view stay as they are."""
     return _rename(name, FROM_FILE)
 
 
 def is_view_tensor(name: str) -> bool:
-    """Whether a tensor of a checkpoint file belongs to the view; the rest is the base's."""
+    """Whether a tensor of a checkpoint file belongs to the view. All others are the base's."""
     return name == MASK_EMBEDDING_NAME or name.startswith(REPAIR_PREFIX) or from_file(name) != name
 
 

@@ -1,9 +1,11 @@
 """The one primitive: a pass over rows of many requests, and the pure functions that build its parts.
 
-A part holds the rows of one request: AR rows first, then diffusion rows, in blocks. `join` puts parts into one
-pass: the AR rows of all requests, then the diffusion rows of all. Each row reads the whole committed history of
-its request, and of the pass those rows of its own request that the part's tail allows. AR rows never read a
-slot that a diffusion row wrote: that is why the output is lossless, whatever a view contains.
+A part holds the rows of one request: first its AR rows, then its diffusion rows, in blocks. `join` puts parts into one
+pass: the AR rows of all requests, then the diffusion rows of all. Each row reads the whole committed history of its
+request, and those rows of its own request in this pass that the part's tail allows. AR rows never read a slot that a
+diffusion row wrote. So the output is lossless, whatever a view contains.
+
+Letters: R rows of a pass, I and D rows of a part (all of them, diffusion rows), N slots, P entries of a plan.
 """
 
 from collections.abc import Sequence
@@ -17,16 +19,16 @@ from torch import Tensor
 from orthrus.model.pool import AR, DIFFUSION, PAGE, Slots, pages_for
 
 MASK_EMBEDDING = -1
-"""Token id that stands for the view's own mask embedding, for views without a mask token id."""
+"""The token id that means the view's own mask embedding, for views without a mask token id."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """What one request wants to be run. Row i has token_ids[i] and stands offsets[i] after the history.
+    """The rows of one request. Row i has token_ids[i], and its position is offsets[i] after the history.
 
-    tail_II: bool, whether row i reads row j of the part; None where the part is AR rows only and each reads all
-    rows up to itself. block_size: rows of each diffusion block, 0 without blocks. judged: AR rows whose logits
-    are wanted.
+    num_ar: the first num_ar rows are AR rows. tail_II: bool, whether row i reads row j of the part; None if all rows
+    are AR rows that read all rows up to themselves. block_size: rows of each diffusion block, 0 without blocks. judged:
+    AR rows whose logits are wanted.
     """
 
     token_ids: list[int]
@@ -41,10 +43,10 @@ class Part:
         return len(self.token_ids)
 
     def check(self) -> None:
-        """Assert that no row reads what it must not, and that each reads every position up to its own once.
+        """Assert that each row reads only allowed rows, and every position up to its own exactly once.
 
-        An AR row reads AR rows alone. A block reads itself whole, and no other block. No row reads two
-        branches of a tree.
+        An AR row reads only AR rows. A block reads all of itself, and no other block. No row reads two branches of a
+        tree.
         """
         num_ar, num_rows, tail_II = self.num_ar, self.num_rows, self.tail_II
         assert 0 <= num_ar <= num_rows and len(self.offsets) == num_rows
@@ -66,10 +68,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Span:
-    """A part in its pass: where its rows stand, and where they and its history lie in the pool.
+    """A part in its pass: the indices of its rows in the pass, and its pages in the pool.
 
-    Its AR rows are rows [ar_first, ar_first + num_ar) of the pass, its diffusion rows those from draft_first
-    on. places: pool slots (N,) of its history and of its own rows, in the order of positions and rows.
+    length: tokens of its history. Its AR rows are rows [ar_first, ar_first + num_ar) of the pass, its diffusion rows
+    those from draft_first on. places: pool slots (N,) of its history, and then of its own rows.
     """
 
     part: Part
@@ -94,12 +96,12 @@ class Span:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pass:
-    """Rows of all spans: token_ids_R, position_ids_R, and slots_R of the pool that they write (all int64).
+    """The rows of all spans: token_ids_R, position_ids_R, and slots_R, the slots of the pool that they write (int64).
 
-    plan_P: int64 on the host, all that attention needs to know of the spans, as `kernels/attention.cpp` reads
-    it: number of spans, start of the positions; of each span ar_first, num_ar, draft_first, num_draft, length,
-    start of its pages, start of its tail (0 for none), words of a tail's line; then pages, tails (a bit for
-    each pair of rows), positions.
+    plan_P: int64 on the host, everything that attention needs to know of the spans, in the format that
+    `kernels/attention.cpp` reads. It begins with the number of spans and the start of the positions. For each span
+    follow ar_first, num_ar, draft_first, num_draft, length, start of its pages, start of its tail (0 for none), words
+    of a row of its tail. Then come pages, tails (a bit for each pair of rows), and positions.
     """
 
     token_ids_R: Tensor
@@ -117,7 +119,7 @@ class Pass:
 def causal(token_ids: Sequence[int], *, judged: range | None = None) -> Part:
     """AR rows that continue the history: a chunk of the prompt, a plain step, a chain of drafts.
 
-    judged: all rows unless given; of a chunk that is not the prompt's last, none.
+    judged: by default all rows. For a chunk that is not the prompt's last, pass an empty range.
     """
     num_rows = len(token_ids)
     rows = range(num_rows)
@@ -133,11 +135,11 @@ def tree(
 ) -> Part:
     """The anchor (row 0) and the nodes of a draft tree as AR rows, then a block for each of `block_rows`.
 
-    parents: per node, the row of its parent, which comes before it. A node stands as many positions after the
-    anchor as it is deep, and reads the history, its own ancestors and itself (the tree attention of arXiv
-    2305.09781, section 4). Block i is anchored at AR row block_rows[i] = j: it starts with that row's token and
-    goes on with masks. It reads the history, the rows on j's path strictly before j, and itself, both ways:
-    what a block after that path would read if the path had been committed (arXiv 2605.12825, section 3).
+    parents: for each node, the row of its parent, which comes before it. A node's position is the anchor's plus its
+    depth. It reads the history, its own ancestors and itself (the tree attention of arXiv 2305.09781, section 4). The
+    anchor of block i is AR row block_rows[i] = j: the block starts with that row's token, and masks follow. It reads
+    the history, the rows on j's path before j, and all of itself. This is what a block would read if the path had been
+    committed (arXiv 2605.12825, section 3).
     """
     num_ar = len(token_ids)
     assert len(parents) == num_ar - 1, "one parent for each row but the anchor"
@@ -166,7 +168,7 @@ def tree(
 
 
 def block(anchor_id: int, block_size: int, mask_token_id: int = MASK_EMBEDDING) -> Part:
-    """A diffusion block and no AR row: the paper's draft pass, which decides no token itself.
+    """A diffusion block without an AR row: the paper's draft pass, which decides no token itself.
 
     Row j predicts position anchor + j + 1. Source: arXiv 2605.12825, section 3.
     """
@@ -176,10 +178,10 @@ def block(anchor_id: int, block_size: int, mask_token_id: int = MASK_EMBEDDING) 
 
 
 def join(parts: Sequence[tuple[Part, Slots]], device: torch.device | str = "cpu") -> Pass:
-    """One pass of parts, each with its request's slots, which must hold the part's rows behind the history.
+    """One pass of parts, each with its request's slots, which must have space for the part's rows after the history.
 
-    Checks every part, notes in the pool's ledger who writes which slot, and asserts that no row is written into
-    history or into a page that somebody else owns too.
+    Checks every part, records the writer of each slot in the pool's ledger, and asserts that no row overwrites history
+    or a page with another owner.
     """
     assert parts, "a pass has rows"
     num_ar_rows = sum(part.num_ar for part, _ in parts)
@@ -193,7 +195,7 @@ def join(parts: Sequence[tuple[Part, Slots]], device: torch.device | str = "cpu"
         spans.append(Span(part, slots.length, ar_first, draft_first, tuple(slots.pages[:used])))
         ar_first += part.num_ar
         draft_first += part.num_rows - part.num_ar
-    # Lists, since most spans have a row or a few: an array each would cost more than their rows.
+    # Lists, because most spans have few rows, and creating arrays would cost more than these.
     ar_rows, draft_rows = _Rows(), _Rows()
     for span in spans:
         ar_rows.add(span, range(span.part.num_ar))
@@ -242,7 +244,7 @@ def _plan(spans: Sequence[Span], positions_R: NDArray[np.int64]) -> NDArray[np.i
 
 
 class _Rows:
-    """Rows of one view, of one span after another: their tokens, their positions, their places in the pool."""
+    """The rows of one view, span by span: tokens, positions, and places in the pool."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []

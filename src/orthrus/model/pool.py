@@ -1,9 +1,11 @@
-"""The KV store that both views and all requests share: a pool of slots in pages, and one request's part of it.
+"""The KV cache that both views and all requests share: a pool of slots in pages, and one request's part of it.
 
-A slot holds the keys and values of one row in every layer. A request's slots lie in pages that it owns or
-shares with requests of the same beginning. Below its `length` they hold committed AR history, slot number =
-position; above it is scratch that the next pass overwrites. So the diffusion view costs one block of head-room
-and no second cache.
+A slot holds the keys and values of one row in every layer. A request's slots are in pages that it owns, or shares with
+requests that have the same prefix. Below its `length` they hold committed AR history, where the slot number is the
+position. Slots above `length` are scratch, which the next pass overwrites. So the diffusion view needs space for one
+block, and no second cache.
+
+Letters: P pages, W slots of a page, D head dimension.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,25 +18,27 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 PAGE = 64
-"""Slots of a page; `kernels/attention.cpp` has the same number."""
+"""Slots of a page. `kernels/attention.cpp` has the same number."""
 
 NOBODY, AR, DIFFUSION = 0, 1, 2
 _WRITERS = ("nobody", "the AR view", "the diffusion view")
 
 Move = Callable[[list[Tensor], list[int], list[int]], None]
-"""(stores, sources, targets): moves slots of each store, one after another."""
+"""Called with (stores, sources, targets) to move slots of each store."""
 
 
 def move_slots(stores: list[Tensor], sources: list[int], targets: list[int]) -> None:
-    """Slot sources[i] of each store (1, H, S, D) moves to targets[i]; all sources are read first."""
+    """Move slot sources[i] of each store (1, H, S, D) to targets[i]. All sources are read first."""
     source_P, target_P = (torch.tensor(slots, device=stores[0].device) for slots in (sources, targets))
     for store_1HSD in stores:
         store_1HSD.index_copy_(2, target_P, store_1HSD.index_select(2, source_P))
 
 
-def turned(keys_1HSD: Tensor) -> Tensor:
-    """A copy of the keys of whole pages, transposed to `keys_1HPDW`: in a page, the same element of all its slots
-    W is stored side by side, because attention reads one element of many keys at a time.
+def transposed(keys_1HSD: Tensor) -> Tensor:
+    """A copy of the keys of whole pages, transposed to `keys_1HPDW`.
+
+    A page stores the same element of all its slots side by side, because attention reads one element of many keys at a
+    time.
     """
     keys_1HPDW: Tensor = keys_1HSD.unflatten(2, (-1, PAGE)).mT.contiguous()
     return keys_1HPDW
@@ -46,12 +50,12 @@ def pages_for(num_slots: int) -> int:
 
 
 class SlotPool:
-    """Keys and values of `num_pages` pages, per layer (1, H_kv, S, D), and who owns which page.
+    """Keys and values of `num_pages` pages, for each layer (1, H_kv, S, D), and the owners of the pages.
 
-    On a CPU memory is only reserved: it is taken when a slot is first written, and low pages are handed out
-    first. A ledger on the host remembers the position and the writer of each slot, for `Slots.check`.
-    move: how accepted paths are gathered. keys_turned: keys are stored as (1, H_kv, P, D, W), see `turned`; so our
-    kernels read them. Not thread-safe: the engine that owns the pool guards it.
+    On a CPU the memory is only reserved. The system provides it when a slot is first written, so low pages are used
+    first. A ledger on the host records the position and the writer of each slot, for `Slots.check`. move: the function
+    that gathers accepted paths. keys_transposed: store keys as (1, H_kv, P, D, W) for our kernels, see `transposed`.
+    Not thread-safe: the engine that owns the pool guards it.
     """
 
     def __init__(
@@ -62,11 +66,11 @@ class SlotPool:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         move: Move = move_slots,
-        keys_turned: bool = False,
+        keys_transposed: bool = False,
     ) -> None:
         num_heads, size = num_kv_heads(config), head_dim(config)
         shape = (1, num_heads, num_pages * PAGE, size)
-        key_shape = (1, num_heads, num_pages, size, PAGE) if keys_turned else shape
+        key_shape = (1, num_heads, num_pages, size, PAGE) if keys_transposed else shape
         layers = range(config.num_hidden_layers)
         self.keys = [torch.empty(key_shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
@@ -149,7 +153,7 @@ class Slots:
         self.length = len(self.pages) * PAGE
 
     def replace(self, index: int, page: int) -> None:
-        """Use another page of the same committed history in place of one's own, shared with whoever owns it."""
+        """Replace an own page by another page of the same committed history, shared with its owners."""
         assert (index + 1) * PAGE <= self.length, "a page that is not history yet"
         if page != self.pages[index]:
             self.pool.share(page)
@@ -157,18 +161,18 @@ class Slots:
             self.pages[index] = page
 
     def places(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers over the whole pool of this request's slots."""
+        """The numbers of this request's slots in the whole pool."""
         return np.array(self.pages, dtype=np.int64)[slots // PAGE] * PAGE + slots % PAGE
 
     def commit(self, num_tokens: int) -> None:
-        """The next scratch slots become history: the AR view has written and accepted them."""
+        """Make the next scratch slots history. The AR view must have written and accepted them."""
         assert 0 <= num_tokens <= self.num_slots - self.length
         self.length += num_tokens
 
     def compact(self, rows: Sequence[int]) -> None:
         """Move an accepted path (scratch rows in ascending order) to the end of the history, and commit it."""
         start = self.length
-        # What lies in its place already need not move: a chain, and the first of a tree's branches.
+        # Rows that are in place already need not move: those of a chain, and of a tree's first branch.
         kept = next((i for i, row in enumerate(rows) if row != i), len(rows))
         if kept < len(rows):
             moved = np.array([*rows[kept:], *range(kept, len(rows))], dtype=np.int64) + start
@@ -177,7 +181,7 @@ class Slots:
         self.commit(len(rows))
 
     def free(self) -> None:
-        """Give all pages back."""
+        """Release all pages."""
         for page in self.pages:
             self.pool.release(page)
         self.pages, self.length = [], 0
@@ -185,7 +189,7 @@ class Slots:
     def check(self) -> None:
         """Integrity check: every committed slot was written by the AR view for its own position.
 
-        Raises AssertionError naming the first slot that breaks this.
+        Raises AssertionError, which names the first wrong slot.
         """
         places = self.places(np.arange(self.length))
         wrong = (self.pool.writers_S[places] != AR) | (
@@ -205,7 +209,7 @@ def num_kv_heads(config: PreTrainedConfig) -> int:
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """Size of one head; configs without the field split the hidden size evenly."""
+    """Size of one head. Without a field of its own it is hidden size / heads."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 

@@ -1,4 +1,4 @@
-"""Replaces a loaded model's linear layers by int8 or four-bit ones: for both views, or for the drafts alone."""
+"""Replaces a loaded model's linear layers by int8 or 4-bit ones, for both views or only for drafts."""
 
 from collections.abc import Iterator
 
@@ -13,12 +13,11 @@ from orthrus.model.twin import LowRank, Twin, twins
 
 
 def quantise(dual: DualView, precision: Precision) -> None:
-    """Quantise every linear of the decoder layers and the head, those of both views.
+    """Quantise the head, and all linear layers of the decoder layers, of both views.
 
-    int4: the head, the diffusion twins, which draft worse in four bits, and linears whose inputs are no whole
-    groups become int8. Weights that are in no linear (experts) stay. What was loaded is the base no longer:
-    the quantised model is, and lossless means equal to it, decoded plainly. UserInputError where it does not
-    run.
+    With int4, some become int8: the head, diffusion twins, which draft worse in four bits, and layers whose inputs are
+    not whole groups. Weights outside of linear layers (experts) stay. The quantised model is then the base, and
+    lossless means equal to its plain decoding. Raises UserInputError if it cannot run on this device.
     """
     check_quantised(precision, dual.device)
     dual.count_view_parameters()
@@ -33,10 +32,10 @@ def quantise(dual: DualView, precision: Precision) -> None:
 
 
 def quantise_drafts(dual: DualView, precision: Precision) -> None:
-    """Let block rows run through quantised copies of all linears; AR rows, and so the text, stay as they are.
+    """Let block rows run through quantised copies of all linear layers. AR rows, and so the text, do not change.
 
-    Twins become int8 in either precision, as in `quantise`. Low-rank twins share their AR projection with all
-    rows and stay as they are. UserInputError where it does not run.
+    Diffusion twins become int8 in either precision, as in `quantise`. Low-rank twins use the AR projection of all rows,
+    so they stay as they are. Raises UserInputError if it cannot run on this device.
     """
     check_quantised(precision, dual.device)
     dual.count_view_parameters()
@@ -60,7 +59,7 @@ def _quantised(linear: nn.Linear, precision: Precision) -> nn.Module:
 
 
 def _linears(layer: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """(parent, name, linear) of every plain linear below a module."""
+    """(parent, name, linear) of every ordinary linear layer below a module."""
     for parent in layer.modules():
         for name, child in parent.named_children():
             if type(child) is nn.Linear:

@@ -1,8 +1,9 @@
-"""The repair head: it corrects a draft row's guess, given the previous token or a candidate for it.
+"""The repair head corrects a draft row's guess, given the previous token or a candidate for it.
 
-A block guesses its positions independently of each other. The head changes a row's final hidden state by the
-previous token, so that neighbouring guesses fit together, in the spirit of arXiv 2402.05109. Shapes: D draft rows,
-P parents of each, M children of each, C hidden size, r rank.
+A block guesses its positions independently of each other. The head changes a row's final hidden state as a function of
+the previous token, so that neighbouring guesses fit together. A similar idea is in arXiv 2402.05109.
+
+Letters: D draft rows, P parents of each, M children of each, C hidden size, r rank.
 """
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 class RepairHead(nn.Module):
     """h + out(silu(hidden(rms(h)) + parent(rms(e)))), with e the embedding of the token before.
 
-    `out` starts at zero, so a fresh head changes nothing; the rest is drawn from `seed`.
+    `out` starts at zero, so a fresh head changes nothing. The other weights are drawn from `seed`.
     """
 
     def __init__(self, hidden_size: int, rank: int, seed: int = 0) -> None:
@@ -29,9 +30,9 @@ class RepairHead(nn.Module):
             self.out.weight.zero_()
 
     def forward(self, hidden: Tensor, parent: Tensor) -> Tensor:
-        """What to add to final hidden states (..., C), given embeddings (..., C) of the tokens before them.
+        """The term to add to final hidden states (..., C), given embeddings (..., C) of the tokens before them.
 
-        The two broadcast against each other. Both are normalised: families scale them differently.
+        The two broadcast against each other. Both are normalised, because families scale them differently.
         """
         change: Tensor = self.out(F.silu(self.before(hidden, self.hidden) + self.before(parent, self.parent)))
         return change

@@ -18,8 +18,8 @@ from orthrus.model.shadow import shadow
 class Runner(Protocol):
     """Runs passes of one model. An engine owns its runner; one thread runs passes at a time.
 
-    name: "eager" or "compiled". dual: the model. repair_tables: what stands for the view's repair head, where
-    the runner keeps it. kv_dtype: of the keys and values in its pools.
+    name: "eager" or "compiled". dual: the model. repair_tables: precomputed products of the view's repair head, if the
+    runner has them. kv_dtype: the dtype of keys and values in its pools.
     """
 
     name: str
@@ -32,16 +32,16 @@ class Runner(Protocol):
         ...
 
     def hidden(self, p: Pass, pool: SlotPool) -> Tensor:
-        """Run a pass; returns the final hidden states hidden_RC of all its rows, before the head."""
+        """Run a pass. Returns the final hidden states hidden_RC of all its rows, before the head."""
         ...
 
     def head(self, hidden_RC: Tensor, *, drafts: bool = False) -> Tensor:
-        """logits_RV of hidden states; drafts: of block rows, as `DualView.head` has it."""
+        """logits_RV of hidden states. drafts: as in `DualView.head`."""
         ...
 
 
 class RunnerAround:
-    """A runner that delegates to another one; subclasses observe or change what they need."""
+    """A runner that delegates to another one. Subclasses override what they observe or change."""
 
     def __init__(self, runner: Runner) -> None:
         self.name, self.dual, self.repair_tables = runner.name, runner.dual, runner.repair_tables
@@ -59,9 +59,9 @@ class RunnerAround:
 
 
 class EagerRunner:
-    """The stock transformers forward, over twins, with attention span by span. For any device and dtype.
+    """The stock transformers forward, with twins and with attention span by span. For any device and dtype.
 
-    Weights are shared with the model, so training shows at once. kv_dtype: left out, the model's.
+    It shares its weights with the model, so training takes effect at once. kv_dtype: by default the model's dtype.
     """
 
     name = "eager"
@@ -94,7 +94,7 @@ class EagerRunner:
 
 
 def decoder_with_attention(dual: DualView, name: str) -> torch.nn.Module:
-    """The stock decoder whose attention modules call the attention function of that name; weights shared."""
+    """The stock decoder, with shared weights, whose attention modules call the attention function of that name."""
     configs: dict[int, Any] = {}
 
     def change(path: str, module: torch.nn.Module) -> dict[str, Any] | None:
@@ -112,8 +112,6 @@ def decoder_with_attention(dual: DualView, name: str) -> torch.nn.Module:
 
 
 def no_mask(dual: DualView) -> Tensor | dict[str, Tensor]:
-    """A dummy mask (1, 1, 1, 1), so that the stock code builds none; our attention knows which rows read which
-    slots.
-    """
+    """A dummy mask (1, 1, 1, 1), so that the stock code builds none. Our attention takes visibility from the pass."""
     unused = torch.zeros((1, 1, 1, 1), device=dual.device)
     return dual.mask_argument(unused, unused)

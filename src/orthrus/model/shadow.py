@@ -1,7 +1,7 @@
-"""Copies of a model's structure that share all of its weights: stock models, and models with another attention.
+"""Copies of a module tree that share all of its weights: stock models, and models with another attention.
 
-A shadow replaces some modules of a tree, or gives some another config, and leaves the tree itself as it is. So
-no attribute of a live model is ever swapped, and whoever runs the model meanwhile meets what was always there.
+A shadow replaces some modules of a tree, or their configs, and leaves the tree itself unchanged. So no attribute of a
+live model is ever swapped, and other threads may run the model at the same time.
 """
 
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 
 Change = Callable[[str, nn.Module], "nn.Module | dict[str, Any] | None"]
-"""(path, module) to the module that stands there, or to attributes of a copy of it; None: as it is."""
+"""Maps (path, module) to a replacement, or to changed attributes of a copy; None leaves the module as it is."""
 
 
 def shadow(module: nn.Module, change: Change, path: str = "") -> nn.Module:
-    """The tree below `module` with changes made; modules above a change are copied, all others are shared.
+    """The tree below `module` with changes. Modules above a change are copied, and all others are shared.
 
-    Parameters and buffers are the very same objects; what is assigned to a shared module later shows in both.
+    Parameters and buffers are the same objects. A later assignment to a shared module takes effect in both trees.
     """
     changed = change(path, module)
     if isinstance(changed, nn.Module):

@@ -1,4 +1,4 @@
-"""Twins: one frozen projection and its diffusion side behind the name that the stock code calls."""
+"""Twins: a frozen projection and its diffusion side, behind the name that the stock code calls."""
 
 import copy
 import threading
@@ -17,11 +17,10 @@ from orthrus.model.shadow import shadow
 
 
 class RowSplit(threading.local):
-    """The number of AR rows of a pass, after which the diffusion rows start; one per model, shared by its twins.
+    """The number of AR rows of a pass, after which the diffusion rows start. All twins of a model share one object.
 
-    A projection is called only with its input, so the number is stored here while its thread runs the pass.
-    None means that every row is AR: the stock behaviour, also for other threads and for callers who know
-    nothing of us.
+    The stock code calls a projection only with its input, so the number is stored here while its thread runs the pass.
+    None means that every row is AR. This is the stock behaviour, which other threads and other callers get.
     """
 
     num_ar_rows: int | None = None
@@ -31,7 +30,7 @@ class RowSplit(threading.local):
 
     @contextmanager
     def at(self, num_ar_rows: int) -> Iterator[None]:
-        """Rows `[0, num_ar_rows)` are AR and the others diffusion, for the passes inside."""
+        """A context in which rows `[0, num_ar_rows)` of passes are AR rows, and all others diffusion rows."""
         before, self.num_ar_rows = self.num_ar_rows, num_ar_rows
         try:
             yield
@@ -63,14 +62,14 @@ class Twin(nn.Module):
         return torch.cat([self.ar(ar_x), self.diffusion(diffusion_x)], dim=self.row_dim)
 
     def _num_rows(self, x: Tensor) -> tuple[int, int]:
-        """How many rows of an input are AR rows, and how many diffusion rows."""
+        """(AR rows, diffusion rows) of an input."""
         num_rows = x.shape[self.row_dim]
         num_ar = num_rows if self.split.num_ar_rows is None else self.split.num_ar_rows
         return num_ar, num_rows - num_ar
 
 
 class LowRank(nn.Module):
-    """`scale * up(down(x))`: down starts with small random values and up with zeros, so the sum starts at zero."""
+    """`scale * up(down(x))`. down starts with small random values, and up with zeros, so the result starts at zero."""
 
     def __init__(
         self,
@@ -82,7 +81,7 @@ class LowRank(nn.Module):
     ) -> None:
         super().__init__()
         self.scale = scale
-        # Every linear knows its sizes; a quantised one's weight has another shape.
+        # Sizes come from the layer's fields, because the weight of a quantised layer has another shape.
         num_inputs, num_outputs = int(ar.in_features), int(ar.out_features)  # type: ignore[arg-type]
         if rank > num_inputs:
             raise CheckpointError(
@@ -93,7 +92,7 @@ class LowRank(nn.Module):
         self.down = nn.Linear(num_inputs, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, num_outputs, bias=False, device=device, dtype=dtype)
         with torch.no_grad():
-            # Drawn on the CPU, so that the device changes nothing.
+            # Drawn on the CPU, so that the values do not depend on the device.
             self.down.weight.copy_(torch.randn(rank, num_inputs, generator=generator) * num_inputs**-0.5)
             self.up.weight.zero_()
 
@@ -105,8 +104,8 @@ class LowRank(nn.Module):
 class LowRankTwin(Twin):
     """A twin whose diffusion side is the AR projection plus a low-rank part: `ar(x) + scale * up(down(x))`.
 
-    The AR projection runs once for all rows; the part is added to the diffusion rows alone. Only the part is
-    the view's, so the base's own projection may be quantised. Source: arXiv 2106.09685.
+    The AR projection runs once for all rows, and the low-rank part is added to the diffusion rows only. Only this part
+    belongs to the view, so the base's own projection may be quantised. Source: arXiv 2106.09685.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,14 +130,13 @@ def inject(
     scale: float = 1.0,
     seed: int = 0,
 ) -> RowSplit:
-    """Put twins into the given layers (all by default); they start equal to the base.
+    """Put twins into the given layers (all by default). They start equal to the base.
 
-    names: which of the family's modules get twins, by default all of its attention. rank: None for full
-    copies, else that of low-rank twins, whose random side is drawn from `seed` and whose part is multiplied
-    by `scale`; norms are copied in either case. Of a quantised projection the copy is an ordinary one in the
-    model's dtype, for only such a one can be trained. The base stays as it is, frozen, its twinned modules as
-    `twin.ar`. Returns the split that the twins share. Raises CheckpointError for a layer or name that is not
-    there, UserInputError when the model carries a view.
+    names: which of the family's modules get twins, by default all of its attention. rank: of low-rank twins; None for
+    full copies. seed: for the random side of low-rank twins. scale: the factor on their low-rank part. Norms are copied
+    in either case. The copy of a quantised projection is an ordinary one in the model's dtype, because only that can be
+    trained. The base stays frozen and unchanged, with its twinned modules as `twin.ar`. Returns the split that the
+    twins share. Raises CheckpointError for an unknown layer or name, UserInputError if the model has a view already.
     """
     if twins(model):
         raise UserInputError("this base carries a view already; load it once more for another view.")
@@ -173,7 +171,7 @@ def inject(
 
 
 def chosen_names(family: Family, names: Iterable[str] | None) -> tuple[str, ...]:
-    """The modules that get twins, in the family's order; CheckpointError for one that it does not have."""
+    """The modules that get twins, in the family's order. Raises CheckpointError for an unknown name."""
     names = family.twin_names if names is None else tuple(names)
     if unknown := [name for name in names if name not in family.known_twins]:
         raise CheckpointError(
@@ -189,9 +187,9 @@ def twins(model: nn.Module) -> dict[str, Twin]:
 
 
 def stock(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without twins, of the very modules it was loaded with, for baselines and audits.
+    """The model without twins, made of the modules with which it was loaded, for baselines and audits.
 
-    The given model keeps its twins and may be used meanwhile.
+    The given model keeps its twins, and may be used at the same time.
     """
 
     def base_side(path: str, module: nn.Module) -> nn.Module | None:

@@ -10,7 +10,7 @@ from orthrus.errors import CheckpointError
 
 FORMAT_VERSION = 1
 LARGEST_BLOCK, LARGEST_RANK = 2**12, 2**16
-"""Far above what any machine holds: a larger number is a mistake."""
+"""Limits far above what any machine can hold. A larger number is a mistake."""
 Encoding = Literal["full", "delta4"]
 
 
@@ -18,15 +18,14 @@ Encoding = Literal["full", "delta4"]
 class ViewConfig:
     """Settings of a diffusion view.
 
-    block_size: K that it was trained with (the largest that may be asked for). mask_token_id: id of a frozen
-    embedding row used as mask, or None for a trained mask embedding. layers: indices with twins, None for
-    all. twins: the modules of a layer that have one, None for all of its attention. rank: of low-rank twins,
-    None for full ones. rank_scale: what their part is multiplied by (alpha / r of LoRA). repair_rank: of the
-    repair head, None for a view without. base_name, base_fingerprint: the base it belongs to. trained: False
-    for a view that equals the AR one. encoding: how the folder stores the weights, as they are or as 4-bit
-    differences from the AR twins. goes_on: the chance that a guess stands where those before it did, as real decodes
-    had it when the view was kept; None where nobody measured. provenance: how it was made (recipe, data, versions,
-    commit; figures and license for the card), free-form JSON.
+    block_size: the K of its training, which is the largest that may be requested. mask_token_id: id of a frozen
+    embedding row that is the mask, or None for a trained mask embedding. layers: indices of layers with twins, None for
+    all. twins: the modules of a layer that have one, None for all of its attention. rank: of low-rank twins, None for
+    full ones. rank_scale: the factor on their part (alpha / r of LoRA). repair_rank: of the repair head, None without
+    one. base_name, base_fingerprint: the base that it belongs to. trained: False for a view that equals the AR one.
+    encoding: how the folder stores the weights, as they are or as 4-bit differences from the AR twins. goes_on: the
+    probability that a guess is accepted if those before it were, measured by real decoding; None if not measured.
+    provenance: how the view was made (recipe, data, versions, commit; figures and license for the card), as free JSON.
     """
 
     block_size: int
@@ -59,7 +58,8 @@ class ViewConfig:
     def num_guesses(self, num_rows: int) -> int:
         """How many rows of a block guess a token that the AR row at its anchor does not decide.
 
-        All but the first, and but the last one of a block as long as in training, of which nothing was asked.
+        These are all rows but the first. The last row of a block of full length makes no guess either, because it had
+        no target in training.
         """
         return min(num_rows, self.block_size - 1) - 1
 
@@ -68,7 +68,7 @@ class ViewConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "ViewConfig":
-        """Read `view_config.json`; CheckpointError on a newer format, unknown or missing fields."""
+        """Read `view_config.json`. Raises CheckpointError for another format, and unknown or missing fields."""
         given = dict(raw)
         version = given.pop("format_version", None)
         if type(version) is not int or version != FORMAT_VERSION:
@@ -117,4 +117,4 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "goes_on": (is_chance, "a number from 0 to 1"),
     "provenance": (_is(dict), "an object"),
 }
-"""Of each field: whether a value is right, and what it must be. The base tells of ids and layers that it lacks."""
+"""For each field, a test of its value, and a description of allowed values. The base checks ids and layers itself."""

@@ -1,4 +1,4 @@
-"""From a request to its answer, whole or as a stream, for all APIs."""
+"""Answers requests of all APIs, whole or as a stream."""
 
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -11,7 +11,7 @@ from orthrus.errors import UserInputError
 from orthrus.server import messages, responses
 from orthrus.server.calls import Call, Job
 from orthrus.server.errors import as_api_error
-from orthrus.server.figures import Told
+from orthrus.server.figures import TextRecords
 from orthrus.server.guard import CLIENT_GONE
 from orthrus.server.messages import MessageRequest
 from orthrus.server.messages_shape import MessagesShape
@@ -62,7 +62,7 @@ async def respond_message(service: Service, request: Request, body: MessageReque
 
 
 async def respond(service: Service, request: Request, body: Body, prefix: str, shaping: Shaping) -> Response:
-    """Answer a request. prefix: of the answer's id.
+    """Answer a request. prefix: the first part of the answer's id.
 
     Raises ApiError and OrthrusError before the first byte.
     """
@@ -75,13 +75,13 @@ async def respond(service: Service, request: Request, body: Body, prefix: str, s
     call = live.loop.admit(num_prompts * body.n)
     call.origin = Origin.of(request, body)
     seed = base_seed(body)
-    handing_in = live.loop.submit(call, partial(_jobs, live, body, seed))
+    submitting = live.loop.submit(call, partial(_jobs, live, body, seed))
     streams = False
     try:
-        jobs = await whole(request, handing_in)
+        jobs = await whole(request, submitting)
         if not jobs:
             if call.failure is not None:
-                # The server left before anything was handed in.
+                # The server shut down before any request was submitted.
                 raise as_api_error(call.failure)
             return Response(status_code=CLIENT_GONE)
         about = _about(live, body, prefix, request.state.request_id, jobs, seed, has_calls)
@@ -97,13 +97,13 @@ async def respond(service: Service, request: Request, body: Body, prefix: str, s
     except UserInputError as error:
         raise named(error) from error
     finally:
-        # A stream does it when it ends.
+        # A stream cancels the call itself when it ends.
         if not streams and not call.ended:
             call.cancel()
 
 
 def _jobs(live: Live, body: Body, seed: int) -> list[Job]:
-    """The texts to be written, prompt by prompt; runs beside the event loop."""
+    """The texts to write, prompt by prompt. Runs in another thread than the event loop."""
     context = live.orthrus.engine.context_length
     if isinstance(body, ChatRequest):
         prompts = [chat_ids(live.orthrus, body.messages, body.tools, body.chat_template_kwargs)]
@@ -127,11 +127,11 @@ def _about(
         created=int(time()),
         model=body.model or live.name,
         fingerprint=live.fingerprint,
-        texts=[Told(len(job.prompt_ids), job.config.strategy) for job in jobs],
+        texts=[TextRecords(len(job.prompt_ids), job.config.strategy) for job in jobs],
         num_prompts=len(jobs) // body.n,
         seed=seed,
         bytes=live.token_bytes,
-        # Records of tokens without text are sent only where their ids are.
+        # A record without text is sent only if ids are.
         token_ids=bool(body.return_token_ids) or with_provenance,
         provenance=with_provenance,
         has_calls=has_calls,
@@ -151,15 +151,15 @@ def _echo(live: Live, body: CompletionRequest, prompt: str | list[int]) -> str:
     return str(live.orthrus.base.tokenizer.decode(prompt))
 
 
-async def _collect(call: Call, texts: list[Told], shape: Shape) -> Response:
+async def _collect(call: Call, texts: list[TextRecords], shape: Shape) -> Response:
     async for index, cycle in call:
         texts[index].cycles.append(cycle)
     _take_ends(call, texts)
     return JSONResponse(shape.whole())
 
 
-async def _events(call: Call, texts: list[Told], shape: Shape) -> AsyncIterator[bytes]:
-    """The events of a stream. What goes wrong from here on is an event too, since the status has been sent."""
+async def _events(call: Call, texts: list[TextRecords], shape: Shape) -> AsyncIterator[bytes]:
+    """The events of a stream. An error becomes an event, because the status has been sent."""
     try:
         for piece in shape.begin():
             yield piece
@@ -178,15 +178,15 @@ async def _events(call: Call, texts: list[Told], shape: Shape) -> AsyncIterator[
         yield piece
 
 
-def _take_ends(call: Call, texts: list[Told]) -> None:
-    """What no record tells, and the requests know in the end."""
-    for told, request in zip(texts, call.requests, strict=True):
+def _take_ends(call: Call, texts: list[TextRecords]) -> None:
+    """Copy from the finished requests what their records do not hold."""
+    for records, request in zip(texts, call.requests, strict=True):
         if request is not None:
-            told.num_cached = request.num_cached
-            told.stop_string = request.text.stop_string
+            records.num_cached = request.num_cached
+            records.stop_string = request.text.stop_string
 
 
-def _is_end(told: Told) -> bool:
-    """Whether the last record ends a text; what was cancelled or never began fails instead."""
-    finish = told.finish
-    return finish in ("stop", "length") or (finish == "deadline" and told.num_tokens > 0)
+def _is_end(records: TextRecords) -> bool:
+    """Whether the last record ends a text. A text that was cancelled, or never began, fails instead."""
+    finish = records.finish
+    return finish in ("stop", "length") or (finish == "deadline" and records.num_tokens > 0)

@@ -17,7 +17,7 @@ from orthrus.server.answers import respond_chat, respond_message, respond_respon
 from orthrus.server.audit_routes import add_audit
 from orthrus.server.errors import ApiError, as_api_error, bad_request, half_character, wrong_field
 from orthrus.server.guard import Guard
-from orthrus.server.messages import Counted, MessageRequest, as_chat
+from orthrus.server.messages import CountTokensRequest, MessageRequest, as_chat
 from orthrus.server.page import page
 from orthrus.server.params import DEFAULT_COMPLETION_TOKENS, DEFAULT_TEMPERATURE
 from orthrus.server.prompts import chat_ids, text_ids
@@ -50,15 +50,15 @@ _STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stre
 class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The document without FastAPI's 422 responses: the server answers invalid requests with 400."""
-        told = super().openapi()
-        for methods in told["paths"].values():
+        document = super().openapi()
+        for methods in document["paths"].values():
             for operation in methods.values():
                 operation["responses"].pop("422", None)
-        return told
+        return document
 
 
 def create_app(load: Callable[[], Orthrus], config: ServeConfig | None = None) -> FastAPI:
-    """An ASGI application that loads its model with `load` and serves it. `app.state.service` is its state."""
+    """An ASGI application that loads its model with `load` and serves it. `app.state.service` holds its state."""
     config = config or ServeConfig()
 
     @asynccontextmanager
@@ -73,7 +73,7 @@ def create_app(load: Callable[[], Orthrus], config: ServeConfig | None = None) -
         title="Orthrus",
         version=__version__,
         lifespan=lifespan,
-        # Their pages load scripts from elsewhere.
+        # FastAPI's own pages load scripts from other sites.
         docs_url=None,
         redoc_url=None,
         responses=_ERRORS,
@@ -127,7 +127,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         return await respond_message(service, request, body)
 
     @app.post("/v1/messages/count_tokens", response_model=None)
-    def count_tokens(body: Counted) -> Response:
+    def count_tokens(body: CountTokensRequest) -> Response:
         """Count the tokens of a prompt in Anthropic's API."""
         live = service.live
         live.check_model(body.model)
@@ -165,7 +165,7 @@ def _tokens(live: Live, body: TokenizeRequest) -> list[int]:
     text = body.content if body.prompt is None else body.prompt
     if not text:
         return []
-    # llama.cpp adds special tokens where it is asked to, vLLM unless it is asked not to.
+    # By default vLLM adds special tokens, and llama.cpp does not.
     wanted = body.add_special if body.prompt is None else body.add_special_tokens
     if wanted if wanted is not None else body.prompt is not None:
         return text_ids(live.orthrus, text) if text.strip() else _plain_ids(live, text)
@@ -234,18 +234,18 @@ async def _foreseen(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        told = ApiError(404, f"There is nothing at {ascii(request.url.path)[:200]}.", code="not_found")
+        answer = ApiError(404, f"There is nothing at {ascii(request.url.path)[:200]}.", code="not_found")
     elif error.status_code == 405:
-        told = ApiError(405, f"{request.method} is not allowed here.", code="method_not_allowed")
+        answer = ApiError(405, f"{request.method} is not allowed here.", code="method_not_allowed")
     elif error.status_code == 400:
-        told = bad_request("The body cannot be read: send one JSON object in UTF-8.", code="invalid_json")
+        answer = bad_request("The body cannot be read: send one JSON object in UTF-8.", code="invalid_json")
     else:
-        told = ApiError(error.status_code, str(error.detail))
-    return _response(request, told)
+        answer = ApiError(error.status_code, str(error.detail))
+    return _response(request, answer)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
-    """The first field that is wrong, without what it held."""
+    """An error for the first wrong field, without its value."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place = [str(part) for part in first["loc"] if part != "body"]

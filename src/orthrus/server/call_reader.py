@@ -31,7 +31,7 @@ class Piece:
 
 
 class CallReader:
-    """Takes the text of one answer in pieces of any size; what it gives depends on the whole text alone.
+    """Parses the text of one answer, fed in pieces of any size. The result depends only on the whole text.
 
     The text follows the grammar of `call_grammar`, and may end anywhere.
     """
@@ -40,7 +40,7 @@ class CallReader:
         self.num_calls = 0
         self._held = ""
         self._arguments = ""
-        # Where the reader stands: in text, between a tag and the arguments, in arguments, or between calls.
+        # The reader's state: in text, between a tag and the arguments, in arguments, or between calls.
         self._read = self._in_text
 
     def feed(self, text: str) -> Piece:
@@ -57,7 +57,7 @@ class CallReader:
         if self._read == self._in_text:
             piece.content = self._held
         elif self._read == self._in_arguments and not _is_json(self._arguments):
-            self._tell_arguments(piece, self._held)
+            self._emit_arguments(piece, self._held)
         self._held = ""
         return piece
 
@@ -67,9 +67,9 @@ class CallReader:
             piece.content += before
             self._held, self._read = after, self._in_opening
             return True
-        told = len(self._held) - overlap(self._held, TAG)
-        piece.content += self._held[:told]
-        self._held = self._held[told:]
+        certain = len(self._held) - overlap(self._held, TAG)
+        piece.content += self._held[:certain]
+        self._held = self._held[certain:]
         return False
 
     def _in_opening(self, piece: Piece) -> bool:
@@ -84,12 +84,12 @@ class CallReader:
     def _in_arguments(self, piece: Piece) -> bool:
         before, found, after = self._held.partition(AFTER_ARGUMENTS)
         if found:
-            self._tell_arguments(piece, before)
+            self._emit_arguments(piece, before)
             self._held, self._read = after, self._between_calls
             return True
-        told = len(self._held) - overlap(self._held, AFTER_ARGUMENTS)
-        self._tell_arguments(piece, self._held[:told])
-        self._held = self._held[told:]
+        certain = len(self._held) - overlap(self._held, AFTER_ARGUMENTS)
+        self._emit_arguments(piece, self._held[:certain])
+        self._held = self._held[certain:]
         return False
 
     def _between_calls(self, piece: Piece) -> bool:
@@ -98,7 +98,7 @@ class CallReader:
             self._held, self._read = after, self._in_opening
         return bool(found)
 
-    def _tell_arguments(self, piece: Piece, text: str) -> None:
+    def _emit_arguments(self, piece: Piece, text: str) -> None:
         if not text:
             return
         self._arguments += text

@@ -1,4 +1,4 @@
-"""One HTTP request on its way through the engine: its answers' records arrive in one bounded queue."""
+"""One HTTP request while the engine answers it. The records of its answers arrive in one bounded queue."""
 
 import asyncio
 from collections import deque
@@ -15,7 +15,7 @@ from orthrus.types import Cycle
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One text to be written."""
+    """One text to write."""
 
     prompt_ids: list[int]
     config: DecodeConfig
@@ -23,7 +23,10 @@ class Job:
 
 @dataclass(slots=True)
 class Times:
-    """Of one answer, in seconds of `time.monotonic`: when its tokens came. gaps: between records with tokens."""
+    """The times at which the tokens of one answer arrived, in seconds of `time.monotonic`.
+
+    gaps: times between records with tokens.
+    """
 
     first: float | None = None
     last: float | None = None
@@ -38,10 +41,10 @@ class Times:
 
 
 class Call(AsyncIterator[tuple[int, Cycle]]):
-    """The answers to one HTTP request: iterate for (index of the answer, record), in the order of their making.
+    """The answers to one HTTP request. Iterate for (index of the answer, record), in order of arrival.
 
-    Ends when all answers have ended; raises what ended one of them otherwise. Lives in the event loop, except
-    `attach`, which the thread that hands requests in calls.
+    The iteration ends when all answers have ended. It raises the error that ended one of them. All methods belong to
+    the event loop, except `attach`, which the submitting thread calls.
     """
 
     def __init__(self, num_answers: int, max_unread: int, cancel: Callable[[Request], None]) -> None:
@@ -75,7 +78,7 @@ class Call(AsyncIterator[tuple[int, Cycle]]):
             self._cancel(request)
 
     def take(self, index: int, cycle: Cycle, now: float) -> None:
-        """Add a record. If too many are unread, the call ends instead, because the engine does not wait for readers."""
+        """Add a record. If too many are unread, the call is cancelled, because the engine does not wait for readers."""
         self.times[index].see(cycle, now)
         if self.cancelled:
             return
@@ -93,7 +96,7 @@ class Call(AsyncIterator[tuple[int, Cycle]]):
         self._wake.set()
 
     def cancel(self, reason: BaseException | None = None) -> None:
-        """End all answers before the next pass; whoever still reads is told the reason."""
+        """End all answers before the next pass. A reader gets the reason as an error."""
         if self._failure is None:
             self._failure = reason
         if not self.cancelled:

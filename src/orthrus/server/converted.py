@@ -14,13 +14,14 @@ from orthrus.server.tools import call_arguments
 def checked_chat(
     fields: dict[str, Any], names: dict[str, str], places: dict[str, list[str]] | None = None
 ) -> ChatRequest:
-    """A chat of these fields. Raises ApiError for the first that is wrong.
+    """A chat request of these fields. Raises ApiError for the first field that is wrong.
 
-    names: our fields -> the client's. places: of our lists, where each element stands in the client's request.
+    names: maps our field names to the client's. places: for each of our lists, the path of every element in the
+    client's request.
     """
     if (fields.get("orthrus") or {}).get("provenance"):
         raise bad_request(
-            "orthrus.provenance is told by /v1/chat/completions and /v1/completions alone.",
+            "only /v1/chat/completions and /v1/completions return orthrus.provenance.",
             param="orthrus.provenance",
         )
     try:
@@ -36,7 +37,7 @@ def checked_chat(
 
 
 def call_of(name: object, arguments: object, place: str) -> dict[str, Any]:
-    """The function of a call. arguments: an object, or one as JSON. Raises ApiError, which names the place."""
+    """The function of a call. arguments: an object, or its JSON. Raises ApiError, which names the place."""
     param = place.partition(".")[0]
     if not isinstance(name, str) or not name:
         raise bad_request(f"{place}.name: a call needs the name of its function.", param=param)
@@ -51,9 +52,9 @@ def call_of(name: object, arguments: object, place: str) -> dict[str, Any]:
 
 
 def joined_text(content: Any, place: str, *, kinds: Collection[str], part: str) -> str:
-    """A text, or the texts of a list of parts, in one piece.
+    """A text, or the joined texts of a list of parts.
 
-    kinds: types of parts that hold text; part: what the interface calls them. Raises ApiError, which names the
+    kinds: types of parts that hold text. part: the interface's name for a part. Raises ApiError, which names the
     place, for anything else.
     """
     param = place.partition(".")[0]

@@ -1,4 +1,4 @@
-"""Errors in the format of OpenAI's API: a status, and one object that says what to do."""
+"""Errors in the formats of OpenAI's and Anthropic's APIs: a status, and an object that says what to do."""
 
 import json
 import re
@@ -38,13 +38,13 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
 }
 _PYDANTIC = re.compile(r"^(Value error, must |[A-Z][a-z]+ should )")
-"""How pydantic begins what a field must be."""
+"""The beginning of a message from pydantic on what a field must be."""
 _FORM = re.compile(r"^(str|int|bool|((list|dict|literal|nullable|union|function-[a-z]+)\[|constrained-).*)$")
-"""What pydantic calls the forms of a field."""
+"""Pydantic's names for the types that a field may have."""
 
 
 class ApiError(Exception):
-    """What a client is told. param: the field at fault; code: for programs; retry_after: seconds."""
+    """An error for the client. param: the wrong field. code: for programs. retry_after: seconds."""
 
     def __init__(
         self,
@@ -74,14 +74,14 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         headers = {"content-type": "application/json"}
         if self.retry_after is not None:
-            # Clients that were refused together must not come back together.
+            # Random times keep clients that were refused together from coming back together.
             headers["retry-after"] = str(max(1, round(self.retry_after * uniform(0.75, 1.5))))
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return headers
 
     def payload(self, path: str) -> bytes:
-        """The body for clients of that path, as JSON in ASCII: a message may quote text that has no UTF-8 form."""
+        """The body in the format of that path's API, in ASCII: a message may quote text that has no UTF-8 form."""
         body = anthropic_body(self) if path.startswith(ANTHROPIC_PATHS) else self.body
         return json.dumps(body).encode("ascii")
 
@@ -99,15 +99,15 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def half_character(error: Mapping[str, Any]) -> list[str]:
-    """The names that lead to half a character, where that is the error; else none."""
+    """The path of the field with half a character, if that is the error; else an empty list."""
     cause = error.get("ctx", {}).get("error")
     return (cause.place or ["body"]) if isinstance(cause, HalfCharacterError) else []
 
 
 def wrong_field(place: Sequence[str], error: Mapping[str, Any]) -> ApiError:
-    """A 400 for a field that pydantic refused, without what it held. place: the names that lead to it."""
+    """A 400 for a field that pydantic refused, without the field's value. place: the field's path."""
     place = half_character(error) or place
-    # A field that takes several forms is refused once for each, by the form's own name.
+    # For a field of several types, pydantic adds the type's name to the path.
     named = [part for part in place if not _FORM.match(part)]
     name, said = ".".join(named)[:200], _PYDANTIC.sub("must ", f"{error['msg']}.")
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
@@ -138,7 +138,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, UserInputError):
         return bad_request(str(error))
     if isinstance(error, MissingExtraError | UnsupportedModelError):
-        # Not a 500: clients try those again, and this server will never do it.
+        # Not a 500, because clients retry those, and this server cannot do it at all.
         return bad_request(str(error), code="not_supported_here")
     if isinstance(error, OrthrusError):
         return ApiError(500, str(error), code="model_error")
@@ -148,6 +148,6 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def param_of(message: str, names: Mapping[str, str]) -> str | None:
-    """The field that a sentence begins with; names: our own words for a field -> the client's."""
+    """The client's name of the field that a sentence begins with. names: maps our field names to the client's."""
     word = message.split(" ", 1)[0].strip("'`:,")
     return names.get(word)

@@ -1,4 +1,4 @@
-"""Statistics of an answer, in the format that load tools read, and our own figures."""
+"""Statistics of an answer: in the format that load tools read, and Orthrus's own metrics."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from orthrus.types import Cycle
 
 
 @dataclass(slots=True)
-class Told:
-    """The records of one text, as they came."""
+class TextRecords:
+    """The records of one text, in the order of their arrival."""
 
     num_prompt_tokens: int
     strategy: str
@@ -34,12 +34,12 @@ class Told:
 
 
 def finish_reason(finish: str | None) -> str | None:
-    """In OpenAI's words, which have none for a deadline."""
+    """OpenAI's word for a finish reason. OpenAI has none for a deadline, so that becomes "length"."""
     return "length" if finish == "deadline" else finish
 
 
-def usage(texts: Sequence[Told], num_prompts: int) -> dict[str, Any]:
-    """Token counts of all texts; a prompt counts once, however many texts follow it."""
+def usage(texts: Sequence[TextRecords], num_prompts: int) -> dict[str, Any]:
+    """Token counts of all texts. A prompt counts once, however many texts follow it."""
     per_prompt = len(texts) // num_prompts
     firsts = texts[::per_prompt]
     prompt = sum(text.num_prompt_tokens for text in firsts)
@@ -53,7 +53,7 @@ def usage(texts: Sequence[Told], num_prompts: int) -> dict[str, Any]:
     }
 
 
-def metrics(texts: Sequence[Told], seed: int) -> dict[str, Any]:
+def metrics(texts: Sequence[TextRecords], seed: int) -> dict[str, Any]:
     """`speculative_decoding` (not for plain decoding) and `orthrus`, over all texts of a request."""
     stats = [summarise(t.num_prompt_tokens, t.cycles, t.num_cached) for t in texts]
     num_passes, num_tokens = sum(s.num_passes for s in stats), sum(s.num_tokens for s in stats)

@@ -1,4 +1,4 @@
-"""The middleware before all routes: request ids, keys, the size of bodies, the log, and the last handler of errors."""
+"""The middleware before all routes: request ids, keys, limits on bodies, the log, and the last error handler."""
 
 import hmac
 import ipaddress
@@ -78,7 +78,7 @@ class Guard:
             return
         kind, _, key = headers.get("authorization", "").partition(" ")
         given = (key.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")).encode()
-        # All are compared, so that time tells nothing of which one was close.
+        # Comparing with all keys keeps the time from showing which one was close.
         if sum(hmac.compare_digest(given, known) for known in self._keys) == 0:
             raise ApiError(
                 401,
@@ -87,7 +87,7 @@ class Guard:
             )
 
     def _check_origin(self, headers: Headers) -> None:
-        """Without keys, pages of other names are kept out."""
+        """Without keys, refuse pages from other hosts."""
         origin = headers.get("origin")
         if self._keys or origin is None or origin in self._config.cors_origins:
             return
@@ -115,7 +115,7 @@ class Guard:
             )
 
     def _bounded(self, headers: Headers, receive: Receive) -> Receive:
-        """Raises ApiError as soon as a body is known to be too large."""
+        """A `receive` that raises as soon as the body is known to be too large."""
         limit = self._config.max_body
         declared = headers.get("content-length", "0")
         if declared.isdigit() and int(declared[:20]) > limit:
@@ -128,7 +128,7 @@ class Guard:
             if message["type"] == "http.request":
                 num_bytes += len(message.get("body", b""))
                 if num_bytes > limit:
-                    # The one kind that whoever reads the body lets through.
+                    # FastAPI lets only HTTPException pass while it reads the body.
                     raise HTTPException(413, _too_large(limit).message)
             return message
 
@@ -145,7 +145,7 @@ async def respond(error: ApiError, path: str, send: Send) -> None:
 
 
 def _host(url: str) -> str:
-    """The host of an origin, without its port; empty where it has none."""
+    """The host of an origin, without its port; empty if there is none."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:
@@ -153,7 +153,7 @@ def _host(url: str) -> str:
 
 
 def _is_local(host: str) -> bool:
-    """Whether a name can only mean an address: nobody can let it lead elsewhere."""
+    """Whether a host can only be this machine or a literal address, so that DNS cannot make it lead elsewhere."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:

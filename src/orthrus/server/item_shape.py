@@ -1,4 +1,4 @@
-"""What shapes share that write an answer as items: texts and calls, each of which begins, grows and ends."""
+"""The common part of formats that write an answer as items: texts and calls, each of which begins, grows and ends."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ class ItemShape(ABC):
         return iter(())
 
     def _rest(self) -> Iterator[bytes]:
-        """What was held back of the text."""
+        """The events for the end of the text that was held back."""
         if self._reader is not None:
             yield from self._grow(self._reader.flush())
 
@@ -38,12 +38,12 @@ class ItemShape(ABC):
 
     @abstractmethod
     def _grow_text(self, text: str) -> Iterator[bytes]:
-        """More text, in the item that grows or in a new one."""
+        """The events for more text, in the open item or in a new one."""
 
     @abstractmethod
     def _grow_call(self, piece: CallPiece) -> Iterator[bytes]:
-        """More of a call; where the piece has a name the call begins."""
+        """The events for a part of a call. A piece with a name begins the call."""
 
     @abstractmethod
     def _finish(self) -> Iterator[bytes]:
-        """The last item ends, and the answer with it."""
+        """The events that end the last item and the answer."""

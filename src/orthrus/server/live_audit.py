@@ -27,13 +27,13 @@ from orthrus.server.calls import Call
 
 log = logging.getLogger("orthrus.server")
 MOST_WAITING = 64
-"""Answers that wait for their replay; further ones are dropped, and counted."""
+"""Limit on the answers that wait for their replay. Further ones are dropped and counted."""
 MOST_KEPT = 100
-"""Differences that can be looked up."""
+"""Differences that are kept for GET /audit/{id}."""
 AROUND = 8
-"""Tokens of the answer on either side of a difference that are kept."""
+"""Tokens of the answer that are kept on either side of a difference."""
 SCRATCH = 1024
-"""Slots in addition to a whole context, for the rows of one pass, when an answer is decoded as it was at first."""
+"""Slots beyond a whole context for the rows of one pass, when an answer is decoded again as it was at first."""
 
 COUNTERS = {
     "checked": "Answers that were decoded again with plain decoding.",
@@ -42,13 +42,15 @@ COUNTERS = {
     "violation": "Of these, answers that break the rule.",
     "dropped": "Answers that were chosen for the audit and not decoded again.",
 }
-"""What an audit of live traffic counts, for Prometheus."""
+"""The counters of the audit of live traffic, for Prometheus."""
 
 
 @dataclass(slots=True)
 class Counts:
-    """checked: replays that ended, and of these identical, near_tie (rounding decided) and violation (a broken
-    rule). dropped: answers that were chosen and could not be replayed."""
+    """checked: replays that ended. Each of them is identical, near_tie (rounding decided) or violation (a broken rule).
+
+    dropped: answers that were chosen and could not be replayed.
+    """
 
     checked: int = 0
     identical: int = 0
@@ -67,8 +69,9 @@ class _Chosen:
 class LiveAudit(Collector):
     """Replays a share of finished answers by plain decoding, and keeps evidence of those that differ.
 
-    `offer` is called in the event loop, `step` in the engine's thread, while `has_work` and the engine has
-    none; the others from anywhere. share: from 0 (none) to 1 (all). on_offer: called where an answer was taken.
+    Call `offer` in the event loop. The engine's thread calls `step` while `has_work` is true and the engine has no
+    work. Other methods may be called from any thread. share: from 0 (none) to 1 (all). on_offer: called after an answer
+    was chosen.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class LiveAudit(Collector):
     ) -> None:
         self.share, self.counts = share, Counts()
         self._orthrus, self._on_offer, self._most = orthrus, on_offer, most
-        # Explaining takes many passes in a row, of which each gives way.
+        # Explaining a difference takes many passes. Before each of them it gives way to requests.
         self._giving_way = copy(orthrus)
         self._giving_way.engine = EngineBeside(
             orthrus.engine,
@@ -118,8 +121,9 @@ class LiveAudit(Collector):
         self._on_offer()
 
     def step(self) -> None:
-        """Run one pass of a replay, or judge a difference. If a request arrives meanwhile, the judgement starts
-        again later.
+        """Run one pass of a replay, or judge a difference.
+
+        If a request arrives during a judgement, the judgement starts again later.
         """
         try:
             with self._orthrus.engine.held():
@@ -157,8 +161,8 @@ class LiveAudit(Collector):
         with self._lock:
             self._kept.append(evidence)
         if judged.verdict != "near-tie":
-            told = {name: evidence[name] for name in ("id", "request_id", "position", "strategy")}
-            log.error("an answer is not what plain decoding gives", extra={"data": {"audit": told}})
+            named = {name: evidence[name] for name in ("id", "request_id", "position", "strategy")}
+            log.error("an answer is not what plain decoding gives", extra={"data": {"audit": named}})
 
     def summary(self) -> dict[str, Any]:
         """Share, counts, and one line per difference, the latest first."""
@@ -191,7 +195,7 @@ def is_chosen(request_id: str, number: int, share: float) -> bool:
 
 
 def _evidence(chosen: _Chosen, replay: PlainReplay, judged: Judgement) -> dict[str, Any]:
-    """What is kept of a difference: numbers and a few token ids of the answer, nothing of the prompt."""
+    """The evidence of a difference: numbers and a few token ids of the answer, and nothing of the prompt."""
     answered, position = chosen.answered, replay.difference
     assert position is not None
     sampling, first = answered.config.sampling, max(position - AROUND, 0)
@@ -215,7 +219,7 @@ def _evidence(chosen: _Chosen, replay: PlainReplay, judged: Judgement) -> dict[s
 
 
 class _WorkCame(Exception):  # noqa: N818  (no error: a pass gives way)
-    """Somebody waits for an answer."""
+    """A request arrived during a judgement."""
 
 
 class _GivingWay(RunnerAround):

@@ -1,4 +1,4 @@
-"""The log: one JSON object per line, with ids, figures and positions in the code, never a prompt or an answer."""
+"""The log: one JSON object per line, with ids, numbers and places in the code, never a prompt or an answer."""
 
 import json
 import logging
@@ -28,14 +28,14 @@ class JsonLines(logging.Formatter):
 
 
 class BindErrors(logging.Filter):
-    """Takes uvicorn's word that it cannot listen out of its log, for a message of ours. reason: why, once known."""
+    """Removes uvicorn's message that it cannot listen, so that we can print our own. reason: why, once known."""
 
     reason: str | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not isinstance(record.msg, OSError):
             return True
-        # asyncio writes the address into the reason, in another form from version to version.
+        # asyncio adds the address to the reason, in a form that differs between versions.
         number = record.msg.errno or 0
         self.reason = os.strerror(number).lower() if number > 0 else str(record.msg)
         return False

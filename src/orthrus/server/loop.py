@@ -1,4 +1,4 @@
-"""The thread that steps the engine, and its connection with the event loop."""
+"""The thread that steps the engine, and its connection to the event loop."""
 
 import asyncio
 import logging
@@ -34,9 +34,9 @@ class IdleWork(Protocol):
 class EngineLoop:
     """Steps an engine in one thread while there is work, and counts the places that answers take.
 
-    Made and used in the event loop. on_ended: called in it for each answer that the engine was given. idle: what
-    the thread does while the engine has no work; `wake` tells that there is some. A place is taken in `admit`
-    and comes back in `_ended`, nowhere else.
+    Create and use it in the event loop. on_ended: called there for each answer that the engine was given. idle: work
+    for the thread while the engine has none; call `wake` when there is some. Only `admit` takes places, and only
+    `_ended` gives them back.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class EngineLoop:
         self._num_closed = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        # Rendering, tokenising and compiling grammars take time that the event loop does not have.
+        # Rendering, tokenising and compiling grammars would block the event loop for too long.
         self._preparing = ThreadPoolExecutor(4, thread_name_prefix="orthrus-prepare")
         self._thread = threading.Thread(target=self._run, name="orthrus-engine", daemon=True)
         self._thread.start()
@@ -83,10 +83,10 @@ class EngineLoop:
         return call
 
     async def submit(self, call: Call, prepare: Callable[[], list[Job]]) -> list[Job]:
-        """Prepare the call's jobs and hand them in, in a thread of its own; returns them.
+        """Prepare the call's jobs and submit them to the engine, in another thread. Returns the jobs.
 
-        Raises what `prepare` and the engine raise. Whatever happens, and even if nobody waits any more, all of the
-        call's places come back in the end.
+        Raises what `prepare` and the engine raise. All places of the call come back in the end, whatever happens, even
+        if nobody waits any more.
         """
         work = self._loop.run_in_executor(self._preparing, self._submit, call, prepare)
         return await asyncio.shield(work)
@@ -110,27 +110,27 @@ class EngineLoop:
                 self.wake()
             return jobs
         except BaseException:
-            self._tell(call.cancel)
+            self._call_in_loop(call.cancel)
             raise
         finally:
             for _ in range(call.num_answers - num_given):
-                self._tell(self._ended, call, None, None)
+                self._call_in_loop(self._ended, call, None, None)
 
     def _cycle_came(self, call: Call, index: int, cycle: Cycle) -> None:
-        """In the engine's thread."""
-        self._tell(call.take, index, cycle, monotonic())
+        """Called in the engine's thread."""
+        self._call_in_loop(call.take, index, cycle, monotonic())
 
     def _request_closed(self, call: Call, index: int, request: Request) -> None:
-        """In the engine's thread."""
+        """Called in the engine's thread."""
         self._num_closed += 1
-        self._tell(self._ended, call, index, request)
+        self._call_in_loop(self._ended, call, index, request)
 
-    def _tell(self, function: Callable[..., object], *args: object) -> None:
-        """Call a function in the event loop, unless that has gone."""
+    def _call_in_loop(self, function: Callable[..., object], *args: object) -> None:
+        """Call a function in the event loop. Does nothing if the loop is closed."""
         try:
             self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:
-            log.debug("the event loop has gone")
+            log.debug("the event loop is closed")
 
     def _ended(self, call: Call, index: int | None, request: Request | None) -> None:
         self.num_open -= 1
@@ -143,7 +143,7 @@ class EngineLoop:
             self._idle.set()
 
     def wake(self) -> None:
-        """Tell the thread that there is work, or idle work. From any thread."""
+        """Wake the engine's thread, because there is work or idle work. May be called from any thread."""
         with self._has_work:
             self._has_work.notify()
 
@@ -168,13 +168,13 @@ class EngineLoop:
                     self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        """No request was to blame, so the next step would fail alike: end them all."""
+        """End all requests. No single request caused the error, so the next step would fail in the same way."""
         for call in list(self.calls):
             for request in call.requests:
                 if request is not None and not request.closed:
                     request.failure = error
                     self.orthrus.engine.drop(request)
-        # What has not been attached yet comes next time; until then nothing is to be gained by haste.
+        # Requests that are not attached yet fail in a later step. The pause keeps the thread from spinning until then.
         sleep(0.05)
 
     async def drain(self, seconds: float) -> None:
@@ -187,7 +187,7 @@ class EngineLoop:
             await self._idle.wait()
 
     def end_all(self) -> None:
-        """End every open answer before the next pass, and tell its reader why."""
+        """End every open answer before the next pass. Its reader gets the reason."""
         self.draining = True
         for call in list(self.calls):
             call.cancel(
@@ -204,7 +204,7 @@ class EngineLoop:
 
 
 def _failure(request: Request) -> BaseException | None:
-    """Why a request has no answer, or only part of one that nobody asked to end there."""
+    """The error of a request without an answer, or with an answer that was cut off; None if it ended well."""
     if request.failure is not None:
         return request.failure
     if request.finish == "deadline" and not request.token_ids:

@@ -22,29 +22,33 @@ from orthrus.server.schemas import (
 _SKIPPED_BLOCKS = ("thinking", "redacted_thinking")
 
 
-class Turn(Open):
+class MessageTurn(Open):
+    """A turn of a message request. `content` is a text, or a list of blocks."""
+
     role: Literal["user", "assistant", "system"]
     content: str | Objects
 
 
-class Choice(Open):
+class MessageToolChoice(Open):
+    """Which tools the model may or must call. `name` is the tool's, for type `tool`."""
+
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = Field(default=None, max_length=64)
     disable_parallel_tool_use: bool = False
 
 
-class Counted(RequestBody):
-    """The fields that make up the prompt of a message. POST /v1/messages/count_tokens takes only these."""
+class CountTokensRequest(RequestBody):
+    """The fields that make up the prompt of a message: all that POST /v1/messages/count_tokens takes."""
 
     model: Name | None = None
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+    messages: Annotated[list[MessageTurn], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     system: str | Objects | None = None
     tools: Annotated[Objects, Field(max_length=1024)] | None = None
-    tool_choice: Choice | None = None
+    tool_choice: MessageToolChoice | None = None
     thinking: JsonValue = None
 
 
-class MessageRequest(Counted):
+class MessageRequest(CountTokensRequest):
     """POST /v1/messages. Tools without an input_schema are left out: they run on Anthropic's servers."""
 
     max_tokens: NumTokens
@@ -59,7 +63,7 @@ class MessageRequest(Counted):
     orthrus: OrthrusOptions | None = None
 
 
-def as_chat(body: Counted) -> ChatRequest:
+def as_chat(body: CountTokensRequest) -> ChatRequest:
     """The chat that a request asks for. Raises ApiError for what cannot be one."""
     messages: list[dict[str, Any]] = []
     places: list[str] = []
@@ -98,8 +102,8 @@ def as_chat(body: Counted) -> ChatRequest:
     )
 
 
-def _turns(turn: Turn, place: str) -> list[dict[str, Any]]:
-    """A turn of the user may hold results, which are turns of their own in a chat."""
+def _turns(turn: MessageTurn, place: str) -> list[dict[str, Any]]:
+    """The turns of a chat for one turn of a message request. Each tool result becomes a turn of its own."""
     if isinstance(turn.content, str):
         return [{"role": turn.role, "content": turn.content}]
     texts, calls, results = [], [], []
@@ -137,7 +141,7 @@ def _tool(tool: dict[str, Any], index: int) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _choice(choice: Choice | None) -> Any:
+def _choice(choice: MessageToolChoice | None) -> Any:
     if choice is None:
         return None
     if choice.type != "tool":

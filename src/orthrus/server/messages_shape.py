@@ -18,14 +18,14 @@ class MessagesShape(ItemShape):
     def __init__(self, about: About) -> None:
         super().__init__(about)
         self._num_blocks = 0
-        # The kind of the block that grows.
+        # The kind of the block that is being written.
         self._open: str | None = None
 
     def begin(self) -> Iterator[bytes]:
-        told = self._message([], None) | {
+        message = self._message([], None) | {
             "usage": {"input_tokens": self._num_prompt_tokens, "output_tokens": 0}
         }
-        yield self._event("message_start", message=told)
+        yield self._event("message_start", message=message)
 
     def _finish(self) -> Iterator[bytes]:
         yield from self._close_block()
@@ -88,22 +88,22 @@ class MessagesShape(ItemShape):
 
     @property
     def _usage(self) -> dict[str, Any]:
-        """Tokens of the prompt that were in the cache are counted apart from the others."""
-        told = self._about.texts[0]
-        cached = told.num_cached
+        """Token counts. Prompt tokens found in the cache are counted separately."""
+        records = self._about.texts[0]
+        cached = records.num_cached
         return {
-            "input_tokens": told.num_prompt_tokens - cached,
-            "output_tokens": told.num_tokens,
+            "input_tokens": records.num_prompt_tokens - cached,
+            "output_tokens": records.num_tokens,
             "cache_read_input_tokens": cached,
             "cache_creation_input_tokens": 0,
         }
 
     @property
     def _stop_reason(self) -> str:
-        told = self._about.texts[0]
-        if finish_reason(told.finish) != "stop":
+        records = self._about.texts[0]
+        if finish_reason(records.finish) != "stop":
             return "max_tokens"
-        if told.stop_string is not None:
+        if records.stop_string is not None:
             return "stop_sequence"
         return "tool_use" if self._reader is not None and self._reader.num_calls else "end_turn"
 
@@ -120,7 +120,7 @@ class MessagesShape(ItemShape):
 
 
 def _object(arguments: str) -> dict[str, Any]:
-    """A call that was cut short has no whole object."""
+    """The arguments as an object; empty if the call was cut short."""
     try:
         found = parse_json(arguments)
     except ValueError:

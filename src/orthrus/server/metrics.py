@@ -18,7 +18,7 @@ GAUGES = {
     "num_requests_waiting": "Requests that wait for others to end, or for pages of the cache.",
     "kv_cache_usage_perc": "Share of the cache's pages that answers use, from 0 to 1.",
 }
-"""Values that are read from the engine when Prometheus asks for them."""
+"""Gauges, whose values are read from the engine when Prometheus asks for them."""
 
 
 class Metrics:
@@ -109,19 +109,19 @@ class Metrics:
             self.gaps.observe(gap)
 
     def page(self) -> bytes:
-        """What Prometheus reads."""
+        """The metrics in the Prometheus text format."""
         return generate_latest(self.registry)
 
 
 class _EngineState(Collector):
-    """Read when asked for; the engine's thread may change it meanwhile, so figures are of about one moment."""
+    """Gauges of an engine, read on demand. The engine's thread goes on, so they are of about the same moment."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
         scheduler = self._engine.scheduler
-        # Copies first: the engine's thread goes on.
+        # Copy the lists first, because the engine's thread may change them.
         running = list(scheduler.running)
         pages = {page for request in running for page in list(request.slots.pages)}
         values = (len(running), len(scheduler.waiting), len(pages) / scheduler.pool.num_pages)

@@ -9,7 +9,7 @@ from orthrus.server.schemas import ChatRequest, CompletionRequest, Message
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """request_id: as the log has it. messages: of a chat without tools, which its messages alone make again."""
+    """request_id: as in the log. messages: of a chat without tools, because only these suffice to repeat it."""
 
     request_id: str
     messages: tuple[Message, ...] | None = None

@@ -1,6 +1,6 @@
-"""The page at /: a race of plain decoding and Orthrus on the visitor's own prompt, and a chat with live figures.
+"""The page at /: a race of plain decoding and Orthrus on the visitor's own prompt, and a chat with live statistics.
 
-One static file for browsers, put together from its parts at the first request.
+The page is one static file. The first request joins it from its parts.
 """
 
 import base64
@@ -21,7 +21,7 @@ _ABOUT = '<p class="soft" id="about">'
 
 
 async def page(request: Request) -> Response:
-    """The page. It loads nothing else, and browsers are told to let it load nothing else."""
+    """The page. It loads nothing else, and its security policy forbids it to."""
     text, policy = _content()
     return Response(
         text.replace(_ABOUT, _ABOUT + html.escape(_about(request.app.state.service))),
@@ -36,16 +36,16 @@ async def page(request: Request) -> Response:
 
 
 def _about(service: Service) -> str:
-    """Model, dtype and device; nothing while it is loading, nor where a key is needed: the page itself needs none."""
+    """Model, dtype and device. Empty while the model is loading, and if the server needs a key: the page needs none."""
     if service.config.api_keys:
         return ""
     try:
         live = service.live
     except ApiError:
         return ""
-    told = live.orthrus.describe()
-    device = cpu_model() if told["device"] == "cpu" else told["device"]
-    return f"{live.name}, {told['dtype']}, {device}"
+    about = live.orthrus.describe()
+    device = cpu_model() if about["device"] == "cpu" else about["device"]
+    return f"{live.name}, {about['dtype']}, {device}"
 
 
 @cache
@@ -66,6 +66,6 @@ def _read(name: str) -> str:
 
 
 def _digest(content: str) -> str:
-    """The content of an element, as a source of a content security policy."""
+    """The source expression of an element's content for a content security policy."""
     digest = hashlib.sha256(f"\n{content}".encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -1,4 +1,4 @@
-"""Fields of a request as settings of the decoder: each is honoured, or refused by name."""
+"""Converts the fields of a request to settings of the decoder. Each field is honoured, or refused by name."""
 
 import json
 import logging
@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[_Harmless, str]] = {
     "typical_p": (lambda value: value in (None, 1, 1.0), "use top_p or min_p"),
     "mirostat": (lambda value: value in (None, 0), "use top_p or min_p"),
 }
-"""Fields that would change the answer and cannot be honoured: the values with no effect, and advice."""
+"""Fields that would change the answer and are not supported: a test for values without effect, and advice."""
 
 _NAMES = {
     name: name
@@ -86,7 +86,7 @@ class UnknownFields:
 
 
 def check_together(body: ChatRequest | CompletionRequest) -> None:
-    """Fields that exclude or need each other."""
+    """Raises ApiError for fields that exclude or need each other."""
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options is only allowed with stream.", param="stream_options")
     if isinstance(body, CompletionRequest):

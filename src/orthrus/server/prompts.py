@@ -18,8 +18,8 @@ def chat_ids(
 ) -> list[int]:
     """Token ids of a chat. Raises ApiError for messages that the template, or the model, cannot take."""
     try:
-        turns, told = with_tools(chat_turns(orthrus, messages), tools, _template(orthrus))
-        return orthrus.base.encode_prompt(turns, template_values=more, tools=told)
+        turns, template_tools = with_tools(chat_turns(orthrus, messages), tools, _template(orthrus))
+        return orthrus.base.encode_prompt(turns, template_values=more, tools=template_tools)
     except UserInputError as error:
         raise bad_request(str(error), param="messages") from error
 
@@ -42,7 +42,10 @@ def _template(orthrus: Orthrus) -> str:
 
 
 def _system_first(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A template that knows no developer would drop or refuse it: it is the system, which speaks first, once."""
+    """Joins developer and system messages into one system message at the beginning.
+
+    A template that does not know the role developer would drop or refuse it.
+    """
     said = [turn for turn in turns if turn["role"] in ("developer", "system")]
     parts: list[Any] = []
     for turn in said:

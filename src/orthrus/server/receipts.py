@@ -1,4 +1,4 @@
-"""The receipt of an answer, where its request asks for one; `orthrus.audit.receipts` says what is in it."""
+"""Makes the receipt of an answer, if its request asks for one. `orthrus.audit.receipts` defines its content."""
 
 from typing import Any
 
@@ -15,5 +15,5 @@ class Receipts:
         self._model = model_part(orthrus)
 
     def __call__(self, call: Call) -> dict[str, Any]:
-        """Of a call whose answers have all ended."""
+        """The receipt of a call. All of its answers must have ended."""
         return make_receipt(self._model, [Answered.of(r) for r in call.requests if r is not None])

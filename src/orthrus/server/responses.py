@@ -1,4 +1,7 @@
-"""/v1/responses: converts requests of OpenAI's newer API to chats. Nothing is stored, so each has its whole history."""
+"""/v1/responses: converts requests of OpenAI's newer API to chats.
+
+The server stores no answers, so each request must hold its whole history.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -122,8 +125,10 @@ def as_chat(body: ResponseRequest) -> ChatRequest:
 
 
 def _messages(items: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
-    """Turns, and where in the list each begins. Calls that follow each other, or an answer's text, belong to one turn
-    of the assistant."""
+    """Turns, each with the index of its first item.
+
+    Successive calls, and the text of an answer before them, belong to one turn of the assistant.
+    """
     messages: list[tuple[int, dict[str, Any]]] = []
     for index, item in enumerate(items):
         kind = item.get("type", "message")
@@ -160,7 +165,7 @@ def _tool(tool: dict[str, Any], index: int) -> dict[str, Any]:
 def _choice(choice: str | FunctionChoice | None, has_tools: bool) -> Any:
     if isinstance(choice, FunctionChoice):
         return {"type": "function", "function": {"name": choice.name}}
-    # Where all tools were left out there is nothing to choose from.
+    # If all tools were left out, there is nothing to choose from.
     return choice if has_tools or choice == "required" else None
 
 

@@ -16,14 +16,14 @@ from orthrus.server.sse import event
 class ResponsesShape(ItemShape):
     """One answer: an item for the text outside of calls, and one for each call. See `Shape`.
 
-    A stream tells of each item when it begins, grows and ends.
+    A stream has events for the begin, the growth and the end of each item.
     """
 
     def __init__(self, about: About, body: ResponseRequest) -> None:
         super().__init__(about)
         self._body = body
         self._items: list[dict[str, Any]] = []
-        # The item that grows.
+        # The item that is being written.
         self._open: dict[str, Any] | None = None
         self._num_events = 0
 
@@ -36,26 +36,26 @@ class ResponsesShape(ItemShape):
         yield self._event(f"response.{self._status}", response=self._response(self._status))
 
     def failed(self, error: ApiError) -> Iterator[bytes]:
-        told = {"code": error.code or "server_error", "message": error.message}
-        yield self._event("error", **told, param=error.param)
-        yield self._event("response.failed", response=self._response("failed") | {"error": told})
+        failure = {"code": error.code or "server_error", "message": error.message}
+        yield self._event("error", **failure, param=error.param)
+        yield self._event("response.failed", response=self._response("failed") | {"error": failure})
 
     def whole(self) -> dict[str, Any]:
-        # The items are what the events leave behind.
+        # Making the events fills the list of items.
         grown = (self.add(0, cycle) for cycle in self._about.texts[0].cycles)
         for _ in chain(*grown, self._rest(), self._close_items()):
             pass
         return self._response(self._status)
 
     def _close_items(self) -> Iterator[bytes]:
-        """The last item ends; an answer without a text and a call has an empty text."""
+        """The events that end the last item. An answer without text and calls gets an empty text."""
         if not self._items:
             yield from self._open_text()
         yield from self._close_item(self._status)
 
     @property
     def _status(self) -> str:
-        """Of the finished answer."""
+        """The status of the finished answer."""
         return "completed" if finish_reason(self._about.texts[0].finish) == "stop" else "incomplete"
 
     def _grow_text(self, text: str) -> Iterator[bytes]:
@@ -129,7 +129,7 @@ class ResponsesShape(ItemShape):
         about, body = self._about, self._body
         wanted = body.text.format if body.text is not None and body.text.format is not None else None
         choice = body.tool_choice or "auto"
-        told: dict[str, Any] = {
+        response: dict[str, Any] = {
             "id": about.id,
             "object": "response",
             "created_at": about.created,
@@ -155,12 +155,12 @@ class ResponsesShape(ItemShape):
         }
         if status in ("completed", "incomplete"):
             usage = about.usage
-            told["usage"] = {
+            response["usage"] = {
                 "input_tokens": usage["prompt_tokens"],
                 "input_tokens_details": usage["prompt_tokens_details"],
                 "output_tokens": usage["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": usage["total_tokens"],
             }
-            told["metrics"] = about.metrics
-        return told
+            response["metrics"] = about.metrics
+        return response

@@ -20,9 +20,9 @@ from orthrus.server.logs import BindErrors, log_to_stderr
 from orthrus.server.settings import ServeConfig
 
 LAST_WORDS = 5
-"""Seconds that connections get to send what is ready, after the last answer has ended."""
+"""Seconds that connections get to send their last bytes after the last answer has ended."""
 CLEANING = 2
-"""Seconds that threads get to clean up behind themselves, once their compilers have been ended."""
+"""Seconds that threads get to clean up after their compilers have been ended."""
 
 
 def address(host: str, port: int) -> str:
@@ -31,10 +31,10 @@ def address(host: str, port: int) -> str:
 
 
 def serve(load: Callable[[], Orthrus], config: ServeConfig, host: str, port: int) -> None:
-    """Serve until a signal: SIGTERM or Ctrl-C drains, a second one ends at once.
+    """Serve until a signal. The first SIGTERM or Ctrl-C drains, the second one ends at once.
 
-    Does not return where a thread of ours is busy then, above all while the model is loading: the process ends with
-    status 0. Raises what `load` raises, and UserInputError for an address that cannot be had.
+    If one of our threads is busy at the end, such as while the model is loading, the process ends here with status 0.
+    Raises what `load` raises, and UserInputError for an address on which the server cannot listen.
     """
     log_to_stderr()
     app = create_app(load, config)
@@ -46,7 +46,7 @@ def serve(load: Callable[[], Orthrus], config: ServeConfig, host: str, port: int
     try:
         asyncio.run(server.serve())
     except SystemExit as leaving:
-        # uvicorn's way to say that it cannot listen.
+        # uvicorn raises it if it cannot listen.
         if leaving.code and binding.reason is not None:
             raise UserInputError(
                 f"cannot listen on {address(host, port)} ({binding.reason}): choose another --port or --host."
@@ -61,7 +61,7 @@ def serve(load: Callable[[], Orthrus], config: ServeConfig, host: str, port: int
 
 
 def _end_busy_threads() -> None:
-    """Let threads of ours end, and else end the process: Python's own way out aborts in the midst of compiled code."""
+    """Wait for our threads to end, and otherwise end the process: Python's own exit aborts inside compiled code."""
     busy = [
         thread for thread in threading.enumerate() if thread.daemon and thread.name.startswith("orthrus-")
     ]
@@ -78,7 +78,7 @@ def _end_busy_threads() -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but a signal first lets the answers end, while new requests are told to go elsewhere."""
+    """uvicorn with a drain: after a signal it refuses new requests, and lets running answers end."""
 
     def __init__(self, app: FastAPI, config: ServeConfig, host: str, port: int) -> None:
         options: dict[str, Any] = {
@@ -106,7 +106,7 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by the signal's handler."""
+        """Called by the signal handler."""
         self._num_signals += 1
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._signalled, self._num_signals)

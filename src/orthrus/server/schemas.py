@@ -52,7 +52,7 @@ def _not_blank(value: str) -> str:
 
 
 def _are_biases(given: dict[str, Any]) -> dict[str, Any]:
-    """One error for all entries: pydantic would make one for each that is wrong."""
+    """Checks all entries at once, because pydantic would report each wrong one."""
     for key, value in given.items():
         is_id = key.isascii() and key.isdigit() and len(key) <= 10
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -68,12 +68,12 @@ def _otherwise(default: Any, value: Any) -> Any:
 
 
 def null_is(default: Any) -> BeforeValidator:
-    """For fields that are not given where they are null."""
+    """Makes null mean the default."""
     return BeforeValidator(partial(_otherwise, default))
 
 
 def _half_character(value: Any) -> list[str] | None:
-    """The names that lead to a text with half a character in it, which JSON can spell; None where there is none."""
+    """The path of a text with half a character (a lone surrogate, which JSON can spell); None if there is none."""
     left: list[tuple[list[str], Any]] = [([], value)]
     while left:
         place, value = left.pop()
@@ -90,7 +90,7 @@ def _half_character(value: Any) -> list[str] | None:
 
 
 class HalfCharacterError(ValueError):
-    """A text with half a character in it. place: the names that lead to it."""
+    """A text holds half a character. place: its path."""
 
     def __init__(self, place: list[str]) -> None:
         super().__init__("must be valid text")
@@ -103,16 +103,16 @@ class RequestBody(Open):
     @model_validator(mode="before")
     @classmethod
     def _is_text(cls, data: Any) -> Any:
-        """Refuses half a character: no tokenizer reads one, and no answer can repeat it."""
+        """Refuses half a character, because no tokenizer reads it and no answer can repeat it."""
         try:
             json.dumps(data, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
             place = _half_character(data)
-            # A name that is no text cannot be told either.
+            # A name may hold half a character too, so it is replaced in the message.
             names = [part.encode("utf-8", "replace").decode() for part in place or []]
             raise HalfCharacterError(names) from None
         except (TypeError, ValueError, RecursionError):
-            # Not from JSON, or nested too deeply: fields say so.
+            # The data is not from JSON, or nested too deeply. The checks of the fields report that.
             pass
         return data
 
@@ -147,7 +147,7 @@ class StreamOptions(Open):
 
 
 class JsonSchema(Open):
-    """`schema` is a JSON Schema. `strict` has no effect: texts always conform."""
+    """`schema` is a JSON Schema. `strict` has no effect: the schema is always enforced."""
 
     name: str | None = None
     description: str | None = None
@@ -161,7 +161,7 @@ class ResponseFormat(Open):
 
 
 class Function(Open):
-    """A function that the model may call. `strict` has no effect: arguments always conform."""
+    """A function that the model may call. `strict` has no effect: the schema is always enforced."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     description: str | None = None
@@ -203,7 +203,7 @@ class OrthrusOptions(Closed):
 
 
 class Sampling(RequestBody):
-    """What chat and completions share. logit_bias: numbers by token id in digits."""
+    """The common fields of chats and completions. logit_bias: numbers by token id in digits."""
 
     model: Name | None = None
     max_tokens: NumTokens | None = None
@@ -283,7 +283,7 @@ class DetokenizeRequest(RequestBody):
 
 
 def unknown_fields(body: BaseModel) -> set[str]:
-    """Names of fields that no one reads, those of nested objects with a dot."""
+    """Names of unknown fields. Those of nested objects are written with a dot."""
     names = set(body.model_extra or {})
     for name in type(body).model_fields:
         value: Any = getattr(body, name)

@@ -45,14 +45,14 @@ class Live:
         self._names = {*config.names, self.name, "default"} | (set() if config.names else {own})
 
     def _ended(self, call: Call, index: int, request: Request) -> None:
-        """An answer has ended: whoever counts, checks or keeps answers hears of it, once."""
+        """Pass an answer that has ended to the metrics, the audit and the traffic log, once."""
         self._metrics.ended(call, index, request)
         self.audit.offer(call, index, request)
         if self._traffic is not None:
             self._traffic.offer(self.orthrus, call, request)
 
     def check_model(self, name: str | None) -> None:
-        """Raises ApiError for a model that is not served; no name asks for the one there is."""
+        """Raises ApiError for a model that is not served. Without a name, the request is for the served model."""
         if name is not None and name not in self._names and not self.config.any_model:
             raise ApiError(
                 404,
@@ -63,10 +63,10 @@ class Live:
 
 
 class Service:
-    """State of one server. `load` runs in a thread; until it is done `live` raises a 503.
+    """The state of one server. `load` runs in a thread. Until it is done, `live` raises a 503.
 
-    on_failure: called in the event loop where loading failed, with `failure` set. Raises UserInputError and
-    StorageError for a log of traffic that cannot be written.
+    on_failure: called in the event loop if loading failed, after `failure` was set. Raises UserInputError and
+    StorageError for a traffic log that cannot be written.
     """
 
     def __init__(self, load: Callable[[], Orthrus], config: ServeConfig) -> None:
@@ -81,18 +81,18 @@ class Service:
         self._live: Live | None = None
 
     def start(self) -> None:
-        """Begin to load; called in the event loop."""
+        """Begin to load the model. Call it in the event loop."""
         loop = asyncio.get_running_loop()
 
         def load() -> None:
             try:
-                tell = partial(self._loaded, self._load())
+                report = partial(self._loaded, self._load())
             except BaseException as error:
-                tell = partial(self._failed, error)
+                report = partial(self._failed, error)
             try:
-                loop.call_soon_threadsafe(tell)
+                loop.call_soon_threadsafe(report)
             except RuntimeError:
-                log.debug("the event loop has gone")
+                log.debug("the event loop is closed")
 
         threading.Thread(target=load, name="orthrus-load", daemon=True).start()
 
@@ -115,13 +115,13 @@ class Service:
 
     @property
     def ready(self) -> Live:
-        """As `live`; raises ApiError while the server is draining, too."""
+        """As `live`, but raises ApiError also while the server is draining."""
         if self.live.loop.draining:
             raise not_ready("draining")
         return self.live
 
     async def drain(self, seconds: float) -> None:
-        """Let running answers end, at most so long; then end them."""
+        """Let running answers end for so many seconds at most. Then cancel them."""
         if self._live is not None:
             about = {"open_answers": len(self._live.loop.calls), "seconds_at_most": seconds}
             log.info("draining", extra={"data": about})

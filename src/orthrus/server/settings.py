@@ -10,17 +10,17 @@ from orthrus.errors import UserInputError
 class ServeConfig:
     """Limits and names of a server.
 
-    names: what requests may call the model, the first as it is listed; without any the model's own. any_model: take
-    requests for other models too. api_keys: any of them opens everything; /health and the page at / are open
-    without one. Without api_keys the server is open. cors_origins: pages that browsers let in; none by default.
-    local: the server listens on a loopback address only; without api_keys it then refuses requests with another
-    host name, against DNS rebinding. max_running, max_queue: answers that run, and that wait, at once; a request
-    for n texts takes n places. max_tokens: the most that a request may write, None for as many as the context
-    holds. max_body: bytes. timeout: seconds from a request to its end. drain: seconds that running answers get
-    after SIGTERM. keepalive: seconds of silence after which a stream says that it lives. max_unread: records that a
-    slow reader may leave unread before it is dropped. page: serve the page at /. audit_share: of the answers, the
-    share that is decoded again by plain decoding while the engine is idle, from 0 to 1. log_traffic: the file that
-    chats and their answers are appended to; none by default.
+    names: names of the model in requests; the list of models shows the first. By default, the model's own name.
+    any_model: accept requests for other models too. api_keys: each of them opens all paths. /health and the page at /
+    need no key. Without api_keys the whole server is open. cors_origins: origins whose pages browsers may let in; none
+    by default. local: the server listens on a loopback address only. Without api_keys it then refuses requests with
+    another host name, against DNS rebinding. max_running, max_queue: answers that may run, and wait, at the same time.
+    A request for n texts takes n places. max_tokens: length limit of an answer; None for as many as the context holds.
+    max_body: bytes. timeout: seconds from a request to its end. drain: seconds that running answers get after SIGTERM.
+    keepalive: seconds of silence after which a stream sends a comment. max_unread: records that a slow reader may
+    leave unread before its answer is cancelled. page: serve the page at /. audit_share: share of the answers, from 0
+    to 1, that plain decoding decodes again while the engine is idle. log_traffic: the file to which chats and their
+    answers are appended; none by default.
     """
 
     names: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class ServeConfig:
                 )
             if not key.isascii() or not key.isprintable() or key != key.strip():
                 raise UserInputError(
-                    "an API key must be printable ASCII without blanks around it; choose another one."
+                    "an API key must be printable ASCII without spaces around it; choose another one."
                 )
         if "*" in self.cors_origins and self.api_keys == ():
             raise UserInputError(

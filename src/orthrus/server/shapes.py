@@ -7,29 +7,29 @@ from typing import Any, Protocol
 
 from orthrus.server.call_reader import CallPiece, CallReader, Piece
 from orthrus.server.errors import ApiError
-from orthrus.server.figures import Told, finish_reason, metrics, provenance, usage
+from orthrus.server.figures import TextRecords, finish_reason, metrics, provenance, usage
 from orthrus.server.sse import DONE, event
 from orthrus.server.tokens import TokenBytes
 from orthrus.types import Cycle, TokenLogprob
 
 
 class Shape(Protocol):
-    """How one answer is written. `whole` writes a whole answer; a stream uses all other methods, in this order."""
+    """The format of one answer. `whole` writes a whole answer; a stream calls all other methods, in this order."""
 
     def begin(self) -> Iterator[bytes]:
-        """Before the first token."""
+        """The events before the first token."""
 
     def add(self, index: int, cycle: Cycle) -> Iterator[bytes]:
-        """A record of the index-th text has come."""
+        """The events for a new record of the index-th text."""
 
     def end(self, index: int) -> Iterator[bytes]:
-        """The index-th text has ended."""
+        """The events for the end of the index-th text."""
 
     def failed(self, error: ApiError) -> Iterator[bytes]:
-        """Nothing more will come of any text; the status has been sent."""
+        """The events for an error after the status has been sent. No text goes on."""
 
     def close(self) -> Iterator[bytes]:
-        """The end, however it came."""
+        """The last events of the stream, after an error too."""
 
     def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
@@ -37,10 +37,11 @@ class Shape(Protocol):
 
 @dataclass(slots=True)
 class About:
-    """What an answer is made of, and what all parts of it repeat. num_prompts: of completions; key: of the request.
+    """The texts of an answer, and the fields that all parts of it repeat.
 
-    token_ids: tell the ids; provenance: tell of each token where it comes from, too. has_calls: texts may hold calls
-    of functions. receipt: makes one, in the end.
+    prefix, key: form the answer's id; the key is the request's id. num_prompts: prompts of a completion request.
+    token_ids: send the ids of tokens. provenance: send the origin of each token. has_calls: texts may hold calls of
+    functions. receipt: makes the receipt at the end.
     """
 
     prefix: str
@@ -48,7 +49,7 @@ class About:
     created: int
     model: str
     fingerprint: str | None
-    texts: list[Told]
+    texts: list[TextRecords]
     num_prompts: int
     seed: int
     bytes: TokenBytes
@@ -75,7 +76,7 @@ class About:
 
 
 class OpenAIShape(ABC):
-    """What both of OpenAI's interfaces share. include_usage: a last chunk tells it."""
+    """The common part of OpenAI's two formats. include_usage: a last chunk holds the usage."""
 
     whole_kind: str
     chunk_kind: str
@@ -103,8 +104,8 @@ class OpenAIShape(ABC):
 
     def end(self, index: int) -> Iterator[bytes]:
         self._num_left -= 1
-        told = {} if self._num_left or self._include_usage else {"metrics": self._about.metrics}
-        yield self._event([self._last(index)], **told)
+        metrics = {} if self._num_left or self._include_usage else {"metrics": self._about.metrics}
+        yield self._event([self._last(index)], **metrics)
         if self._num_left == 0 and self._include_usage:
             yield event(self._body(self.chunk_kind, [], usage=self._about.usage, metrics=self._about.metrics))
 
@@ -116,13 +117,13 @@ class OpenAIShape(ABC):
 
     def whole(self) -> dict[str, Any]:
         choices = []
-        for index, told in enumerate(self._about.texts):
-            choice = self._choice(index, told)
+        for index, records in enumerate(self._about.texts):
+            choice = self._choice(index, records)
             if self._about.token_ids:
-                choice["token_ids"] = [i for c in told.cycles for i in c.token_ids]
+                choice["token_ids"] = [i for c in records.cycles for i in c.token_ids]
             choices.append(choice)
-        figures = {"usage": self._about.usage, "metrics": self._about.metrics}
-        return self._body(self.whole_kind, choices, **figures, **self._prompt_ids())
+        statistics = {"usage": self._about.usage, "metrics": self._about.metrics}
+        return self._body(self.whole_kind, choices, **statistics, **self._prompt_ids())
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         if self._include_usage:
@@ -145,18 +146,18 @@ class OpenAIShape(ABC):
 
     @abstractmethod
     def _first(self, index: int) -> dict[str, Any] | None:
-        """What a choice begins with, if with anything."""
+        """The first chunk of a choice, if there is one."""
 
     @abstractmethod
     def _next(self, index: int, cycle: Cycle, *, has_ids: bool) -> dict[str, Any] | None:
-        """What a record adds to a choice; None where it adds nothing."""
+        """The chunk that a record adds to a choice; None if it adds nothing."""
 
     @abstractmethod
     def _last(self, index: int) -> dict[str, Any]:
         """The end of a choice."""
 
     @abstractmethod
-    def _choice(self, index: int, told: Told) -> dict[str, Any]:
+    def _choice(self, index: int, records: TextRecords) -> dict[str, Any]:
         """A choice in one piece."""
 
 
@@ -187,11 +188,11 @@ class ChatShape(OpenAIShape):
         delta = self._delta(index, piece) if piece else {}
         return self._chunk(index, delta, None, self._finish(index))
 
-    def _choice(self, index: int, told: Told) -> dict[str, Any]:
-        found = [c.logprobs for c in told.cycles if c.logprobs is not None]
-        message: dict[str, Any] = {"role": "assistant", "content": told.text, "refusal": None}
+    def _choice(self, index: int, records: TextRecords) -> dict[str, Any]:
+        found = [c.logprobs for c in records.cycles if c.logprobs is not None]
+        message: dict[str, Any] = {"role": "assistant", "content": records.text, "refusal": None}
         if self._readers:
-            content, calls = read_calls(self._readers[index], told.text)
+            content, calls = read_calls(self._readers[index], records.text)
             message["content"] = content or (None if calls else "")
             if calls:
                 message["tool_calls"] = [self._call(index, each) for each in calls]
@@ -239,7 +240,7 @@ class ChatShape(OpenAIShape):
 
 
 class TextShape(OpenAIShape):
-    """/v1/completions. echoes: by choice, what is shown before its text."""
+    """/v1/completions. echoes: for each choice, the prompt to repeat before its text, or an empty text."""
 
     whole_kind = chunk_kind = "text_completion"
 
@@ -260,10 +261,12 @@ class TextShape(OpenAIShape):
     def _last(self, index: int) -> dict[str, Any]:
         return self._part(index, "", None, finish_reason(self._about.texts[index].finish))
 
-    def _choice(self, index: int, told: Told) -> dict[str, Any]:
-        found = [c.logprobs for c in told.cycles if c.logprobs is not None]
+    def _choice(self, index: int, records: TextRecords) -> dict[str, Any]:
+        found = [c.logprobs for c in records.cycles if c.logprobs is not None]
         logprobs = self._lists(index, [lp for some in found for lp in some]) if found else None
-        choice = self._part(index, self._echoes[index] + told.text, logprobs, finish_reason(told.finish))
+        choice = self._part(
+            index, self._echoes[index] + records.text, logprobs, finish_reason(records.finish)
+        )
         if self._about.token_ids:
             choice["prompt_token_ids"] = self._about.prompts[index]
         return choice
@@ -281,7 +284,7 @@ class TextShape(OpenAIShape):
             self._offsets[index] += len(token)
         tops: list[dict[str, float]] = []
         for lp in logprobs:
-            # Tokens of half a character look alike: the most probable one stands for them.
+            # Several tokens of half a character have the same text. The most probable one is kept.
             top: dict[str, float] = {}
             for token_id, value in (*lp.top, (lp.token_id, lp.logprob)):
                 top.setdefault(token_bytes.text(token_id), value)
@@ -295,12 +298,12 @@ class TextShape(OpenAIShape):
 
 
 def call_id(about: About, index: int, piece: CallPiece) -> str:
-    """A name for a call, for its result to refer to."""
+    """The id of a call, to which its result refers."""
     return f"call_{about.key}_{index}_{piece.index}"
 
 
 def read_calls(reader: CallReader, text: str) -> tuple[str, list[CallPiece]]:
-    """What of a whole text is outside of calls, and the calls."""
+    """The part of a whole text that is outside of calls, and the calls."""
     first, rest = reader.feed(text), reader.flush()
     for piece in rest.calls:
         first.calls[-1].arguments += piece.arguments

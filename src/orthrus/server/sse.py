@@ -28,7 +28,7 @@ def event(body: dict[str, Any], name: str | None = None) -> bytes:
 class EventStream(Response):
     """Sends what `events` yields, and a comment after each `keepalive` seconds of silence.
 
-    on_end: called once, however it ends: sent, failed, or the client gone.
+    on_end: called once when the stream ends: complete, failed, or with the client gone.
     """
 
     media_type = "text/event-stream"
@@ -77,12 +77,12 @@ async def gone(receive: Receive) -> None:
 
 
 async def whole(request: Request, work: Awaitable[T]) -> T | None:
-    """What `work` gives, or None as soon as the client has gone, with the work cancelled."""
+    """The result of `work`. If the client disconnects first, `work` is cancelled and the result is None."""
     return await first_of(work, gone(request.receive))
 
 
 async def first_of(work: Awaitable[T], end: Awaitable[None]) -> T | None:
-    """What `work` gives, unless `end` comes first; the other one is cancelled, and has ended on return."""
+    """The result of `work`, or None if `end` comes first. The other one is cancelled, and has ended on return."""
     tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(work), asyncio.ensure_future(end)]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

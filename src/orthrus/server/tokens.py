@@ -1,4 +1,4 @@
-"""The bytes of a token, which log probabilities report, because a part of a character has no text."""
+"""The bytes of tokens. Log probabilities report them, because a part of a character has no text."""
 
 import json
 from functools import lru_cache
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class TokenBytes:
-    """Bytes of single tokens. tokenizer: of transformers, or whatever decodes lists of ids."""
+    """The bytes of single tokens. tokenizer: a transformers tokenizer, or an object that decodes lists of ids."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -20,7 +20,7 @@ class TokenBytes:
             return self._special[token_id].encode()
         if self._is_byte_level or self._has_fallback:
             piece = self._tokenizer.convert_ids_to_tokens(token_id)
-            # Logits may have more places than the tokenizer has ids.
+            # The logits may have more entries than the tokenizer has ids.
             if piece is None:
                 return b""
             if self._is_byte_level and all(char in _letters() for char in piece):
@@ -32,11 +32,11 @@ class TokenBytes:
         return str(self._tokenizer.decode([token_id])).encode("utf-8", "replace")
 
     def is_special(self, token_id: int) -> bool:
-        """Whether the tokenizer adds the token to its model's own, such as an end of text."""
+        """Whether the token is one of the added tokens, such as the end of a text."""
         return token_id in self._special
 
     def text(self, token_id: int) -> str:
-        """As text, with U+FFFD for bytes that are none."""
+        """The token as text, with U+FFFD for invalid bytes."""
         return self(token_id).decode("utf-8", "replace")
 
 
@@ -51,7 +51,7 @@ def _decoder_types(tokenizer: Any) -> set[str]:
 
 @lru_cache(maxsize=1)
 def _letters() -> dict[str, int]:
-    """The letters that byte-level tokenizers write bytes with: printable ones stand for themselves."""
+    """The letters with which byte-level tokenizers write bytes. Printable bytes stand for themselves."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}

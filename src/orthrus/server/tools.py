@@ -12,14 +12,14 @@ from typing import Any
 from orthrus.base.json_text import parse_json
 from orthrus.base.prompt import content_text
 from orthrus.config import Grammar
-from orthrus.decoding.grammar import blanks
+from orthrus.decoding.grammar import whitespace_setting
 from orthrus.errors import UserInputError
 from orthrus.server.errors import bad_request
 from orthrus.server.schemas import ChatRequest, NamedTool, ResponseFormat, Tool
 
 TAG, END_TAG = "<tool_call>", "</tool_call>"
 BEFORE_NAME, BEFORE_ARGUMENTS, AFTER_ARGUMENTS = '\n{"name": ', ', "arguments": ', f"}}\n{END_TAG}"
-"""Around a call's name and arguments. A line break cannot stand inside a JSON string, so the end is unambiguous."""
+"""The text around a call's name and arguments. A JSON string cannot hold a line break, so the end is unambiguous."""
 
 _INTRODUCTION = (
     "You can call functions. Each line between the tags describes one of them.\n<tools>\n{tools}\n</tools>\n"
@@ -30,7 +30,10 @@ _INTRODUCTION = (
 
 @dataclass(frozen=True, slots=True)
 class Calling:
-    """What a request allows: these tools; `required`: an answer is calls and nothing else."""
+    """The calls that a request allows.
+
+    tools: the functions. required: the answer consists of calls only. parallel: it may hold several calls.
+    """
 
     tools: tuple[Tool, ...]
     required: bool
@@ -38,7 +41,7 @@ class Calling:
 
 
 def calling(body: ChatRequest) -> Calling | None:
-    """The calls that a request allows; None where it allows none. Raises ApiError for fields that disagree."""
+    """The calls that a request allows; None if it allows none. Raises ApiError for fields that disagree."""
     choice = body.tool_choice
     if body.tools is None:
         if choice not in (None, "none"):
@@ -60,10 +63,10 @@ def calling(body: ChatRequest) -> Calling | None:
 
 
 def call_grammar(allowed: Calling, otherwise: ResponseFormat | None, *, compact: bool = False) -> Grammar:
-    """The grammar of an answer: calls, or a text, or JSON of the response format, or a text before calls.
+    """The grammar of an answer: calls, a text, JSON of the response format, or a text before calls.
 
-    compact: arguments and JSON have no whitespace between their parts.
-    Raises ApiError for what no grammar can hold.
+    compact: arguments and JSON have no whitespace between their parts. Raises ApiError for a schema that no grammar
+    can express.
     """
     rules = []
     for number, tool in enumerate(allowed.tools):
@@ -99,7 +102,7 @@ def _wanted(form: ResponseFormat) -> dict[str, Any]:
 
 def _schema(schema: dict[str, Any], compact: bool) -> str:
     try:
-        return json.dumps(schema | {"x-guidance": blanks(compact=compact)})
+        return json.dumps(schema | {"x-guidance": whitespace_setting(compact=compact)})
     except (ValueError, RecursionError) as error:
         raise bad_request(f"tools: a schema cannot be used ({error}).", param="tools") from error
 
@@ -120,29 +123,29 @@ def with_tools(
     described = [tool.model_dump(exclude_none=True) for tool in tools or ()]
     if TAG in template and "tools" in template:
         return turns, described or None
-    told: list[dict[str, Any]] = []
+    as_text: list[dict[str, Any]] = []
     for index, turn in enumerate(turns):
         said = _said(turn, index)
         if turn["role"] == "tool":
             result = f"<tool_response>\n{said}\n</tool_response>"
             if index and turns[index - 1]["role"] == "tool":
-                told[-1]["content"] += f"\n{result}"
+                as_text[-1]["content"] += f"\n{result}"
             else:
-                told.append({"role": "user", "content": result})
+                as_text.append({"role": "user", "content": result})
         elif turn.get("tool_calls"):
             calls = "\n".join(_written(call) for call in turn["tool_calls"])
-            told.append(turn | {"content": f"{said}\n{calls}" if said else calls})
+            as_text.append(turn | {"content": f"{said}\n{calls}" if said else calls})
         else:
-            told.append(turn)
+            as_text.append(turn)
     if described:
         lines = "\n".join(json.dumps(each, ensure_ascii=False) for each in described)
         introduction = _INTRODUCTION.format(tools=lines)
-        if told[0]["role"] == "system":
-            said = _said(told[0], 0)
-            told[0] = told[0] | {"content": f"{said}\n\n{introduction}" if said else introduction}
+        if as_text[0]["role"] == "system":
+            said = _said(as_text[0], 0)
+            as_text[0] = as_text[0] | {"content": f"{said}\n\n{introduction}" if said else introduction}
         else:
-            told.insert(0, {"role": "system", "content": introduction})
-    return told, None
+            as_text.insert(0, {"role": "system", "content": introduction})
+    return as_text, None
 
 
 def call_arguments(arguments: object) -> dict[str, Any] | None:
@@ -156,7 +159,7 @@ def call_arguments(arguments: object) -> dict[str, Any] | None:
 
 
 def _with_parsed_calls(turn: dict[str, Any], index: int) -> dict[str, Any]:
-    """Arguments are text in a request, and an object in templates."""
+    """The turn with parsed arguments: a request holds them as text, a template needs an object."""
     calls = turn.get("tool_calls")
     if calls is None:
         return turn

@@ -1,4 +1,4 @@
-"""The log of traffic: chats and their answers, one JSON line each, in the format that `synth` and `adapt` read."""
+"""The traffic log: chats with their answers, one JSON line each, in the format that `synth` and `adapt` read."""
 
 import json
 import logging
@@ -18,15 +18,15 @@ from orthrus.decoding.stats import summarise
 from orthrus.engine.request import Request
 from orthrus.errors import StorageError, UserInputError
 from orthrus.server.calls import Call
-from orthrus.server.figures import Told
+from orthrus.server.figures import TextRecords
 from orthrus.server.prompts import chat_turns
 from orthrus.server.schemas import Message
 
 log = logging.getLogger("orthrus.server")
 MOST_WAITING = 256
-"""Lines that wait to be written; further ones are dropped."""
+"""Limit on the lines that wait to be written. Further ones are dropped."""
 LAST_WORDS = 5.0
-"""Seconds that the lines which wait get at the end."""
+"""Time limit, in seconds, for writing the waiting lines on shutdown."""
 _MODE = 0o600
 
 
@@ -35,14 +35,14 @@ class _Line:
     orthrus: Orthrus
     request_id: str
     messages: Sequence[Message]
-    told: Told
+    records: TextRecords
 
 
 class TrafficLog:
     """Appends chats to a file from a separate thread; callers never wait.
 
-    Raises UserInputError for what is no file, StorageError for one that cannot be written. What goes wrong later
-    costs lines, and is told once in the log until it goes well again.
+    Raises UserInputError if the path is no file, and StorageError if the file cannot be written. A later error drops
+    lines. The log reports it once, and again only after a line has been written.
     """
 
     def __init__(self, file: Path) -> None:
@@ -60,20 +60,20 @@ class TrafficLog:
         self._thread.start()
 
     def offer(self, orthrus: Orthrus, call: Call, request: Request) -> None:
-        """An answer has ended; in the event loop."""
+        """Log an answer that has ended. Called in the event loop."""
         origin = call.origin
         if origin is None or origin.messages is None or not request.is_answer:
             return
         num_prompt_tokens, strategy = len(request.prompt_ids), request.config.strategy
-        told = Told(num_prompt_tokens, strategy, list(request.cycles), request.num_cached)
-        line = _Line(orthrus, origin.request_id, origin.messages, told)
+        records = TextRecords(num_prompt_tokens, strategy, list(request.cycles), request.num_cached)
+        line = _Line(orthrus, origin.request_id, origin.messages, records)
         try:
             self._lines.put_nowait(line)
         except queue.Full:
             self._failed("too many lines wait")
 
     def close(self) -> None:
-        """Write what waits, for some seconds at most."""
+        """Write the waiting lines, for `LAST_WORDS` seconds at most."""
         try:
             self._lines.put(None, timeout=LAST_WORDS)
         except queue.Full:
@@ -98,7 +98,7 @@ class TrafficLog:
             log.warning("traffic is not logged", extra={"data": {"file": str(self.file), "reason": reason}})
 
     def _append(self, line: bytes) -> None:
-        """The whole line or nothing of it. Opened each time: a file that was moved away or removed begins anew."""
+        """Write the whole line or nothing. Opening the file each time creates a new one if it was moved away."""
         handle = self._opened()
         try:
             size = os.fstat(handle).st_size
@@ -113,7 +113,7 @@ class TrafficLog:
             os.close(handle)
 
     def _opened(self) -> int:
-        # Without O_NONBLOCK a pipe that nobody reads would be waited for.
+        # Without O_NONBLOCK, opening a pipe that nobody reads would block.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
         handle = os.open(self.file, flags, _MODE)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -127,29 +127,29 @@ def _reason(error: OSError) -> str:
 
 
 def _content(line: _Line) -> dict[str, Any] | None:
-    """A line's JSON; None for dialogues that hold more than text, which could not be made again from it.
+    """The JSON of a line; None for a dialogue with tool calls, which a line of text cannot reproduce.
 
-    An answer that a limit or a stop string cut is left out, so that `adapt` has the model write a whole one.
+    An answer that a limit or a stop string cut short is left out, so that `adapt` lets the model write a whole one.
     """
     if any(message.tool_calls or message.role == "tool" for message in line.messages):
         return None
     turns = checked_messages(chat_turns(line.orthrus, line.messages))
     messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-    told = line.told
-    stats = summarise(told.num_prompt_tokens, told.cycles, told.num_cached)
-    ids = [token_id for cycle in told.cycles for token_id in cycle.token_ids]
-    if told.text.strip() and ids[-1] in line.orthrus.base.eos_token_ids:
-        # A last message of the assistant was continued.
+    records = line.records
+    stats = summarise(records.num_prompt_tokens, records.cycles, records.num_cached)
+    ids = [token_id for cycle in records.cycles for token_id in cycle.token_ids]
+    if records.text.strip() and ids[-1] in line.orthrus.base.eos_token_ids:
+        # The request continued a last message of the assistant.
         begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
-        messages.append({"role": "assistant", "content": begun + told.text})
+        messages.append({"role": "assistant", "content": begun + records.text})
     elif messages[-1]["role"] == "assistant":
         messages.pop()
     return {
         "messages": messages,
         "request_id": line.request_id,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "finish_reason": told.finish,
-        "strategy": told.strategy,
+        "finish_reason": records.finish,
+        "strategy": records.strategy,
         "num_tokens": stats.num_tokens,
         "num_cycles": stats.num_cycles,
         "num_drafted": stats.num_drafted,

@@ -1,1 +1,1 @@
-"""Making a view: a corpus of the base's own answers, blocks drawn from it, the losses and the loop."""
+"""Trains views: corpora of the base's own answers, blocks drawn from them, losses, and the training loop."""

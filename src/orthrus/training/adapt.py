@@ -1,4 +1,4 @@
-"""Re-tuning a view on logged requests: what is learnt from, what it is judged by, and where views are kept."""
+"""Re-tunes a view on logged requests: the data it learns from, the test of the new view, and the place of views."""
 
 import hashlib
 import json
@@ -29,12 +29,12 @@ from orthrus.training.self_prompts import is_repetitive
 
 LEAST_REQUESTS = 20
 LEAST_GAIN = 0.01
-"""On the held-back requests; besides, chance must not explain it."""
+"""The least gain on the held-back requests. It must also be statistically clear."""
 MOST_LOSS = 0.02
-"""On the general set: so many of the built-in prompts."""
+"""The largest loss on the general set, which consists of `GENERAL_PROMPTS` built-in prompts."""
 GENERAL_PROMPTS = 25
 SHARES = (1.0, 0.75, 0.5, 0.3)
-"""Of what was learnt that are tried, the largest first: less of it forgets less."""
+"""The shares of the change of weights that are tried, the largest first. A smaller share forgets less."""
 _DOMAIN = "log"
 _SHARD = 32
 _RESAMPLES = 2000
@@ -42,7 +42,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Logged:
-    """A request of a log: what was asked, through the chat template, and the answer where the log has one."""
+    """A request of a log: the prompt through the chat template, and the answer if the log has one."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...] | None
@@ -50,7 +50,7 @@ class Logged:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Real decodes of some prompts: tokens after the first and cycles of each."""
+    """Counts of decoding some prompts: for each, its tokens after the first, and its cycles."""
 
     tokens: tuple[int, ...]
     cycles: tuple[int, ...]
@@ -62,8 +62,11 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """kept: whether the new view drafts better. Shares: gain and general are new / old - 1 in tokens per cycle,
-    gain_low the lower end of 95 % of resamplings of the held-back requests."""
+    """The result of a comparison of two views.
+
+    kept: whether the new view drafts better. gain, general: new / old - 1 in tokens per cycle, on the held-back
+    requests and on the general set. gain_low: the gain that 95 % of resamplings of the held-back requests exceed.
+    """
 
     kept: bool
     reason: str
@@ -75,9 +78,8 @@ class Verdict:
 def read_log(file: Path, base: Base, *, most_tokens: int) -> list[Logged]:
     """The requests of a JSONL file with `messages`, `prompt` or `turns` on each line, each once.
 
-    Messages that end with the assistant's bring their answer along. Longer requests than `most_tokens` are
-    left out. Raises UserInputError for a file that cannot be read, a bad line, and for fewer than
-    `LEAST_REQUESTS` requests.
+    If the last message is the assistant's, it is the answer. Requests longer than `most_tokens` are left out. Raises
+    UserInputError for a file that cannot be read, for a wrong line, and for fewer than `LEAST_REQUESTS` requests.
     """
     seen: set[str] = set()
     found: list[Logged] = []
@@ -107,14 +109,14 @@ def read_log(file: Path, base: Base, *, most_tokens: int) -> list[Logged]:
 
 
 def _answer_ids(text: str, base: Base) -> tuple[int, ...]:
-    """A logged answer as the base would have written it, its end included."""
+    """The token ids of a logged answer, with the end-of-text token."""
     ids = list(base.tokenizer(text, add_special_tokens=False)["input_ids"])
     end = base.tokenizer.eos_token_id
     return (*ids, end) if end in base.eos_token_ids else tuple(ids)
 
 
 def split(requests: Sequence[Logged], share: float, seed: int) -> tuple[list[Logged], list[Logged]]:
-    """(to train on, held back): at least one of either."""
+    """(requests to train on, held-back requests), at least one of each."""
     shuffled = list(requests)
     Random(seed).shuffle(shuffled)
     number = min(max(1, round(share * len(shuffled))), len(shuffled) - 1)
@@ -131,9 +133,9 @@ def write_corpus(
     source: str,
     on_answer: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
-    """Make or go on with the corpus of these requests: answers of the log, and the base's own where it has none.
+    """Make or continue the corpus of these requests. The base answers those for which the log has no answer.
 
-    on_answer: (requests done, of how many). The caller holds the folder.
+    on_answer: called with (requests done, all requests). The caller holds the folder.
     """
     made = provenance(device=str(base.model.device), dtype=str(base.model.dtype), seed=0)
     settings = {
@@ -175,10 +177,10 @@ def _answers(
 
 
 def judge(old: Counts, new: Counts, old_general: Counts, new_general: Counts, *, seed: int = 0) -> Verdict:
-    """Whether the new view is to be kept: `old` and `new` are of the same held-back requests, in order.
+    """Whether to keep the new view. `old` and `new` are of the same held-back requests, in order.
 
-    Its gain must be `LEAST_GAIN` and lie above 0 in 95 % of resamplings of the requests, and the general set
-    must not fall by more than `MOST_LOSS`.
+    Its gain must be at least `LEAST_GAIN`, and above 0 in 95 % of resamplings of the requests. The general set must not
+    fall by more than `MOST_LOSS`.
     """
     gain, general = _gain(old, new), _gain(old_general, new_general)
     low = _resampled_low(old, new, seed)
@@ -195,7 +197,7 @@ def judge(old: Counts, new: Counts, old_general: Counts, new_general: Counts, *,
 
 
 def forgets(old_general: Counts, new_general: Counts) -> bool:
-    """Whether the general set falls by more than a new view may cost."""
+    """Whether the general set falls by more than `MOST_LOSS`."""
     return _gain(old_general, new_general) < -MOST_LOSS
 
 
@@ -203,16 +205,16 @@ def forgets(old_general: Counts, new_general: Counts) -> bool:
 def go_part_of_the_way(
     dual: DualView, start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float
 ) -> None:
-    """Set the view to `start` + share x (`end` - `start`): between what it knew and what it learnt.
+    """Set the view's weights to `start` + share x (`end` - `start`).
 
-    Such a mean keeps most of what was won and forgets less (arXiv 2109.01903).
+    Such an interpolation keeps most of the gain and forgets less (arXiv 2109.01903).
     """
     for name, parameter in dual.view_parameters().items():
         parameter.copy_(torch.lerp(start[name], end[name], share))
 
 
 def _gain(old: Counts, new: Counts) -> float:
-    """new / old - 1; nothing where there was nothing to decode."""
+    """new / old - 1; 0 if nothing was decoded."""
     return new.tokens_per_cycle / old.tokens_per_cycle - 1 if old.tokens_per_cycle else 0.0
 
 
@@ -230,7 +232,7 @@ def _resampled_low(old: Counts, new: Counts, seed: int) -> float:
 
 
 def put_in_place(candidate: Path, view: Path) -> Path | None:
-    """Let `candidate` take the place of `view`, which stays beside it; returns where, None where there was none."""
+    """Move `candidate` to `view`. An old view there is kept beside it; returns its path, or None if there was none."""
     old = None
     if os.path.lexists(view):
         old = _numbered(view, "before")
@@ -245,10 +247,10 @@ def put_in_place(candidate: Path, view: Path) -> Path | None:
 
 
 def roll_back(view: Path) -> tuple[Path, Path | None]:
-    """Put the view back that the last `put_in_place` set aside.
+    """Restore the view that the last `put_in_place` set aside.
 
-    Returns (where it lay, where the present one went; None where there was none). Raises UserInputError when
-    none was set aside.
+    Returns (the path at which it was kept, the new path of the present view or None if there was none). Raises
+    UserInputError if no view was set aside.
     """
     kept = set_aside(view)
     if not kept:
@@ -265,12 +267,12 @@ def roll_back(view: Path) -> tuple[Path, Path | None]:
 
 
 def set_aside(view: Path) -> list[Path]:
-    """Views that `put_in_place` set aside beside this one, the oldest first."""
+    """The views that `put_in_place` kept beside this one, the oldest first."""
     return _kept(view, "before")
 
 
 def _kept(view: Path, word: str) -> list[Path]:
-    """Views beside this one that were set aside under that word, the oldest first."""
+    """The views that were kept beside this one with that word in their name, the oldest first."""
     pattern = re.compile(rf"{re.escape(view.name)}\.{word}-(\d+)")
     if not view.parent.is_dir():
         return []
@@ -285,7 +287,7 @@ def _numbered(view: Path, word: str) -> Path:
 
 
 def work_key(log: Path, view_digest: str, settings: dict[str, Any]) -> str:
-    """A short name for this log, view and settings: what is begun for them goes on, anything else begins anew."""
+    """A short name for this log, view and settings. Work with the same name continues, other work begins anew."""
     digest = hashlib.blake2b(log.read_bytes(), digest_size=16)
     digest.update(json.dumps([view_digest, settings], sort_keys=True).encode())
     return digest.hexdigest()[:10]

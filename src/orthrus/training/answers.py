@@ -1,4 +1,4 @@
-"""Answers of the frozen base to many prompts, from the engine here or from elsewhere: for corpora."""
+"""Answers of the frozen base to many prompts, for corpora: by an engine in this process, or by servers."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from orthrus.engine.request import Request
 
 
 class Question(NamedTuple):
-    """A prompt and how to answer it; `key` comes back with the answer. A sampled one needs a seed of its own.
+    """A prompt and how to answer it. The answer has the same `key`. Sampling needs a seed of its own.
 
-    texts: the turns that `prompt_ids` hold in the chat template, the user's and the assistant's by turns, for
-    servers that take only texts; None where the ids are something else.
+    texts: the turns in `prompt_ids`, alternately of the user and the assistant, for servers that take only texts. None
+    if the ids hold something else.
     """
 
     key: int
@@ -23,9 +23,9 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """New tokens, the end-of-text token included; `finished` is False when the limit cut it off.
+    """New tokens, the end-of-text token included. `finished` is False if the limit cut the answer off.
 
-    left_out: why there is no answer that a corpus could hold, and then no tokens either.
+    left_out: the reason why a corpus cannot hold the answer, which then has no tokens.
     """
 
     key: int
@@ -35,26 +35,26 @@ class Answer(NamedTuple):
 
 
 class Answerer(Protocol):
-    """Where the answers of a corpus come from. Used by one thread at a time."""
+    """A source of answers for a corpus. For use by one thread at a time."""
 
     @property
     def origin(self) -> str | None:
-        """What a corpus's settings call it; None is the base in this process."""
+        """Its name in a corpus's settings; None for the base in this process."""
 
     def check(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[dict[str, Any]]:
-        """Make sure, before the first answer that counts, that it is the base that answers.
+        """Check, before the first answer that is kept, that the base answers.
 
-        questions: greedy ones, the same ones in every run of a corpus. Returns facts for the manifest. Raises
-        UserInputError when another model answers.
+        questions: greedy ones, the same in every run of a corpus. Returns facts for the manifest. Raises
+        UserInputError if another model answers.
         """
 
     def __call__(self, questions: Iterable[Question], *, max_new_tokens: int) -> Iterator[Answer]:
-        """Answer all questions; answers come in any order."""
+        """Answer all questions, in any order."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineAnswerer:
-    """The base in this process answers, `batch_size` questions at a time."""
+    """Lets the base in this process answer, `batch_size` questions at a time."""
 
     engine: Engine
     batch_size: int
@@ -85,10 +85,10 @@ def answer_all(
     max_new_tokens: int,
     eos_token_ids: frozenset[int],
 ) -> Iterator[Answer]:
-    """Answer all questions with the AR view, `batch_size` at a time; answers come in the order they end.
+    """Answer all questions with the AR view, `batch_size` at a time. Answers come in the order in which they end.
 
-    An answer is a function of its question, whatever else is answered beside it; on a CPU with compiled passes
-    to the last bit.
+    An answer depends only on its question, not on other questions. On a CPU with compiled passes this holds to the last
+    bit.
     """
     waiting = iter(questions)
     running: list[tuple[int, Request]] = []

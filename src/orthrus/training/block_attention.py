@@ -1,12 +1,11 @@
 """Attention of isolated blocks over a frozen context, for the training pass of the diffusion view.
 
-Each query reads the AR rows that its block may see and its own block, both in one softmax. The AR keys
-take part as constants: no gradients are computed for them, which is most of what a dense mask over all
-keys would spend. Registered with transformers under `NAME`, so the stock attention modules call it. This is
-the dense code, for any device; `flex_blocks` has the sparse one for GPUs.
+Each query reads the AR rows that its block may see, and its own block, both in one softmax. The AR keys are constants:
+computing their gradients would be most of the work. The function is registered with transformers under `NAME`, so that
+stock attention modules call it. This is the dense code, for any device. `flex_blocks` has the sparse one for GPUs.
 
-On a CPU the blocks are taken a few at a time, each group over no more AR rows than it may read, so that the
-scores of a group stay in the cache from the product to the softmax and back.
+On a CPU the blocks are processed a few at a time, each group over only the AR rows that it may read. So the scores of
+a group stay in the cache from the product to the softmax and back.
 """
 
 from dataclasses import dataclass
@@ -23,11 +22,11 @@ if TYPE_CHECKING:
 
 NAME = "orthrus_blocks"
 _CPU_BLOCKS = 8
-"""Blocks taken together on a CPU: their scores over a few hundred keys fill a second-level cache."""
+"""Blocks of a group on a CPU. Their scores over a few hundred keys fill a second-level cache."""
 
 
 class BlockGroup(NamedTuple):
-    """Blocks `first` to `end` of one sequence of a batch; AR rows `low` to `high` hold all that they read."""
+    """Blocks `first` to `end` of one sequence of a batch. They read only AR rows `low` to `high`."""
 
     sequence: int
     first: int
@@ -38,11 +37,11 @@ class BlockGroup(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockContext:
-    """What the blocks of a batch read: per layer the AR rows' keys and values (B, H_kv, T, D), frozen.
+    """The frozen keys and values of the AR rows that the blocks of a batch read, for each layer (B, H_kv, T, D).
 
-    full, windowed: what the N * K = Q query rows may read, in layers that see everything and in those with a
-    sliding window. Additive masks (B, Q, T) over the AR rows for the dense code, a BlockMask over AR rows and
-    block rows for the sparse one. groups: how the dense code takes the blocks.
+    full, windowed: masks of the N * K = Q query rows, for layers without and with a sliding window. The dense code
+    takes additive masks (B, Q, T) over the AR rows, the sparse code a BlockMask over AR rows and block rows. groups:
+    the groups in which the dense code processes the blocks.
     """
 
     keys: list[Tensor]
@@ -58,7 +57,7 @@ class BlockContext:
 
 
 def block_groups(batch: BlockBatch) -> tuple[BlockGroup, ...]:
-    """All blocks of a batch: on a CPU a few at a time, elsewhere those of a sequence at once, over all AR rows."""
+    """The blocks of a batch in groups: a few blocks on a CPU, elsewhere all blocks of a sequence over all AR rows."""
     num_sequences, num_blocks = batch.anchor_BN.shape
     num_rows = batch.token_ids_BT.shape[1]
     if batch.anchor_BN.device.type != "cpu":
@@ -89,13 +88,13 @@ def block_attention(
     block_context: BlockContext | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers attention interface; returns (B, Q, H, D). `block_context` arrives through the forward."""
+    """Attention behind transformers' interface. Returns (B, Q, H, D). `block_context` comes through the forward."""
     assert block_context is not None, "block attention runs only inside a training pass"
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     bias_BQT = block_context.mask(layer)
     assert isinstance(bias_BQT, Tensor), "the dense code takes additive masks"
     context_v = block_context.values[layer]
-    # Under autocast, norms give float32 and projections bfloat16; products want one precision.
+    # Under autocast, norms give float32 and projections bfloat16. Products need one precision.
     dtype, device = context_v.dtype, query_BHQD.device
     scaling = query_BHQD.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(device.type, enabled=False):
@@ -113,11 +112,11 @@ def block_attention(
 
 
 class _Attend(torch.autograd.Function):
-    """Softmax over a block's AR rows ("far") and its own rows ("near"), with gradients for the queries and
-    for the block's own keys and values. Queries arrive scaled.
+    """Softmax over a block's AR rows ("far") and its own rows ("near"), of scaled queries.
 
-    Shape suffixes: H_kv key heads M, the query heads of each G, n blocks of a group N, K rows of a block, and
-    R = N * G * K: the rows that share a key head are rows of one product.
+    It has gradients for the queries, and for the block's own keys and values. Letters: M key heads, G query heads of
+    each key head, N blocks of a group, K rows of a block, and R = N * G * K, because the rows that share a key head are
+    rows of one product.
     """
 
     @staticmethod
@@ -174,7 +173,7 @@ class _Attend(torch.autograd.Function):
         grad_query, grad_key, grad_value = (
             torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query_BHQD, key_BMQD, value_BMQD)
         )
-        # What the softmax takes off the gradients of a row's scores.
+        # The term that the softmax subtracts from the gradients of a row's scores.
         shift_BQH1 = (grad_BQHD.float() * out_BQHD.float()).sum(-1, keepdim=True)
         for index, group in enumerate(context.groups):
             far_MRT, near_MRK, *slopes = saved[index * ctx.num_saved : (index + 1) * ctx.num_saved]
@@ -215,7 +214,7 @@ def _places(whole_HQD: Tensor, group: BlockGroup, num_kv: int, size: int) -> Ten
 
 
 def _folded(whole_HQD: Tensor, group: BlockGroup, num_kv: int, size: int) -> Tensor:
-    """A group's rows (M, N, G, K, D) in a piece of their own."""
+    """A contiguous copy (M, N, G, K, D) of a group's rows."""
     return _places(whole_HQD, group, num_kv, size).contiguous()
 
 
@@ -235,7 +234,7 @@ def _put_blocks(whole_MQD: Tensor, group: BlockGroup, part_MNKD: Tensor) -> None
 
 
 def _softmax_(far_MRT: Tensor, near_MRK: Tensor) -> None:
-    """One softmax over both, in place. A block at the head of its document has nothing far."""
+    """One softmax over both, in place. A block at the beginning of its document has no far rows."""
     top_MR1 = near_MRK.amax(-1, keepdim=True)
     if far_MRT.shape[-1]:
         top_MR1 = torch.maximum(top_MR1, far_MRT.amax(-1, keepdim=True))

@@ -1,4 +1,4 @@
-"""Which diffusion blocks a packed sequence trains, and what each of their rows reads and predicts."""
+"""Chooses the diffusion blocks that a packed sequence trains, and what each of their rows reads and predicts."""
 
 import math
 from collections.abc import Sequence
@@ -15,12 +15,11 @@ from orthrus.training.packing import PackedSequence
 class BlockLayout:
     """A block of `block_size` rows: `num_clean` known tokens (the anchor first), then masks.
 
-    Row j predicts position anchor + j + 1; the last row is context only. Targets of rows below
-    `first_target` carry no weight: rows whose target is a known token anyway. A share `clean_share` of the
-    blocks is of this kind, the others know their anchor alone and weigh every target. Each mask row shows
-    its true token instead with probability `reveal`, as a second denoising step would see it; targets count
-    as before. A share `rejected_share` of the blocks moves to where the view's own drafts are rejected: see
-    `rejected_anchors`.
+    Row j predicts position anchor + j + 1. The last row has no target. Targets of rows below `first_target` have no
+    weight, because they may be known tokens. Only a share `clean_share` of the blocks is of this kind. In the others
+    only the anchor is known, and every target has weight. With probability `reveal` a mask row shows its true token
+    instead, as in a second denoising step; its target does not change. A share `rejected_share` of the blocks moves to
+    positions where the view's own drafts are rejected, see `rejected_anchors`.
     """
 
     block_size: int
@@ -37,13 +36,12 @@ class BlockLayout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockBatch:
-    """B packed sequences with N blocks each; J = K - 1 targets a block. Indices point into the sequence (0..T-1).
+    """B packed sequences with N blocks each, and J = K - 1 targets for each block. Indices are into the sequence.
 
-    token_ids_BT, position_ids_BT, document_BT, answer_BT: the AR rows, as in `PackedSequence`. anchor_BN: index of
-    each block's anchor. target_BNJ: index of the AR row whose prediction target row j imitates (anchor + j).
-    valid_BNJ: whether that target lies in the same answer and carries weight. known_BNK: which rows of a
-    block show their true token; the others are masks. draws: what was drawn for each block, wherever it
-    stands.
+    token_ids_BT, position_ids_BT, document_BT, answer_BT: the AR rows, as in `PackedSequence`. anchor_BN: index of each
+    block's anchor. target_BNJ: index of the AR row (anchor + j) whose prediction is the target of row j. valid_BNJ:
+    whether that target is in the same answer and has weight. known_BNK: whether a row shows its true token; the others
+    are masks. draws: the random draws of each block, which do not depend on its anchor.
     """
 
     token_ids_BT: Tensor
@@ -63,8 +61,11 @@ class BlockBatch:
 
 
 class BlockDraws(NamedTuple):
-    """used_BN: blocks that stand on an anchor of their own; clean_BN: those with `num_clean` known tokens;
-    shown_BNK: rows that show their token; moving_BN: those that move to where drafts are rejected."""
+    """The random draws of blocks.
+
+    used_BN: blocks with an anchor of their own. clean_BN: blocks with `num_clean` known tokens. shown_BNK: rows that
+    show their token. moving_BN: blocks that move to where drafts are rejected.
+    """
 
     used_BN: Tensor
     clean_BN: Tensor
@@ -72,7 +73,7 @@ class BlockDraws(NamedTuple):
     moving_BN: Tensor
 
     def of(self, index_BM: Tensor) -> "BlockDraws":
-        """Those of some blocks of each sequence, in the order of their indices."""
+        """The draws of some blocks of each sequence, in the order of their indices."""
         index_BMK = index_BM[..., None].expand(-1, -1, self.shown_BNK.shape[-1])
         return BlockDraws(
             self.used_BN.gather(1, index_BM),
@@ -97,10 +98,10 @@ _TENSORS = (
 def draw_blocks(
     sequences: Sequence[PackedSequence], seeds: Sequence[int], num_anchors: int, layout: BlockLayout
 ) -> BlockBatch:
-    """Draw anchors among the assistant's tokens, without replacement and sorted; one seed a sequence.
+    """Draw anchors among the tokens of answers, sorted and without replacement. seeds: one for each sequence.
 
-    A sequence with fewer candidates than `num_anchors` repeats its last one with weight zero. What the blocks
-    know is drawn after the anchors, so that the same seed gives the same anchors in every layout.
+    A sequence with fewer candidates than `num_anchors` repeats its last one with weight zero. Known tokens are drawn
+    after the anchors, so that one seed gives the same anchors in every layout.
     """
     anchors, draws = [], []
     for sequence, seed in zip(sequences, seeds, strict=True):
@@ -124,17 +125,17 @@ def draw_blocks(
 
 
 def moving_blocks(batch: BlockBatch) -> BlockBatch:
-    """Those blocks alone that move: the same number of each sequence, in the order of the batch."""
+    """Only the blocks that move: the same number of each sequence, in the order of the batch."""
     index_BM = batch.draws.moving_BN.nonzero()[:, 1].view(len(batch.anchor_BN), -1)
     return _moved(batch, batch.anchor_BN.gather(1, index_BM), batch.draws.of(index_BM))
 
 
 def rejected_anchors(batch: BlockBatch, hit_BMJ: Tensor) -> BlockBatch:
-    """The batch with its moving blocks where decoding would go on after their first rejected draft.
+    """The batch after its moving blocks went to where decoding would continue after their first rejected draft.
 
-    hit_BMJ: whether the view's guesses for the targets of `moving_blocks` were the text's own tokens. The
-    first one that was not becomes the block's anchor. A block without such a target stays, and so does one
-    whose answer would end there. Anchors come out sorted, as ever.
+    hit_BMJ: whether the view's guesses for the targets of `moving_blocks` equal the text's tokens. The first one that
+    does not becomes the block's anchor. A block without such a target stays, and so does one whose answer would end
+    there. The anchors are sorted again.
     """
     probed = moving_blocks(batch)
     missed_BMJ = probed.valid_BNJ & ~hit_BMJ
@@ -164,12 +165,12 @@ def _placed(
     draws: BlockDraws,
     layout: BlockLayout,
 ) -> BlockBatch:
-    """Blocks at these anchors: what they show and predict."""
+    """The batch with blocks at these anchors: their known tokens and targets."""
     clean_BN1 = draws.clean_BN[..., None]
     sequence_length = token_ids_BT.shape[1]
     offset_K = torch.arange(layout.block_size, device=anchor_BN.device)
     index_BNK = anchor_BN[..., None] + offset_K
-    # Tokens that are shown or predicted must exist in the anchor's own answer.
+    # Known tokens and targets must be in the anchor's own answer.
     answers_BNK = _at(answer_BT, index_BNK.clamp_max(sequence_length - 1))
     inside_BNK = (answers_BNK == answer_BT.gather(1, anchor_BN)[..., None]) & (index_BNK < sequence_length)
     known_BNK = (offset_K < torch.where(clean_BN1, layout.num_clean, 1)) | draws.shown_BNK
@@ -196,7 +197,7 @@ def _at(values_BT: Tensor, index_BNK: Tensor) -> Tensor:
 
 
 def _anchors(sequence: PackedSequence, generator: torch.Generator, num_anchors: int) -> tuple[Tensor, Tensor]:
-    """(anchor_N, used_N): candidates are tokens of answers that another token of their answer follows."""
+    """(anchor_N, used_N). Candidates are tokens of answers, except the last token of each answer."""
     follows_T = sequence.answer_T >= 0
     follows_T[:-1] &= sequence.answer_T[1:] == sequence.answer_T[:-1]
     follows_T[-1] = False
@@ -210,7 +211,7 @@ def _anchors(sequence: PackedSequence, generator: torch.Generator, num_anchors: 
 
 
 def context_mask(batch: BlockBatch) -> Tensor:
-    """visible_BNT bool: the AR rows that a block reads, those of its document strictly before its anchor."""
+    """visible_BNT bool: the AR rows that a block reads, which are those of its document before its anchor."""
     same_BNT = batch.document_BT[:, None] == batch.document_BT.gather(1, batch.anchor_BN)[..., None]
     before_BNT = (
         torch.arange(batch.token_ids_BT.shape[1], device=same_BNT.device) < batch.anchor_BN[..., None]
@@ -219,14 +220,14 @@ def context_mask(batch: BlockBatch) -> Tensor:
 
 
 def causal_mask(batch: BlockBatch) -> Tensor:
-    """visible_BTT bool of the AR rows: causal, and blind to other documents. Padding rows see themselves."""
+    """visible_BTT bool of the AR rows: causal, within a document. Padding rows see padding rows."""
     same_BTT = batch.document_BT[:, :, None] == batch.document_BT[:, None]
     num_rows = batch.token_ids_BT.shape[1]
     return same_BTT & torch.ones(num_rows, num_rows, dtype=torch.bool, device=same_BTT.device).tril()
 
 
 def block_inputs(batch: BlockBatch, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    """(token_ids, position_ids), each (B, N, K): known tokens and masks at their true positions."""
+    """(token_ids, position_ids), each (B, N, K): known tokens and masks, at their true positions."""
     offset_K = torch.arange(batch.layout.block_size, device=batch.anchor_BN.device)
     index_BNK = (batch.anchor_BN[..., None] + offset_K).clamp_max(batch.token_ids_BT.shape[1] - 1)
     token_ids_BNK = _at(batch.token_ids_BT, index_BNK).where(batch.known_BNK, mask_token_id)

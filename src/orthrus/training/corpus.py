@@ -1,10 +1,15 @@
-"""A corpus on disk: prompts, then shards of answers, each written whole, so that work can stop anywhere.
+"""A corpus on disk: prompts and shards of answers. Each file is written in one step, so that work can stop at any time.
 
-Layout of a corpus folder: `manifest.json` (provenance), `source-00.jsonl`, ... (one {"prompt", "domain"} a
-line, a file for each source of prompts), `prompts.jsonl` (one {"prompt_ids", "domain", "prompt"} a line: what
-is left of all sources, and the text that the ids hold), `answers-00000.jsonl`, ... (one {"prompt", "answer_ids",
-"finished"} a line; of dialogues of several turns with "spans" besides; without ids, and with "left_out", where a
-server's answer could not be kept). A prompt's "turns" are the user turns behind its first.
+A corpus folder has these files:
+
+* `manifest.json`: provenance.
+* `source-00.jsonl`, ...: the prompts of each source, one {"prompt", "domain"} a line.
+* `prompts.jsonl`: the prompts that are left of all sources, one {"prompt_ids", "domain", "prompt"} a line, where
+  "prompt" is the text of the ids.
+* `answers-00000.jsonl`, ...: one {"prompt", "answer_ids", "finished"} a line. Dialogues of several turns have "spans"
+  too. If a server's answer could not be kept, there are no ids, and "left_out" gives the reason.
+
+A prompt's "turns" are the user turns after its first one.
 """
 
 import json
@@ -22,7 +27,7 @@ from orthrus.base.prompt_files import is_domain
 from orthrus.errors import CorruptFileError, StorageError, UserInputError
 
 PROMPTS = "prompts.jsonl"
-# More than any vocabulary has; what a base knows is checked when it is loaded.
+# More than any vocabulary has. The ids are checked against a base when it is loaded.
 MOST_IDS = 2**28
 
 
@@ -30,8 +35,8 @@ MOST_IDS = 2**28
 class Sample:
     """One dialogue: the prompt's ids, through the chat template, and the base's own answer.
 
-    Of several turns, answer_ids holds all that comes after the first prompt, and spans which parts of it
-    (start, end) the base answered; the others are the user's. No spans: all of it is one answer.
+    With several turns, answer_ids holds everything after the first prompt. spans: the parts (start, end) of answer_ids
+    that the base wrote; all others are the user's. Without spans, answer_ids is one answer.
     """
 
     prompt_ids: tuple[int, ...]
@@ -50,12 +55,12 @@ class Sample:
 
 
 def normalised(text: str) -> str:
-    """Lower-case words and numbers only: what counts as the same text."""
+    """Only the lower-case words and numbers. Texts with equal results count as the same."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 class Unseen:
-    """Lets each text pass once, and none that repeats or contains a held-out one."""
+    """Accepts each text once, and no text that repeats or contains a held-out one."""
 
     def __init__(self, held_out: Iterable[str] = ()) -> None:
         self._held_out = {normalised(text) for text in held_out} - {""}
@@ -69,7 +74,7 @@ class Unseen:
         return True
 
     def holds_out(self, text: str) -> bool:
-        """Whether a later turn of a dialogue repeats a held-out text; short ones like "Why?" are everybody's."""
+        """Whether a later turn of a dialogue contains a held-out text. It may be a part of one, such as "Why?"."""
         key = normalised(text)
         return any(held in key for held in self._held_out)
 
@@ -82,7 +87,7 @@ def write_jsonl(file: Path, records: Iterable[dict[str, Any]]) -> None:
 def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
     """The records of a JSONL file, one at a time.
 
-    CorruptFileError names file and line, StorageError the file that cannot be read.
+    Raises CorruptFileError, with file and line, and StorageError for a file that cannot be read.
     """
     try:
         with file.open("rb") as lines:
@@ -106,7 +111,7 @@ def _record(line: bytes, file: Path, number: int) -> dict[str, Any]:
 
 
 def read_source(file: Path) -> list[dict[str, Any]]:
-    """The texts of one source, each {"prompt", "domain"} and perhaps "turns"; CorruptFileError names file and line."""
+    """The texts of one source, each {"prompt", "domain"} and perhaps "turns". CorruptFileError names file and line."""
     records = list(read_jsonl(file))
     for number, record in enumerate(records, 1):
         if not isinstance(record.get("prompt"), str) or not is_domain(record.get("domain")):
@@ -122,9 +127,9 @@ def _check_turns(record: dict[str, Any], file: Path, number: int) -> None:
 
 
 def read_prompts(folder: Path) -> Iterator[dict[str, Any]]:
-    """The prompts of a corpus, each {"prompt_ids", "domain"} and, of most, "prompt", their text, and "turns".
+    """The prompts of a corpus, each {"prompt_ids", "domain"} and usually "prompt" (their text) and "turns".
 
-    CorruptFileError names file and line.
+    Raises CorruptFileError, with file and line.
     """
     file = folder / PROMPTS
     for number, record in enumerate(read_jsonl(file), 1):
@@ -139,7 +144,7 @@ def read_prompts(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _are_ids(value: object) -> TypeGuard[list[int]]:
-    # A corpus may have a billion of them: no loop of Python's own.
+    # A corpus may have a billion ids, so there is no Python loop.
     if not isinstance(value, list) or not set(map(type, value)) <= {int}:
         return False
     return not value or (min(value) >= 0 and max(value) < MOST_IDS)
@@ -158,7 +163,7 @@ def source_path(folder: Path, index: int) -> Path:
 
 
 def corpus_files(folder: Path) -> list[Path]:
-    """The files of prompts and answers; UserInputError when there is no corpus."""
+    """The files of prompts and answers. Raises UserInputError if there is no corpus."""
     if not (folder / PROMPTS).is_file():
         raise UserInputError(
             f"{folder} holds no corpus ({PROMPTS} is missing); make one with `orthrus synth`."
@@ -169,8 +174,8 @@ def corpus_files(folder: Path) -> list[Path]:
 def read_corpus(folder: Path, on_file: Callable[[Path], None] = lambda _: None) -> Iterator[Sample]:
     """All answered prompts of a corpus folder, in the prompts' order, one at a time.
 
-    on_file is told of each file before it is read. Raises UserInputError when there is no corpus or, at its end,
-    when it is empty; CorruptFileError when a file is damaged.
+    on_file: called with each file before it is read. Raises UserInputError if there is no corpus, or at the end if it
+    is empty. Raises CorruptFileError for a damaged file.
     """
     first, *answers = corpus_files(folder)
     on_file(first)
@@ -190,7 +195,7 @@ def read_corpus(folder: Path, on_file: Callable[[Path], None] = lambda _: None) 
 
 
 class _Prompts:
-    """The ids and domain of each prompt, in four bytes a token."""
+    """The ids and domain of each prompt, with four bytes for each token."""
 
     def __init__(self, records: Iterable[dict[str, Any]]) -> None:
         self._ids, self._ends, self._domains = array("I"), array("q", [0]), array("l")
@@ -210,7 +215,7 @@ class _Prompts:
 
 
 def left_out(folder: Path) -> dict[str, int]:
-    """Why servers' answers were left out, and how many of them."""
+    """The number of servers' answers that were left out, by reason."""
     reasons = (r.get("left_out") for file in sorted(folder.glob("answers-*.jsonl")) for r in read_jsonl(file))
     return dict(Counter(str(reason) for reason in reasons if reason))
 
@@ -230,7 +235,7 @@ def _samples(file: Path, prompts: _Prompts) -> Iterator[Sample]:
 
 
 def _are_spans(value: object, length: int) -> bool:
-    """Whether these are pairs (start, end) of parts that are not empty and do not overlap, in order."""
+    """Whether these are sorted pairs (start, end) of parts that are not empty and do not overlap."""
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         return False
     edges = [edge for pair in value for edge in pair]

@@ -1,4 +1,4 @@
-"""Prompts from data sets of the Hugging Face hub, or of a local folder: the user turns of each row."""
+"""Reads prompts from data sets of the Hugging Face hub, or of a local folder: the user turns of each row."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 
 from orthrus.errors import MissingExtraError, OrthrusError, UserInputError
 
-# The first one that a data set has is read; `instruction` may come with an `input`.
+# The columns that may hold prompts. The first one that a data set has is read. `instruction` may have an `input` too.
 COLUMNS = (
     "prompt",
     "question",
@@ -22,13 +22,13 @@ COLUMNS = (
 )
 _INPUT = "input"
 _USERS = ("user", "human")
-# Rows that a streamed data set is shuffled over: it is never held as a whole.
+# Size of the shuffle buffer of a streamed data set, which is never in memory as a whole.
 _SHUFFLE_ROWS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetRows:
-    """A data set opened as a stream. revision: the hub's commit, or a hash of a local folder's files."""
+    """A data set that is open as a stream. revision: the hub's commit, or a hash of a local folder's files."""
 
     name: str
     revision: str
@@ -36,9 +36,9 @@ class DatasetRows:
     rows: Any
 
     def turns(self, count: int | None, seed: int) -> list[tuple[str, ...]]:
-        """The user turns of `count` rows drawn with `seed`, or of all in order; rows without a user turn do not count.
+        """The user turns of `count` rows drawn with `seed`, or of all rows in order. Rows without any are skipped.
 
-        Raises UserInputError when there is none, or the data set cannot be read to the end.
+        Raises UserInputError if there is none, or if the data set cannot be read to the end.
         """
         with _said_clearly(self.name):
             rows = self.rows
@@ -54,10 +54,10 @@ class DatasetRows:
 
 
 def open_dataset(name: str, config: str | None, split: str) -> DatasetRows:
-    """Find a data set and the column that holds its prompts; reads no more than its first rows.
+    """Find a data set and the column that holds its prompts. Reads at most its first rows.
 
-    Raises MissingExtraError without the `datasets` package, UserInputError for an unknown data set,
-    configuration or split, without a usable column, and when the hub cannot be reached.
+    Raises MissingExtraError without the `datasets` package. Raises UserInputError for an unknown data set,
+    configuration or split, without a usable column, and if the hub cannot be reached.
     """
     try:
         import datasets
@@ -76,7 +76,7 @@ def open_dataset(name: str, config: str | None, split: str) -> DatasetRows:
                 f"the data set {name} has no split '{split}'; add @SPLIT with one of its own: "
                 f"{there[1] if there else e}."
             ) from e
-        # JSON streams do not always know their columns before the first row.
+        # Some JSON streams do not know their columns before the first row.
         columns = rows.column_names or list(next(iter(rows), {}))
     column = next((c for c in COLUMNS if c in columns), None)
     if column is None:

@@ -1,4 +1,4 @@
-"""Hold many dialogues with the base at once: all answers of a round, then all user turns that the model writes."""
+"""Holds many dialogues with the base together: all answers of a round, then all user turns that the model writes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ _USER_TEMPERATURE, _USER_TOP_P = 1.0, 0.95
 
 
 class Outcome(NamedTuple):
-    """A dialogue that is over. finished: its last answer ended by itself. left_out: why there is no answer at all."""
+    """A dialogue that is over. finished: whether its last answer ended by itself. left_out: why it has no answer."""
 
     key: int
     dialogue: Dialogue
@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
     left_out: str | None
 
     def record(self) -> dict[str, Any] | None:
-        """The line of a corpus; None for a dialogue without an answer to learn from."""
+        """The line of a corpus, or None for a dialogue without an answer to learn from."""
         if self.left_out:
             return {"prompt": self.key, "answer_ids": [], "finished": False, "left_out": self.left_out}
         sample = self.dialogue.sample()
@@ -35,8 +35,11 @@ class Outcome(NamedTuple):
 
 @dataclass(slots=True)
 class _Running:
-    """A dialogue on its way. sampling: of its answers. texts: its turns so far, as servers of chat messages take
-    them; None where nobody knows. num_said: turns that the model wrote."""
+    """A dialogue that is not over.
+
+    sampling: of its answers. texts: its turns so far, for servers that take chat messages; None if unknown. num_said:
+    number of turns that the model wrote.
+    """
 
     key: int
     dialogue: Dialogue
@@ -46,7 +49,7 @@ class _Running:
     finished: bool = False
 
     def question(self) -> Question:
-        """What is asked next. No two draws of a dialogue share their noise; the user's turns are always drawn."""
+        """The next question. No two draws of a dialogue have the same noise. User turns are always sampled."""
         sampling = self.sampling
         seed = choice_seed(self.key if sampling.seed is None else sampling.seed, self.num_said)
         if self.dialogue.side == "user":
@@ -58,10 +61,10 @@ class _Running:
 
 @dataclass(frozen=True, slots=True)
 class Rounds:
-    """How dialogues are held.
+    """Holds dialogues.
 
-    max_new_tokens: of an answer. most_tokens: a dialogue this long gets no further turn. refused: user turns
-    that no dialogue may hold. Used by one thread at a time, as its answerer is.
+    max_new_tokens: limit of an answer. most_tokens: a dialogue of this length gets no further turn. refused: whether a
+    user turn is forbidden. For use by one thread at a time, because of its answerer.
     """
 
     base: Base
@@ -79,10 +82,10 @@ class Rounds:
     ) -> Iterator[Outcome]:
         """Yield each dialogue when it is over, in any order.
 
-        sampling: of each dialogue's answers. texts: what each first prompt says, None where nobody knows: servers
-        that take only texts cannot be asked then, nor for turns of the user. on_answer(number of tokens, whether
-        the dialogue is over) is called for each answer, and for a user turn that ends a dialogue. Raises
-        UserInputError where there is a second turn and the base's chat template takes none.
+        sampling: of each dialogue's answers. texts: the text of each first prompt, None if unknown. Servers that take
+        only texts can answer only known texts, and cannot write turns of the user. on_answer(number of tokens, whether
+        the dialogue is over): called for each answer, and for a user turn that ends a dialogue. Raises UserInputError
+        if there is a second turn and the base's chat template takes none.
         """
         several = any(dialogue.given or dialogue.num_own for dialogue in dialogues.values())
         template = turn_template(self.base) if several else TurnTemplate("", "")
@@ -95,7 +98,7 @@ class Rounds:
                 questions = [each.question() for each in running.values() if each.dialogue.side == side]
                 for answer in self.answerer(questions, max_new_tokens=limit):
                     each = running[answer.key]
-                    self._hear(each, answer, template)
+                    self._add(each, answer, template)
                     over = each.dialogue.side is None
                     if side == "answer" or over:
                         on_answer(len(answer.token_ids) if side == "answer" else 0, over)
@@ -104,8 +107,8 @@ class Rounds:
                         nothing = answer.left_out if not each.dialogue.spans else None
                         yield Outcome(answer.key, each.dialogue, each.finished, nothing)
 
-    def _hear(self, each: _Running, answer: Answer, template: TurnTemplate) -> None:
-        """Take in what was said."""
+    def _add(self, each: _Running, answer: Answer, template: TurnTemplate) -> None:
+        """Add an answer, or a user turn, to its dialogue."""
         before, ids, options = each.dialogue, answer.token_ids, {"most_tokens": self.most_tokens}
         each.num_said += 1
         if before.side == "user":

@@ -1,8 +1,8 @@
-"""Dialogues of several turns in which the base writes every answer, and the user's side too where it is asked.
+"""Dialogues of several turns in which the base writes every answer, and on request user turns too.
 
-Pure: what to ask next, and what becomes of an answer. Whoever runs the model feeds `prompt_ids` and hands back
-what came. A dialogue is one run of token ids, so the base never reads its own answer through the tokenizer
-again: what it wrote is what the next turn, and training, sees.
+The functions are pure: they say what to ask next, and add an answer to a dialogue. The caller runs the model on
+`prompt_ids` and passes back its tokens. A dialogue is one sequence of token ids, so the base's answer never goes
+through the tokenizer again. The next turn, and training, get exactly the ids that it wrote.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +21,9 @@ _MIN_WORDS = 2
 
 @dataclass(frozen=True, slots=True)
 class TurnTemplate:
-    """What a chat template puts between the texts of a dialogue.
+    """The parts of a chat template between the texts of a dialogue, with special tokens, as text.
 
-    to_user: from the end of an answer to the user's next words; to_answer: from there to where the next answer
-    begins. Both are text, special tokens included.
+    to_user: between an answer and the user's next text. to_answer: between that text and the next answer.
     """
 
     to_user: str
@@ -33,11 +32,11 @@ class TurnTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A dialogue on its way.
+    """The state of a dialogue.
 
-    first_ids: the first user turn through the chat template. ids: all that came after it. spans: which parts
-    (start, end) of `ids` the base answered. given: user turns that are still to come. num_own: user turns that
-    the model may write itself after those. side: who speaks next, None where the dialogue is over.
+    first_ids: the first user turn through the chat template. ids: all later ids. spans: the parts (start, end) of `ids`
+    that are answers. given: given user turns that are still to come. num_own: user turns that the model may write after
+    those. side: who speaks next, or None if the dialogue is over.
     """
 
     first_ids: tuple[int, ...]
@@ -50,11 +49,11 @@ class Dialogue:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """What the model is to go on from, whoever speaks."""
+        """The ids that the model has to continue, for either side."""
         return [*self.first_ids, *self.ids]
 
     def sample(self) -> Sample | None:
-        """What a corpus keeps of it: up to the last answer, without a question that nobody answered."""
+        """The sample for a corpus: the dialogue up to its last answer."""
         if not self.spans:
             return None
         end = self.spans[-1][1]
@@ -65,8 +64,7 @@ class Dialogue:
 def turn_template(base: Base) -> TurnTemplate:
     """The pieces of the base's own chat template.
 
-    Raises UserInputError for a base without one, and for a template that refuses several turns or changes
-    what was said.
+    Raises UserInputError for a base without one, and for a template that refuses several turns or changes their texts.
     """
     from jinja2 import TemplateError
 
@@ -95,10 +93,10 @@ def turn_template(base: Base) -> TurnTemplate:
 def begin(
     first_ids: Sequence[int], more_turns: Sequence[str], domain: str, *, num_turns: int | None = None
 ) -> Dialogue:
-    """A dialogue that opens with a user turn, given through the chat template, and goes on with `more_turns`.
+    """A dialogue that begins with a user turn (ids through the chat template) and continues with `more_turns`.
 
-    num_turns: how many answers it is to have: given turns beyond it are left out, and turns that are missing
-    the model writes itself. None: one answer for each given turn.
+    num_turns: number of its answers. Further given turns are left out, and the model writes missing ones. None: one
+    answer for each given turn.
     """
     number = 1 + len(more_turns) if num_turns is None else num_turns
     return Dialogue(
@@ -118,10 +116,10 @@ def answered(
     finished: bool,
     most_tokens: int,
 ) -> Dialogue:
-    """The dialogue after the base's answer; `finished`: it ended by itself.
+    """The dialogue after the base's answer. finished: whether the answer ended by itself.
 
-    An answer that goes round in circles is left out and ends the dialogue; one that was cut off stays and ends
-    it, since no user would have gone on there. So does one after which `most_tokens` are reached.
+    A repetitive answer is left out and ends the dialogue. An answer that was cut off is kept and ends the dialogue,
+    because no user would continue there. So does an answer that reaches `most_tokens`.
     """
     assert dialogue.side == "answer"
     if not token_ids or is_repetitive(list(token_ids)):
@@ -139,7 +137,7 @@ def answered(
         said = replace(spoken, given=spoken.given[1:])
         return _asked(said, _to_user(said, base, template), spoken.given[0], base, template, most_tokens)
     if spoken.num_own:
-        # The model writes a space behind it together with its first word, as tokenizers join them.
+        # The model writes a trailing space together with its first word, because tokenizers join them.
         opening = _encoded(base, _to_user(spoken, base, template).rstrip(" "))
         return replace(spoken, ids=(*spoken.ids, *opening), num_own=spoken.num_own - 1, side="user")
     return spoken
@@ -157,7 +155,7 @@ def user_said(
 ) -> Dialogue:
     """The dialogue after the model wrote the user's next turn itself.
 
-    It ends where that turn was cut off, is hardly a text, goes round in circles or is refused.
+    It ends if that turn was cut off, is too short, is repetitive or is refused.
     """
     assert dialogue.side == "user"
     words = _without_end(token_ids, base)
@@ -173,7 +171,7 @@ def user_said(
 def _asked(
     dialogue: Dialogue, to_user: str, text: str, base: Base, template: TurnTemplate, most_tokens: int
 ) -> Dialogue:
-    """After a user turn that was given. Encoded in one piece: a tokenizer may join what meets."""
+    """The dialogue after a given user turn. It is encoded in one piece, because a tokenizer may join its parts."""
     ids = (*dialogue.ids, *_encoded(base, f"{to_user}{text.strip()}{template.to_answer}"))
     if len(dialogue.first_ids) + len(ids) >= most_tokens:
         return dialogue
@@ -181,7 +179,7 @@ def _asked(
 
 
 def _to_user(dialogue: Dialogue, base: Base, template: TurnTemplate) -> str:
-    """The template's piece after an answer, less the end-of-text token that the answer brought along."""
+    """The template's part after an answer, without the end-of-text token that the answer already has."""
     last = dialogue.ids[-1]
     if last not in base.eos_token_ids:
         return template.to_user

@@ -1,4 +1,4 @@
-"""Answers from OpenAI-compatible servers that serve the base: vLLM, SGLang, llama.cpp, Ollama, our own."""
+"""Gets answers from OpenAI-compatible servers that serve the base: vLLM, SGLang, llama.cpp, Ollama, our own."""
 
 import asyncio
 from collections import Counter
@@ -22,16 +22,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _CHECKED_TOKENS = 64
-# llama.cpp fails so over a prompt of ids where it takes none.
+# llama.cpp answers with this status if it does not take prompts of ids.
 _CANNOT = frozenset({500})
 _SECONDS = 1800.0
-"""For one answer, queueing in the server included."""
+"""Time limit of one answer, queueing in the server included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointConfig:
-    """urls: of the servers, each with or without "/v1". model: its name there, None where a server has one only.
-    concurrency: questions on their way at a time, all servers together."""
+    """Settings of an `EndpointAnswerer`.
+
+    urls: of the servers, each with or without "/v1". model: its name there; None if each server has only one.
+    concurrency: number of open questions, all servers together.
+    """
 
     urls: tuple[str, ...]
     model: str | None = None
@@ -49,10 +52,10 @@ class EndpointConfig:
 
 
 class EndpointAnswerer:
-    """The servers of a config answer; a context manager, since it holds connections and an event loop.
+    """Lets servers answer. It is a context manager, because it holds connections and an event loop.
 
-    key: the servers' API key; it is sent, and written nowhere. transport: what carries the requests in place of
-    the network. Answers come from whichever server has the least to do. Raises MissingExtraError without httpx.
+    key: the servers' API key, which is sent to them and written nowhere. transport: replaces the network, for tests.
+    Each question goes to the server with the fewest open questions. Raises MissingExtraError without httpx.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class EndpointAnswerer:
         return "endpoint"
 
     def check(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[dict[str, Any]]:
-        """Raises UserInputError for a server whose greedy answers the base would not have written."""
+        """Raises UserInputError for a server whose greedy answers differ from the base's."""
         self._open(questions[0])
         most = min(_CHECKED_TOKENS, max_new_tokens)
         return [self._checked(server, questions, most) for server in self._servers]
@@ -151,7 +154,7 @@ class EndpointAnswerer:
                 f"{server.url} gives no answer that could be read as tokens of {self._base.name} ({why}); "
                 "serve that model there."
             )
-        # Rows of no view are the base's own.
+        # Outside of a pass, the model with twins computes what the base computes.
         found = agreement(self._base.model, kept)
         if not found.holds:
             raise UserInputError(_wrong_model(server, self._base, found))
@@ -165,7 +168,7 @@ class EndpointAnswerer:
         return about | {"form": str(server.form), "guard": guard}
 
     def _open(self, question: Question) -> None:
-        """Ask each server for its model and version, and find out how it wants to be asked."""
+        """Ask each server for its model and version, and find the form of request that it takes."""
         if not self._is_open:
             for server in self._servers:
                 self._run(self._met(server, question))
@@ -184,7 +187,7 @@ class EndpointAnswerer:
             raise ModelNotFoundError(f"{server.url} refuses requests ({refused}); {cause}.") from None
 
     async def _version(self, server: Server) -> str | None:
-        """What vLLM, llama.cpp or Ollama call their version, each at a place of its own."""
+        """The server's version. vLLM, llama.cpp and Ollama have different paths for it."""
         root = server.url.rpartition("/")[0]
         for page, name in (("/version", "version"), ("/api/version", "version"), ("/props", "build_info")):
             try:
@@ -196,7 +199,7 @@ class EndpointAnswerer:
         return None
 
     async def _form(self, server: Server, question: Question) -> Form:
-        """The first form that the server takes; the last refusal is raised when there is none."""
+        """The first form that the server takes. Raises the last refusal if there is none."""
         refused: Exception | None = None
         for form in FORMS:
             if not form.ids and question.texts is None:
@@ -215,7 +218,7 @@ class EndpointAnswerer:
             except ValueError as error:
                 refused = RefusedError(200, str(error))
                 continue
-            # A server that takes ids for something else counts other tokens.
+            # A server that misreads the ids counts another number of tokens.
             if not form.ids or prompt_fits(reply, question):
                 return form
             refused = RefusedError(200, "it reads token ids as something else")
@@ -247,7 +250,7 @@ async def _first(running: "set[asyncio.Task[Answer]]") -> "set[asyncio.Task[Answ
 async def _cancelled(running: "set[asyncio.Task[Answer]]") -> None:
     for task in running:
         task.cancel()
-    # What they raised is taken as well, so that the loop does not complain of it.
+    # Their errors are collected too, so that the loop does not report them.
     await asyncio.gather(*running, return_exceptions=True)
 
 

@@ -1,4 +1,4 @@
-"""Whether the text that a server writes is the base's own: the commonest fault of a corpus shows nowhere else."""
+"""Checks that a server's text is the base's own. Nothing else shows this most frequent fault of a corpus."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,15 +7,14 @@ import torch
 from transformers import PreTrainedModel
 
 NEAR_TIE = 0.1
-"""Nats below the most probable token that rounding of another machine may account for."""
+"""Nats by which a token may be less probable than the best one because of another machine's rounding."""
 LEAST_AGREEMENT = 0.9
-"""Share of greedy tokens that the base would have chosen, too."""
+"""The least share of greedy tokens that the base must choose too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Of greedy answers: their tokens, how many of them the base would have chosen in their place, and the mean
-    log probability that it gives them."""
+    """Counts over greedy answers: tokens, tokens that the base chooses too, and the base's mean log probability."""
 
     tokens: int
     agreeing: int
@@ -32,16 +31,16 @@ class Agreement:
 
 @torch.no_grad()
 def agreement(model: PreTrainedModel, answers: Iterable[tuple[list[int], list[int]]]) -> Agreement:
-    """How far the base agrees with greedy answers, each (prompt ids, answer ids), read as they stand.
+    """How far the base agrees with greedy answers, each (prompt ids, answer ids).
 
-    Each token is judged after the tokens that the server wrote before it, so one near-tie that fell the other way
-    does not count against what follows. Not while another thread runs the model.
+    Each token is judged after the tokens that the server wrote before it, so one near-tie does not affect the tokens
+    after it. No other thread may run the model meanwhile.
     """
     tokens = agreeing = 0
     total = 0.0
     for prompt_ids, answer_ids in answers:
         ids_1T = torch.tensor([[*prompt_ids, *answer_ids]], device=model.device)
-        # The last row tells what comes after the answer.
+        # The last row predicts the token after the answer, so it is not used.
         kept = len(answer_ids) + 1
         logits_TV = model(input_ids=ids_1T, use_cache=False, logits_to_keep=kept).logits[0, -kept:-1]
         log_p_TV = logits_TV.float().log_softmax(-1)

@@ -1,7 +1,7 @@
-"""Requests to servers that may be busy, slow or gone: retries, pauses, and several servers in turn.
+"""Sends requests to servers that may be busy, slow or gone: with retries, pauses, and several servers in turn.
 
-Pauses belong to servers: while one rests, the others get what comes. Only an internal error (500) may be the
-fault of one request, so it is that request which waits.
+Pauses belong to servers: while one rests, the others get the requests. Only an internal error (500) may be caused by
+one request, so then only that request waits.
 """
 
 import asyncio
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 _BUSY, _BROKE = 429, 500
 AGAIN = frozenset({408, 409, 425, _BUSY, _BROKE, 502, 503, 504})
-"""Statuses of what may succeed later."""
+"""Statuses after which a request may succeed later."""
 _LONGEST_REST = 600.0
 _MOST_LOST = 3
 
 
 @dataclass(slots=True)
 class Server:
-    """One server: `url` ends in its version (".../v1"). model and form are known once it was asked."""
+    """One server. `url` ends in the API's version (".../v1"). model and form are known after the first contact."""
 
     url: str
     model: str = ""
@@ -36,12 +36,12 @@ class Server:
     form: Form | None = None
     in_flight: int = 0
     failures: int = 0
-    """In a row."""
+    """Successive failures."""
     rests_until: float = 0.0
 
 
 class RefusedError(Exception):
-    """A server's answer that asking again would not change."""
+    """A refusal that a retry would not change."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -50,11 +50,11 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """When requests are given up.
+    """Limits of retries.
 
-    attempts: of one request; first_attempts: to reach any server at all. first_rest: seconds after a server's
-    first failure, twice as long after each further one, at most longest_rest; a server that says how long to
-    wait is believed.
+    attempts: of one request. first_attempts: to reach servers of which none has answered yet. first_rest: pause in
+    seconds after a server's first failure, doubled after each further one up to longest_rest. A wait time that a server
+    itself states takes precedence.
     """
 
     attempts: int = 8
@@ -64,19 +64,19 @@ class Patience:
 
 
 class Requests:
-    """Sends requests; used within one event loop. key: the servers' API key, which is told to nobody else."""
+    """Sends requests within one event loop. key: the servers' API key, which only they get."""
 
     def __init__(self, client: "httpx.AsyncClient", key: str | None, patience: Patience) -> None:
         self._client, self._key, self._patience = client, key, patience
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        # Of pauses only; no answer hangs on it.
+        # Only for pauses. No answer depends on it.
         self._random = Random()
         self._turn = self._num_answered = 0
-        # Requests given up since the last answer.
+        # Number of failed requests since the last answer.
         self._num_lost = 0
 
     async def get(self, server: Server, url: str, *, final: frozenset[int] = frozenset()) -> Any:
-        """A page of a server as JSON; None where it has no such page. Errors and `final` as in `post`."""
+        """A page of a server as JSON; None if it has no such page. Errors and `final` as in `post`."""
         try:
             return (await self._sent([server], lambda _: ("GET", url, None), final))[1]
         except RefusedError as refused:
@@ -91,11 +91,11 @@ class Requests:
         *,
         final: frozenset[int] = frozenset(),
     ) -> tuple[Server, Any]:
-        """(who answered, JSON) of the first of `servers` that answers; asked(server) gives (path, body).
+        """(server, JSON) of the first of `servers` that answers. asked(server) gives (path, body).
 
-        final: statuses that are a refusal here, though they may pass elsewhere. Raises RefusedError for an answer
-        that asking again would not change, and, while others are answered, for a request that fails wherever it
-        goes; ModelNotFoundError when no request is answered any more.
+        final: statuses that count as refusals here, although a retry is usual. Raises RefusedError for a refusal that a
+        retry would not change, and for a request that always fails while others are answered. Raises ModelNotFoundError
+        if no request is answered any more.
         """
 
         def request(server: Server) -> tuple[str, str, Any]:
@@ -121,14 +121,14 @@ class Requests:
                     raise RefusedError(failed.status, str(failed)) from None
                 answered = self._num_answered > answered_before
                 answered_before = self._num_answered
-                # A server that is busy with the others' requests is not broken.
+                # A server that is busy with other requests is not broken.
                 if failed.status != _BUSY or not answered:
                     attempts += 1
-                # An address that has never answered is most often a wrong one.
+                # An address that has never answered is usually wrong.
                 is_new = not (failed.status or self._num_answered)
                 if attempts >= (self._patience.first_attempts if is_new else self._patience.attempts):
                     self._num_lost += 1
-                    # It may be this one request that a server breaks over.
+                    # This one request may be the cause of the server's error.
                     if answered or (failed.status == _BROKE and self._num_lost < _MOST_LOST):
                         raise RefusedError(failed.status, f"no answer ({failed})") from None
                     raise ModelNotFoundError(
@@ -147,7 +147,7 @@ class Requests:
                 server.in_flight -= 1
 
     async def _next(self, servers: Sequence[Server]) -> Server:
-        """The one with the least to do of those that do not rest, in turn; waits while all of them do."""
+        """The server with the fewest open requests among those that do not rest. Waits while all of them rest."""
         while True:
             now = monotonic()
             ready = [s for s in servers if s.rests_until <= now]
@@ -156,20 +156,20 @@ class Requests:
                 first = self._turn % len(ready)
                 return min(ready[first:] + ready[:first], key=lambda server: server.in_flight)
             soonest = min(server.rests_until for server in servers) - now
-            # Not all at once.
+            # Random times, so that not all requests start together.
             await asyncio.sleep(soonest * (1.0 + 0.25 * self._random.random()))
 
     def _rest(self, server: Server, failed: "_FailedError") -> None:
         now = monotonic()
         if failed.wait is None and server.rests_until > now:
-            # Requests that were on their way fail together: that is one failure.
+            # Open requests fail together, which counts as one failure.
             return
         server.failures += 1
         rest = self._pause(server.failures) if failed.wait is None else min(failed.wait, _LONGEST_REST)
         server.rests_until = max(server.rests_until, now + rest)
 
     def _pause(self, failures: int) -> float:
-        """Seconds after so many failures in a row, not the same for all."""
+        """A random pause in seconds after so many successive failures."""
         patience = self._patience
         longest = min(patience.longest_rest, patience.first_rest * 2.0 ** min(failures - 1, 30))
         return longest * (0.5 + 0.5 * self._random.random())
@@ -205,12 +205,12 @@ class Requests:
         return f"status {response.status_code}" + (f": {words}" if words else "")
 
     def _hidden(self, text: str) -> str:
-        """Some servers repeat the key that they refuse."""
+        """The text without the key, because some servers repeat the key that they refuse."""
         return text if self._key is None else text.replace(self._key, "***")
 
 
 class _FailedError(Exception):
-    """A request that may succeed later. status 0: it did not get there."""
+    """A request that may succeed later. status 0: it did not reach the server."""
 
     def __init__(self, status: int, message: str, wait: float | None = None) -> None:
         super().__init__(message)
@@ -218,7 +218,7 @@ class _FailedError(Exception):
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Of a Retry-After header: seconds, or a date."""
+    """Seconds of a Retry-After header, which holds seconds or a date."""
     if retry_after is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a question looks like to an OpenAI-compatible server, and what its reply becomes. Pure: no request is made."""
+"""Converts questions to requests for OpenAI-compatible servers, and replies to answers. It sends nothing."""
 
 import itertools
 from collections.abc import Collection
@@ -10,14 +10,13 @@ from orthrus.errors import UserInputError
 from orthrus.training.answers import Answer, Question
 from orthrus.training.dialogues import turn_template
 
-# vLLM and SGLang take these besides OpenAI's fields: ids back, and no settings of the server's own.
+# Further fields of vLLM and SGLang: return ids, and use no sampling settings of the server.
 _MORE = {"return_token_ids": True, "repetition_penalty": 1.0, "top_k": -1, "min_p": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a server is asked. ids: the prompt as token ids (else a chat message); more: with fields that are not
-    OpenAI's."""
+    """A form of request. ids: the prompt is token ids, otherwise chat messages. more: with fields beyond OpenAI's."""
 
     ids: bool
     more: bool
@@ -32,7 +31,7 @@ class Form:
 
 
 FORMS = (Form(True, True), Form(True, False), Form(False, True), Form(False, False))
-"""From the surest to what every server takes."""
+"""From the most exact form to the one that every server takes."""
 
 
 def request_body(question: Question, form: Form, model: str, max_new_tokens: int) -> dict[str, Any]:
@@ -62,7 +61,7 @@ def request_body(question: Question, form: Form, model: str, max_new_tokens: int
 
 
 def prompt_fits(reply: Any, question: Question) -> bool:
-    """Whether the server counts as many tokens in the prompt as there are; also true where it does not say."""
+    """Whether the server's count of prompt tokens is right. Also true if it gives none."""
     usage = reply.get("usage") if isinstance(reply, dict) else None
     counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     return not isinstance(counted, int) or counted == len(question.prompt_ids)
@@ -70,16 +69,16 @@ def prompt_fits(reply: Any, question: Question) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Turns replies into token ids of the base. end: the id that ends an answer, None where there is none."""
+    """Converts replies to token ids of the base. end: the id that ends an answer, None if there is none."""
 
     base: Base
     num_ids: int
     end: int | None
 
     def answer(self, reply: Any, question: Question, max_new_tokens: int) -> Answer:
-        """The answer in a reply; one that says why it is left out where its tokens cannot be known.
+        """The answer in a reply. If its tokens are not certain, the answer is empty and gives the reason.
 
-        Raises ValueError for a reply that is none.
+        Raises ValueError for something that is no reply.
         """
         choice = _choice(reply)
         finish = choice.get("finish_reason")
@@ -101,14 +100,14 @@ class Reader:
         return self._ended(question, ids, finish == "stop", max_new_tokens)
 
     def ids_of(self, text: str) -> list[int] | None:
-        """The tokens of a text, None where they are not certain: decoded they give another text, or end early."""
+        """The tokens of a text; None if they are not certain, because they decode to another text or end early."""
         tokenizer = self.base.tokenizer
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return ids if back == text and not self.base.eos_token_ids.intersection(ids) else None
 
     def _ended(self, question: Question, ids: list[int], stopped: bool, max_new_tokens: int) -> Answer:
-        """With the end-of-text token where there is one to come, and nothing behind it or beyond the limit."""
+        """The answer with its end-of-text token, and nothing after that token or beyond the limit."""
         ends = self.base.eos_token_ids
         ended = next((at + 1 for at, token_id in enumerate(ids) if token_id in ends), None)
         if ended is not None:
@@ -116,7 +115,7 @@ class Reader:
         elif stopped and self.end is not None:
             ids = [*ids, self.end]
         finished = stopped or ended is not None
-        # The end of a text whose tokens the server did not count may be one too many.
+        # One token beyond the limit is allowed for an end of text that the server did not count.
         if len(ids) > max_new_tokens + 1:
             ids, finished = ids[:max_new_tokens], False
         if not ids:
@@ -128,12 +127,12 @@ class Reader:
 
 
 def reader(base: Base) -> Reader:
-    """What reads the replies of servers with this base."""
+    """The reader of replies from servers with this base."""
     return Reader(base, len(base.model.get_input_embeddings().weight), _end(base))  # type: ignore[arg-type]
 
 
 def _end(base: Base) -> int | None:
-    """The id that ends an answer: of several, the one that the chat template puts behind it."""
+    """The id that ends an answer. Of several, it is the one that the chat template puts after an answer."""
     ends: Collection[int] = base.eos_token_ids
     if len(ends) == 1:
         return next(iter(ends))
@@ -154,7 +153,7 @@ def _choice(reply: Any) -> dict[str, Any]:
 
 
 def _text(choice: dict[str, Any]) -> str | None:
-    """The whole of what the model wrote; None where parts of it are not in the text."""
+    """The whole text that the model wrote; None if parts of it are in other fields."""
     message = choice.get("message")
     if not isinstance(message, dict):
         text = choice.get("text")

@@ -1,8 +1,8 @@
-"""The attention of `block_attention` on FlexAttention: tiles that no query may read cost nothing.
+"""The attention of `block_attention` on FlexAttention, which skips tiles that no query may read.
 
-Keys are the frozen AR rows and, behind them, the block rows themselves. Most tiles of that matrix are empty:
-a block reads one document up to its anchor, and itself. The masks of a batch are built once and shared by
-all layers. Compiled on an accelerator; uncompiled, for tests of the forward pass, on a CPU.
+Keys are the frozen AR rows, followed by the block rows themselves. Most tiles of that matrix are empty, because a block
+reads one document up to its anchor, and itself. The masks of a batch are built once, and all layers share them. The
+code is compiled on an accelerator. On a CPU it runs uncompiled, for tests of the forward pass.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from orthrus.training.blocks import BlockBatch
 from orthrus.training.recipe import AttentionKind
 
 NAME = "orthrus_flex_blocks"
-# torch computes no gradients through FlexAttention there.
+# On these devices torch computes no gradients through FlexAttention.
 _FORWARD_ONLY = ("cpu", "mps")
-# The least head dimension that its kernels take.
+# The smallest head dimension that its kernels support.
 _MIN_HEAD_DIM = 16
 
 
 def check_attention(kind: AttentionKind, device: torch.device) -> None:
-    """UserInputError for an attention that cannot train on `device`."""
+    """Raises UserInputError for an attention that cannot train on `device`."""
     if kind == "flex" and device.type in _FORWARD_ONLY:
         raise UserInputError(
             f"attention flex cannot train on {device.type}: FlexAttention has no backward pass there; leave "
@@ -36,16 +36,16 @@ def check_attention(kind: AttentionKind, device: torch.device) -> None:
 
 
 def pick_attention(kind: AttentionKind, device: torch.device, head_dim: int) -> Literal["dense", "flex"]:
-    """What `kind` means for tensors on `device`: auto is flex on CUDA, as far as its kernels go."""
+    """The code for tensors on `device`: auto is flex on CUDA if its kernels support the head dimension."""
     if kind == "auto":
         return "flex" if device.type == "cuda" and head_dim >= _MIN_HEAD_DIM else "dense"
     return kind
 
 
 def flex_masks(batch: BlockBatch, window: int | None) -> tuple[BlockMask, BlockMask]:
-    """(full, windowed) BlockMasks of all block rows, N * K = Q, over T AR rows and the Q block rows.
+    """(full, windowed) BlockMasks of all N * K = Q block rows over the T AR rows and the Q block rows.
 
-    The same mask twice where the model has no window.
+    If the model has no window, both are the same mask.
     """
     full = _block_mask(batch, None)
     return full, full if window is None else _block_mask(batch, window)
@@ -58,15 +58,16 @@ def _block_mask(batch: BlockBatch, window: int | None) -> BlockMask:
     num_queries = anchor_BQ.shape[1]
     document_BQ = batch.document_BT.gather(1, anchor_BQ)
     position_BQ = batch.position_ids_BT.gather(1, anchor_BQ) + torch.arange(num_queries, device=device) % size
-    # The first position inside the window; position 0 where there is none.
+    # The first position inside the window, or position 0 without a window.
     earliest_BQ = torch.zeros_like(position_BQ) if window is None else position_BQ - window + 1
     block_Q = torch.arange(num_queries, device=device) // size
-    # Keys: the AR rows, then the block rows, which only `block` admits: no anchor lies behind the AR rows.
+    # Keys: the AR rows, then the block rows. Only the comparison of `block_S` and `block_Q` makes block rows visible,
+    # because no anchor has an index after the AR rows.
     block_S = torch.cat([torch.full((num_rows,), -1, device=device), block_Q])
     document_BS = torch.nn.functional.pad(batch.document_BT, (0, num_queries))
     position_BS = torch.nn.functional.pad(batch.position_ids_BT, (0, num_queries))
 
-    # It captures tensors only: numbers would be compiled in, and other ones compile it anew.
+    # It captures only tensors. Numbers would be compiled in, and a new number would compile it again.
     def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         context = (kv < anchor_BQ[b, q]) & (document_BS[b, kv] == document_BQ[b, q])
         context = context & (position_BS[b, kv] >= earliest_BQ[b, q])
@@ -100,13 +101,13 @@ def flex_block_attention(
     block_context: BlockContext | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers attention interface; returns (B, Q, H, D). `block_context` arrives through the forward."""
+    """Attention behind transformers' interface. Returns (B, Q, H, D). `block_context` comes through the forward."""
     assert block_context is not None, "block attention runs only inside a training pass"
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     mask = block_context.mask(layer)
     assert isinstance(mask, BlockMask), "the sparse code takes block masks"
     context_k, context_v = block_context.keys[layer].detach(), block_context.values[layer].detach()
-    # Under autocast, norms give float32 and projections bfloat16; the kernels want one precision.
+    # Under autocast, norms give float32 and projections bfloat16. The kernels need one precision.
     dtype, device = context_v.dtype, query_BHQD.device
     key_BHSD = torch.cat([context_k.to(dtype), key_BHQD.to(dtype)], dim=2)
     value_BHSD = torch.cat([context_v, value_BHQD.to(dtype)], dim=2)

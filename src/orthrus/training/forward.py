@@ -1,4 +1,4 @@
-"""The training pass: AR rows once, frozen; then many isolated blocks over their keys and values."""
+"""The training pass: first the frozen AR rows, then many isolated blocks, which read the keys and values of AR rows."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,13 +28,13 @@ from orthrus.training.loss_kinds import LossKind, WeightKind
 from orthrus.training.losses import Head, position_weights, row_losses
 from orthrus.training.recipe import ActivationKind, AttentionKind
 
-# Rows whose logits are looked at together.
+# Rows whose logits are compared at a time.
 _PROBED_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What is minimised: the loss of a row and the weight of its position in the block."""
+    """The objective: the loss of a row, and the weight of its position in the block."""
 
     loss: LossKind = "kl"
     weights: WeightKind = "dpace"
@@ -43,8 +43,11 @@ class Objective:
 
 
 class StepOutput(NamedTuple):
-    """Sums over a micro-batch. loss and weight are scalars (their ratio is the loss); the J-vectors add up
-    the hits and counts of valid targets by position in the block."""
+    """Sums over a micro-batch.
+
+    loss, weight: scalars, whose ratio is the loss. hits_J, counts_J: hits and numbers of valid targets by position in
+    the block.
+    """
 
     loss: Tensor
     weight: Tensor
@@ -53,10 +56,10 @@ class StepOutput(NamedTuple):
 
 
 class TrainingPass(nn.Module):
-    """Wraps a DualView for training; `forward(batch)` is what DDP and FSDP see.
+    """Wraps a DualView for training. DDP and FSDP wrap this module, and call `forward(batch)`.
 
-    attention: how the blocks attend; the AR rows go through the base's own attention in any case. activations:
-    whether a layer keeps what its gradients need, or its input alone, from which it runs again.
+    attention: the code for the blocks; AR rows always use the base's own attention. activations: whether a layer keeps
+    all activations for its gradients, or only its input and computes them again.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class TrainingPass(nn.Module):
         self.activations = activations
 
     def forward(self, batch: BlockBatch) -> StepOutput:
-        """One micro-batch; the loss is a sum over weighted targets, not yet divided by the weight."""
+        """Run one micro-batch. The loss is a sum over weighted targets, not divided by the weight."""
         context, teacher_BTC = self.teacher(batch)
         if batch.layout.rejected_share:
             batch, context = self.moved(batch, context)
@@ -84,7 +87,7 @@ class TrainingPass(nn.Module):
 
     @torch.no_grad()
     def teacher(self, batch: BlockBatch) -> tuple[BlockContext, Tensor]:
-        """The AR pass: keys and values per layer, and final hidden states (B, T, C) before the head."""
+        """The AR pass: keys and values of each layer, and final hidden states (B, T, C) before the head."""
         store = _Store()
         full_BTT, windowed_BTT = self._biases(causal_mask(batch), batch.position_ids_BT, batch)
         hidden_BTC = self._decode(
@@ -97,7 +100,7 @@ class TrainingPass(nn.Module):
         return self._context(batch, store.keys, store.values), hidden_BTC
 
     def _context(self, batch: BlockBatch, keys: list[Tensor], values: list[Tensor]) -> BlockContext:
-        """What the blocks of this batch read of the AR pass."""
+        """The part of the AR pass that the blocks of this batch read."""
         windows, size = layer_windows(self.dual.base.config), batch.layout.block_size
         if pick_attention(self.attention, keys[0].device, keys[0].shape[-1]) == "flex":
             masks = flex_masks(batch, sliding_window(self.dual.base.config))
@@ -106,7 +109,7 @@ class TrainingPass(nn.Module):
 
     @torch.no_grad()
     def moved(self, batch: BlockBatch, context: BlockContext) -> tuple[BlockBatch, BlockContext]:
-        """The batch after its moving blocks went to where the view, as it is now, is wrong first."""
+        """The batch after its moving blocks went to the first wrong guess of the current view."""
         probed = moving_blocks(batch)
         hidden_BMJC = self.blocks(probed, self._context(probed, context.keys, context.values))[:, :, :-1]
         hit_BMJ = torch.zeros_like(probed.valid_BNJ)
@@ -124,7 +127,7 @@ class TrainingPass(nn.Module):
             own_R = logits_RV.gather(1, next_ids.flatten()[part_R][:, None])[:, 0]
             # Ties count as hits; argmax is many times slower on a CPU.
             hit_BMJ.view(-1)[part_R] = own_R >= logits_RV.amax(-1)
-        # Autocast keeps the weights that it rounded, here without a way back to those that learn.
+        # Autocast caches rounded weights. Those of this pass have no gradients, so the cache is cleared.
         torch.clear_autocast_cache()
         batch = rejected_anchors(batch, hit_BMJ)
         return batch, self._context(batch, context.keys, context.values)
@@ -134,7 +137,7 @@ class TrainingPass(nn.Module):
         token_ids_BNK, position_ids_BNK = block_inputs(batch, self.dual.mask_token_id)
         name = block_attention.NAME if isinstance(context.full, Tensor) else flex_blocks.NAME
         with self._attention(name), self._recomputed(name):
-            # The mask only makes the stock code skip its own; ours reads the context's.
+            # The mask only keeps the stock code from building one. Our attention uses the context's mask.
             unused = torch.zeros((1, 1, 1, 1), device=token_ids_BNK.device)
             hidden_BQC = self._decode(
                 token_ids_BNK.flatten(1),
@@ -179,7 +182,7 @@ class TrainingPass(nn.Module):
         return self._biases(visible_BQT, query_BQ, batch)
 
     def _biases(self, visible_BQT: Tensor, query_BQ: Tensor, batch: BlockBatch) -> tuple[Tensor, Tensor]:
-        """Additive masks of query rows over the AR rows, for layers that see everything and windowed ones."""
+        """Additive masks of query rows over the AR rows: (for layers without a window, for layers with one)."""
         full_BQT = additive_mask(visible_BQT, self.dtype)
         window = sliding_window(self.dual.base.config)
         if window is None:
@@ -198,7 +201,7 @@ class TrainingPass(nn.Module):
 
     @contextmanager
     def _recomputed(self, name: str) -> Iterator[None]:
-        """Inside, with `activations: layer`, a layer keeps its input alone and runs again in the backward pass."""
+        """A context in which, with `activations: layer`, layers keep only their input and run again for gradients."""
         if self.activations == "none" or not torch.is_grad_enabled():
             yield
             return
@@ -214,19 +217,19 @@ class TrainingPass(nn.Module):
             yield
         finally:
             for layer in layers:
-                # The class's own shows again.
+                # This restores the method of the class.
                 del layer.forward
 
     @contextmanager
     def _block_rows(self, name: str) -> Iterator[None]:
-        """What holds while block rows pass through the layers."""
+        """The context in which block rows run through the layers."""
         with self._attention(name), self.dual.split.at(0):
             yield
 
 
 @dataclass(slots=True)
 class _Store:
-    """Duck-typed cache that keeps each layer's keys and values of the one AR pass."""
+    """A duck-typed cache that keeps each layer's keys and values of the AR pass."""
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
@@ -251,10 +254,10 @@ def block_losses(
     objective: Objective,
     repair: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> StepOutput:
-    """What the blocks' targets come to: row j of a block against the teacher's row at anchor + j.
+    """The losses of the blocks' targets: row j of a block against the teacher's row at anchor + j.
 
-    hidden, teacher: final hidden states. repair: from hidden states (R, C) and the tokens (R) before their targets to
-    hidden states that know those tokens.
+    hidden, teacher: final hidden states. repair: the repair head, a function from hidden states (R, C) and the tokens
+    (R) before their targets to corrected hidden states.
     """
     sequence_length = batch.token_ids_BT.shape[1]
     rows_BNJ = (
@@ -288,7 +291,7 @@ def block_losses(
 
 
 def _spread(values_R: Tensor, keep_BNJ: Tensor) -> Tensor:
-    """Values of the kept targets back in their (B, N, J) places, zeros elsewhere; differentiable."""
+    """Values of the kept targets at their (B, N, J) indices, and zeros elsewhere. Differentiable."""
     return torch.zeros(keep_BNJ.shape, dtype=values_R.dtype, device=values_R.device).masked_scatter(
         keep_BNJ, values_R
     )

@@ -1,4 +1,4 @@
-"""The losses and weights that a recipe can name; apart from `losses`, so that a recipe is read without torch."""
+"""The losses and weights that a recipe can name. Not in `losses`, so that recipes are read without torch."""
 
 from typing import Literal, get_args
 

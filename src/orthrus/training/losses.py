@@ -10,15 +10,18 @@ from orthrus.training.loss_kinds import LossKind, WeightKind
 
 Head = Callable[[Tensor], Tensor]
 
-# Rows whose logits exist at a time. An accelerator reads the head once for each chunk, so it takes more of them.
+# Rows whose logits exist at the same time. An accelerator reads the head once for each chunk, so its chunks are larger.
 _CPU_CHUNK, CHUNK = 128, 512
-# Rows compared at a time on a CPU: what fits into its cache is done in half the time.
+# Rows that are compared at a time on a CPU. If they fit into its cache, it takes half the time.
 _CPU_SLICE = 16
 
 
 class RowLosses(NamedTuple):
-    """Per draft row, all float32: loss_R carries gradients; overlap_R is sum min(p, q), the chance that a
-    sampled draft stands; hit_R is 1 where draft and AR view agree on the most probable token."""
+    """Values of each draft row, float32.
+
+    loss_R: the loss, with gradients. overlap_R: sum min(p, q), the acceptance probability of a sampled draft. hit_R: 1
+    if draft and AR view agree on the most probable token.
+    """
 
     loss_R: Tensor
     overlap_R: Tensor
@@ -26,10 +29,10 @@ class RowLosses(NamedTuple):
 
 
 def pointwise_loss(kind: LossKind, log_q_RV: Tensor, log_p_RV: Tensor, corpus_ids_R: Tensor) -> Tensor:
-    """Loss of each row, loss_R. q is the draft's law, p the AR view's (both log-probabilities, float32).
+    """Loss of each row, loss_R. q is the draft's distribution, p the AR view's (both log-probabilities, float32).
 
-    kl: forward KL(p || q), arXiv 2605.12825; ce: cross-entropy on the corpus token; tv: total variation,
-    1 - sum min(p, q); lk: the mixture of KL and TV that leans on TV as the overlap grows, arXiv 2602.23881.
+    kl: forward KL(p || q), arXiv 2605.12825. ce: cross-entropy on the corpus token. tv: total variation,
+    1 - sum min(p, q). lk: a mixture of KL and TV, with more weight on TV as the overlap grows, arXiv 2602.23881.
     """
     if kind == "ce":
         return -log_q_RV.gather(1, corpus_ids_R[:, None])[:, 0]
@@ -39,8 +42,8 @@ def pointwise_loss(kind: LossKind, log_q_RV: Tensor, log_p_RV: Tensor, corpus_id
     variation_R = 1.0 - torch.minimum(p_RV, log_q_RV.exp()).sum(-1)
     if kind == "tv":
         return variation_R
-    lean_R = torch.exp(-3.0 * (1.0 - variation_R.detach()))
-    return lean_R * (p_RV * (log_p_RV - log_q_RV)).sum(-1) + (1.0 - lean_R) * variation_R
+    kl_weight_R = torch.exp(-3.0 * (1.0 - variation_R.detach()))
+    return kl_weight_R * (p_RV * (log_p_RV - log_q_RV)).sum(-1) + (1.0 - kl_weight_R) * variation_R
 
 
 def row_losses(
@@ -53,13 +56,12 @@ def row_losses(
     *,
     chunk_size: int | None = None,
 ) -> RowLosses:
-    """Losses of draft rows against the teacher rows that they imitate.
+    """Losses of draft rows against the teacher rows that are their targets.
 
-    hidden_RC: the draft's final hidden states; teacher_row_R: for each the index of its row in
-    teacher_hidden_TC; corpus_ids_R: the tokens that stand there. Rows are sorted by teacher row and taken
-    in chunks, so each teacher row is projected once (twice where a chunk ends in it) although blocks
-    overlap, and no more than `chunk_size` rows of the vocabulary exist at a time, forward or backward (None: as many
-    as suit the device).
+    hidden_RC: the draft rows' final hidden states. teacher_row_R: for each, the index of its row in teacher_hidden_TC.
+    corpus_ids_R: the corpus tokens there. Rows are sorted by teacher row and processed in chunks. So each teacher row
+    is projected once (twice at the border of chunks) although blocks overlap. At most `chunk_size` rows of the
+    vocabulary exist at the same time, forward or backward; the default depends on the device.
     """
     if chunk_size is None:
         chunk_size = _CPU_CHUNK if hidden_RC.device.type == "cpu" else CHUNK
@@ -84,7 +86,7 @@ def _compare(
     z_RV = logits_RV.float()
     p_RV = log_p_RV.exp()
     normaliser_R1 = z_RV.logsumexp(-1, keepdim=True)
-    # Two maxima and a comparison: argmax is many times slower on a CPU. Ties count as hits.
+    # Two maxima and a comparison, because argmax is many times slower on a CPU. Ties count as hits.
     at_best_RV = z_RV.masked_fill(p_RV < p_RV.amax(-1, keepdim=True), -torch.inf)
     hit_R = (at_best_RV.amax(-1) >= z_RV.amax(-1)).float()
     q_RV = (z_RV - normaliser_R1).exp_()
@@ -105,7 +107,7 @@ def _compare(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Gradients with respect to the hidden states are taken chunk by chunk in the forward pass already."""
+    """Computes losses chunk by chunk, and in the forward pass already the gradients of the hidden states."""
 
     @staticmethod
     def forward(
@@ -121,7 +123,7 @@ class _ChunkedLoss(torch.autograd.Function):
         parts: list[list[Tensor]] = []
         grads: list[Tensor] = []
         slice_size = _CPU_SLICE if hidden_RC.device.type == "cpu" else chunk_size
-        # The device waits for the host here, and not once for every chunk.
+        # The host waits for the device here once, and not for every chunk.
         rows_U, where_R = teacher_row_R.unique_consecutive(return_inverse=True)
         num_rows = len(hidden_RC)
         starts = range(0, max(1, num_rows), chunk_size)
@@ -145,7 +147,7 @@ class _ChunkedLoss(torch.autograd.Function):
             ]
             *values, grad_RV = (torch.cat(part) for part in zip(*compared, strict=True))
             parts.append(values)
-            # Rows do not mix, so each row's own gradient comes out of one backward.
+            # Rows are independent, so one backward pass gives the gradient of each row.
             grads += torch.autograd.grad(logits_RV, hidden, grad_RV)
         outputs = tuple(torch.cat(part) for part in zip(*parts, strict=True))
         ctx.save_for_backward(torch.cat(grads))
@@ -161,10 +163,10 @@ class _ChunkedLoss(torch.autograd.Function):
 def position_weights(
     kind: WeightKind, overlap_BNJ: Tensor, valid_BNJ: Tensor, *, gamma: float = 4.0, smoothing: float = 0.5
 ) -> Tensor:
-    """Weights of a block's targets, weight_BNJ; zero where invalid. Scale is the caller's affair.
+    """Weights of a block's targets, weight_BNJ; zero where invalid. The caller normalises them.
 
-    uniform: arXiv 2605.12825. decay: exp(-j / gamma). dpace: what the target's acceptance adds to the
-    expected accepted length, sum over m >= j of prod over i <= m of (1 - a) q_i + a, from arXiv 2605.18810.
+    uniform: arXiv 2605.12825. decay: exp(-j / gamma). dpace: the target's contribution to the expected accepted length,
+    sum over m >= j of prod over i <= m of (1 - a) q_i + a, where a is `smoothing`, from arXiv 2605.18810.
     """
     if kind == "uniform":
         weight_BNJ = torch.ones_like(overlap_BNJ)
@@ -172,7 +174,7 @@ def position_weights(
         steps_J = torch.arange(overlap_BNJ.shape[-1], device=overlap_BNJ.device)
         weight_BNJ = torch.exp(-steps_J / gamma).expand_as(overlap_BNJ)
     else:
-        chance_BNJ = ((1.0 - smoothing) * overlap_BNJ + smoothing).where(valid_BNJ, 1.0)
-        reach_BNJ = chance_BNJ.cumprod(-1) * valid_BNJ
+        prob_BNJ = ((1.0 - smoothing) * overlap_BNJ + smoothing).where(valid_BNJ, 1.0)
+        reach_BNJ = prob_BNJ.cumprod(-1) * valid_BNJ
         weight_BNJ = reach_BNJ.flip(-1).cumsum(-1).flip(-1)
     return weight_BNJ * valid_BNJ

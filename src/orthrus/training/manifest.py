@@ -1,4 +1,4 @@
-"""The manifest of a corpus: what it was begun with, where its prompts came from, and what made it."""
+"""The manifest of a corpus: its settings, the sources of its prompts, and its provenance."""
 
 import json
 import os
@@ -23,7 +23,7 @@ _DAMAGED = (
 
 @contextmanager
 def corpus_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder of a corpus, made if need be, for this process alone.
+    """Lock the folder of a corpus for this process. Makes the folder if it does not exist.
 
     Raises as `check_corpus_folder`.
     """
@@ -38,10 +38,10 @@ def corpus_folder(folder: Path) -> Iterator[None]:
 
 
 def check_corpus_folder(folder: Path) -> None:
-    """Make sure, before any work, that a corpus may begin or go on in `folder`; makes nothing.
+    """Check, before any work, that a corpus may begin or continue in `folder`. Makes nothing.
 
-    Raises UserInputError when files of such names are there that are not of a corpus of ours, or another
-    process makes one there; CorruptFileError for a damaged manifest; StorageError when it cannot be written.
+    Raises UserInputError if files with a corpus's names are there without its manifest, or if another process makes a
+    corpus there. Raises CorruptFileError for a damaged manifest, and StorageError if the folder cannot be written.
     """
     check_writable(folder)
     if os.path.lexists(folder / MANIFEST):
@@ -55,17 +55,17 @@ def check_corpus_folder(folder: Path) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    """The files of a corpus, or what bears their names."""
+    """Names in the folder that are names of a corpus's files."""
     if not folder.is_dir():
         return []
     return sorted(path.name for path in folder.iterdir() if _OURS.fullmatch(path.name))
 
 
 def begin(folder: Path, settings: dict[str, Any], provenance: dict[str, Any]) -> None:
-    """Write the manifest of a new corpus, or make sure that an old one was begun alike.
+    """Write the manifest of a new corpus, or check that an old one has the same settings.
 
-    Raises UserInputError naming the settings that differ, or as `check_corpus_folder`; CorruptFileError for
-    an unreadable manifest.
+    Raises UserInputError, which names the settings that differ, or as `check_corpus_folder`. Raises CorruptFileError
+    for an unreadable manifest.
     """
     settings = json.loads(json.dumps(settings))
     check_names = _names(folder)
@@ -76,7 +76,7 @@ def begin(folder: Path, settings: dict[str, Any], provenance: dict[str, Any]) ->
         return
     begun = _read(folder)["settings"]
     changed = sorted(key for key in settings if begun.get(key) != settings[key])
-    # A run that failed before it had a prompt leaves nothing that other settings could spoil.
+    # A run that failed before it had a prompt left no files, so other settings are allowed.
     if changed and not check_names:
         _write(folder, {"format": 1, "settings": settings, "sources": {}, "provenance": provenance})
     elif changed:
@@ -87,13 +87,13 @@ def begin(folder: Path, settings: dict[str, Any], provenance: dict[str, Any]) ->
 
 
 def note_source(folder: Path, part: str, facts: dict[str, Any]) -> None:
-    """Record where the prompts in the file `part` came from."""
+    """Record the source of the prompts in the file `part`."""
     content = _read(folder)
     _write(folder, content | {"sources": content["sources"] | {part: facts}})
 
 
 def note_servers(folder: Path, servers: list[dict[str, Any]]) -> None:
-    """Record the servers that answer; one that is there already, with the same facts, is not named twice."""
+    """Record the servers that answer. A server with the same facts is recorded once."""
     if servers:
         content = _read(folder)
         known = content.get("servers", [])
@@ -101,7 +101,7 @@ def note_servers(folder: Path, servers: list[dict[str, Any]]) -> None:
 
 
 def forget_sources(folder: Path) -> None:
-    """Remove the prompts of all sources, as far as this corpus noted that it wrote them."""
+    """Delete the prompt files of all sources that the manifest lists."""
     content = _read(folder)
     for part in content["sources"]:
         if Path(part).name == part and _OURS.fullmatch(part):
@@ -110,7 +110,7 @@ def forget_sources(folder: Path) -> None:
 
 
 def base_fingerprint(folder: Path) -> str | None:
-    """Fingerprint of the base that answered; None for a corpus that does not say."""
+    """Fingerprint of the base that answered; None if the corpus does not record it."""
     if not os.path.lexists(folder / MANIFEST):
         return None
     found = _read(folder)["settings"].get("base_fingerprint")
@@ -118,7 +118,7 @@ def base_fingerprint(folder: Path) -> str | None:
 
 
 def corpus_sources(folder: Path) -> list[str]:
-    """Where a corpus's prompts came from, one phrase a source; empty when its manifest does not say."""
+    """The sources of a corpus's prompts, one phrase for each; empty if its manifest does not record them."""
     try:
         sources = _read(folder)["settings"]["sources"]
         return [_source(s) for s in sources if isinstance(s, dict)]

@@ -1,4 +1,4 @@
-"""The moving mean of the weights that a run trains: what it scores and leaves behind, where the recipe wants one."""
+"""The moving mean of the trained weights, which a run evaluates and keeps if the recipe asks for it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# The first steps count for more, so that a mean forgets its start: after n steps the decay is at most n / (n + 9).
+# The first steps have more weight, so that the mean forgets its start: in step n the decay is at most n / (n + 9).
 _SLOW_START = 9
 
 
 class MovingMean:
-    """An exponential moving average of parameters, by name; each process keeps that of the parts it holds.
+    """An exponential moving average of parameters, by name. Each process keeps the part that it holds.
 
-    After step n the mean moves by 1 - min(decay, n / (n + 9)) of its way to the weights. With a decay of 0 there is
-    none: `tensors` is empty and nothing changes places. It begins as the weights are when it is made.
+    It starts as the current weights. After step n it moves towards the weights by the share
+    1 - min(decay, n / (n + 9)). With a decay of 0 there is no mean: `tensors` is empty, and no method has an effect.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float) -> None:
@@ -24,14 +24,14 @@ class MovingMean:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after that step, counted from 1."""
+        """Update the mean with the weights after that step, counted from 1."""
         share = 1 - min(self._decay, step / (step + _SLOW_START))
         for name, parameter in self._parameters.items():
             _part(self.tensors[name]).lerp_(_part(parameter), share)
 
     @torch.no_grad()
-    def trade_places(self) -> None:
-        """Put the mean into the parameters and their weights into `tensors`; the next call undoes it."""
+    def swap(self) -> None:
+        """Swap the parameters' weights with the mean in `tensors`. The next call swaps them back."""
         for name, parameter in self._parameters.items():
             mean, weights = _part(self.tensors[name]), _part(parameter)
             kept = weights.clone()
@@ -40,14 +40,14 @@ class MovingMean:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the parameters hold the mean."""
-        self.trade_places()
+        """A context in which the parameters hold the mean."""
+        self.swap()
         try:
             yield
         finally:
-            self.trade_places()
+            self.swap()
 
 
 def _part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, in its own memory."""
+    """The part of a tensor that this process holds."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -1,4 +1,4 @@
-"""The index of a packed corpus: what its files hold, and whether they are whole."""
+"""The index of a packed corpus: the content of its files, and digests to check them."""
 
 import hashlib
 import math
@@ -20,11 +20,11 @@ WORD = np.dtype("<u4")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackIndex:
-    """What a packed folder holds.
+    """The content of a packed folder.
 
-    num_long: dialogues longer than a sequence, which were left out; longest: tokens of the longest one, those
-    included. digest: of all dialogues, in order. shard_digests: of the files. base: fingerprint of the base that
-    answered, None where nobody said. sources: of the prompts. files: size and time of change of the corpus files.
+    num_long: number of dialogues longer than a sequence, which were left out. longest: tokens of the longest dialogue,
+    with those. digest: of all dialogues, in order. shard_digests: of the files. base: fingerprint of the base that
+    answered, None if unknown. sources: of the prompts. files: size and modification time of the corpus files.
     """
 
     sequence_length: int
@@ -45,7 +45,7 @@ class PackIndex:
 
 
 def read_index(folder: Path) -> PackIndex:
-    """The index of a packed folder; CorruptFileError for a file that is none."""
+    """The index of a packed folder. Raises CorruptFileError for a file that is no index."""
     file = folder / INDEX
     try:
         content = parse_json(file.read_bytes())
@@ -66,7 +66,7 @@ def read_index(folder: Path) -> PackIndex:
 
 
 def _check(index: PackIndex) -> None:
-    """ValueError for an index that nothing of ours wrote."""
+    """Raises ValueError for values that `write_pack` cannot have written."""
     counts = (
         index.sequence_length,
         index.num_sequences,

@@ -1,4 +1,4 @@
-"""Packing a corpus: its dialogues, one at a time, into sequences in files, and the index beside them."""
+"""Packs a corpus: writes its dialogues, one at a time, into files of sequences, and then their index."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ _SHARD_WORDS = 2**26
 def pack_corpus(
     folder: Path, target: Path, sequence_length: int, on_progress: Progress | None = None
 ) -> None:
-    """Pack a corpus folder into `target`, an empty folder; raises as `packed`."""
+    """Pack a corpus folder into `target`, an empty folder. Raises as `packed`."""
     files = stamps(folder)
     samples = _with_progress(folder, files, on_progress)
     base, sources = manifest.base_fingerprint(folder), tuple(manifest.corpus_sources(folder))
@@ -37,9 +37,9 @@ def write_pack(
     sources: tuple[str, ...] = (),
     files: dict[str, list[int]] | None = None,
 ) -> PackIndex:
-    """Pack dialogues into `target`, an empty folder; those longer than a sequence are counted and left out.
+    """Pack dialogues into `target`, an empty folder. Dialogues longer than a sequence are counted and left out.
 
-    Raises UserInputError when none is left.
+    Raises UserInputError if no dialogue is left.
     """
     shard_sequences = max(1, _SHARD_WORDS // sequence_length)
     places, digest, domains = Places(sequence_length), hashlib.blake2b(digest_size=16), Counter[str]()
@@ -89,7 +89,7 @@ def write_pack(
 
 
 def stamps(folder: Path) -> dict[str, list[int]]:
-    """Size and time of change of every file that a packed corpus depends on."""
+    """Size and modification time of every file on which a packed corpus depends."""
     found = {}
     for file in [*corpus_files(folder), folder / manifest.MANIFEST]:
         if file.exists():
@@ -101,7 +101,7 @@ def stamps(folder: Path) -> dict[str, list[int]]:
 def _with_progress(
     folder: Path, files: dict[str, list[int]], on_progress: Progress | None
 ) -> Iterator[Sample]:
-    """The dialogues of a corpus; on_progress is told the bytes of its files."""
+    """The dialogues of a corpus. on_progress: called with the bytes of the files read so far."""
     total, done = sum(size for size, _ in files.values()), 0
 
     def begun(file: Path) -> None:
@@ -114,7 +114,7 @@ def _with_progress(
 
 
 class _Shards:
-    """The files of sequences, written in any order."""
+    """The files of sequences, which may be written in any order."""
 
     def __init__(self, folder: Path, sequence_length: int, shard_sequences: int) -> None:
         self._folder, self._shard_sequences = folder, shard_sequences

@@ -1,6 +1,7 @@
-"""Dialogues into sequences of a fixed length; documents share a sequence but neither mask nor positions.
+"""Packs dialogues into sequences of a fixed length. Documents of a sequence do not see each other.
 
-A sequence is coded in four bytes a token: its id, and whether a dialogue or an answer begins there.
+A sequence is coded with four bytes for each token: its id, and flags for padding, an answer's tokens, and the begin of
+a dialogue or an answer.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from orthrus.training.corpus import MOST_IDS, Sample
 
 Words = NDArray[np.uint32]
 
-# Token ids lie below MOST_IDS = 2**28; these bits lie above them.
+# Token ids are below MOST_IDS = 2**28. The flags are the bits above.
 _BEGINS = 1 << 31
 _ANSWER_BEGINS = 1 << 30
 _ANSWERED = 1 << 29
@@ -25,8 +26,11 @@ _OPEN_SEQUENCES = 16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedSequence:
-    """One sequence; all int64 of length T. document_T: number of the dialogue, -1 on padding. answer_T: number of
-    the sequence's answer that a token belongs to, -1 on tokens that the base did not write."""
+    """One sequence; all tensors are int64 of length T.
+
+    document_T: the number of each token's dialogue, -1 for padding. answer_T: the number of each token's answer in the
+    sequence, -1 for tokens that the base did not write.
+    """
 
     token_ids_T: Tensor
     position_ids_T: Tensor
@@ -35,7 +39,7 @@ class PackedSequence:
 
 
 def dialogue_words(sample: Sample) -> Words:
-    """One dialogue, coded: a word for each token of prompt and answer."""
+    """A coded dialogue: a word for each token of prompt and answer."""
     words = np.array((*sample.prompt_ids, *sample.answer_ids), dtype=np.uint32)
     words[0] |= _BEGINS
     first = len(sample.prompt_ids)
@@ -51,7 +55,7 @@ def empty_words(sequence_length: int) -> Words:
 
 
 def sequence_of(words_T: NDArray[Any]) -> PackedSequence:
-    """A coded sequence of T words in full."""
+    """The decoded sequence of T words."""
     word_T = torch.from_numpy(words_T.astype(np.int64))
     used_T, begins_T, answered_T = (
         word_T != _PADDING,
@@ -69,7 +73,7 @@ def sequence_of(words_T: NDArray[Any]) -> PackedSequence:
 
 
 class Place(NamedTuple):
-    """Where a dialogue goes: the number of its sequence, its first token there; closed: a sequence that is full."""
+    """The place of a dialogue: the number of its sequence, and its first index there. closed: a full sequence."""
 
     sequence: int
     at: int
@@ -96,7 +100,7 @@ class Places:
         sequence, closed = self.num_sequences, None
         self.num_sequences += 1
         self._open.append((self._sequence_length - length, sequence))
-        # A short list of open sequences keeps this linear; the fullest one closes first.
+        # A short list of open sequences keeps the time linear. The fullest sequence is closed first.
         if len(self._open) > _OPEN_SEQUENCES:
             fullest = min(self._open, key=lambda place: place[0])
             self._open.remove(fullest)

@@ -1,7 +1,8 @@
-"""Packed corpora on disk: sequences of coded tokens in memory-mapped shards, and an index that says what they are.
+"""Packed corpora on disk: sequences of coded tokens in memory-mapped shards, and an index.
 
-Layout of a packed folder: `pack.json` (the index), `sequences-00000.u32`, ... (little-endian words, T a sequence; see
-`packing`). A corpus folder keeps its own in `packed/SEQUENCE_LENGTH`; a packed folder elsewhere stands for itself.
+A packed folder holds `pack.json` (the index) and `sequences-00000.u32`, ... (little-endian words, T for each sequence,
+see `packing`). The packed form of a corpus folder is cached in its folder `packed/SEQUENCE_LENGTH`. A packed folder in
+another place may be used without its corpus.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ CACHE = "packed"
 
 
 class _Sequences(Sequence[PackedSequence], ABC):
-    """Sequences that are read when they are asked for, one by one."""
+    """Sequences that are read on access, one by one."""
 
     @overload
     def __getitem__(self, at: int) -> PackedSequence: ...
@@ -56,7 +57,7 @@ class _Sequences(Sequence[PackedSequence], ABC):
 
 
 class Pack(_Sequences):
-    """The sequences of a packed folder, read from its files when they are asked for."""
+    """The sequences of a packed folder, read from its files on access."""
 
     def __init__(self, folder: Path, index: PackIndex, shards: Sequence[Any]) -> None:
         self.folder, self.about, self._shards = folder, index, shards
@@ -65,7 +66,7 @@ class Pack(_Sequences):
         return self.about.num_sequences
 
     def _sequence(self, at: int) -> PackedSequence:
-        """Raises CorruptFileError for a sequence with a token id that the index does not know of."""
+        """Raises CorruptFileError for a sequence with a larger token id than the index states."""
         shard, sequence = divmod(at, self.about.shard_sequences)
         found = sequence_of(self._shards[shard][sequence])
         if int(found.token_ids_T.max()) > self.about.largest_id:
@@ -74,7 +75,7 @@ class Pack(_Sequences):
 
 
 class Packs(_Sequences):
-    """The sequences of several packed folders, one after the other. parts: by the names that they were given under."""
+    """The sequences of several packed folders, one after the other. parts: the packs by the names of their folders."""
 
     def __init__(self, parts: dict[str, Pack]) -> None:
         self.parts = parts
@@ -94,7 +95,7 @@ class Packs(_Sequences):
 
     @property
     def digest(self) -> str:
-        """A short name for exactly these dialogues, so that a resumed run can tell that its data changed."""
+        """A short name for exactly these dialogues, by which a resumed run notices changed data."""
         digests = [pack.about.digest for pack in self._packs]
         return (
             digests[0]
@@ -104,7 +105,7 @@ class Packs(_Sequences):
 
 
 def has_corpus(folder: str) -> bool:
-    """Whether there is a corpus or a packed one."""
+    """Whether the folder holds a corpus or a packed one."""
     path = Path(os.path.expanduser(folder))
     return (path / PROMPTS).is_file() or (path / INDEX).is_file()
 
@@ -116,10 +117,10 @@ def packed_corpora(
     drop_long: bool = False,
     on_progress: Progress | None = None,
 ) -> Packs:
-    """The packed sequences of corpus folders, packed first where that was not done yet. Several must be of one base.
+    """The packed sequences of corpus folders, which are packed now if needed. Several must be of one base.
 
-    Raises UserInputError when they are answers of different bases or one does not say of which, when dialogues are
-    longer than a sequence and `drop_long` does not leave them out; and as `packed`.
+    Raises UserInputError if they are answers of different bases, or one does not record its base, or if dialogues are
+    longer than a sequence and `drop_long` is False. Raises as `packed`, too.
     """
     packs = {
         folder: packed(Path(os.path.expanduser(folder)), sequence_length, on_progress) for folder in folders
@@ -146,11 +147,11 @@ def packed_corpora(
 
 
 def packed(folder: Path, sequence_length: int, on_progress: Progress | None = None) -> Pack:
-    """The sequences of a corpus folder, from its cache where that is fresh, else packed now; or of a packed folder.
+    """The sequences of a packed folder, or of a corpus folder, from its cache or packed now.
 
-    Several processes may ask at once: one packs, the others wait. Raises UserInputError when there is no corpus, it
-    is empty, every dialogue is longer than a sequence, or a packed folder has sequences of another length;
-    CorruptFileError when a file is damaged; StorageError when the cache cannot be written.
+    If several processes call this at the same time, one packs and the others wait. Raises UserInputError if there is no
+    corpus, if it is empty, if every dialogue is longer than a sequence, or if a packed folder has sequences of another
+    length. Raises CorruptFileError for a damaged file, and StorageError if the cache cannot be written.
     """
     if (folder / INDEX).is_file():
         pack = open_pack(folder)
@@ -181,7 +182,7 @@ def packed(folder: Path, sequence_length: int, on_progress: Progress | None = No
 
 
 def open_pack(folder: Path) -> Pack:
-    """A packed folder; CorruptFileError when its index or the size of a file is not as it was written."""
+    """Open a packed folder. Raises CorruptFileError if its index or the size of a file has changed."""
     index = read_index(folder)
     shards = []
     for shard in range(len(index.shard_digests)):
@@ -197,7 +198,7 @@ def open_pack(folder: Path) -> Pack:
 
 
 def check_files(pack: Pack) -> None:
-    """Read every file of a packed folder; CorruptFileError for one whose content is not as it was written."""
+    """Read every file of a packed folder. Raises CorruptFileError if the content of one has changed."""
     for shard, digest in enumerate(pack.about.shard_digests):
         file = pack.folder / shard_name(shard)
         if file_digest(file) != digest:
@@ -205,7 +206,7 @@ def check_files(pack: Pack) -> None:
 
 
 def _fresh(place: Path, files: dict[str, list[int]]) -> Pack | None:
-    """The pack in a cache, unless there is none or the corpus changed since."""
+    """The pack in a cache; None if there is none, or if the corpus has changed since."""
     if not (place / INDEX).is_file():
         return None
     try:

@@ -1,9 +1,9 @@
-"""What a training run needs, by arithmetic: memory by part, operations, tokens and hours. Pure functions.
+"""Computes what a training run needs: memory by part, operations, tokens and hours. Pure functions.
 
 Names in the formulas: C hidden size, q and kv the widths of all query heads and of all key heads, H query heads,
 I width of the MLP that a row meets, V vocabulary, L layers, T sequence_length, B micro_batch_size, N num_anchors,
 K block_size, Q = B N K block rows, c bytes of a number in `dtype`. Frozen weights need no gradient, so autograd keeps
-for them nothing but themselves: that is why a step needs much less than one of full training.
+no activations for them. So a step needs much less memory than a step of full training.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ GPUS: Mapping[str, tuple[float, float, int]] = {
     "l40s": (362e12, 92e12, 48),
     "rtx4090": (165e12, 83e12, 24),
 }
-"""By name: operations a second without sparsity, in bfloat16 and in float32, as their maker states them, and GB."""
+"""By name: operations per second without sparsity in bfloat16 and in float32, as the maker states them, and GB."""
 BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
 _FIXED_BYTES = 1_000_000_000
 _FRAGMENTED = 0.05
@@ -30,15 +30,16 @@ Attention = Literal["dense", "flex"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A base and a view, as far as the formulas want to know.
+    """The sizes of a base and a view that the formulas need.
 
-    parameters: of the base; root_parameters: those outside its layers. layer_parameters: of a layer; layer_weights:
-    those that a row is multiplied by (of experts the chosen ones). view_parameters: all that the view adds;
-    trained_parameters: what learns of it. view_layer_parameters: the largest layer's share. view_weights: those of
-    a layer that a block row is multiplied by in place of the base's (full twins) or besides (low_rank).
-    hidden_norms: a layer's norms over the hidden size. head_norms: whether queries and keys have some; in which the
-    view's own save their output, of the given bytes (None where they do not learn). inputs: values that trained
-    projections of a layer keep for their gradients, by their places. experts: (all, chosen), None for a plain MLP.
+    parameters: of the base. root_parameters: of the base outside its layers. layer_parameters: of a layer.
+    layer_weights: weights of a layer by which a row is multiplied (of experts, only the chosen ones). view_parameters:
+    of the view. trained_parameters: those of them that are trained. view_layer_parameters: those in the layer that has
+    most. view_weights: weights of a layer by which a block row is multiplied instead of the base's (full twins) or in
+    addition (low_rank). hidden_norms: number of a layer's norms over the hidden size. head_norms: whether queries and
+    keys have norms. wide_head_norms: whether these multiply in float32. trained_head_norms: whether these are trained.
+    qkv_input, o_input, mlp_inputs, rank_values: the inputs of trained projections of a layer that are kept for
+    gradients. experts: (all, chosen), None for a plain MLP.
     """
 
     parameters: int
@@ -87,7 +88,7 @@ class Shape:
 
     @property
     def values(self) -> int:
-        """What is kept for a row's value: where one projection makes all three, its whole output."""
+        """Numbers that are kept for a row's value: the whole output if one projection makes query, key and value."""
         return self.queries + 2 * self.keys if self.fused_qkv else self.keys
 
     @property
@@ -96,7 +97,7 @@ class Shape:
 
     @property
     def learning_layers(self) -> range:
-        """Layers with something to keep: from the first one with a twin, or with a trained mask all of them."""
+        """Layers that keep activations: all from the first one with a twin on; all layers with a trained mask."""
         if not self.trains_twins:
             return range(0)
         first = 0 if self.trained_mask else min(self.twin_layers, default=self.num_layers)
@@ -105,9 +106,11 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What one pass of one process works on: B, T, N, K; targets of a block that carry weight; AR rows that a
-    block row reads, on average; the share of blocks that are probed and moved first; recomputed: whether layers keep
-    their input alone."""
+    """The work of one pass of one process: B, T, N and K, and these.
+
+    targets: targets of a block with weight. read_rows: AR rows that a block row reads, on average. rejected_share:
+    share of blocks that are probed and moved first. recomputed: whether layers keep only their input.
+    """
 
     micro_batch_size: int
     sequence_length: int
@@ -130,7 +133,7 @@ class Work:
 
     @property
     def teacher_rows(self) -> float:
-        """Rows of the AR pass whose law is imitated: different blocks share them."""
+        """Rows of the AR pass whose distribution is a target; blocks share such rows."""
         return min(self.micro_batch_size * self.sequence_length, self.target_rows)
 
 
@@ -154,7 +157,7 @@ class Memory:
 def layer_bytes(shape: Shape, work: Work, layer: int) -> float:
     """Bytes that autograd keeps of one layer for each block row.
 
-    norms (4 C + 4) each: the row in float32, and its scale
+    norms, (4 C + 4) each: the row in float32, and its scale
     inputs of trained projections: c C before q, k and v; c q before o, where attention does not keep it already;
         c (C + I) of an MLP with twins; c r for every low-rank part
     query and key norms: 4 (q + kv) + 4 (H + H_kv), and of those that learn their outputs, w (q + kv), w being 4
@@ -168,7 +171,7 @@ def layer_bytes(shape: Shape, work: Work, layer: int) -> float:
     c, twinned = work.dtype_bytes, layer in shape.twin_layers
     q, kv, heads = shape.queries, shape.keys, shape.heads
     norms = shape.hidden_norms
-    # What comes before the first thing that learns is not kept.
+    # Activations before the first trained parameter are not kept.
     if layer == shape.learning_layers.start and shape.pre_norm and not shape.trained_mask:
         norms -= 1
     total = norms * (4.0 * shape.hidden + 4)
@@ -228,9 +231,9 @@ def logits_bytes(shape: Shape, work: Work) -> int:
     """The vocabulary rows of one chunk of the loss: min(512, targets) V (28 + 3 c, + 4 in bfloat16, + c where
     logits are capped) bytes.
 
-    Seven float32 numbers for each logit: the AR view's log probabilities and the same by draft row, both laws, the
-    draft's best, their difference and its product; the draft's logits in float32 and as the head gives them; the
-    gradients of the chunk before, in parts and in one.
+    Each logit needs seven float32 numbers: the AR view's log probabilities and the same by draft row, both
+    distributions, the draft's best, their difference and its product. To these come the draft's logits in float32 and
+    as the head gives them, and the gradients of the chunk before, in parts and in one.
     """
     c = work.dtype_bytes
     each = 28 + (3 + shape.capped_logits) * c + 4 * (c != BYTES["float32"])
@@ -257,7 +260,7 @@ def memory(
     if sharded:
         base += c * (shape.root_parameters + 2 * shape.layer_parameters)
         view += 2 * c * shape.view_layer_parameters
-        # As a pass gives them, and in float32 to be summed.
+        # In the dtype of the pass, and in float32 for the sum.
         gradients += 2 * (c + 4 * (c != BYTES["float32"])) * shape.view_layer_parameters
     else:
         view += _cast_bytes(c) * shape.trained_parameters
@@ -277,9 +280,11 @@ def memory(
 
 
 def gathered_bytes(shape: Shape, work: Work, *, processes: int, averaged: bool = False) -> int:
-    """Memory of one process of a sharded run while weights are whole: during real decodes and at its end.
-    c P + 4 W, c W more of what bfloat16 works with, the optimizer's share 8 G / n (12 with a mean), and the
-    workspace's 1 GB."""
+    """Memory of one process of a sharded run while it holds all weights: during evaluations and at its end.
+
+    c P + 4 W, c W more for the copy in bfloat16, the optimizer's share 8 G / n (12 with a mean), and the workspace's
+    1 GB.
+    """
     c = work.dtype_bytes
     whole = c * shape.parameters + (4 + _cast_bytes(c)) * shape.view_parameters
     kept = kept_bytes(averaged=averaged) * shape.trained_parameters
@@ -287,7 +292,7 @@ def gathered_bytes(shape: Shape, work: Work, *, processes: int, averaged: bool =
 
 
 def _cast_bytes(dtype_bytes: int) -> int:
-    """Of each weight of the view, beside its float32, where passes work with a cast of it."""
+    """Bytes of the cast copy of each weight of the view, which passes in bfloat16 use beside the float32 one."""
     return dtype_bytes if dtype_bytes == BYTES["bfloat16"] else 0
 
 
@@ -300,7 +305,7 @@ def pass_flops(shape: Shape, work: Work) -> float:
     """Operations of the matrix products of one pass of one process, 2 for each multiplication and addition.
 
     M: weights that a row meets in a layer, m of them trained (in place of the base's; low-rank parts besides).
-    AR rows, B T of them: L (2 M + 4 T q); laws to imitate: 2 V C each, for min(B T, targets) rows
+    AR rows, B T of them: L (2 M + 4 T q); target distributions: 2 V C each, for min(B T, targets) rows
     block rows, Q: forward L (2 M + 4 q (S + K)); backward, in the layers that learn, 2 M to their inputs, 2 m to their
         weights, and attention's 4 q S + 8 q K (flex: 10 q (S + K), since it computes scores again and gradients
         of all keys); less 2 C (q + 2 kv) in the first of them, unless a trained mask learns
@@ -311,7 +316,7 @@ def pass_flops(shape: Shape, work: Work) -> float:
     """
     q, layers, learning = shape.queries, shape.num_layers, len(shape.learning_layers)
     twins = len(shape.twin_layers)
-    # Full twins replace what they are twins of.
+    # Full twins replace the base's weights.
     more = shape.view_weights * twins if shape.low_rank else 0
     context_rows = work.micro_batch_size * work.sequence_length
     teacher = context_rows * layers * (2 * shape.layer_weights + 4 * work.sequence_length * q)

@@ -1,4 +1,4 @@
-"""A whole run by arithmetic: a recipe on some GPUs, whether it fits, and what to change where it does not."""
+"""Plans a whole run: a recipe on some GPUs, whether it fits, and what to change if it does not."""
 
 import math
 from collections.abc import Callable
@@ -26,8 +26,11 @@ _LOW_RANK = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """num_gpus devices of so many bytes; peak: operations a second of each in the recipe's dtype, of which a run
-    reaches the share `utilisation`."""
+    """The devices of a run.
+
+    bytes_each: memory of a device. peak: operations per second of a device in the recipe's dtype. utilisation: the
+    share of the peak that a run reaches.
+    """
 
     num_gpus: int
     bytes_each: float
@@ -45,8 +48,11 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """gathered: bytes while a sharded run holds all weights, 0 for others. targets: of a step, at most. num_steps,
-    total_flops, hours: None where nobody knows how long the corpus is."""
+    """The needs of a run.
+
+    gathered: bytes while a sharded run holds all weights, 0 for other runs. targets: of a step, at most. num_steps,
+    total_flops, hours: None if the length of the corpus is unknown.
+    """
 
     shape: Shape
     work: Work
@@ -66,7 +72,7 @@ class Plan:
 
 
 def plan_run(shape: Shape, recipe: TrainConfig, machine: Machine, num_sequences: int | None) -> Plan:
-    """The plan of a recipe for its base and view; num_sequences: of its packed corpus, None where it is not there.
+    """The plan of a recipe for its base and view. num_sequences: of its packed corpus, None if there is none yet.
 
     Raises UserInputError for a batch that leaves processes without a sequence.
     """
@@ -81,7 +87,7 @@ def plan_run(shape: Shape, recipe: TrainConfig, machine: Machine, num_sequences:
     num_steps = recipe.steps or (
         None if num_sequences is None else max(1, round(recipe.epochs * num_sequences / recipe.batch_size))
     )
-    # The others wait for the process with the most sequences.
+    # All processes wait for the one with the most sequences.
     waited = math.ceil(recipe.batch_size / processes) * processes * sequence_flops
     return Plan(
         shape=shape,
@@ -103,11 +109,11 @@ def plan_run(shape: Shape, recipe: TrainConfig, machine: Machine, num_sequences:
 
 
 def work_of(recipe: TrainConfig, shape: Shape) -> Work:
-    """What a pass of the recipe works on, on a GPU. A sequence is supposed to hold one dialogue, the longest reach."""
+    """The work of a pass of the recipe on a GPU, if each sequence holds one dialogue, which is the largest work."""
     import torch
 
     attention = pick_attention(recipe.attention, torch.device("cuda"), shape.head_dim)
-    # A share of the blocks alone leaves targets out; the others weigh all of them.
+    # If only a share of the blocks leaves out targets, assume that all targets have weight.
     without = recipe.first_target if recipe.clean_share == 1 else 0
     length = recipe.sequence_length
     return Work(
@@ -116,7 +122,7 @@ def work_of(recipe: TrainConfig, shape: Shape) -> Work:
         num_anchors=recipe.num_anchors,
         block_size=recipe.block_size,
         targets=recipe.block_size - 1 - without,
-        # Anchors lie anywhere in a sequence; the dense code multiplies by all of it all the same.
+        # Anchors are anywhere in a sequence. The dense code multiplies by the whole sequence in any case.
         read_rows=length if attention == "dense" else length / 2,
         rejected_share=recipe.rejected_share,
         dtype_bytes=BYTES[recipe.dtype],
@@ -126,10 +132,10 @@ def work_of(recipe: TrainConfig, shape: Shape) -> Work:
 
 
 def what_to_change(recipe: TrainConfig, num_gpus: int, fits: Callable[[TrainConfig], bool]) -> dict[str, Any]:
-    """The keys, with values, that make a recipe fit which does not; empty where none of these do.
+    """The keys, with values, that make a recipe fit; empty if no change does.
 
-    In this order: micro_batch_size and activations (change nothing else), sharding, num_anchors, rank; no more of
-    them than needed.
+    They are tried in this order: micro_batch_size and activations (which do not change the result), sharding,
+    num_anchors, rank. The result has no more changes than needed.
     """
     changes: dict[str, Any] = {}
     for key, value in _candidates(recipe, num_gpus):

@@ -1,4 +1,4 @@
-"""The sizes of a base and its view from their configs alone: modules without memory are built and counted."""
+"""The sizes of a base and its view, from their configs only: it builds modules without memory and counts them."""
 
 import math
 from pathlib import Path
@@ -21,15 +21,15 @@ from orthrus.training.plan import Shape
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.start import DEFAULT_REPAIR_RANK
 
-# They multiply by their weights before they go back from float32.
+# Families whose norms multiply by their weights in float32.
 _WIDE_NORMS = ("Gemma3", "OLMo2")
 
 
 def plan_shape(config: PreTrainedConfig, recipe: TrainConfig) -> Shape:
-    """Sizes of that base with the view that the recipe trains, exact but for the mask.
+    """Sizes of that base with the view that the recipe trains. They are exact except for the mask.
 
-    With `mask: auto` a spare embedding row is supposed, since only the tokenizer knows whether there is one: a
-    trained mask is one vector more. Raises as `starting_view` does for a view that this base cannot have.
+    With `mask: auto` a spare embedding row is assumed, because only the tokenizer knows whether there is one. A trained
+    mask would be one vector more. Raises as `starting_view` for a view that this base cannot have.
     """
     with torch.device("meta"), quiet_libraries():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -38,7 +38,7 @@ def plan_shape(config: PreTrainedConfig, recipe: TrainConfig) -> Shape:
 
 
 def shape_of(dual: DualView, trains_twins: bool = True) -> Shape:
-    """The sizes of a view and its base, with or without memory; trains_twins: else the repair head alone learns."""
+    """The sizes of a view and its base. trains_twins: False if only the repair head is trained."""
     model: Any = dual.base
     config: Any = model.config
     layers = list(decoder_layers(dual.base))
@@ -98,7 +98,7 @@ def shape_of(dual: DualView, trains_twins: bool = True) -> Shape:
 
 
 def _view_config(recipe: TrainConfig) -> ViewConfig:
-    """The view that the run would begin with."""
+    """The config of the view with which the run would start."""
     repair = recipe.repair_rank or (DEFAULT_REPAIR_RANK if recipe.train == "repair" else None)
     mask = None if recipe.mask == "trained" else recipe.mask if isinstance(recipe.mask, int) else 0
     if recipe.init_view is None:
@@ -132,7 +132,7 @@ def _own(layer: nn.Module, of_view: set[int]) -> int:
 
 
 def _weights(layer: nn.Module, of_view: set[int], experts: tuple[int, int] | None) -> int:
-    """Numbers that a row is multiplied by in a layer: all matrices, of experts as many as are chosen."""
+    """Weights by which a row is multiplied in a layer: all matrices, but only those of the chosen experts."""
     plain = sum(p.numel() for p in layer.parameters() if id(p) not in of_view and p.ndim == 2)
     if experts is None:
         return plain
@@ -142,7 +142,7 @@ def _weights(layer: nn.Module, of_view: set[int], experts: tuple[int, int] | Non
 
 
 def _experts(config: Any, layer: nn.Module) -> tuple[int, int] | None:
-    """(all, chosen for a row), None for a layer with a plain MLP."""
+    """(number of experts, number chosen for a row); None for a layer with a plain MLP."""
     number = getattr(config, "num_experts", None)
     if not number or not any(p.ndim == 3 for p in layer.parameters()):
         return None
@@ -150,6 +150,6 @@ def _experts(config: Any, layer: nn.Module) -> tuple[int, int] | None:
 
 
 def _mlp_inputs(config: Any, found: dict[str, Twin]) -> int:
-    """Values of a row that the twins of an MLP keep."""
+    """Numbers of a row that the twins of an MLP keep for gradients."""
     into = not {"gate_proj", "up_proj", "gate_up_proj"}.isdisjoint(found)
     return int(config.hidden_size) * into + int(config.intermediate_size) * ("down_proj" in found)

@@ -1,4 +1,4 @@
-"""Where a corpus gets its prompts: JSONL files, data sets, or the model itself."""
+"""Sources of a corpus's prompts: JSONL files, data sets, or the model itself."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ NO_DOMAIN = "other"
 
 
 class Prompt(NamedTuple):
-    """The user turns of a dialogue, at least one, and the domain that they count to."""
+    """The user turns of a dialogue, at least one, and their domain."""
 
     turns: tuple[str, ...]
     domain: str
@@ -24,8 +24,11 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSource:
-    """One source of prompts: a JSONL `file`, a `dataset` (hub id or folder, its `config` and `split`), or
-    without either the model itself. `count` None takes all; `suffix` is added to each prompt."""
+    """One source of prompts: a JSONL `file`, a `dataset` (hub id or folder, with `config` and `split`), or the model.
+
+    Without file and dataset the model writes the prompts. count: number of prompts, None for all. suffix: added to each
+    prompt.
+    """
 
     file: str | None = None
     dataset: str | None = None
@@ -37,7 +40,7 @@ class PromptSource:
 
     @property
     def is_self_made(self) -> bool:
-        """Whether the model that answers writes these prompts, too."""
+        """Whether the model that answers also writes these prompts."""
         return self.file is None and self.dataset is None
 
     def __post_init__(self) -> None:
@@ -67,9 +70,9 @@ def gather_prompts(
 
 
 def read_prompts_of(file: Path, domain: str | None = None) -> list[Prompt]:
-    """The prompt on each line of a JSONL file; of messages, the user turns only.
+    """The prompt on each line of a JSONL file; of messages, only the user turns.
 
-    Raises UserInputError naming file and line for anything else, and for a file without prompts.
+    Raises UserInputError, with file and line, for other content, and for a file without prompts.
     """
     return [Prompt(_user_turns(file, p), domain or p.domain or NO_DOMAIN) for p in read_prompt_file(file)]
 

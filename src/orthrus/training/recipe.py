@@ -12,7 +12,7 @@ from orthrus.errors import UserInputError
 from orthrus.model.view_config import LARGEST_BLOCK, LARGEST_RANK
 from orthrus.training.loss_kinds import LOSSES, WEIGHTS, LossKind, WeightKind
 
-# Far above what any machine holds; beyond it lies a slip of the finger.
+# Limits far above what any machine can hold. A larger number is a typing error.
 _MOST = {
     "block_size": LARGEST_BLOCK,
     "num_anchors": 2**16,
@@ -34,21 +34,23 @@ ActivationKind = Literal["none", "layer"]
 class TrainConfig:
     """Settings of `orthrus train`.
 
-    base, corpus, output: the model, the corpus folders, and where the run keeps its state and its view.
-    Blocks: block_size (K), num_anchors (blocks a sequence), sequence_length (tokens), drop_long; num_clean,
-    first_target, clean_share, reveal and rejected_share as in `BlockLayout`.
-    Loss: loss, weights, gamma (decay), smoothing (dpace). Batch: batch_size sequences a step over all processes,
-    in micro-batches of micro_batch_size. Optimiser: AdamW with cosine schedule; learning_rate, warmup and
-    min_lr_ratio (shares of all steps and of the peak), weight_decay, clip_norm. steps: 0 means `epochs` passes
-    over the corpus. ema_decay: the run scores and keeps an exponential moving average of the weights (0: the weights
-    themselves). View: layers and twins (None for all), rank (None for full twins), rank_scale (what low-rank parts
-    are multiplied by; None for 1, or what init_view has), mask ("auto", "trained" or a token id), repair_rank
-    (of a repair head; None for none, or what init_view has), init_view (a view folder to start from), license
-    (that the view is given under, for its card). train: the whole view, or only the repair head of a frozen
-    one. Every evaluate_every steps evaluate_prompts held-out prompts are really decoded (0: never). sharding:
-    how several processes hold the model. trackers: where figures go (None: TensorBoard where it is
-    installed). attention: how blocks attend; auto is flex on CUDA, dense elsewhere. activations: what is computed
-    again in the backward pass instead of kept: nothing, or each layer from its input.
+    * Run: base, corpus and output are the model, the corpus folders, and the folder for the run's state and views.
+      train: the whole view, or only the repair head of a frozen view. init_view: a view folder from which to start.
+    * View: layers and twins (None for all); rank (None for full twins); rank_scale (the factor on low-rank parts; None
+      for 1, or that of init_view); mask ("auto", "trained" or a token id); repair_rank (of a repair head; None for no
+      head, or that of init_view); license (for the view's card).
+    * Blocks: block_size (K); num_anchors (blocks of a sequence); sequence_length (tokens); drop_long (leave out longer
+      dialogues); num_clean, first_target, clean_share, reveal and rejected_share as in `BlockLayout`.
+    * Loss: loss; weights; gamma (for decay); smoothing (for dpace).
+    * Batch: batch_size (sequences of a step, over all processes); micro_batch_size (sequences of one pass).
+    * Optimiser: AdamW with betas, weight_decay and clip_norm, and a cosine schedule with learning_rate, warmup (share
+      of all steps) and min_lr_ratio (share of the peak). steps: 0 means `epochs` passes over the corpus. ema_decay: the
+      run evaluates and keeps an exponential moving average of the weights; 0 for the weights themselves.
+    * Evaluation: every evaluate_every steps the run decodes evaluate_prompts held-out prompts (0: never). trackers:
+      where metrics go (None: TensorBoard if it is installed).
+    * Machine: dtype of the frozen base; sharding (how several processes hold the model); attention (code for the
+      blocks; auto is flex on CUDA, dense elsewhere); activations (what is computed again in the backward pass instead
+      of kept: nothing, or each layer from its input).
     """
 
     base: str = "default"
@@ -168,7 +170,7 @@ class TrainConfig:
 
 
 def _check_home(folder: object) -> None:
-    """UserInputError for the ~NAME of a user that there is not."""
+    """Raises UserInputError for the ~NAME of an unknown user."""
     try:
         Path(folder if isinstance(folder, str) else "").expanduser()
     except RuntimeError as e:
@@ -176,7 +178,7 @@ def _check_home(folder: object) -> None:
 
 
 def _check_blocks(config: TrainConfig) -> None:
-    """What a block knows must leave something to predict."""
+    """Raises UserInputError if the known tokens of a block leave no target."""
     size = config.block_size
     if not 1 <= config.num_clean < size:
         raise UserInputError(
@@ -198,7 +200,7 @@ def _check_blocks(config: TrainConfig) -> None:
 
 
 def _check_view(config: TrainConfig) -> None:
-    """Of the keys that may hold anything: YAML gives whatever was written there."""
+    """Check keys whose default gives no type, so that YAML may have put any value there."""
     if config.layers is not None and not (
         _distinct(config.layers, int) and all(layer >= 0 for layer in config.layers)
     ):
@@ -233,7 +235,7 @@ def _check_view(config: TrainConfig) -> None:
 
 
 def _distinct(values: object, kind: type) -> bool:
-    """Whether this is a list of different values of that type, with at least one in it."""
+    """Whether this is a list, with at least one element, of different values of that type."""
     return (
         isinstance(values, tuple)
         and bool(values)
@@ -248,7 +250,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def shown(value: object, words: Callable[[object], str] = repr) -> str:
-    """A value in a message: cut short, since YAML can write down in a line what takes pages to print."""
+    """A value for a message, cut short, because one line of YAML can hold a value that takes pages to print."""
     short = reprlib.Repr()
     short.maxlevel, short.maxlist, short.maxtuple, short.maxdict = 3, 8, 8, 4
     short.maxstring = short.maxother = 100
@@ -260,6 +262,6 @@ def shown(value: object, words: Callable[[object], str] = repr) -> str:
 
 
 def to_plain(config: TrainConfig) -> dict[str, Any]:
-    """The config as JSON values, for run folders and provenance."""
+    """The config as plain JSON values, for run folders and provenance."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return plain

@@ -1,4 +1,4 @@
-"""Recipes as files: YAML with a key for each field of `TrainConfig`, and `key=value` that win over it."""
+"""Reads recipes: YAML with a key for each field of `TrainConfig`, and `key=value` settings that override it."""
 
 import math
 from dataclasses import fields
@@ -13,7 +13,7 @@ _KINDS = {str: "a text", int: "a whole number", bool: "true or false", float: "a
 
 
 def load_recipe(file: Path, overrides: list[str] | None = None) -> TrainConfig:
-    """Read a YAML recipe; `overrides` are `key=value` strings and win.
+    """Read a YAML recipe. `overrides` are `key=value` strings, which take precedence.
 
     Raises UserInputError for unknown keys (with a suggestion), wrong types and unreadable files.
     """
@@ -28,7 +28,7 @@ def load_recipe(file: Path, overrides: list[str] | None = None) -> TrainConfig:
         ) from e
     try:
         content = yaml.safe_load(text)
-    # Beside its own errors: impossible dates and endless numbers (ValueError), and nesting beyond all bounds.
+    # YAML also raises ValueError for impossible dates and endless numbers, and RecursionError for deep nesting.
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserInputError(
             f"{file} is not valid YAML ({shown(e, str)}); compare it with recipes/smoke-cpu.yaml."
@@ -51,7 +51,7 @@ def load_recipe(file: Path, overrides: list[str] | None = None) -> TrainConfig:
 
 
 def config_from(kind: type[TrainConfig], content: dict[str, Any], *, where: str) -> TrainConfig:
-    """A config from plain values; unknown keys are errors with a suggestion."""
+    """A config from plain values. Unknown keys are errors with a suggestion."""
     for key in content:
         _check_key(kind, key, where=where)
     values = {key: _coerced(kind, key, value) for key, value in content.items()}
@@ -62,7 +62,7 @@ def config_from(kind: type[TrainConfig], content: dict[str, Any], *, where: str)
 
 
 def _check_key(kind: type[TrainConfig], key: object, *, where: str) -> None:
-    """UserInputError, with a suggestion, for what is no key of a recipe."""
+    """Raises UserInputError, with a suggestion, for an unknown key."""
     known = [f.name for f in fields(kind)]
     if key not in known:
         close = _meant(key[:50], known) if isinstance(key, str) else None
@@ -71,7 +71,7 @@ def _check_key(kind: type[TrainConfig], key: object, *, where: str) -> None:
 
 
 def _meant(key: str, known: list[str]) -> str | None:
-    """The key that is spelt most alike, if any is: of those that share a word with it, else of all."""
+    """The key with the most similar spelling, if there is one. Keys that share a word with it come first."""
     words = set(key.split("_"))
     related = [name for name in known if words & set(name.split("_"))]
     close = get_close_matches(key, related, n=1, cutoff=0.5) or get_close_matches(key, known, n=1)
@@ -79,9 +79,9 @@ def _meant(key: str, known: list[str]) -> str | None:
 
 
 def _coerced(kind: type[TrainConfig], key: str, value: Any) -> Any:
-    """YAML writes 2e-4 as text and tuples as lists; everything else must have the default's type.
+    """A YAML value in the type of its key. YAML gives 2e-4 as text and tuples as lists. Others must have the type.
 
-    A mask is a word or a number; what it may be is for the config itself to say.
+    A mask is a word or a number, which the config itself checks.
     """
     default = getattr(kind(), key)
     if value is None and default is not None:

@@ -1,4 +1,4 @@
-"""The output folder of a training run: whose it is, who may write to it now, and what is never touched."""
+"""The output folder of a training run: its owner, its lock, and checks that foreign files stay untouched."""
 
 import json
 import os
@@ -24,17 +24,17 @@ _DOING = "trains"
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """A folder that this process may write to. `owner` is the name under which it marks what it writes."""
+    """A folder to which this process may write. owner: the name with which it marks its files."""
 
     path: Path
     owner: str
 
 
 def check_run_folder(path: Path) -> None:
-    """Make sure, before any work, that a run may begin or go on in `path`; makes nothing.
+    """Check, before any work, that a run may begin or continue in `path`. Makes nothing.
 
-    Raises UserInputError when what the run would replace is not its own, or another process trains there;
-    StorageError when the folder cannot be written.
+    Raises UserInputError if the run would replace foreign files, or if another process trains there. Raises
+    StorageError if the folder cannot be written.
     """
     check_writable(path)
     owner = str(read_run(path).get("id", ""))
@@ -46,10 +46,9 @@ def check_run_folder(path: Path) -> None:
 
 @contextmanager
 def run_folder(path: Path, *, is_main: bool = True) -> Iterator[RunFolder]:
-    """Hold the folder of a run, made if need be, for this process alone; clears up after one that was killed.
+    """Lock the folder of a run for this process. Makes it if needed, and cleans up after a process that was killed.
 
-    Of the processes of one run only the main one holds it: the others do not write. Raises as
-    `check_run_folder`.
+    Only the main process of a run locks it, because the others do not write. Raises as `check_run_folder`.
     """
     if not is_main:
         yield RunFolder(path, "")
@@ -67,9 +66,9 @@ def run_folder(path: Path, *, is_main: bool = True) -> Iterator[RunFolder]:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """What is known of the run in a folder: its `id`; empty when none was begun there.
+    """The recorded facts of the run in a folder, such as its `id`; empty if there is no run.
 
-    Raises UserInputError when a file of that name is not ours.
+    Raises UserInputError if a file of that name is not ours.
     """
     file = path / RUN_FILE
     if not os.path.lexists(file):
@@ -86,7 +85,7 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def note_run(path: Path, **facts: str) -> dict[str, Any]:
-    """Write down facts of the run, besides the `id` that it gets when it begins; returns all of them."""
+    """Record facts of the run, in addition to the `id` that a new run gets. Returns all facts."""
     known = read_run(path)
     content = {"kind": _KIND, "id": uuid.uuid4().hex} | known | facts
     if content != known:

@@ -1,4 +1,4 @@
-"""Where a training run stands, read from disk: everything that an exact resume needs, checked before it is believed."""
+"""Reads the saved state of a training run: all that an exact resume needs, checked before it is used."""
 
 import hashlib
 import math
@@ -48,8 +48,7 @@ _MEAN = "mean"
 
 @dataclass(slots=True)
 class RunState:
-    """Steps done, scores of the real decodes as (step, tokens per cycle), and what the last one found for
-    `ViewConfig.goes_on`."""
+    """Steps done, evaluation scores as (step, tokens per cycle), and `ViewConfig.goes_on` of the last evaluation."""
 
     step: int = 0
     scores: list[tuple[int, float]] = field(default_factory=list)
@@ -58,7 +57,7 @@ class RunState:
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """A state on disk that fits the run. `updates`: of each trained parameter, how often AdamW changed it."""
+    """A state on disk that fits the run. updates: for each trained parameter, the number of AdamW's updates."""
 
     run: RunState
     updates: dict[str, int]
@@ -66,14 +65,14 @@ class SavedState:
     digests: dict[str, str]
 
     def damaged(self, problem: str) -> CorruptFileError:
-        """The error for what is wrong with it."""
+        """The error for a damaged state."""
         return _damaged(self.folder.parent, problem)
 
 
 def state_tensors(
     dual: DualView, moments: Mapping[str, Mapping[str, Tensor]], mean: MovingMean
 ) -> dict[str, Tensor]:
-    """All tensors of a state, under the names that they have in its shards."""
+    """All tensors of a state, under their names in its shards."""
     tensors: dict[str, Tensor] = {f"view.{name}": p.detach() for name, p in dual.view_parameters().items()}
     for name, entry in moments.items():
         tensors |= {f"{key}.{name}": entry[key] for key in _MOMENTS}
@@ -81,15 +80,15 @@ def state_tensors(
 
 
 def trained_parameters(dual: DualView) -> dict[str, torch.nn.Parameter]:
-    """What the optimizer changes, in its order."""
+    """The parameters of the optimizer, in its order."""
     return {name: p for name, p in dual.view_parameters().items() if p.requires_grad}
 
 
 def find_state(run: Path, dual: DualView, config: TrainConfig, corpus_digest: str) -> SavedState | None:
-    """The state saved in a run's folder, without its tensors; None when there is none.
+    """The state that is saved in a run's folder, without its tensors; None if there is none.
 
-    Every process must ask, and comes to the same answer. Raises UserInputError when the recipe, the corpus or
-    the base is another, CorruptFileError when it is unreadable or not whole.
+    Every process must call this, and gets the same result. Raises UserInputError if the recipe, the corpus or the base
+    has changed, and CorruptFileError if the state is unreadable or incomplete.
     """
     file = state_file(run)
     if not file.is_file():
@@ -141,10 +140,10 @@ def load_state(
     mean: MovingMean,
     processes: Processes,
 ) -> RunState:
-    """Put a saved state into the view, its optimizer and its mean, each process what it holds of them.
+    """Load a saved state into the view, its optimizer and its mean. Each process loads the parts that it holds.
 
-    All processes must call this, however many saved it and however they shared. Raises CorruptFileError, on
-    all of them, when a shard is damaged or a weight is no finite number.
+    All processes must call this. The number of processes and their sharding may differ from those of the save. Raises
+    CorruptFileError, on all processes, if a shard is damaged or a weight is not finite.
     """
     mine = sorted(saved.digests.items())[processes.index :: processes.count]
     problem = processes.first_problem(_digest_problem(saved.folder, dict(mine)))
@@ -185,7 +184,7 @@ def _damaged(folder: Path, problem: str) -> CorruptFileError:
 
 
 def _content_problem(content: dict[str, Any], dual: DualView) -> str | None:
-    """What of a state's JSON is not as it was written."""
+    """The first wrong entry of a state's JSON, or None."""
     step, scores, updates = content.get("step"), content.get("scores"), content.get("updates")
     if not _is_count(step):
         return "step is no count"
@@ -214,7 +213,7 @@ def _content_problem(content: dict[str, Any], dual: DualView) -> str | None:
 
 
 def _files_problem(content: dict[str, Any], folder: Path) -> str | None:
-    """The first shard that is not there as it was listed, or that was not listed."""
+    """The first shard that differs from the list, or None."""
     shards = folder / content["folder"]
     found = {file.name for file in shards.glob("*")}
     for name, about in sorted(content["files"].items()):
@@ -228,7 +227,7 @@ def _files_problem(content: dict[str, Any], folder: Path) -> str | None:
 
 
 def _tensors_problem(shards: Path, dual: DualView, updates: dict[str, int], ema_decay: float) -> str | None:
-    """What the shards' headers say that does not fit the view."""
+    """The first header of the shards that does not fit the view, or None."""
     try:
         found = HuggingFaceStorageReader(str(shards)).read_metadata().state_dict_metadata
     except Exception as e:
@@ -248,7 +247,7 @@ def _tensors_problem(shards: Path, dual: DualView, updates: dict[str, int], ema_
 
 
 def _is_like(about: TensorStorageMetadata, parameter: Tensor) -> bool:
-    """Whether the parts of a tensor make up one as the parameter is."""
+    """Whether the parts of a tensor form a tensor like the parameter."""
     return (
         about.size == parameter.shape
         and about.properties.dtype.is_floating_point
@@ -274,7 +273,7 @@ def file_digest(file: Path) -> str:
 
 
 def _number_problem(tensors: Mapping[str, Tensor]) -> str | None:
-    """The first tensor of which this process holds something that is no finite number."""
+    """The first tensor whose part in this process holds a number that is not finite, or None."""
     for name, tensor in tensors.items():
         part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if not part.isfinite().all():
@@ -297,7 +296,7 @@ def _is_score(score: object) -> bool:
 
 
 def check_room(run: Path, dual: DualView, config: TrainConfig) -> None:
-    """StorageError when the disk has no room for the state and two views, and for the new one of a pair."""
+    """Raises StorageError if the disk has no room for the state, two views, and the new copy during a replacement."""
     parameters = dual.view_parameters().values()
     view_bytes = 4 * sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)

@@ -1,4 +1,4 @@
-"""Prompts made by the model itself: sampled from the chat template's open user turn; no data set needed."""
+"""Prompts that the model itself writes, sampled from the chat template's open user turn. They need no data set."""
 
 from collections.abc import Iterator
 
@@ -8,8 +8,8 @@ from orthrus.decoding.noise import choice_seed
 from orthrus.errors import UserInputError
 from orthrus.training.answers import Answerer, Question
 
-# How a user turn may begin, by domain; an empty beginning lets the model choose its own subject. None ends with a
-# space: most tokenizers put it into the word that follows, and what follows a lone space is seldom a word.
+# Beginnings of user turns by domain. After an empty one, the model chooses the subject. None ends with a space, because
+# most tokenizers join a space with the next word, and a lone space is seldom followed by a word.
 OPENINGS: dict[str, tuple[str, ...]] = {
     "math": (
         "A shop sells", "If a train", "What is the", "Solve the equation", "Find the value of",
@@ -43,7 +43,7 @@ _MARK = "\u241f"
 
 
 def open_user_turn(base: Base) -> str:
-    """The chat template up to where the user's own words begin.
+    """The chat template up to the user's own words.
 
     Raises UserInputError for a base without a chat template.
     """
@@ -67,7 +67,7 @@ def self_prompts(
     max_tokens: int = 240,
     min_words: int = 4,
 ) -> Iterator[tuple[str, str]]:
-    """Yield (text, domain) for `counts[domain]` attempts each; cut, short and repetitive ones are dropped."""
+    """Yield (text, domain) from `counts[domain]` attempts. Cut, short and repetitive texts are dropped."""
     head = open_user_turn(base)
     jobs: list[tuple[str, str]] = []
     for domain, count in counts.items():
@@ -76,7 +76,7 @@ def self_prompts(
     questions = [
         Question(
             i,
-            # In one piece, and the model writes the space behind it.
+            # Encoded in one piece, without a trailing space, which the model writes itself.
             list(base.tokenizer((head + opening).rstrip(" "), add_special_tokens=False)["input_ids"]),
             SamplingParams(temperature=1.0, top_p=0.95, seed=choice_seed(seed, i)),
         )
@@ -92,6 +92,6 @@ def self_prompts(
 
 
 def is_repetitive(token_ids: list[int], n: int = 4, least_distinct: float = 0.5) -> bool:
-    """Whether fewer than half of the n-grams differ: the model went round in circles."""
+    """Whether fewer than half of the n-grams differ, as in a text that repeats itself."""
     grams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
     return len(grams) >= 8 and len(set(grams)) < least_distinct * len(grams)

@@ -1,4 +1,4 @@
-"""How fast a step could be: the arithmetic that it does, and what the machine does at best."""
+"""Measures the operations of a step, and the best rate of the machine."""
 
 from time import perf_counter
 from typing import Any
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import flop_registry
 _SIZES = (1024, 2048)
 _SECONDS = 0.06
 _CLEARLY = 1.25
-"""How many times as fast float32 must be before anybody is told to change a recipe."""
+"""How many times as fast float32 must be before the user gets advice to change the recipe."""
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
@@ -29,9 +29,9 @@ def matmul_peak(dtype: torch.dtype, device: torch.device | str = "cpu") -> float
 
 
 def dtype_advice(dtype: torch.dtype, device: torch.device, peak: float) -> str | None:
-    """What to tell the user of a CPU that multiplies float32 faster than bfloat16; None where it does not.
+    """Advice for the user of a CPU that multiplies float32 faster than bfloat16, or None.
 
-    dtype: of the frozen base; peak: its `matmul_peak` on that device. For bfloat16 it times float32 too.
+    dtype: of the frozen base. peak: its `matmul_peak` on that device. For bfloat16 this function times float32 too.
     """
     if dtype != torch.bfloat16 or device.type != "cpu":
         return None
@@ -50,10 +50,10 @@ def _wait(result: torch.Tensor) -> None:
 
 
 class FlopCounter(TorchDispatchMode):
-    """While it is entered, adds up the operations of matrix products and attentions, backward included.
+    """A context that adds up the operations of matrix products and attentions, backward included.
 
-    torch's own FlopCounterMode follows modules through autograd hooks, which a loss with gradients of its own
-    does not take; the formulas are torch's.
+    The formulas are torch's. Its own FlopCounterMode follows modules through autograd hooks, which do not work with a
+    loss that computes its own gradients.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The view that a run begins with."""
+"""Makes or loads the view with which a run starts, and checks its corpora."""
 
 import warnings
 from dataclasses import replace
@@ -22,11 +22,10 @@ DEFAULT_REPAIR_RANK = 128
 def starting_view(base: Base, config: TrainConfig) -> DualView:
     """A fresh view of the recipe's kind and block size, or the one in `init_view`, in full precision.
 
-    Either gets a repair head where the recipe wants one and there is none. The block size is the recipe's: a
-    view may go on with longer blocks than it knows. Raises UserInputError when `init_view` has other layers,
-    twins, ranks or mask than the recipe asks for (a key that is left out takes what it has) and for a
-    quantised base that no gradient passes through, CheckpointError when it is missing or belongs to another
-    base.
+    If the recipe wants a repair head and the view has none, it gets one. The block size is the recipe's, so a view may
+    continue with longer blocks. Raises UserInputError if `init_view` has other layers, twins, ranks or another mask
+    than the recipe states (a missing key accepts any), and for a quantised base through which no gradient passes.
+    Raises CheckpointError if `init_view` is missing or belongs to another base.
     """
     check_gradients(base.model, base.name)
     width = int(base.model.get_input_embeddings().weight.shape[1])  # type: ignore[index]
@@ -46,14 +45,14 @@ def starting_view(base: Base, config: TrainConfig) -> DualView:
             seed=config.seed,
         )
         return _with_repair(dual, config)
-    # Twins would change the names of the weights.
+    # The fingerprint is taken first, because twins change the names of the weights.
     weights = fingerprint(base.model)
-    # Differences from the AR twins are small: half precision would blur what was learnt.
+    # float32, because differences from the AR twins are small, and half precision would lose part of them.
     dual = load_view(base, Path(config.init_view).expanduser(), dtype=torch.float32)
     _check_same_kind(dual, config)
-    # Twins that stay as they are were made by another run, which the view's provenance goes on to tell.
+    # With `train: repair` the twins come from another run, whose provenance is kept.
     provenance = {"twins": dual.config.provenance} if config.train == "repair" else {}
-    # A view that goes on with another base, a fine-tuned one say, belongs to that one.
+    # A view that continues with another base, such as a fine-tuned one, belongs to that base.
     dual.config = replace(
         dual.config,
         block_size=config.block_size,
@@ -73,7 +72,7 @@ def _with_repair(dual: DualView, config: TrainConfig) -> DualView:
 
 
 def _check_same_kind(dual: DualView, config: TrainConfig) -> None:
-    """UserInputError for the first setting of the view in `init_view` that is not the recipe's."""
+    """Raises UserInputError for the first setting of `init_view` that differs from the recipe."""
     view = dual.config
     layers = range(dual.base.config.num_hidden_layers) if view.layers is None else view.layers
     has: dict[str, object] = {
@@ -89,7 +88,7 @@ def _check_same_kind(dual: DualView, config: TrainConfig) -> None:
         "twins": None if config.twins is None else chosen_names(dual.family, config.twins),
         "rank": config.rank,
         "rank_scale": config.rank_scale,
-        # A view without a head is given one.
+        # A view without a repair head gets one.
         "repair_rank": None if view.repair_rank is None else config.repair_rank,
         "mask": None if config.mask == "auto" else config.mask,
     }
@@ -112,9 +111,9 @@ def _words(key: str, value: object) -> str:
 
 
 def warn_of_other_models(dual: DualView, packs: Packs) -> None:
-    """Warn where another model than the base answered: nothing else would show it.
+    """Warn if the corpus's answers are from another model than the base, because nothing else would show it.
 
-    No error, since it may be meant, and the same model counts as another one once it was quantised.
+    It is no error, because it may be intended, and because the same model has another fingerprint if it is quantised.
     """
     own = dual.config.base_fingerprint
     for corpus, pack in packs.parts.items():
@@ -129,7 +128,7 @@ def warn_of_other_models(dual: DualView, packs: Packs) -> None:
 
 
 def check_packs(base: Base, packs: Packs) -> None:
-    """UserInputError when a dialogue of a corpus has token ids or a length unknown to this base."""
+    """Raises UserInputError if a dialogue has unknown token ids, or is longer than the base's context."""
     num_rows = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     for corpus, pack in packs.parts.items():
         largest, longest = pack.about.largest_id, pack.about.longest

@@ -1,7 +1,7 @@
-"""The folder of a run's saved state: `state.json` and, in a folder of their own, the shards that it names.
+"""The folder of a run's saved state: `state.json` and a folder with the shards that it names.
 
-`state.json` is written last and in one step. So a reader or the successor of a killed run finds the old state
-or the new one, each whole; shards that it does not name are what a save left that was not finished.
+`state.json` is written last and in one step. So a reader, or a run that resumes after a kill, finds either the whole
+old state or the whole new one. Shards that it does not name are from a save that was not completed.
 """
 
 import json
@@ -19,34 +19,34 @@ from orthrus.errors import UserInputError
 
 STATE = "state"
 STATE_FILE = "state.json"
-# What versions before this one wrote.
+# The state file of older versions.
 _OLD_FILE = "state.pt"
 _SHARDS = re.compile(r"step-[0-9]{8,16}")
 _SHARD = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
 def state_file(run: Path) -> Path:
-    """What names the saved state of the run in that folder; there once a state was saved."""
+    """The file that names the saved state of a run. It exists after the first save."""
     return run / STATE / STATE_FILE
 
 
 def shards_folder(run: Path, step: int) -> Path:
-    """Where the shards of the state after that step are written."""
+    """The folder for the shards of the state after that step."""
     return run / STATE / f"step-{step:08d}"
 
 
 def is_shards_name(name: object) -> bool:
-    """Whether this is the name of a folder that `shards_folder` gives."""
+    """Whether this is a folder name of `shards_folder`."""
     return isinstance(name, str) and _SHARDS.fullmatch(name) is not None
 
 
 def is_shard_name(name: object) -> bool:
-    """Whether this is the name of a file that torch.distributed.checkpoint gives to a shard."""
+    """Whether this is a file name of a shard from torch.distributed.checkpoint."""
     return isinstance(name, str) and _SHARD.fullmatch(name) is not None
 
 
 def check_state_folder(run: Path, owner: str) -> None:
-    """UserInputError when anything in the place of the state was not written by `owner`, a run's name."""
+    """Raises UserInputError if the state's folder holds anything that `owner`, a run's name, did not write."""
     old = run / _OLD_FILE
     if os.path.lexists(old):
         raise UserInputError(
@@ -85,14 +85,14 @@ def _is_scrap(file: Path) -> bool:
 
 
 def hold_state_folder(run: Path, owner: str) -> None:
-    """Make the folder of the state if need be, and clear up after a process that was killed while saving.
+    """Make the folder of the state if needed, and clean up after a process that was killed while saving.
 
-    Only where nobody else writes to the run's folder. Raises StorageError when it cannot be made.
+    No other process may write to the run's folder. Raises StorageError if the folder cannot be made.
     """
     folder = run / STATE
     restore_folder(folder, owner)
     if not folder.is_dir():
-        # With its mark from the first moment on: without one it would be the user's.
+        # It has its mark from the beginning, because a folder without a mark would count as the user's.
         with atomic_folder(folder) as made:
             mark_folder(made, owner)
     for found in folder.iterdir():
@@ -102,7 +102,7 @@ def hold_state_folder(run: Path, owner: str) -> None:
 
 
 def drop_unnamed(run: Path) -> None:
-    """Delete shards that `state.json` does not name; nothing when it cannot be read."""
+    """Delete shards that `state.json` does not name. Does nothing if that cannot be read."""
     try:
         named = parse_json(state_file(run).read_bytes())["folder"]
     except FileNotFoundError:
@@ -112,7 +112,7 @@ def drop_unnamed(run: Path) -> None:
     for folder in (run / STATE).iterdir():
         if not is_shards_name(folder.name) or folder.name == named or folder.is_symlink():
             continue
-        # What stays costs room until the next save, no more.
+        # Files that cannot be deleted only use disk space until the next save.
         with suppress(OSError):
             for file in folder.iterdir():
                 if is_shard_name(file.name):
@@ -121,7 +121,7 @@ def drop_unnamed(run: Path) -> None:
 
 
 def drop_state(run: Path) -> None:
-    """Delete the saved state of a run that is over; what the run did not write stays, with its folder."""
+    """Delete the saved state of a run that is over. Foreign files stay, with their folder."""
     state_file(run).unlink(missing_ok=True)
     drop_unnamed(run)
     with suppress(OSError):
@@ -130,9 +130,9 @@ def drop_state(run: Path) -> None:
 
 
 def place_state(run: Path, content: dict[str, Any]) -> None:
-    """Make `content`, which names its shards, the state of the run, and delete the shards of the one before.
+    """Make `content`, which names its shards, the state of the run. Delete the shards of the previous state.
 
-    Raises StorageError when the disk is full or not writable; the state before stays then.
+    Raises StorageError if the disk is full or not writable. Then the previous state stays.
     """
     write_text_atomic(state_file(run), json.dumps(content, indent=2) + "\n")
     drop_unnamed(run)

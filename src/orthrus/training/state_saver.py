@@ -1,4 +1,4 @@
-"""Saving a run's state while the training goes on: each process writes its shards, the first one names them."""
+"""Saves a run's state during training: each process writes its shards, and the first one writes the list of them."""
 
 import warnings
 from concurrent.futures import Future
@@ -28,10 +28,10 @@ from orthrus.training.state_folder import STATE, drop_unnamed, place_state, shar
 
 
 class StateSaver:
-    """Saves the state of a run in the background, one at a time; as a context it waits for the last one.
+    """Saves the state of a run in the background, one save at a time. As a context it waits for the last save.
 
-    All processes must make the same calls. A save copies this process's part to the CPU before it returns. What
-    went wrong later is raised by the next save or at the end; the state before is kept then.
+    All processes must make the same calls. A save copies this process's part to the CPU before it returns. The next
+    save, or the end of the context, raises a later error. Then the previous state is kept.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class StateSaver:
         return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def save(self, state: RunState) -> None:
-        """Begin to write the view, the optimizer, the mean and the position; waits for the save before.
+        """Begin to write the view, the optimizer, the mean and the step. Waits for the previous save.
 
-        Raises StorageError when that one failed.
+        Raises StorageError if the previous save failed.
         """
         self.wait()
         held = {
@@ -83,13 +83,13 @@ class StateSaver:
             for name, parameter in trained_parameters(self._dual).items()
             if parameter in self._optimizer.state
         }
-        # One transfer for all counts.
+        # One transfer from the device for all counts.
         counts = torch.stack([entry["step"] for entry in held.values()]).tolist() if held else []
         updates = {name: int(count) for name, count in zip(held, counts, strict=True)}
         facts = {"step": state.step, "updates": updates, **_plain_scores(state)}
         writer = _Writer(self._run, state.step, self._about | facts)
         index, count = self._processes.index, self._processes.count
-        # Of what all hold in full, each writes some; of what is in shards, its own.
+        # Whole tensors are divided among the processes. Of sharded tensors, each process writes its own part.
         mine = {
             name: tensor.contiguous()
             for at, (name, tensor) in enumerate(state_tensors(self._dual, held, self._mean).items())
@@ -101,9 +101,9 @@ class StateSaver:
         self._saving = saving
 
     def note_scores(self, state: RunState) -> None:
-        """Write the scores into the state that was saved last, whose tensors stay; waits for its save.
+        """Write the evaluation scores into the last saved state, whose tensors stay. Waits for its save.
 
-        Raises StorageError, on all processes, when that one failed or the disk is full.
+        Raises StorageError, on all processes, if that save failed or the disk is full.
         """
         self.wait()
         problem: str | None = None
@@ -119,7 +119,7 @@ class StateSaver:
             raise StorageError(problem)
 
     def wait(self) -> None:
-        """Wait until nothing is being written; StorageError when the last save failed."""
+        """Wait for the save in progress. Raises StorageError if the last save failed."""
         if self._saving is None:
             return
         error = self._saving.exception()
@@ -157,7 +157,7 @@ class _Shard:
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Writes shards as safetensors, whose headers say what is where; at the end the run's `state.json`."""
+    """Writes shards as safetensors, with their places in the headers, and at the end the run's `state.json`."""
 
     def __init__(self, run: Path, step: int, content: dict[str, Any]) -> None:
         super().__init__(str(shards_folder(run, step)), save_distributed=True)
@@ -176,7 +176,7 @@ class _Writer(HuggingFaceStorageWriter):
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the first process alone, and only after all have written."""
+        """Called only in the first process, after all have written."""
         shards = {result.storage_data for written in results for result in written}
         files = {
             shard.name: {"bytes": shard.num_bytes, "sha256": shard.sha256}

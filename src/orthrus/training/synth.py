@@ -1,4 +1,4 @@
-"""Fill a corpus folder: gather prompts once, then answer them shard by shard; a stopped run goes on."""
+"""Fills a corpus folder: gathers prompts once, then answers them shard by shard. A stopped run can continue."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,12 +33,12 @@ from orthrus.training.prompt_sources import PromptSource, gather_prompts, read_p
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SynthConfig:
-    """How a corpus is made; stored in its manifest, and a folder only goes on with the same settings.
+    """Settings of a corpus. They are stored in its manifest, and work continues only with the same settings.
 
-    turns: answers of each dialogue: given user turns are asked, and the model writes those that are missing;
-    None asks those that are given. greedy_share: part of the dialogues answered greedily, the rest sampled at
-    `temperature`. max_prompt_tokens: what an answer may follow, earlier turns included; a dialogue that reached
-    it gets no further turn.
+    turns: number of answers of each dialogue. The model writes user turns that are missing. None: one answer for each
+    given turn. greedy_share: share of the dialogues with greedy answers; the others are sampled at `temperature`.
+    max_prompt_tokens: limit on the tokens before an answer, earlier turns included. A dialogue that reached it gets no
+    further turn.
     """
 
     sources: tuple[PromptSource, ...]
@@ -73,9 +73,10 @@ class SynthConfig:
 
 @dataclass(frozen=True, slots=True)
 class SynthProgress:
-    """Where a run stands: sources read (stage "prompts") or prompts answered (stage "answers").
+    """The progress of a run: sources that were read (stage "prompts") or prompts that were answered (stage "answers").
 
-    num_tokens: answered in this run; seconds_left extrapolates from its whole shards, None before the first.
+    num_tokens: tokens of answers in this run. seconds_left: an extrapolation from its whole shards, None before the
+    first one.
     """
 
     stage: Literal["prompts", "answers"]
@@ -86,7 +87,7 @@ class SynthProgress:
 
 
 NUM_CHECKED = 32
-"""Prompts whose greedy answers show whether it is the base that answers."""
+"""Number of prompts whose greedy answers show whether the base answers."""
 
 OnSynth = Callable[[SynthProgress], None]
 
@@ -100,10 +101,10 @@ def synthesise(
     *,
     keep_out: Iterable[str] = (),
 ) -> None:
-    """Make or continue the corpus in `folder`; answers are the frozen base's own (the AR view).
+    """Make or continue the corpus in `folder`. The answers are the frozen base's own (the AR view).
 
-    keep_out: texts that no prompt may repeat, besides those of `config.held_out`. Raises UserInputError when
-    the folder was begun with other settings, no prompt is left after filtering, or another model than the base
+    keep_out: texts that no prompt may repeat, in addition to those of `config.held_out`. Raises UserInputError if the
+    folder was begun with other settings, if no prompt is left after filtering, or if another model than the base
     answers.
     """
     if config.max_new_tokens >= base.context_length:
@@ -127,7 +128,7 @@ def synthesise(
             facts = answerer.check(checked, max_new_tokens=config.max_new_tokens)
         except UserInputError:
             if len(todo) == len(shards) and any(source.is_self_made for source in config.sources):
-                # Another model wrote prompts, too.
+                # The wrong model wrote prompts too.
                 manifest.forget_sources(folder)
                 (folder / PROMPTS).unlink()
             raise
@@ -140,26 +141,26 @@ def synthesise(
 
 
 class _Meter:
-    """Counts answers as they come. Short answers come first, so only whole shards say how long one takes."""
+    """Counts answers. Short answers come first, so only whole shards give the time of an answer."""
 
     def __init__(self, report: OnSynth, total: int, num_left: int) -> None:
         self._report, self._total, self._left = report, total, num_left
         self._done, self._num_tokens = total - num_left, 0
         self._timed, self._seconds, self._started = 0, 0.0, monotonic()
-        self._tell()
+        self._report_progress()
 
     def answered(self, num_tokens: int, over: bool) -> None:
         self._done += over
         self._num_tokens += num_tokens
-        self._tell()
+        self._report_progress()
 
     def end_shard(self, size: int) -> None:
         now = monotonic()
         self._timed, self._left = self._timed + size, self._left - size
         self._seconds, self._started = self._seconds + now - self._started, now
-        self._tell()
+        self._report_progress()
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         left = None
         if self._timed:
             left = max(0.0, self._seconds / self._timed * self._left - (monotonic() - self._started))
@@ -174,7 +175,7 @@ def _gather(
     report: OnSynth,
     unseen: Unseen,
 ) -> list[dict[str, Any]]:
-    """All sources' prompts, filtered and shuffled; each source is stored when done, so none is made twice."""
+    """The prompts of all sources, filtered and shuffled. Each source is stored once done, so none is made twice."""
     longest = _most_tokens(base, config)
     found: list[dict[str, Any]] = []
     for number, source in enumerate(config.sources):
@@ -190,30 +191,30 @@ def _gather(
             if unseen(record["prompt"]):
                 text = record["prompt"] + source.suffix
                 ids = base.encode_prompt(text)
-                # A dialogue ends before a turn that is held out.
+                # A dialogue ends before a held-out turn.
                 later = takewhile(lambda turn: not unseen.holds_out(turn), record.get("turns", []))
                 if len(ids) <= longest:
                     prompt = {"prompt_ids": ids, "domain": record["domain"], "prompt": text}
                     found.append(prompt | _more([text, *later]))
     if not found:
-        # The next try may bring other prompts under the same name.
+        # The next attempt may use other prompts with the same name.
         manifest.forget_sources(folder)
         raise UserInputError(
             f"no prompt is left after taking out duplicates, held-out ones and those above {longest} tokens; "
             "give more or other prompts."
         )
-    # Shuffled, so that every prefix of the corpus has the same mix and training may begin early.
+    # Shuffled, so that every part of the corpus has the same mix, and training may begin early.
     Random(config.seed).shuffle(found)
     return found
 
 
 def _more(turns: Sequence[str]) -> dict[str, Any]:
-    """The user turns behind the first, where there are any."""
+    """The user turns after the first one, if there are any."""
     return {"turns": list(turns[1:])} if len(turns) > 1 else {}
 
 
 def _most_tokens(base: Base, config: SynthConfig) -> int:
-    """What an answer may follow at most."""
+    """Limit on the tokens before an answer."""
     return min(config.max_prompt_tokens, base.context_length - config.max_new_tokens)
 
 
@@ -248,10 +249,10 @@ def _question(index: int, prompt: dict[str, Any], sampling: SamplingParams) -> Q
 
 
 def _begin(folder: Path, config: SynthConfig, base: Base, answerer: Answerer) -> None:
-    # Twins change the names of the weights that they wrap.
+    # The stock model, because twins change the names of the weights.
     weights = fingerprint(stock(base.model))
     made = provenance(device=str(base.model.device), dtype=str(base.model.dtype), seed=config.seed)
     settings = {"base": base.reference, "base_fingerprint": weights, "dtype": made["dtype"], **asdict(config)}
-    # How many are answered at once changes no answer.
+    # The batch size does not change the answers.
     del settings["batch_size"]
     manifest.begin(folder, settings | {"answerer": answerer.origin}, made)

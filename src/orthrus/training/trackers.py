@@ -1,4 +1,4 @@
-"""Where the figures of a run go besides the terminal, through accelerate's adapters."""
+"""Sends the metrics of a run to trackers, through accelerate's adapters."""
 
 import sys
 import uuid
@@ -13,7 +13,7 @@ from orthrus.training.run_folder import note_run, read_run
 from orthrus.training.trainer import TrainLog
 
 PROJECT = "orthrus"
-# What must be importable, and what pip calls it.
+# For each tracker, the module that it needs, and its name for pip.
 _NEEDS = {
     "tensorboard": ("torch.utils.tensorboard", '"orthrus-lm[train]"'),
     "trackio": ("trackio", "trackio"),
@@ -22,7 +22,7 @@ _NEEDS = {
 
 
 class Trackers:
-    """Passes on what `TrainLog` reports, and the scores of real decodes."""
+    """Sends the values of `TrainLog` and evaluation scores to all trackers."""
 
     def __init__(self, trackers: list[GeneralTracker]) -> None:
         self._trackers = trackers
@@ -51,9 +51,9 @@ class Trackers:
 
 
 def wanted(names: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The trackers to open: those named, or for None TensorBoard where it is installed.
+    """The trackers to open: those named, or for None TensorBoard if it is installed.
 
-    Raises MissingExtraError when one is named that is not installed.
+    Raises MissingExtraError for a named one that is not installed.
     """
     if names is None:
         return ("tensorboard",) if _installed("tensorboard") else ()
@@ -67,16 +67,16 @@ def wanted(names: tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def open_trackers(names: tuple[str, ...] | None, folder: Path, step: int) -> Trackers:
-    """Trackers of the run in `folder` that goes on after `step`; call it on the main process only.
+    """Trackers of the run in `folder`, which continues after `step`. Call it in the main process only.
 
-    TensorBoard drops what an earlier part wrote beyond `step`. The others go on with the run whose id that
-    part left in `folder`. Raises MissingExtraError as `wanted`, UserInputError when one does not start.
+    TensorBoard removes values that an earlier part wrote after `step`. The others continue the run whose id that part
+    stored in `folder`. Raises MissingExtraError as `wanted`, and UserInputError if one does not start.
     """
     opened = []
     for name in wanted(names):
         tracker = _tracker(name, folder, step)
         try:
-            # Trackio greets on stdout, which is for reports.
+            # Trackio prints to stdout, which is for reports.
             with redirect_stdout(sys.stderr):
                 tracker.start()
         except Exception as e:
@@ -94,13 +94,13 @@ def _tracker(name: str, folder: Path, step: int) -> GeneralTracker:
     run_id = _run_id(folder, step)
     title = f"{folder.resolve().name}-{run_id}"
     if name == "trackio":
-        # It knows runs by name.
+        # Trackio identifies runs by name.
         return TrackioTracker(PROJECT, name=title, resume="allow")
     return WandBTracker(PROJECT, name=title, id=run_id, resume="allow", dir=str(folder))
 
 
 def _run_id(folder: Path, step: int) -> str:
-    """What the run is called elsewhere: kept in its folder, new for a run that begins."""
+    """The run's id for trackers. It is stored in the run's folder, and new for a new run."""
     known = read_run(folder).get("tracked_as")
     if step and isinstance(known, str) and known:
         return known

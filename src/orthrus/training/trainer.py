@@ -1,4 +1,4 @@
-"""The training loop; what several processes need of each other is in `processes`."""
+"""The training loop. The communication of several processes is in `processes`."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +29,12 @@ from orthrus.training.state_saver import StateSaver
 
 @dataclass(frozen=True, slots=True)
 class TrainLog:
-    """What one step reports. accuracy_J: share of draft rows that name the AR view's own token, by position;
-    expected_tokens: tokens per cycle if positions were accepted independently at those rates.
-    flops_per_second: operations of matrix products, counted in the first step; None where they are not."""
+    """The report of a step.
+
+    accuracy_J: share of draft rows that guess the AR view's own token, by position. expected_tokens: tokens per cycle
+    if positions were accepted independently at these rates. flops_per_second: operations of matrix products, counted in
+    the first step; None if they are not counted.
+    """
 
     step: int
     num_steps: int
@@ -47,11 +50,11 @@ class TrainLog:
 
 @dataclass(slots=True, kw_only=True)
 class Hooks:
-    """What the caller wants to be told (on the main process) or asked (on every process).
+    """Callbacks. on_start and on_log are called in the main process, the others in every process.
 
-    on_start: (steps done, steps in all). evaluate: (view, step) -> score of a real decode, higher is better;
-    the view is whole meanwhile, and all processes must come to the same score. should_stop: asked after each
-    step; any process may end the run, which saves it.
+    on_start: called with (steps done, steps in all). evaluate: (view, step) -> evaluation score, higher is better.
+    Every process holds the whole view during the call, and all must return the same score. should_stop: called after
+    each step. If any process returns True, the run is saved and ends.
     """
 
     on_start: Callable[[int, int], None] = lambda *_: None
@@ -68,15 +71,15 @@ def train(
     hooks: Hooks,
     held: RunFolder | None = None,
 ) -> RunState:
-    """Train the diffusion view of `dual` in place, saving into `config.output`; continues a run found there.
+    """Train the diffusion view of `dual` in place, with saves in `config.output`. Continues a run that is found there.
 
-    held: that folder, where the caller holds it already; else the main process holds it until the end.
-    Base weights stay frozen, with `train: repair` all but the repair head. The view is kept in float32 and
-    used in `config.dtype`. With `config.ema_decay` the moving mean of the weights is what decodes score, and what
-    `dual` holds in the end. Every random choice is a function of (seed, epoch, sequence), so a resumed run repeats
-    what an unbroken one would have done, bit for bit. Raises UserInputError when the folder holds another
-    run, another process trains there, or something in it is not the run's; StorageError when it cannot be
-    written or has too little room; DivergedError when the loss is not a number.
+    held: the output folder, if the caller has locked it; otherwise the main process locks it until the end. Base
+    weights stay frozen; with `train: repair` everything but the repair head does. The view is kept in float32 and used
+    in `config.dtype`. With `config.ema_decay`, evaluations use the moving mean of the weights, and `dual` holds it at
+    the end. Every random choice is a function of (seed, epoch, sequence), so a resumed run gives the same bits as an
+    uninterrupted one. Raises UserInputError if the folder holds another run or foreign files, or if another process
+    trains there. Raises StorageError if it cannot be written or has too little room, and DivergedError if the loss is
+    not a number.
     """
     processes = Processes(config)
     if config.batch_size < processes.count:
@@ -113,7 +116,7 @@ def _train(
         lr=config.learning_rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
-        # One pass over the weights in place of ten.
+        # One pass over the weights instead of ten.
         fused=True,
     )
     mean = MovingMean(trained, config.ema_decay)
@@ -125,12 +128,12 @@ def _train(
     num_steps = steps_of(config, len(sequences))
     if processes.is_main:
         hooks.on_start(state.step, num_steps)
-    # Compiled kernels and gathered shards do not run under a counter.
+    # Compiled kernels and gathered shards cannot be counted.
     dense = pick_attention(config.attention, dual.device, head_dim(dual.base.config)) == "dense"
     meter = _Meter(num_steps, state.step, countable=dense and not processes.sharded)
 
     def due() -> bool:
-        """Whether this step's view is to be scored and has not been: the run was killed over it, or it is new."""
+        """Whether to evaluate the view of this step, which may also be left from a run that was killed."""
         is_step = state.step % config.evaluate_every == 0 or state.step == num_steps
         is_new = state.step > 0 and state.step not in dict(state.scores)
         return hooks.evaluate is not None and is_step and is_new
@@ -160,13 +163,13 @@ def _train(
             last = state.step == num_steps or processes.any(hooks.should_stop() or saver.failed)
             if processes.is_main and (state.step % config.log_every == 0 or last):
                 hooks.on_log(meter.log(state.step, rate, grad_norm))
-            # A score takes minutes: whoever is killed meanwhile loses nothing else.
+            # Save before an evaluation, which takes minutes, so that a kill meanwhile loses no steps.
             if state.step % config.save_every == 0 or last or due():
                 saver.save(state)
             score_if_due()
             if last:
                 break
-    mean.trade_places()
+    mean.swap()
     processes.gather()
     return state
 
@@ -177,7 +180,7 @@ def steps_of(config: TrainConfig, num_sequences: int) -> int:
 
 
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
-    """Linear warm-up, then a cosine down to `min_lr_ratio` x peak."""
+    """Linear warm-up, then a cosine to `min_lr_ratio` x peak."""
     warmup_steps = max(1, round(config.warmup * num_steps))
     if step < warmup_steps:
         return config.learning_rate * (step + 1) / warmup_steps
@@ -188,7 +191,7 @@ def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
 
 
 def sequences_of_step(num_sequences: int, batch_size: int, step: int, seed: int) -> list[tuple[int, int]]:
-    """(index, anchor seed) of each sequence of a step: every epoch is a fresh permutation of the corpus."""
+    """(index, anchor seed) of each sequence of a step. Every epoch is a new permutation of the corpus."""
     picked = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, at = divmod(position, num_sequences)
@@ -200,14 +203,14 @@ def sequences_of_step(num_sequences: int, batch_size: int, step: int, seed: int)
 
 @lru_cache(maxsize=2)
 def _epoch_order(num_sequences: int, seed: int) -> Tensor:
-    """The order of one epoch; kept, since every sequence of every step asks for it. Two: a step may span both."""
+    """The order of one epoch. It is cached, because every sequence needs it. A step may span two epochs."""
     return torch.randperm(num_sequences, generator=torch.Generator().manual_seed(seed))
 
 
 def _accumulate(
     processes: Processes, sequences: Sequence[PackedSequence], config: TrainConfig, step: int
 ) -> StepOutput:
-    """Gradients of the summed loss over this process's share of the step's sequences; returns all sums."""
+    """Add the gradients of the summed loss over this process's share of a step. Returns the sums of all processes."""
     layout = BlockLayout(
         block_size=config.block_size,
         num_clean=config.num_clean,
@@ -218,7 +221,7 @@ def _accumulate(
     )
     picked = sequences_of_step(len(sequences), config.batch_size, step, config.seed)
     mine = picked[processes.index :: processes.count]
-    # As many passes as the first process makes, which has the most sequences: with shards, a pass needs everybody.
+    # All processes make as many passes as the first one, which has the most sequences: sharded passes need everybody.
     starts = range(0, len(picked[:: processes.count]), config.micro_batch_size)
     total: StepOutput | None = None
     for start in starts:
@@ -241,7 +244,7 @@ def _apply(
     output: StepOutput,
     clip_norm: float,
 ) -> float:
-    """Turn summed gradients into the weighted mean's, clip, and step. Processes average, so undo that too."""
+    """Scale summed gradients to those of the weighted mean, undo the averaging over processes, clip, and step."""
     scale = float(processes.count / output.weight.clamp_min(1e-12))
     for parameter in parameters:
         if parameter.grad is not None:
@@ -258,7 +261,7 @@ def _apply(
 
 
 class _Meter:
-    """Sums since the last log, and the clock."""
+    """Sums since the last log, and times."""
 
     def __init__(self, num_steps: int, step: int, *, countable: bool) -> None:
         self.num_steps = num_steps
@@ -269,7 +272,7 @@ class _Meter:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count the operations of the first step, this process's share; steps are alike."""
+        """A context that counts this process's operations of the first step. Later steps are equal."""
         if not self._countable or self._step_flops is not None:
             yield
             return
@@ -295,7 +298,7 @@ class _Meter:
             num_steps=self.num_steps,
             loss=float(sums.loss / sums.weight.clamp_min(1e-12)),
             accuracy_J=tuple(accuracy_J.tolist()),
-            # A position without targets, such as one that the AR row decides, stands for certain.
+            # A position without targets, such as one that the AR row decides, counts as accepted.
             expected_tokens=1.0 + float(accuracy_J.where(sums.counts_J > 0, 1.0).cumprod(0).sum()),
             learning_rate=rate,
             grad_norm=grad_norm,

@@ -1,4 +1,4 @@
-"""Real decodes of held-out prompts during training, and the view folders that a run leaves behind."""
+"""Evaluates a view during training by decoding held-out prompts, and writes the run's view folders."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -25,26 +25,27 @@ from orthrus.types import Cycle
 NUM_TOKENS = 64
 
 OnDecoded = Callable[[int, int], None]
-"""Called with (tokens decoded, tokens at most): of this process, where several share the prompts."""
+"""Called with (decoded tokens, limit on tokens) of this process. Several processes may share the prompts."""
 
 
 class Decoded(NamedTuple):
-    """Of decoding by `chain`: tokens after the first, cycles, guesses that stood, and guesses that could have stood."""
+    """Counts of decoding by `chain`: tokens after the first, cycles, accepted guesses, and guesses that were judged."""
 
     num_tokens: int
     num_cycles: int
-    num_stood: int
+    num_accepted: int
     num_judged: int
 
 
 @dataclass
 class Scorer:
-    """Called by the trainer as `scorer(dual, step)`: tokens per cycle, chain, greedy, first token left out.
+    """Computes a view's evaluation score: pooled tokens per cycle of greedy `chain` decoding, first token left out.
 
-    The view with the highest score is kept in the run's folder as `best`. Every score also puts the chance that a
-    guess stands into the view's config (`goes_on`). `origin` is the part of its provenance that is known before the
-    run. `best` is (score, step), None before the first score. `on_decoded` is told after each cycle. Of several
-    processes each decodes some of the prompts, all come to the same score, and the main one keeps the view.
+    The trainer calls `scorer(dual, step)`. The view with the highest evaluation score is kept in the run's folder as
+    `best`. Every evaluation also stores `goes_on` in the view's config: the probability that a guess is accepted if
+    those before it were. origin: the part of the view's provenance that is known before the run. best: (score, step),
+    None before the first evaluation. on_decoded: called after each cycle. With several processes, each decodes some of
+    the prompts, all get the same score, and the main one keeps the view.
     """
 
     base: Base
@@ -60,7 +61,7 @@ class Scorer:
         counts = torch.tensor(decoded(dual, self.base, mine, self.on_decoded), device=self.process.device)
         total = Decoded(*reduce(counts, "sum").tolist())
         score = total.num_tokens / total.num_cycles if total.num_cycles else 1.0
-        goes_on = total.num_stood / total.num_judged if total.num_judged else None
+        goes_on = total.num_accepted / total.num_judged if total.num_judged else None
         dual.config = replace(dual.config, goes_on=goes_on)
         if self.best is None or score > self.best[0]:
             self.best = (score, step)
@@ -69,14 +70,14 @@ class Scorer:
         return score
 
     def remember(self) -> None:
-        """Take up the best score of an earlier part of the same run, however it ended."""
+        """Read the best evaluation score of an earlier part of the same run, however that ended."""
         self.best = None
         try:
             made = read_json(self.run.path / BEST / CONFIG_FILE)["provenance"]
             score, step = float(made["tokens_per_cycle"]), int(made["step"])
         except (OrthrusError, OSError, KeyError, TypeError, ValueError, OverflowError):
             return
-        # No later score would be better than one that is not a number.
+        # With NaN as the best score, no later score would be better.
         if math.isfinite(score):
             self.best = (score, step)
 
@@ -97,7 +98,7 @@ def held_out_prompts(base: Base, number: int, block_size: int) -> list[list[int]
 def decoded(
     dual: DualView, base: Base, prompts: Sequence[Sequence[int]], on_decoded: OnDecoded | None = None
 ) -> Decoded:
-    """The sums over all prompts; the view in the base's precision, as served."""
+    """The sums of `Decoded` over all prompts, with the view in the base's precision, as in use."""
     each = decoded_each(dual, base, prompts, on_decoded=on_decoded)
     return Decoded(*map(sum, zip(*each, strict=True))) if each else Decoded(0, 0, 0, 0)
 
@@ -109,7 +110,7 @@ def decoded_each(
     max_new_tokens: int = NUM_TOKENS,
     on_decoded: OnDecoded | None = None,
 ) -> list[Decoded]:
-    """Of each prompt: greedy, chain."""
+    """The counts of greedy `chain` decoding of each prompt."""
     config = DecodeConfig(max_new_tokens=max_new_tokens, strategy="chain")
     counts = []
     num_decoded = 0
@@ -143,7 +144,7 @@ def decoded_each(
 
 @contextmanager
 def served(dual: DualView) -> Iterator[None]:
-    """The view's weights in the base's precision while the context lasts."""
+    """A context in which the view's weights have the base's precision."""
     exact = {name: parameter.data for name, parameter in dual.view_parameters().items()}
     try:
         for parameter in dual.view_parameters().values():

@@ -1,12 +1,11 @@
-"""How many tokens a cycle drafts, from what is seen of acceptance and time; 0 included, and back again.
+"""Chooses how many tokens a cycle drafts, 0 included, from the observed acceptance and times.
 
-A cycle commits 1 + the accepted drafts for each request. What D drafts bring is the mean number of them that
-stood; what they cost is the time of steps that verified D drafts and drafted D more, kept by the number of
-requests that share a step. The best rate wins. What has not been tried for a while gets another chance, ever
-more rarely while it keeps losing. With many requests a trial costs as much as many plain steps. So one is made
-where drafts that fare as first expected would pay, by the times of the steps seen so far, and else only after the
-longest pause. The diffusion view reads the served model's own cache, so drafting resumes at once after any pause.
-None of this can change a text.
+A cycle commits 1 + the accepted drafts for each request. The gain of D drafts is the mean number of accepted ones.
+Their cost is the time of steps that verified D drafts and drafted D more, kept by the number of requests in a step.
+The choice with the best rate wins. Other choices get trials from time to time, ever more rarely while they keep losing.
+With many requests a trial costs as much as many plain steps. So a trial is made if drafts with the first expected
+acceptance would pay, by the times of the steps so far, and otherwise only after the longest pause. The diffusion view
+reads the served model's own cache, so drafting resumes at once after any pause. None of this can change a text.
 """
 
 from collections import deque
@@ -18,28 +17,30 @@ from orthrus.decoding.block_lengths import first_expected
 from orthrus.integrations.vllm.step_times import StepTimes
 
 RUN, PLAIN_RUN = 4, 8
-"""Steps that a choice on trial gets, and plain ones, which are short: the first is no cycle yet, for it verifies what
-was drafted before, and what follows a change is slow for some steps more."""
+"""RUN: steps of a trial. PLAIN_RUN: steps of a trial of plain decoding, which are short. The first step still verifies
+older drafts, and a few more steps after a change are slow."""
 RECENT = 24
 """Steps of a choice whose times are kept; see `_usual`."""
 WORTH = 1.15
-"""How much faster a step with drafts must be for each token. Requests that draft end at different times, so their
-successors' prompts come one by one, and the last steps of a burst carry few requests: no step's own time tells of
-that. Measured with four requests at a time, it costs a seventh."""
+"""How much faster drafting must be for each token. Requests that draft end at different times. So their successors'
+prompts come one by one, and the last steps of a burst carry few requests. A step's own time does not show this cost.
+With four requests at a time, a seventh was measured."""
 PATIENCE, MAX_PATIENCE = 48, 1536
-"""Steps until something other than the best is tried again; doubled whenever the trial was lost."""
+"""Steps until the next trial of another choice; doubled, up to MAX_PATIENCE, after each trial that it loses."""
 LONGER = 8
-"""How often a trial may go on because its own drafts fare well, where earlier ones did not."""
+"""How often a trial may be extended because its own drafts are accepted better than earlier ones."""
 MARGIN = 1.03
 """How much better another choice must be to take over."""
 MEMORY = 0.99
-"""Of the share of drafts that stand: many requests bring many observations, and few of them say little."""
+"""Weight of the past in the averages of acceptance. It is high because many requests bring many observations."""
 
 
 @dataclass(slots=True)
 class _Company:
-    """What is known for steps of about as many requests: the last times in ms by the number of drafts. stood: drafts
-    that stood in the trial that is on."""
+    """The state for steps of about as many requests.
+
+    step_ms: the last times in ms, by the number of drafts. accepted: accepted drafts in the current trial.
+    """
 
     step_ms: dict[int, deque[float]]
     current: int
@@ -49,13 +50,16 @@ class _Company:
     patience: int = PATIENCE
     until_trial: int = PATIENCE
     next_trial: int = 0
-    stood: Average = field(default_factory=lambda: Average(0.0, num_observed=0, memory=MEMORY))
+    accepted: Average = field(default_factory=lambda: Average(0.0, num_observed=0, memory=MEMORY))
 
 
 @dataclass(slots=True)
 class DraftPolicy:
-    """Decides for all requests of a step together. most: drafts of a cycle at most; adaptive: else always so
-    many; goes_on: the view's own, see `ViewConfig`."""
+    """Decides for all requests of a step together.
+
+    most: limit on the drafts of a cycle. adaptive: False means always `most` drafts. goes_on: the view's own, see
+    `ViewConfig`.
+    """
 
     most: int
     adaptive: bool = True
@@ -94,7 +98,7 @@ class DraftPolicy:
         Where nothing was tried for longest, one is made all the same: drafts may fare better than anybody hoped.
         """
         company.left, company.longer = RUN if choice else PLAIN_RUN, 0
-        company.stood = Average(0.0, num_observed=0, memory=MEMORY)
+        company.accepted = Average(0.0, num_observed=0, memory=MEMORY)
         ms = self._expected_ms(company, choice, num_requests)
         if choice == 0 or ms is None or company.patience == MAX_PATIENCE:
             company.trial = choice
@@ -125,7 +129,7 @@ class DraftPolicy:
         company = self._company(num_requests)
         # The first step of a trial verifies what was drafted before it.
         if num_drafts == company.trial:
-            company.stood.add(float(num_accepted))
+            company.accepted.add(float(num_accepted))
 
     def see_step(self, num_requests: int, verified: int, drafted: int, ms: float) -> None:
         """The time of a step in which each request verified so many drafts and was asked for so many more."""
@@ -144,7 +148,7 @@ class DraftPolicy:
 
     def tokens_per_cycle(self, num_drafts: int) -> float:
         """Tokens that a cycle commits with so many drafts, the model's own included."""
-        # A draft counts only where all before it stood, so what was seen of it says so already.
+        # A draft counts only where all before it are accepted, so what was seen of it says so already.
         return 1.0 + sum(average.value for average in self._stood[:num_drafts])
 
     def rates(self, num_requests: int) -> dict[int, float]:
@@ -204,7 +208,7 @@ class DraftPolicy:
         """Whether a trial would win by its own drafts, whatever became of earlier ones."""
         if trial == 0 or trial not in rates:
             return False
-        own = rates[trial] * (1.0 + company.stood.value) / self.tokens_per_cycle(trial)
+        own = rates[trial] * (1.0 + company.accepted.value) / self.tokens_per_cycle(trial)
         return _beats(rates | {trial: own}, trial, company.current)
 
 

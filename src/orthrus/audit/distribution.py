@@ -1,7 +1,7 @@
-"""The law of sampled text by a real model, prefix by prefix, and a chi-square test of draws against it.
+"""The distribution of a real model's sampled text, prefix by prefix, and a chi-square test of draws against it.
 
-The baseline's own logits give the probability of every way to begin an answer that is likely enough to be
-counted; all others are one cell. So the test knows the law exactly: nothing is estimated from draws.
+The baseline's own logits give the probability of every prefix of an answer that is likely enough to be counted. All
+other prefixes form one cell. So the test knows the distribution exactly, and estimates nothing from draws.
 """
 
 from collections import Counter
@@ -18,13 +18,15 @@ from orthrus.decoding.sampling import filtered_probs
 
 Prefix = tuple[int, ...]
 LEAST_EXPECTED = 5.0
-"""Draws that each cell is expected to get at least: below, the chi-square law is a poor approximation."""
+"""The smallest expected count of a cell. Below it the chi-square distribution is a poor approximation."""
 
 
 @dataclass(frozen=True, slots=True)
-class PromptLaw:
-    """Of one prompt: by depth, from 1, the probability of each likely prefix. A text that ended before the
-    depth is a prefix of its own. greedy_ids: the prefix of the likeliest next tokens, as long as it is known.
+class PromptDistribution:
+    """The distribution of the answers to one prompt.
+
+    by_depth: for depth 1, 2, ..., the probability of each likely prefix. A text that ended before the depth is a
+    prefix of its own. greedy_ids: the likeliest token at each depth, as far as the prefix is known.
     """
 
     by_depth: tuple[dict[Prefix, float], ...]
@@ -44,7 +46,7 @@ class Found:
 
 
 @torch.inference_mode()
-def prompt_law(
+def prompt_distribution(
     orthrus: Orthrus,
     against: Baseline,
     prompt_ids: list[int],
@@ -52,7 +54,7 @@ def prompt_law(
     *,
     depth: int,
     num_draws: int,
-) -> PromptLaw:
+) -> PromptDistribution:
     """Enumerate the prefixes that so many draws are expected to show `LEAST_EXPECTED` times or more."""
     logits_after = continuation_logits(orthrus, against, prompt_ids, depth)
     least, ends = LEAST_EXPECTED / num_draws, orthrus.base.eos_token_ids
@@ -72,14 +74,19 @@ def prompt_law(
                 following[(*prefix, token_id)] = float(probs_V[token_id])
         by_depth.append(following)
         known = following
-    return PromptLaw(tuple(by_depth), greedy_ids)
+    return PromptDistribution(tuple(by_depth), greedy_ids)
 
 
-def chi_square(laws: Sequence[PromptLaw], draws: Sequence[Sequence[Prefix]], depth: int) -> Found:
-    """Draws of each prompt against its law at this depth. draws: by prompt, new token ids of each draw."""
+def chi_square(
+    distributions: Sequence[PromptDistribution], draws: Sequence[Sequence[Prefix]], depth: int
+) -> Found:
+    """Test the draws of each prompt against its distribution at this depth.
+
+    draws: by prompt, the new token ids of each draw.
+    """
     statistic, degrees = 0.0, 0
-    for law, mine in zip(laws, draws, strict=True):
-        cells = law.by_depth[depth - 1]
+    for distribution, mine in zip(distributions, draws, strict=True):
+        cells = distribution.by_depth[depth - 1]
         seen = Counter(ids[:depth] for ids in mine)
         masses, counts = _pooled(cells, [seen[prefix] for prefix in cells], len(mine))
         expected_N = as_row(masses) * len(mine)
@@ -88,15 +95,15 @@ def chi_square(laws: Sequence[PromptLaw], draws: Sequence[Sequence[Prefix]], dep
     return Found(statistic, degrees)
 
 
-def noncentrality(laws: Sequence[PromptLaw], depth: int, num_draws: int) -> float:
-    """Of draws that are all the greedy text: n times the sum over cells of (q - p)^2 / p.
+def noncentrality(distributions: Sequence[PromptDistribution], depth: int, num_draws: int) -> float:
+    """The noncentrality of draws that are all the greedy text: n times the sum over cells of (q - p)^2 / p.
 
-    Where a share `bias` of the draws is the greedy text, bias^2 times as much.
+    If a share `bias` of the draws is the greedy text, the noncentrality is bias^2 times as large.
     """
     total = 0.0
-    for law in laws:
-        cells = law.by_depth[depth - 1]
-        greedy = [float(law.greedy_ids[:depth] == prefix) for prefix in cells]
+    for distribution in distributions:
+        cells = distribution.by_depth[depth - 1]
+        greedy = [float(distribution.greedy_ids[:depth] == prefix) for prefix in cells]
         masses, hits = _pooled(cells, greedy, num_draws, of_all=1.0)
         masses_N = as_row(masses)
         total += num_draws * float(((as_row(hits) - masses_N) ** 2 / masses_N).sum())
@@ -104,14 +111,14 @@ def noncentrality(laws: Sequence[PromptLaw], depth: int, num_draws: int) -> floa
 
 
 def power(largest: float, degrees: int, significance: float, bias: float) -> float:
-    """How often the test finds that a share `bias` of the draws is the greedy text; largest: `noncentrality`."""
+    """How often the test finds a share `bias` of greedy texts among the draws. largest: from `noncentrality`."""
     if not degrees:
         return 0.0
     return chi2_power(significance, degrees, largest * bias**2)
 
 
 def smallest_bias(largest: float, degrees: int, significance: float, wanted: float) -> float | None:
-    """The least share of greedy texts that the test finds with this power; None where it finds none."""
+    """The smallest share of greedy texts that the test finds with this power, or None if it finds none."""
     if power(largest, degrees, significance, 1.0) < wanted:
         return None
     threshold = chi2_threshold(significance, degrees)
@@ -121,8 +128,11 @@ def smallest_bias(largest: float, degrees: int, significance: float, wanted: flo
 def _pooled(
     cells: dict[Prefix, float], counts: Sequence[float], num_draws: int, of_all: float | None = None
 ) -> tuple[list[float], list[float]]:
-    """(masses, counts) with all other prefixes as one more cell, or in the least likely one where that
-    cell would be expected too seldom. of_all: what the counts add up to; the draws unless given."""
+    """(masses, counts), with all other prefixes in one more cell.
+
+    If that cell would have too small an expected count, they join the least likely cell instead. of_all: the sum of
+    all counts, by default the number of draws.
+    """
     masses, found = list(cells.values()), [float(count) for count in counts]
     rest = max(0.0, 1.0 - sum(masses))
     others = (num_draws if of_all is None else of_all) - sum(found)
