@@ -34,7 +34,7 @@ def export_vllm(
     """Write base and view as one folder that vLLM serves with diffusion drafting.
 
     Families: Llama, Qwen2, Qwen3, Mistral. The last line of the output is the command that serves the folder.
-    docs/serving.md says when vLLM is the better server.
+    docs/howto/vllm.md says when vLLM is the better server.
     """
     from orthrus.base.outputs import check_absent, check_writable
     from orthrus.integrations.vllm import export

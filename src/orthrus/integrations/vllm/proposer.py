@@ -20,7 +20,7 @@ from orthrus.integrations.vllm.versions import check_version
 from orthrus.model.view_config import ViewConfig
 
 _ALL_OPTIONS = (
-    "Orthrus needs its own worker and scheduler: pass worker_cls and scheduler_cls as docs/serving.md says, or take "
+    "Orthrus needs its own worker and scheduler: pass worker_cls and scheduler_cls as docs/howto/vllm.md says, or take "
     "all options from orthrus.integrations.vllm.names.engine_arguments()."
 )
 

@@ -17,7 +17,7 @@ def vllm_version() -> str:
         if (found := installed_version(name)) is not None:
             return found
     raise MissingExtraError(
-        'vLLM is not installed; run `pip install "orthrus-lm[vllm]"`, or read docs/serving.md.'
+        'vLLM is not installed; run `pip install "orthrus-lm[vllm]"`, or read docs/howto/vllm.md.'
     )
 
 
