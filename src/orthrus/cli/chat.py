@@ -150,7 +150,7 @@ def _lines(state: ChatState) -> None:
 
 
 def _terminal(state: ChatState) -> None:
-    """A person: errors are told, and the conversation goes on."""
+    """A chat in a terminal. It prints errors and continues."""
     ask = _editor()
     while True:
         try:

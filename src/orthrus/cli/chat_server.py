@@ -180,7 +180,7 @@ class _Stream(Iterator[Cycle]):
             raise OrthrusError(f"{self._url} sent no events of a stream; check --url.")
 
     def _take(self, event: dict[str, Any]) -> Cycle | None:
-        """What an event adds to the text; what it tells of the answer is kept."""
+        """The text of an event as a record. Its statistics are stored."""
         self._usage = _object(event.get("usage")) or self._usage
         self._metrics = _object(event.get("metrics")) or self._metrics
         choices = event.get("choices")
@@ -216,7 +216,7 @@ class _Stream(Iterator[Cycle]):
         )
 
     def _stats(self, num_seen: int) -> DecodeStats:
-        """num_seen: tokens, or pieces of text, that came; for a server, or a stop, without usage."""
+        """num_seen: received tokens, or pieces of text. It is used if the server sent no usage."""
         ours, drafts = (_object(self._metrics.get(name)) for name in ("orthrus", "speculative_decoding"))
         return DecodeStats(
             num_prompt_tokens=_number(self._usage, "prompt_tokens"),
@@ -241,7 +241,7 @@ def _event(data: str, url: str) -> dict[str, Any]:
     except ValueError as error:
         raise OrthrusError(f"{url} sent an event that is no JSON; check --url.") from error
     if event.get("error"):
-        raise OrthrusError(f"{url} broke off: {_told(event)}")
+        raise OrthrusError(f"{url} broke off: {_reason(event)}")
     return event
 
 
@@ -257,19 +257,19 @@ def _client(api_key: str | None) -> "httpx.Client":
 
 
 def _check_status(response: "httpx.Response") -> None:
-    """Raises UserInputError for what is no answer, with the server's own words where it gives some."""
+    """Raises UserInputError for an error status, with the server's own message if there is one."""
     if response.is_success:
         return
     response.read()
     try:
-        told = _told(_object(response.json()))
+        reason = _reason(_object(response.json()))
     except ValueError:
-        told = response.reason_phrase
+        reason = response.reason_phrase
     hint = f"; give --api-key, or {KEY_VARIABLE}" if response.status_code in (401, 403) else ""
-    raise UserInputError(f"{response.url} answers {response.status_code}: {told.rstrip('.')}{hint}.")
+    raise UserInputError(f"{response.url} answers {response.status_code}: {reason.rstrip('.')}{hint}.")
 
 
-def _told(body: dict[str, Any]) -> str:
+def _reason(body: dict[str, Any]) -> str:
     error = body.get("error", body.get("detail"))
     message = error.get("message") if isinstance(error, dict) else error
     return " ".join(str(message or "no reason is given.").split())[:500]

@@ -221,7 +221,7 @@ class Cancellable(Protocol):
 
 
 class Interrupt:
-    """Whether a signal asked to leave meanwhile, and the exit status that tells which."""
+    """Whether a signal asked the program to leave, and the exit status for that signal."""
 
     def __init__(self) -> None:
         self.happened = False
@@ -232,7 +232,7 @@ class Interrupt:
 def cancel_on_interrupt(stream: Cancellable, *, on_kill: bool = False) -> Iterator[Interrupt]:
     """The first Ctrl-C lets the stream end after the cycle in flight; the second one raises at once.
 
-    on_kill: so do SIGTERM and SIGHUP, which otherwise leave at once.
+    on_kill: treat SIGTERM and SIGHUP in the same way. By default they end the program at once.
     """
     interrupt = Interrupt()
 
@@ -247,7 +247,7 @@ def cancel_on_interrupt(stream: Cancellable, *, on_kill: bool = False) -> Iterat
 
 
 class Killed(SystemExit):
-    """SIGTERM or SIGHUP asked the program to leave; `status` as a shell reports it."""
+    """SIGTERM or SIGHUP asked the program to leave. `status`: the exit status, as a shell reports it."""
 
     def __init__(self, number: int) -> None:
         self.status = 128 + number
@@ -267,9 +267,9 @@ def leaving(number: int) -> Interrupted | Killed:
 
 @contextmanager
 def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call `handler` for these signals, except those that we were started to ignore (as nohup does).
+    """Call `handler` for these signals, except those that the parent process set to be ignored (as nohup does).
 
-    Does nothing outside the main thread, which alone hears of signals.
+    Does nothing outside the main thread, because only that one gets signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -282,10 +282,10 @@ def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], 
         yield
     finally:
         for number, old in before.items():
-            # None: a handler that was not set from Python cannot be set back from here.
+            # None: a handler that was not set from Python, which Python cannot restore.
             signal.signal(number, signal.SIG_DFL if old is None else old)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """As an exception: on every way out files are whole, and what is temporary is removed."""
+    """Leave by an exception, so that files are complete and temporary ones are removed."""
     raise leaving(number)

@@ -54,8 +54,7 @@ def note_turns(file: Path, prompts: Sequence[FilePrompt]) -> None:
 
 
 def footer(stats: DecodeStats, finish_reason: str) -> str:
-    """Two lines of statistics; a ratio stands beside the numbers that it is made of. One line where a server
-    tells no passes."""
+    """Two lines of statistics, each ratio beside its numbers. One line if a server does not report passes."""
     times = (
         f"{counted(stats.num_tokens, 'token')} in {stats.seconds:.2f} s ({finish_reason}) · "
         f"{stats.tokens_per_second:.1f} tokens/s · first token after {stats.ttft_ms:.0f} ms"
