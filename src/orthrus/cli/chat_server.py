@@ -1,4 +1,4 @@
-"""A server as the partner of a chat: any that speaks OpenAI's interface, and more from one of ours."""
+"""A server as the partner of a chat. It needs OpenAI's API; our own server gives more statistics."""
 
 import socket
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ class ServerPartner:
         return _Stream(self._client, f"{self._url}/chat/completions", self._body(messages, decode))
 
     def _body(self, messages: Messages, decode: dict[str, Any]) -> dict[str, Any]:
-        """The request. What stands at its default is left out: not every server knows it."""
+        """The request. Fields with their default value are left out, because not every server knows them."""
         if not decode["floor"]:
             raise UserInputError("a server decides about the floor itself; drop --no-floor.")
         body: dict[str, Any] = {
@@ -112,11 +112,11 @@ class ServerPartner:
 
 
 class _Stopped(Exception):  # noqa: N818  (no error: the user asked for it)
-    """Ctrl-C while the request was being sent."""
+    """Ctrl-C during the sending of a request."""
 
 
 class _Stream(Iterator[Cycle]):
-    """One answer as its chunks come. What the server measured is in its last ones; times are the client's."""
+    """An answer that arrives in chunks. The last ones hold the server's statistics. Times are the client's."""
 
     def __init__(self, client: "httpx.Client", url: str, body: dict[str, Any]) -> None:
         self._client, self._url, self._body = client, url, body
@@ -136,7 +136,7 @@ class _Stream(Iterator[Cycle]):
         self._cancelled = True
         if self._opening:
             raise _Stopped
-        # A read that waits for the next chunk ends now.
+        # This ends a read that waits for the next chunk.
         stream = None if self._response is None else self._response.extensions.get("network_stream")
         connection = None if stream is None else stream.get_extra_info("socket")
         if connection is not None:
