@@ -1,4 +1,4 @@
-"""Texts of a given form: under drafts, copies and forced tokens, in company, those of plain constrained decoding."""
+"""Structured output: under drafts, copies and forced tokens, in company, those of plain constrained decoding."""
 
 import random
 import re

@@ -130,7 +130,7 @@ def test_another_server_is_asked_nothing_of_ours() -> None:
     (row,) = report.rows
     assert (row["output_tokens"], row["input_tokens"], row["num_checked"]) == (42, 42, 0)
     assert (row["acceptance_length"], row["tokens_per_forward"]) == (None, None)
-    assert report.options["check"] == "off, because the server does not tell token ids (return_token_ids)"
+    assert report.options["check"] == "off, because the server does not return token ids (return_token_ids)"
     assert "Speculative" not in report.to_table()
     assert row["ttft_ms"] is not None
 

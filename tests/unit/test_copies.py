@@ -70,7 +70,7 @@ def test_the_longest_match_counts_then_the_latest() -> None:
     assert CopyIndex().continuation(5) == NO_COPY
 
 
-def test_promises_start_at_the_priors_and_follow_what_stood() -> None:
+def test_promises_start_at_the_priors_and_follow_acceptance() -> None:
     promise = CopyPromise()
     assert [promise.chance(n, 1) for n in MATCH_LENGTHS] == pytest.approx(
         [PRIOR_CHANCES[n][0] for n in MATCH_LENGTHS]

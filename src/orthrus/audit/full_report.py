@@ -116,7 +116,7 @@ class FullReport:
             f"a bias of {min(best):.1%} would be found with power 0.95" if best else "no bias would be found"
         )
         texts = "; ".join(f"{arm.strategy}: {arm.bound}" for arm in self.arms)
-        verdict = "; ".join(self.failures) or "no test tells ours from the base's distribution"
+        verdict = "; ".join(self.failures) or "no test distinguishes ours from the base's distribution"
         return f"sampled text: {verdict}; {sees}; {texts}."
 
     def to_dict(self) -> dict[str, Any]:

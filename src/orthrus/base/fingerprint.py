@@ -1,4 +1,4 @@
-"""A short name for a set of weights, so that a trained view can tell whether it sits on its own base."""
+"""A short name for a set of weights, by which a trained view recognises its own base."""
 
 import hashlib
 from typing import TYPE_CHECKING

@@ -47,7 +47,7 @@ def _groups(root: Path) -> Iterator[tuple[Path, int]]:
         if version not in paths or (version == 1 and "memory" not in kind[2].split(",")):
             continue
         top = root / fields[4].lstrip("/")
-        # A container may see its own group as the top, and yet be told the group's path on the host.
+        # A container may see its own group as the top, and yet get the group's path on the host.
         inside = Path("/" + paths[version].lstrip("/"))
         own, parts = Path(fields[3]), tuple[str, ...]()
         if own == Path("/") or own in (inside, *inside.parents):

@@ -22,7 +22,7 @@ from orthrus.errors import StorageError, UserInputError
 
 MARK = ".orthrus-owner.json"
 LOCK = ".orthrus.lock"
-# Larger files are told by their size: weights of gigabytes are written often.
+# Larger files are compared by size, because weights of gigabytes are written often.
 _DIGEST_BYTES = 1 << 20
 
 

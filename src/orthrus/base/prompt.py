@@ -34,7 +34,7 @@ def encode_prompt(
         raw: take text as it stands, with only what the tokenizer itself adds (a BOS token, say).
         template_values: more that the chat template may ask for, such as {"enable_thinking": False}; our own
             values go first.
-        tools: functions that the chat template tells the model of, as in OpenAI's interface.
+        tools: functions that the chat template describes to the model, as in OpenAI's interface.
 
     Raises:
         UserInputError: nothing to continue, malformed messages, messages without a template for them, or a

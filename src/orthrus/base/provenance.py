@@ -18,7 +18,7 @@ PACKAGES = ("orthrus-lm", "torch", "transformers", "safetensors", "numpy")
 def provenance(*, device: str, dtype: str, seed: int | None) -> dict[str, Any]:
     """Command line, commit, versions, machine and settings of this run, as JSON-ready values.
 
-    `git_commit` is None outside a checkout; `git_dirty` tells of uncommitted changes. `time` is UTC.
+    `git_commit` is None outside a checkout; `git_dirty`: whether there are uncommitted changes. `time` is UTC.
     """
     import torch
 
@@ -102,7 +102,7 @@ def git_state(package: Path = Path(__file__).parents[1]) -> tuple[str | None, bo
 
 
 def cpu_model() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -28,7 +28,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load on first use: a wrong prompt file is told without waiting for torch."""
+    """Import on first use, so that the error for a wrong prompt file comes without waiting for torch."""
     if name in _HOME:
         return getattr(import_module(f"orthrus.bench.{_HOME[name]}"), name)
     raise AttributeError(f"module 'orthrus.bench' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Two benchmark reports side by side, and whether they may be compared at all."""
+"""Compares two benchmark reports, and lists settings in which they differ."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -49,7 +49,7 @@ _SAME = {
 class Change:
     """One metric of one arm and domain at one temperature.
 
-    `ratio` = b / a; `clear` when the two spreads, of speed-ups the intervals, do not overlap; None without them.
+    `ratio`: b / a. `clear`: whether the two spreads (for speed-ups, intervals) do not overlap; None without them.
     """
 
     temperature: float
@@ -64,7 +64,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`differences`: settings in which the runs differ, each a reason not to trust a ratio of times."""
+    """`differences`: settings in which the runs differ. Each is a reason not to trust a ratio of times."""
 
     changes: tuple[Change, ...]
     differences: tuple[str, ...]
@@ -91,9 +91,9 @@ class Comparison:
 def compare_reports(
     a: BenchReport | Mapping[str, Any] | Path, b: BenchReport | Mapping[str, Any] | Path
 ) -> Comparison:
-    """Compare what both hold, by temperature, domain and arm: reports, their `to_dict`, or JSON files of it.
+    """Compare two reports, their `to_dict`, or JSON files of it, by temperature, domain and arm.
 
-    Raises UserInputError for what is no report.
+    Raises UserInputError for something that is no report.
     """
     a, b = _report(a), _report(b)
     rows_b = {_key(row): row for row in b.rows}

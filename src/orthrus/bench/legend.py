@@ -1,9 +1,9 @@
-"""The formula of every number in a benchmark report; docs/metrics.md says the same, and a test keeps it so."""
+"""The formula of every number in a benchmark report. docs/metrics.md has the same names, which a test checks."""
 
 LEGEND = {
     "tokens": "new tokens, end-of-sequence included, summed over prompts and repeats",
     "passes": "forward passes of the model, prefill included, both views counted",
-    "cycles": "what commits tokens once after the prefill: draft and verify, one fused pass, or one AR pass",
+    "cycles": "rounds of drafting and verifying after the prefill: draft and verify, one fused pass, or one AR pass",
     "tokens_per_cycle_mean": "mean over prompts and repeats of (tokens - 1) / cycles",
     "tokens_per_cycle_pooled": "sum of (tokens - 1) / sum of cycles",
     "tokens_per_cycle_histogram": "how many cycles committed 0, 1, 2, ... tokens",
@@ -32,7 +32,7 @@ LEGEND = {
     "bytes_per_token": "(bytes of weights, once for each pass that uses them, and of keys and values read once a "
     "pass and written) / (tokens - 1), after the first token",
     "joules_per_token": "(energy of packages and memory by RAPL - idle power x time) / tokens; none where the "
-    "machine does not tell",
+    "machine does not report it",
     "speedup_vs_stock_geomean": "geometric mean of the domains' speedup_vs_stock [95 % interval: 10,000 bootstrap "
     "draws of prompts within each domain, seed 0; none where a domain has a single prompt]",
     "speedup_vs_ar_geomean": "as above, of speedup_vs_ar",

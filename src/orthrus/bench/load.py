@@ -71,7 +71,7 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Server:
-    """What first answers tell."""
+    """The properties of the servers that their first answers show."""
 
     url: str
     has_ids: bool
@@ -171,7 +171,7 @@ def _what_is_checked(options: LoadOptions, server: _Server) -> str:
     if not options.check:
         return "off"
     if not server.has_ids:
-        return "off, because the server does not tell token ids (return_token_ids)"
+        return "off, because the server does not return token ids (return_token_ids)"
     how = "decoded plainly (strategy ar), " if server.is_orthrus else ""
     return f"token ids against those of the same request, {how}alone"
 

@@ -41,11 +41,11 @@ def asks_of(prompts: Sequence[BenchPrompt], number: int, max_tokens: Sequence[in
 
 @dataclass(slots=True)
 class Answer:
-    """What came of a request. Times are those of `perf_counter`; `times` are of the chunks that brought tokens.
+    """The result of a request. Times are of `perf_counter`. times: of the chunks with tokens.
 
-    status: "refused" is a 429, "failed" whatever else went wrong, with its `reason`. due: when it was to be sent.
-    token_ids, num_prompt_tokens, num_tokens: None where the server does not tell. metrics: the server's own.
-    was_repeated: the server had closed the kept connection that it was first sent over.
+    status: "refused" for a 429, "failed" for any other error, with its `reason`. due: the planned time of sending.
+    token_ids, num_prompt_tokens, num_tokens: None if the server does not report them. metrics: the server's own.
+    was_repeated: whether it was sent again because the server had closed the kept connection.
     """
 
     ask: Ask
@@ -188,7 +188,7 @@ class LoadClient:
 
 
 class _Connection:
-    """What httpx tells of the connection that a request goes over."""
+    """Records httpx's events on the connection of a request."""
 
     def __init__(self) -> None:
         self._is_new = False
@@ -217,7 +217,7 @@ def _objects(contents: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def _take(answer: Answer, event: Mapping[str, Any]) -> None:
-    """Add what an event tells to an answer."""
+    """Add the content of an event to an answer."""
     now = perf_counter()
     if event.get("error"):
         answer.fail(_message(event) or "an error without a message")

@@ -29,7 +29,7 @@ LEGEND = {
     "num_repeated": "requests sent once more, since the server had closed the kept connection that they went over",
     "duration_s": "from the first request to the last answer; sum over repeats",
     "input_tokens": "sum of usage.prompt_tokens, of answers that are whole, as all that follows",
-    "cached_tokens": "those of them that the server found in its cache, where it tells",
+    "cached_tokens": "those of them that the server found in its cache, if it reports that",
     "output_tokens": "sum of usage.completion_tokens",
     "requests_per_second": "num_ok / duration_s",
     "goodput": "answers within the limits on ttft_ms and tpot_ms / duration_s; null without limits",
@@ -110,7 +110,7 @@ class LoadReport:
 def load_report(
     runs: Sequence[Run], server: dict[str, Any], options: dict[str, Any], *, secret: str | None
 ) -> LoadReport:
-    """The figures of all runs. secret: not to be told, though the command line may hold it."""
+    """The report of all runs. secret: a text to remove from the recorded command line."""
     where = provenance(device="cpu", dtype="", seed=options["seed"])
     if secret:
         where["command"] = where["command"].replace(secret, "***")
@@ -194,7 +194,7 @@ def _of_answers(good: Sequence[Answer]) -> dict[str, Any]:
 
 
 def _sum(values: Iterable[int | None]) -> int:
-    """Of what the server told."""
+    """The sum of the values that the server reported."""
     return sum(value or 0 for value in values)
 
 

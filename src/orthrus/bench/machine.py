@@ -1,4 +1,4 @@
-"""What the machine tells of a run beside its time: peak memory, and energy where it is counted."""
+"""Measures a run's peak memory, and its energy if the machine counts it."""
 
 import time
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""One page of results that needs nothing beside it: plots, tables, formulas and where each number comes from."""
+"""Makes one self-contained page of results: plots, tables, formulas, and the origin of each number."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ _OTHERS: dict[str, Callable[[str, dict[str, Any]], Iterator[Plot]]] = {
     "orthrus-long-context": plots_of_context,
     "orthrus-training-curve": plots_of_training,
     "orthrus-sceptic": plots_of_sceptic,
-    # An audit has a table.
+    # An audit has a table, and no plots.
     AUDIT: lambda source, raw: iter(()),
 }
 _STYLE = """
@@ -44,16 +44,16 @@ code { font-size: 0.85em; overflow-wrap: anywhere; }
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """`html` is the page; `plots` its pictures, each of a key of its own."""
+    """`html`: the page. `plots`: its pictures, each with a key of its own."""
 
     html: str
     plots: tuple[Plot, ...]
 
 
 def make_page(files: Sequence[Path]) -> Page:
-    """Of results of `orthrus bench` and of benchmarks/, in their order.
+    """The page of results of `orthrus bench` and of benchmarks/, in their order.
 
-    Raises UserInputError for a file that cannot be read, and for one of another kind or without what its kind holds.
+    Raises UserInputError for a file that cannot be read, has another kind, or lacks entries of its kind.
     """
     results = [(file.name, *_read(file)) for file in files]
     plots: list[Plot] = []
@@ -75,7 +75,7 @@ def make_page(files: Sequence[Path]) -> Page:
     html = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Orthrus: measured</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
-        "<h1>Orthrus: measured</h1><p>Every figure comes from a file named above it, and its formula stands below. "
+        "<h1>Orthrus: measured</h1><p>Every figure comes from a file named above it, and its formula is below. "
         "Both sides of a ratio took turns in one run on one machine.</p>"
         f"{''.join(sections)}<h2>Formulas</h2><dl>{legend}</dl></body></html>\n"
     )

@@ -1,4 +1,4 @@
-"""Which plots a set of results gives: what each shows, and the formula of what it shows."""
+"""Makes the plots of a set of results. Each caption says what the plot shows, and by which formula."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """`key`: its file's name. `caption`: what it shows and by which formula. `source`: the file it is made of."""
+    """`key`: the name of its file. `caption`: what it shows, and by which formula. `source`: the file of its data."""
 
     key: str
     title: str
@@ -37,7 +37,7 @@ class Plot:
 
 
 def plots_of_bench(source: str, report: BenchReport) -> Iterator[Plot]:
-    """The plots that one benchmark has the data for, greedy first."""
+    """The plots for which a benchmark has the data, greedy first."""
     for temperature, rows in by_temperature(report.rows):
         named = sampling_name(temperature)
         for make in (_waterfall, _positions, _break_even, _block_lengths):
@@ -162,7 +162,7 @@ def _block_lengths(rows: Sequence[Row], report: BenchReport) -> _Found:
 
 
 def plots_of_context(source: str, raw: dict[str, Any]) -> Iterator[Plot]:
-    """Of a result of benchmarks/long_context.py."""
+    """The plots of a result of benchmarks/long_context.py."""
     by_strategy: dict[str, list[dict[str, Any]]] = {}
     for row in raw["results"]:
         by_strategy.setdefault(row["strategy"], []).append(row)
@@ -184,7 +184,7 @@ def plots_of_context(source: str, raw: dict[str, Any]) -> Iterator[Plot]:
 
 
 def plots_of_training(source: str, raw: dict[str, Any]) -> Iterator[Plot]:
-    """Of a curve: `points` with `targets` and `tokens_per_cycle`, and an `arm` where there are several."""
+    """The plots of a curve: `points` with `targets` and `tokens_per_cycle`, and an `arm` if there are several."""
     arms: dict[str, list[tuple[float, float]]] = {}
     for point in raw["points"]:
         arms.setdefault(str(point.get("arm", "view")), []).append(
@@ -204,7 +204,7 @@ def plots_of_training(source: str, raw: dict[str, Any]) -> Iterator[Plot]:
 
 
 def plots_of_sceptic(source: str, raw: dict[str, Any]) -> Iterator[Plot]:
-    """Of a result of benchmarks/sceptic.py: one plot a data set."""
+    """The plots of a result of benchmarks/sceptic.py, one for each data set."""
     for name, arms in raw["results"].items():
         yield Plot(
             f"accuracy-{name}",

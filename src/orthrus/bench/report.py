@@ -1,4 +1,4 @@
-"""The report of a benchmark: complete as JSON, readable as tables, Markdown or CSV."""
+"""The report of a benchmark: complete as JSON, and as tables, Markdown or CSV to read."""
 
 import csv
 import io
@@ -20,14 +20,17 @@ from orthrus.errors import UserInputError
 
 KIND = "orthrus-bench"
 FORMAT_VERSION = 3
-# The second had no records of single cycles, which then are empty.
+# Version 2 had no records of single cycles. They are empty then.
 _READABLE = (2, FORMAT_VERSION)
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Single runs, and what they were made with. `rows` and `summaries` are the numbers, `LEGEND` their
-    formulas. `is_complete`: False while the run goes on, and of one that was stopped."""
+    """Single runs, with their model, options and provenance.
+
+    `rows` and `summaries` are the numbers, and `LEGEND` has their formulas. `is_complete`: False during the run, and
+    for a run that was stopped.
+    """
 
     runs: tuple[Run, ...]
     model: dict[str, Any]
@@ -45,7 +48,7 @@ class BenchReport:
 
     @property
     def sizes(self) -> Sizes | None:
-        """What rows and passes of the model take; None where that is not known."""
+        """The model's sizes, for the costs of rows and passes; None if unknown."""
         raw = self.model.get("sizes")
         return None if raw is None else Sizes(**raw)
 
@@ -57,7 +60,7 @@ class BenchReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready and complete: rows, summaries, single runs, formulas, model, options and provenance.
 
-        Of a run that goes on rows and summaries are left out: they follow from the runs, and cost time.
+        During a run, rows and summaries are left out, because they follow from the runs and cost time.
         """
         return {
             "kind": KIND,
@@ -74,7 +77,7 @@ class BenchReport:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "BenchReport":
-        """The report behind `to_dict`; UserInputError when it is none, or of another format."""
+        """The inverse of `to_dict`. Raises UserInputError for another content or format."""
         if raw.get("kind") != KIND or raw.get("format_version") not in _READABLE:
             raise UserInputError("no benchmark report of this release; make one with `orthrus bench`.")
         try:
@@ -85,7 +88,7 @@ class BenchReport:
                 dict(raw["provenance"]),
                 bool(raw.get("is_complete", True)),
             )
-            # Raises where a setting is missing.
+            # Raises if a setting is missing.
             _ = report.title
             return report
         except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -101,7 +104,7 @@ class BenchReport:
         return head + markdown(self.rows, self.summaries)
 
     def to_csv(self) -> str:
-        """One line per temperature, domain and arm, spreads as three columns."""
+        """One line per temperature, domain and arm, with spreads in three columns."""
         out = io.StringIO()
         lines = [_flat(row) for row in self.rows]
         writer = csv.DictWriter(out, fieldnames=list(lines[0]) if lines else [], lineterminator="\n")
@@ -122,7 +125,7 @@ class BenchReport:
 
 
 def read_report(path: Path) -> BenchReport:
-    """The report in a JSON file; UserInputError naming the file when it is unreadable or something else."""
+    """The report in a JSON file. Raises UserInputError, with the file, if it is unreadable or no report."""
     try:
         raw = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -150,5 +153,5 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 def _decimals(value: Any) -> Any:
-    """Floats with four of them, all else as it is."""
+    """Floats with four decimals; other values unchanged."""
     return f"{value:.4f}" if isinstance(value, float) else value

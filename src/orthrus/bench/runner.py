@@ -1,4 +1,4 @@
-"""Run every arm on every prompt, interleaved, so that a drift of the machine hits all arms alike."""
+"""Runs every arm on every prompt, interleaved, so that a drift of the machine affects all arms alike."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from orthrus.errors import UserInputError
 
 WARMUP_TOKENS = 16
 _DEFAULTS = DecodeConfig()
-# Two parts of one run must agree in these; the time at which each began may differ.
+# Two parts of one run must agree in these. Their start times may differ.
 _SAME_MACHINE = ("git_commit", "versions", "python", "cpu", "accelerator", "threads", "device", "dtype")
 
 OnProgress = Callable[[str, int, int], None]
@@ -34,12 +34,12 @@ OnPart = Callable[[BenchReport], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
-    """What to measure. `strategies` come on top of the arms "stock" and "ar", which always run; each is a name,
-    or one with settings of its own (`Arm.parse`).
+    """What to measure.
 
-    `warmup` rounds of all arms, 16 tokens each on the first prompt, come first and are not counted.
-    Every temperature gives numbers of its own; above 0, repeat n samples with seed + n (None counts as 0).
-    `thinking`: what a chat template that asks is told of thinking aloud; None leaves it to the template.
+    strategies: run in addition to the arms "stock" and "ar". Each is a name, or a name with settings (`Arm.parse`).
+    warmup: rounds of all arms, 16 tokens each on the first prompt, which come first and are not counted. temperatures:
+    each gives numbers of its own. Above 0, repeat n samples with seed + n (None counts as 0). thinking: the value of a
+    chat template's switch for thinking aloud; None leaves it to the template.
     """
 
     prompts: Sequence[BenchPrompt]
@@ -98,8 +98,8 @@ def run_bench(
 
     No arm keeps a prompt's history for its next run. No other thread may decode meanwhile.
 
-    begun: a report that `on_part` was given by a run that was stopped; what it holds is not run again. energy:
-    counts joules where the machine has counters; left out, nothing is said of energy.
+    begun: the last report that a stopped run gave to `on_part`; its runs are not repeated. energy: counts joules if the
+    machine has counters; by default the report has no energy.
 
     Raises UserInputError for a prompt or block size that does not fit the model, and for a `begun` of other
     settings, another model or another machine.
@@ -179,7 +179,7 @@ def _jobs(options: BenchOptions, prompts: list[list[int]]) -> list[_Job]:
     ]
     for index, (prompt, ids) in enumerate(zip(options.prompts, prompts, strict=True)):
         for repeat in range(options.repeats):
-            # Each arm has its turn at going first.
+            # Each arm goes first in turn.
             shift = (index * options.repeats + repeat) % len(arms)
             jobs += [
                 _Job(arm, ids, index, prompt.domain, repeat, temperature, options.max_new_tokens, False)
@@ -190,7 +190,7 @@ def _jobs(options: BenchOptions, prompts: list[list[int]]) -> list[_Job]:
 
 
 class _Bench:
-    """What all runs share."""
+    """The common state of all runs."""
 
     def __init__(
         self, orthrus: Orthrus, recorder: RecordingRunner, options: BenchOptions, energy: Energy | None
@@ -230,7 +230,7 @@ class _Bench:
         config = options.config(job.arm, job.temperature, seed, job.max_new_tokens)
         self.recorder.calls.clear()
         stream = self.orthrus.stream_ids(job.prompt_ids, config)
-        # The first record is the prefill's: what came before it is no work of decoding.
+        # The first record is the prefill's. Work before it is not decoding.
         next(stream)
         first = len(self.recorder.calls)
         result = stream.drain()
@@ -244,7 +244,7 @@ class _Bench:
 
 
 def _check_same(begun: BenchReport, now: BenchReport) -> None:
-    """UserInputError when a run cannot go on where another stopped."""
+    """Raises UserInputError if a run cannot continue a stopped one."""
     for name, mine, theirs in (
         ("options", now.options, begun.options),
         ("model", now.model, begun.model),

@@ -1,4 +1,4 @@
-"""Plots as SVG by hand: told apart by shape and dash as well as by colour, so that print without colour reads too."""
+"""Writes plots as SVG. Series differ in shape and dash as well as in colour, so that prints without colour work too."""
 
 import math
 from collections.abc import Sequence

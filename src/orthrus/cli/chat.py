@@ -136,7 +136,7 @@ def chat(
 
 
 def _lines(state: ChatState) -> None:
-    """A pipe: a script wants the first error to end it."""
+    """A chat through a pipe. The first error ends it, as scripts expect."""
     for number, line in enumerate(sys.stdin):
         text = line.rstrip("\n")
         if number == 0:
@@ -150,7 +150,7 @@ def _lines(state: ChatState) -> None:
 
 
 def _terminal(state: ChatState) -> None:
-    """A person: errors are told, and the conversation goes on."""
+    """A chat in a terminal. It prints errors and continues."""
     ask = _editor()
     while True:
         try:
@@ -170,7 +170,7 @@ def _terminal(state: ChatState) -> None:
 
 
 def _editor() -> Callable[[str], str]:
-    """A line editor on stderr's side of things, with the history of earlier chats."""
+    """A line editor that writes to stderr, with the history of earlier chats."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
@@ -183,7 +183,7 @@ def _editor() -> Callable[[str], str]:
         history_file.touch(mode=0o600)
         history = FileHistory(str(history_file))
     except OSError:
-        # A cache that cannot be written costs the history, not the chat.
+        # Without a writable cache folder the chat has no history.
         history = InMemoryHistory()
     session: PromptSession[str] = PromptSession(history=history)
     return session.prompt
@@ -207,7 +207,7 @@ def _turn(state: ChatState, text: str) -> None:
     asked = [*state.messages, {"role": "user", "content": text}]
     decode = state.decode
     if state.compare and decode["seed"] is None:
-        # Both are to draw with the same noise.
+        # Both answers must draw with the same noise.
         decode = decode | {"seed": randbits(53)}
     marker = state.partner.marker() if state.color else None
     answering = state.partner.answer(asked, decode)
@@ -223,7 +223,7 @@ def _turn(state: ChatState, text: str) -> None:
 
 
 def _compare(state: ChatState, asked: Messages, decode: dict[str, Any], answer: GenerationResult) -> None:
-    """The same turn by plain decoding, text not shown."""
+    """Decode the same turn plainly, without showing its text."""
     answering = state.partner.answer(asked, decode | {"strategy": "ar"})
     with cancel_on_interrupt(answering) as interrupt:
         for _ in answering:

@@ -33,7 +33,7 @@ class Partner(Protocol):
         ...
 
     def marker(self) -> DraftMarker:
-        """What marks drafted tokens. Raises UserInputError where nothing tells them."""
+        """The marker of drafted tokens. Raises UserInputError if the partner does not report them."""
         ...
 
     def check_compare(self) -> None:

@@ -1,4 +1,4 @@
-"""A server as the partner of a chat: any that speaks OpenAI's interface, and more from one of ours."""
+"""A server as the partner of a chat. It needs OpenAI's API; our own server gives more statistics."""
 
 import socket
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ class ServerPartner:
         return _Stream(self._client, f"{self._url}/chat/completions", self._body(messages, decode))
 
     def _body(self, messages: Messages, decode: dict[str, Any]) -> dict[str, Any]:
-        """The request. What stands at its default is left out: not every server knows it."""
+        """The request. Fields with their default value are left out, because not every server knows them."""
         if not decode["floor"]:
             raise UserInputError("a server decides about the floor itself; drop --no-floor.")
         body: dict[str, Any] = {
@@ -112,11 +112,11 @@ class ServerPartner:
 
 
 class _Stopped(Exception):  # noqa: N818  (no error: the user asked for it)
-    """Ctrl-C while the request was being sent."""
+    """Ctrl-C during the sending of a request."""
 
 
 class _Stream(Iterator[Cycle]):
-    """One answer as its chunks come. What the server measured is in its last ones; times are the client's."""
+    """An answer that arrives in chunks. The last ones hold the server's statistics. Times are the client's."""
 
     def __init__(self, client: "httpx.Client", url: str, body: dict[str, Any]) -> None:
         self._client, self._url, self._body = client, url, body
@@ -136,7 +136,7 @@ class _Stream(Iterator[Cycle]):
         self._cancelled = True
         if self._opening:
             raise _Stopped
-        # A read that waits for the next chunk ends now.
+        # This ends a read that waits for the next chunk.
         stream = None if self._response is None else self._response.extensions.get("network_stream")
         connection = None if stream is None else stream.get_extra_info("socket")
         if connection is not None:
@@ -180,7 +180,7 @@ class _Stream(Iterator[Cycle]):
             raise OrthrusError(f"{self._url} sent no events of a stream; check --url.")
 
     def _take(self, event: dict[str, Any]) -> Cycle | None:
-        """What an event adds to the text; what it tells of the answer is kept."""
+        """The text of an event as a record. Its statistics are stored."""
         self._usage = _object(event.get("usage")) or self._usage
         self._metrics = _object(event.get("metrics")) or self._metrics
         choices = event.get("choices")
@@ -216,7 +216,7 @@ class _Stream(Iterator[Cycle]):
         )
 
     def _stats(self, num_seen: int) -> DecodeStats:
-        """num_seen: tokens, or pieces of text, that came; for a server, or a stop, without usage."""
+        """num_seen: received tokens, or pieces of text. It is used if the server sent no usage."""
         ours, drafts = (_object(self._metrics.get(name)) for name in ("orthrus", "speculative_decoding"))
         return DecodeStats(
             num_prompt_tokens=_number(self._usage, "prompt_tokens"),
@@ -241,7 +241,7 @@ def _event(data: str, url: str) -> dict[str, Any]:
     except ValueError as error:
         raise OrthrusError(f"{url} sent an event that is no JSON; check --url.") from error
     if event.get("error"):
-        raise OrthrusError(f"{url} broke off: {_told(event)}")
+        raise OrthrusError(f"{url} broke off: {_reason(event)}")
     return event
 
 
@@ -257,19 +257,19 @@ def _client(api_key: str | None) -> "httpx.Client":
 
 
 def _check_status(response: "httpx.Response") -> None:
-    """Raises UserInputError for what is no answer, with the server's own words where it gives some."""
+    """Raises UserInputError for an error status, with the server's own message if there is one."""
     if response.is_success:
         return
     response.read()
     try:
-        told = _told(_object(response.json()))
+        reason = _reason(_object(response.json()))
     except ValueError:
-        told = response.reason_phrase
+        reason = response.reason_phrase
     hint = f"; give --api-key, or {KEY_VARIABLE}" if response.status_code in (401, 403) else ""
-    raise UserInputError(f"{response.url} answers {response.status_code}: {told.rstrip('.')}{hint}.")
+    raise UserInputError(f"{response.url} answers {response.status_code}: {reason.rstrip('.')}{hint}.")
 
 
-def _told(body: dict[str, Any]) -> str:
+def _reason(body: dict[str, Any]) -> str:
     error = body.get("error", body.get("detail"))
     message = error.get("message") if isinstance(error, dict) else error
     return " ".join(str(message or "no reason is given.").split())[:500]

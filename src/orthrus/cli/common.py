@@ -1,4 +1,4 @@
-"""What all commands share: errors and warnings as one line each, loading with progress, Ctrl-C."""
+"""The common parts of all commands: errors and warnings as one line each, loading with progress, Ctrl-C."""
 
 import logging
 import signal
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from orthrus.api import Orthrus
 
 UNEXPECTED, USAGE, INTERRUPTED = 1, 2, 130
-# A batch system or a container stops us; the terminal closes.
+# SIGTERM comes from batch systems and containers, SIGHUP from a terminal that closes.
 KILLS: tuple[int, ...] = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n))
 
-# typer vendors its parser in newer versions: the base of its usage errors has no stable public name.
+# Newer versions of typer contain their parser, so the base class of usage errors has no stable public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 @dataclass
 class Session:
-    """Settings of the whole invocation, given before the command's name."""
+    """Settings of the whole invocation, from options before the command's name."""
 
     verbose: bool = False
 
@@ -43,10 +43,10 @@ session = Session()
 
 
 def run_command(command: Any, args: list[str] | None = None) -> int:
-    """Run a typer command and return the exit status; whatever goes wrong becomes one line on stderr."""
+    """Run a typer command and return the exit status. Every error becomes one line on stderr."""
     session.verbose = False
     args = sys.argv[1:] if args is None else args
-    # A terminal that cannot show a character gets a question mark, not a traceback.
+    # A character that the terminal cannot show becomes a question mark instead of a traceback.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -59,7 +59,7 @@ def run_command(command: Any, args: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             return INTERRUPTED
         except BrokenPipeError:
-            # Whoever read stdout has gone; a second failing flush at exit would say so in a traceback.
+            # The reader of stdout has gone. Without this, the flush at exit would fail with a traceback.
             sys.stdout = None
             return UNEXPECTED
         except Exception as error:
@@ -82,13 +82,13 @@ def _report(error: Exception) -> int:
 
 
 def _usage_message(error: Any) -> str:
-    """typer's own sentence, its suggestions phrased as a question, and where to look."""
+    """typer's own message, with its suggestions as a question, and the command for help."""
     options = getattr(error, "possibilities", None)
     message = error.message if options else error.format_message()
     if options:
         message = f"{message.rstrip('.')}. Did you mean {' or '.join(sorted(options))}?"
     path = error.ctx.command_path if getattr(error, "ctx", None) is not None else "orthrus"
-    # typer hands on the wording of the library that checks its values.
+    # typer passes on the wording of the library that checks values.
     message = message.replace("Value error, ", "").rstrip(".")
     hint = ""
     if type(error).__name__ == "NoSuchOption" and path.endswith("generate"):
@@ -97,13 +97,13 @@ def _usage_message(error: Any) -> str:
 
 
 def say_error(message: str) -> None:
-    """`error: ...` on stderr, in one line whatever the message holds."""
+    """Print `error: ...` on stderr, always in one line."""
     print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 @contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Print each OrthrusWarning once as a line; hide what libraries warn about, unless verbose."""
+    """Print each OrthrusWarning once, as a line. Hide warnings of libraries, unless verbose."""
     with warnings.catch_warnings():
         shown: set[str] = set()
         in_full = warnings.showwarning
@@ -121,7 +121,7 @@ def _warnings_as_lines() -> Iterator[None]:
 
 
 def load_orthrus(model: str, *, quiet: bool = False, **options: Any) -> "Orthrus":
-    """`Orthrus.load` with a progress display on stderr; options as there."""
+    """`Orthrus.load` with the same options, and with a progress display on stderr."""
     with ProgressDisplay(quiet=quiet) as on_progress:
         on_progress.spin("starting")
         from orthrus.api import Orthrus
@@ -136,7 +136,7 @@ def load_orthrus(model: str, *, quiet: bool = False, **options: Any) -> "Orthrus
 
 
 def time_passes(orthrus: "Orthrus", strategies: Iterable[str], *, quiet: bool = False) -> None:
-    """Make sure that the costs which `auto` decides by are known, and say so while they are measured."""
+    """Measure the costs by which `auto` decides, if needed, with a message meanwhile."""
     if "auto" in strategies:
         with ProgressDisplay(quiet=quiet, unit="rounds") as on_progress:
             orthrus.time_passes(
@@ -145,7 +145,7 @@ def time_passes(orthrus: "Orthrus", strategies: Iterable[str], *, quiet: bool = 
 
 
 def need_serve(what: str, *packages: str) -> None:
-    """Raises MissingExtraError unless these packages of the extra `serve` are there; what: that which needs them."""
+    """Raises MissingExtraError unless these packages of the extra `serve` are installed. what: needs them."""
     for package in packages:
         try:
             import_module(package)
@@ -156,13 +156,13 @@ def need_serve(what: str, *packages: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep libraries that transformers imports with every model from talking of missing kernels."""
+    """Silence the messages on missing kernels from libraries that transformers imports with every model."""
     for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def check_decode(decode: dict[str, Any]) -> None:
-    """Refuse wrong decoding options before the model is loaded, and before torch is; UserInputError names one."""
+    """Raises UserInputError for a wrong decoding option, before the model and torch are loaded."""
     names = {field.name for field in fields(SamplingParams)}
     sampling = {name: value for name, value in decode.items() if name in names}
     others = {name: value for name, value in decode.items() if name not in names}
@@ -175,7 +175,7 @@ def plain_settings(decode: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_logit_bias(pairs: Iterable[str]) -> dict[int, float] | None:
-    """The texts ID=VALUE as a mapping, None when there are none; UserInputError names a wrong one."""
+    """The texts ID=VALUE as a mapping; None without texts. Raises UserInputError for a wrong one."""
     bias: dict[int, float] = {}
     for pair in pairs:
         token_id, _, value = pair.partition("=")
@@ -192,7 +192,7 @@ def parse_logit_bias(pairs: Iterable[str]) -> dict[int, float] | None:
 
 
 def check_strategies(names: list[str] | None) -> tuple[Strategy, ...]:
-    """The strategies asked for, each once, or all that do not adapt; UserInputError for an unknown one."""
+    """The requested strategies, each once; by default all fixed ones. Raises UserInputError for an unknown one."""
     for name in names or ():
         if name not in STRATEGIES:
             raise UserInputError(f"there is no strategy '{name}'; choose among {', '.join(STRATEGIES)}.")
@@ -200,7 +200,7 @@ def check_strategies(names: list[str] | None) -> tuple[Strategy, ...]:
 
 
 def read_stdin() -> str:
-    """All of stdin as text, without a byte order mark; UserInputError when it is not UTF-8.
+    """All of stdin as text, without a byte order mark. Raises UserInputError if it is not UTF-8.
 
     Whatever the locale: in some, Python takes other bytes for half characters.
     """
@@ -221,7 +221,7 @@ class Cancellable(Protocol):
 
 
 class Interrupt:
-    """Whether a signal asked to leave meanwhile, and the exit status that tells which."""
+    """Whether a signal asked the program to leave, and the exit status for that signal."""
 
     def __init__(self) -> None:
         self.happened = False
@@ -230,9 +230,9 @@ class Interrupt:
 
 @contextmanager
 def cancel_on_interrupt(stream: Cancellable, *, on_kill: bool = False) -> Iterator[Interrupt]:
-    """The first Ctrl-C lets the stream end after the cycle in flight; the second one raises at once.
+    """The first Ctrl-C lets the stream end after the current cycle. The second one raises at once.
 
-    on_kill: so do SIGTERM and SIGHUP, which otherwise leave at once.
+    on_kill: treat SIGTERM and SIGHUP in the same way. By default they end the program at once.
     """
     interrupt = Interrupt()
 
@@ -247,7 +247,7 @@ def cancel_on_interrupt(stream: Cancellable, *, on_kill: bool = False) -> Iterat
 
 
 class Killed(SystemExit):
-    """SIGTERM or SIGHUP asked the program to leave; `status` as a shell reports it."""
+    """SIGTERM or SIGHUP asked the program to leave. `status`: the exit status, as a shell reports it."""
 
     def __init__(self, number: int) -> None:
         self.status = 128 + number
@@ -261,15 +261,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 def leaving(number: int) -> Interrupted | Killed:
-    """What to raise for a signal that asks the program to leave."""
+    """The exception for a signal that asks the program to leave."""
     return Interrupted() if number == signal.SIGINT else Killed(number)
 
 
 @contextmanager
 def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call `handler` for these signals, except those that we were started to ignore (as nohup does).
+    """Call `handler` for these signals, except those that the parent process set to be ignored (as nohup does).
 
-    Does nothing outside the main thread, which alone hears of signals.
+    Does nothing outside the main thread, because only that one gets signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -282,10 +282,10 @@ def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], 
         yield
     finally:
         for number, old in before.items():
-            # None: a handler that was not set from Python cannot be set back from here.
+            # None: a handler that was not set from Python, which Python cannot restore.
             signal.signal(number, signal.SIG_DFL if old is None else old)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """As an exception: on every way out files are whole, and what is temporary is removed."""
+    """Leave by an exception, so that files are complete and temporary ones are removed."""
     raise leaving(number)

@@ -254,7 +254,7 @@ def _summarise(answers: list[Answers], same: bool, trained: bool) -> None:
         console.print("NOT LOSSLESS: please report this, with the output of `orthrus env`.", style="bold red")
     else:
         console.print(
-            "Our decoders agree, and transformers gives other tokens: `orthrus audit` tells a near-tie from a "
+            "Our decoders agree, and transformers gives other tokens: `orthrus audit` distinguishes a near-tie from a "
             "broken rule.",
             style="bold red",
         )

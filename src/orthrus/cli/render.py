@@ -1,4 +1,4 @@
-"""What appears on the screen: text as it streams, marks on drafted tokens, statistics."""
+"""Output on the screen: streamed text, marks on drafted tokens, statistics."""
 
 import json
 import os
@@ -19,13 +19,13 @@ _UNDERLINE, _CYAN_UNDERLINE, _RESET = "\x1b[4m", "\x1b[4;36m", "\x1b[0m"
 
 
 def out(text: str) -> None:
-    """Part of the product: stdout, at once."""
+    """Write a part of the result to stdout, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def print_json(content: Any) -> None:
-    # JSON escapes the lower control characters itself, and the upper ones come to the same when escaped.
+    # JSON escapes the lower control characters itself. Escaping the upper ones does not change the value.
     out(
         _UPPER_CONTROL.sub(lambda c: f"\\u{ord(c[0]):04x}", json.dumps(content, indent=2, ensure_ascii=False))
     )
@@ -39,7 +39,7 @@ def counted(number: int, one: str) -> str:
 
 
 def note(text: str) -> None:
-    """About the product: stderr, dimmed on a terminal."""
+    """Print a remark to stderr, dimmed on a terminal."""
     text = printable(text)
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         text = f"\x1b[2m{text}{_RESET}"
@@ -47,15 +47,14 @@ def note(text: str) -> None:
 
 
 def note_turns(file: Path, prompts: Sequence[FilePrompt]) -> None:
-    """Say so where a command leaves out all user turns but the first."""
+    """Print a remark if a command uses only the first of several user turns."""
     if several := sum(bool(prompt.more_turns) for prompt in prompts):
         has = "has" if several == 1 else "have"
         note(f"{counted(several, 'line')} of {file} {has} several turns: only the first turn counts")
 
 
 def footer(stats: DecodeStats, finish_reason: str) -> str:
-    """Two lines of statistics; a ratio stands beside the numbers that it is made of. One line where a server
-    tells no passes."""
+    """Two lines of statistics, each ratio beside its numbers. One line if a server does not report passes."""
     times = (
         f"{counted(stats.num_tokens, 'token')} in {stats.seconds:.2f} s ({finish_reason}) · "
         f"{stats.tokens_per_second:.1f} tokens/s · first token after {stats.ttft_ms:.0f} ms"
@@ -71,7 +70,7 @@ def footer(stats: DecodeStats, finish_reason: str) -> str:
 
 
 def print_stream(cycles: Iterable[Cycle], marker: "DraftMarker | None" = None) -> None:
-    """Write the text of cycles to stdout as they come, and end the line. A terminal gets whole words."""
+    """Write the text of cycles to stdout on arrival, and end the line. A terminal gets whole words."""
     last = ""
     wrap = WordWrap() if sys.stdout.isatty() else None
     try:
@@ -86,7 +85,7 @@ def print_stream(cycles: Iterable[Cycle], marker: "DraftMarker | None" = None) -
 
 
 def print_result(result: GenerationResult, marker: "DraftMarker | None" = None) -> None:
-    """The same for an answer that is complete."""
+    """The same for a complete answer."""
     print_stream(result.cycles, marker)
 
 
@@ -108,14 +107,14 @@ class DraftMarker:
         return f"{self._start}underlined{_RESET}: drafted and accepted; the rest is the AR view's own."
 
     def mark(self, cycle: Cycle) -> str:
-        """The cycle's text with the escape codes around what was drafted."""
+        """The cycle's text with escape codes around drafted tokens."""
         for token_id, is_draft in zip(cycle.token_ids, cycle.is_draft, strict=True):
             self._drafted.extend([is_draft] * len(self._detokenizer.push(token_id)))
         marked, open_mark = "", False
         for character in cycle.text:
-            # Bytes that never became a character are shown at the end, and count as the AR view's own.
+            # Bytes that make no character are shown at the end, and count as the AR view's own.
             is_draft = self._drafted.popleft() if self._drafted else False
-            # A line break ends the mark: some terminals would underline the rest of the line.
+            # A line break ends the mark, because some terminals would underline the rest of the line.
             is_draft = is_draft and character != "\n"
             if is_draft != open_mark:
                 marked += self._start if is_draft else _RESET

@@ -1,4 +1,4 @@
-"""`orthrus train`: a recipe and a corpus in, a view out."""
+"""`orthrus train`: trains a view with a recipe and a corpus, or plans the run."""
 
 import os
 from collections import Counter
@@ -105,9 +105,9 @@ def _train(recipe: Path, overrides: list[str] | None, *, quiet: bool, json: bool
     from orthrus.training.recipe_file import load_recipe
     from orthrus.training.run_folder import check_run_folder, run_folder
 
-    # What costs nothing is checked before the model is loaded, and before torch is.
+    # Cheap checks come before the model, and before torch, are loaded.
     config = load_recipe(recipe, overrides)
-    # Of several processes under torchrun, only the first one writes.
+    # Under torchrun, only the first process writes.
     first = os.environ.get("RANK", "0") == "0"
     if first:
         check_run_folder(config.output_folder)
@@ -140,7 +140,7 @@ def _train(recipe: Path, overrides: list[str] | None, *, quiet: bool, json: bool
 
 
 class _Run:
-    """One invocation: the model with its view, and what the trainer is given to call."""
+    """One invocation: the model with its view, and the callbacks of the trainer."""
 
     def __init__(self, config: "TrainConfig", sequences: "Packs", *, quiet: bool) -> None:
         from orthrus.model.loading import check_base_name, load_frozen
@@ -183,14 +183,14 @@ class _Run:
         self.tracker: Any = None
 
     def begin(self, held: "RunFolder") -> None:
-        """Take up the folder of the run, which this process holds from here on."""
+        """Start using the folder of the run, which this process has locked."""
         from orthrus.training.state_folder import state_file
         from orthrus.training.view_score import Scorer
 
         self.held = held
         begun = state_file(held.path).is_file()
         if self.advice is not None and not begun:
-            # A run that has begun keeps its dtype.
+            # A run that has begun keeps its dtype, so it gets no advice.
             note(self.advice)
         if self.prompts:
             self.scorer = Scorer(
@@ -214,7 +214,7 @@ class _Run:
         self.display.stopping()
 
     def finish(self, state: "RunState") -> None:
-        """Write the last view; the state was saved by the trainer."""
+        """Write the last view. The trainer has saved the state."""
         if self.tracker is not None:
             self.tracker.close()
         if self.is_main:
@@ -242,7 +242,7 @@ class _Run:
             "diffusion_tokens_per_second": None if log is None else log.tokens_per_second,
             "decoded_tokens_per_cycle": [{"step": step, "value": value} for step, value in state.scores],
             "best": None if best is None else {"step": best[1], "tokens_per_cycle": best[0]},
-            # A signal may have come to another process, or too late to stop anything.
+            # A signal may have reached another process, or this one after the last step.
             "stopped": state.step < self.num_steps,
         }
 
@@ -269,7 +269,7 @@ class _Run:
 
 
 def _origin(config: "TrainConfig", sequences: "Packs", device: str) -> dict[str, Any]:
-    """Provenance of the views of this run, as far as it is known before the first step."""
+    """The part of the views' provenance that is known before the first step."""
     from orthrus.base.provenance import provenance
     from orthrus.training.recipe import to_plain
 

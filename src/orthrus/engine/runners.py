@@ -26,7 +26,7 @@ def chosen_runner(runner: str | None) -> str:
 def make_runner(dual: DualView, runner: str = "auto", on_progress: Progress | None = None) -> Runner:
     """The runner of that name for a model.
 
-    "auto": compiled on an x86-64 Linux CPU, otherwise eager. An OrthrusWarning tells if it is eager because compiler,
+    "auto": compiled on an x86-64 Linux CPU, otherwise eager. An OrthrusWarning says if it is eager because compiler,
     memory or disk are missing. Raises UserInputError for an unknown runner, or one that cannot run here. Raises
     StorageError if the cache folder cannot keep compiled code.
     """

@@ -1,4 +1,4 @@
-"""Which of transformers' generation options Orthrus takes, and the sentences for those that it does not."""
+"""Checks transformers' generation options, and has the messages for those that Orthrus does not support."""
 
 import inspect
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from orthrus.errors import UserInputError
 
-# Options that would change the distribution of the tokens or what is returned, with the values that leave them off.
+# Options that would change the distribution of the tokens or the returned values, with the values that switch them off.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "encoder_repetition_penalty": (None, 1.0),
@@ -41,12 +41,12 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
 }
-# What only tells the stock model how to run.
+# Options that only affect how the stock model runs.
 _HARMLESS = ("use_cache", "synced_gpus", "cache_implementation", "logits_to_keep", "return_legacy_cache")
 
 
 def refuse_unsupported(settings: GenerationConfig) -> None:
-    """UserInputError for a setting that Orthrus cannot honour and that is not at its off value."""
+    """Raises UserInputError for an unsupported setting that is not switched off."""
     for name, off in _UNSUPPORTED.items():
         value = getattr(settings, name, None)
         if not any(value is o or (type(value) in (int, float, bool) and value == o) for o in off):
@@ -57,7 +57,7 @@ def refuse_unsupported(settings: GenerationConfig) -> None:
 
 
 def check_types(settings: Mapping[str, Any]) -> None:
-    """UserInputError for a setting whose value is of a wrong type; transformers checks only some."""
+    """Raises UserInputError for a value of a wrong type, because transformers checks only some."""
     for name in ("max_new_tokens", "max_length", "num_return_sequences", "pad_token_id", "top_k"):
         value = settings.get(name)
         least = 0 if name in ("pad_token_id", "top_k") else 1

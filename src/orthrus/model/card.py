@@ -257,7 +257,7 @@ def _limits(config: ViewConfig) -> str:
     lines = [
         "In float32, greedy output is the base's token for token, and sampled output has the base's distribution. "
         "In half\n  precision and on quantised bases near-ties may fall either way, as in every speculative decoder; "
-        "`orthrus audit`\n  tells them from faults.",
+        "`orthrus audit`\n  distinguishes them from faults.",
         "It belongs to the base of this fingerprint: on a fine-tuned one it stays lossless and drafts worse.",
         f"Blocks are at most {config.block_size} tokens long: that is what it was trained with.",
     ]

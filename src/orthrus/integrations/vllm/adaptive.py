@@ -65,17 +65,17 @@ class DraftPolicy:
     adaptive: bool = True
     goes_on: float | None = None
     choices: tuple[int, ...] = field(init=False)
-    _stood: list[Average] = field(init=False)
+    _accepted: list[Average] = field(init=False)
     _companies: dict[int, _Company] = field(default_factory=dict)
     _times: StepTimes = field(default_factory=StepTimes)
 
     def __post_init__(self) -> None:
-        # Drafting much, not at all, and little: what the second takes is cheap to learn.
+        # All drafts, none, and half. The time of plain steps is learnt cheaply, so they come second.
         self.choices = tuple(dict.fromkeys((self.most, 0, (self.most + 1) // 2)))
-        self._stood = [Average(0.0, num_observed=0, memory=MEMORY) for _ in range(self.most)]
+        self._accepted = [Average(0.0, num_observed=0, memory=MEMORY) for _ in range(self.most)]
 
     def choose(self, num_requests: int) -> int:
-        """Drafts for each request of the step that comes."""
+        """The number of drafts for each request in the next step."""
         if not self.adaptive or num_requests == 0:
             return self.most
         company = self._company(num_requests)
@@ -83,7 +83,7 @@ class DraftPolicy:
             company.until_trial -= 1
             unknown = [c for c in self.choices if not company.step_ms[c]]
             if unknown:
-                # What runs is to be timed first.
+                # The current choice is timed first.
                 if company.current not in unknown:
                     self._try(company, unknown[0], num_requests)
             elif company.until_trial <= 0:
@@ -93,9 +93,9 @@ class DraftPolicy:
         return company.current if company.trial is None else company.trial
 
     def _try(self, company: _Company, choice: int, num_requests: int) -> None:
-        """Begin a trial, unless even a lucky one would be lost: with drafts as first hoped, in the least time seen.
+        """Begin a trial, unless it would lose even with the first expected acceptance and the least observed time.
 
-        Where nothing was tried for longest, one is made all the same: drafts may fare better than anybody hoped.
+        After the longest pause a trial is made in any case, because acceptance may be better than expected.
         """
         company.left, company.longer = RUN if choice else PLAIN_RUN, 0
         company.accepted = Average(0.0, num_observed=0, memory=MEMORY)
@@ -107,32 +107,32 @@ class DraftPolicy:
         if hoped > MARGIN * max(self._rates(company).values(), default=0.0):
             company.trial = choice
         else:
-            # What is known of an untried choice is what was expected of it.
+            # Without a trial, the expected time is stored as the choice's time.
             company.step_ms[choice].append(ms)
             company.until_trial = company.patience = min(2 * company.patience, MAX_PATIENCE)
 
     def _expected_ms(self, company: _Company, choice: int, num_requests: int) -> float | None:
-        """Least of a step that drafts and verifies so many: as timed, or else by its rows; None where nothing says."""
+        """The least time of a step with so many drafts: as timed, or else estimated from its rows; None if unknown."""
         if company.step_ms[choice]:
             return min(company.step_ms[choice])
         return self._times.of_drafts(num_requests, choice)
 
     def see_rows(self, num_ar_rows: int, num_draft_rows: int, ms: float) -> None:
-        """The time of any step, with parts of prompts or without."""
+        """Record the time of a step, with or without parts of prompts."""
         if self.adaptive:
             self._times.see(num_ar_rows, num_draft_rows, ms)
 
     def see_drafts(self, num_requests: int, num_drafts: int, num_accepted: int) -> None:
-        """What became of one request's drafts in a step of so many requests."""
+        """Record the acceptance of one request's drafts in a step of so many requests."""
         for position in range(min(num_drafts, self.most)):
-            self._stood[position].add(float(position < num_accepted))
+            self._accepted[position].add(float(position < num_accepted))
         company = self._company(num_requests)
-        # The first step of a trial verifies what was drafted before it.
+        # The first step of a trial still verifies older drafts.
         if num_drafts == company.trial:
             company.accepted.add(float(num_accepted))
 
     def see_step(self, num_requests: int, verified: int, drafted: int, ms: float) -> None:
-        """The time of a step in which each request verified so many drafts and was asked for so many more."""
+        """Record the time of a step in which each request verified so many drafts, and drafted so many more."""
         if not self.adaptive or num_requests == 0:
             return
         company = self._company(num_requests)
@@ -148,11 +148,11 @@ class DraftPolicy:
 
     def tokens_per_cycle(self, num_drafts: int) -> float:
         """Tokens that a cycle commits with so many drafts, the model's own included."""
-        # A draft counts only where all before it are accepted, so what was seen of it says so already.
-        return 1.0 + sum(average.value for average in self._stood[:num_drafts])
+        # Each average counts a draft only if all before it are accepted, so their sum needs no products.
+        return 1.0 + sum(average.value for average in self._accepted[:num_drafts])
 
     def rates(self, num_requests: int) -> dict[int, float]:
-        """Tokens per ms and request by number of drafts, of those that were timed; with drafts, divided by `WORTH`."""
+        """Tokens per ms and request, by number of drafts, for timed choices. With drafts, divided by `WORTH`."""
         return self._rates(self._company(num_requests))
 
     def _rates(self, company: _Company) -> dict[int, float]:
@@ -173,7 +173,7 @@ class DraftPolicy:
         return self._companies[key]
 
     def _first_choice(self, num_requests: int) -> int:
-        """What promises most by the times of steps with fewer or more requests; most drafts where none is known."""
+        """The best choice by the times of steps with other numbers of requests; `most` drafts if these are unknown."""
         rates = {}
         for choice in self.choices:
             ms = self._times.of_drafts(num_requests, choice)
@@ -183,14 +183,14 @@ class DraftPolicy:
         return max(rates, key=rates.__getitem__)
 
     def _switch(self, company: _Company) -> None:
-        """Take what has become clearly better than the current choice, without waiting for a trial of it."""
+        """Switch to a choice that has become clearly better than the current one, without a trial."""
         rates = self._rates(company)
         best = max(rates, key=rates.__getitem__, default=company.current)
         if _beats(rates, best, company.current):
             company.current = best
 
     def _judge(self, company: _Company) -> None:
-        """End a trial: keep the better of the two, and be more patient when it was in vain. Or let it go on."""
+        """End a trial with the better of the two choices, and double the patience if it was lost. Or extend it."""
         trial = company.trial
         assert trial is not None, "there is no trial to judge"
         rates = self._rates(company)
@@ -205,7 +205,7 @@ class DraftPolicy:
         company.trial, company.until_trial = None, company.patience
 
     def _fares_well(self, company: _Company, trial: int, rates: dict[int, float]) -> bool:
-        """Whether a trial would win by its own drafts, whatever became of earlier ones."""
+        """Whether a trial would win with the acceptance of its own drafts, without that of earlier ones."""
         if trial == 0 or trial not in rates:
             return False
         own = rates[trial] * (1.0 + company.accepted.value) / self.tokens_per_cycle(trial)
@@ -213,17 +213,17 @@ class DraftPolicy:
 
 
 def _usual(times_ms: Iterable[float]) -> float:
-    """The lower quartile: a machine that is busy for a second slows many steps in a row, whatever they draft."""
+    """The lower quartile, because a machine that is busy for a second slows many successive steps."""
     ascending = sorted(times_ms)
     return ascending[len(ascending) // 4]
 
 
 def _beats(rates: dict[int, float], choice: int, current: int) -> bool:
-    """Whether a choice is clearly better than the current one; not where one of them has not been timed."""
+    """Whether a choice is clearly better than the current one. False if one of them has not been timed."""
     return choice in rates and current in rates and rates[choice] > MARGIN * rates[current]
 
 
 def accepted(drafts: Sequence[int], sampled: Sequence[int]) -> tuple[int, int]:
-    """(drafts, accepted ones) of a request's step: vLLM returns the accepted drafts and one token more."""
+    """(drafts, accepted drafts) of a request's step. vLLM returns the accepted drafts and one more token."""
     num_drafts = sum(token >= 0 for token in drafts)
     return num_drafts, min(num_drafts, max(0, len(sampled) - 1))

@@ -1,4 +1,4 @@
-"""What a step takes by its rows, fitted to the steps that were seen: for steps of sizes that were not."""
+"""Estimates the time of a step from its rows, by a fit to observed steps, for sizes that were not observed."""
 
 from dataclasses import dataclass, field
 
@@ -8,15 +8,15 @@ from numpy.typing import NDArray
 MEMORY = 0.98
 """Weight of the past, for each new step."""
 FEWEST = 6
-"""Steps with drafts, and without, before anything is said."""
+"""The least number of steps with drafts, and of steps without, before an estimate is given."""
 
 
 @dataclass(slots=True)
 class StepTimes:
-    """A straight line over AR rows, and another over the rows of a draft pass where there is one.
+    """A straight line over AR rows, and another one over the rows of a draft pass if there is one.
 
-    Weighted least squares; later steps weigh more. The lines are crude (a machine computes few rows in the time
-    of one), so they decide only what is worth a trial.
+    They are fitted by weighted least squares; later steps have more weight. The lines are crude, because a machine
+    computes a few rows in the time of one. So they only decide which trials to make.
     """
 
     _products_FF: NDArray[np.float64] = field(default_factory=lambda: 1e-6 * np.eye(4))
@@ -25,9 +25,9 @@ class StepTimes:
     _num_drafted: int = 0
 
     def see(self, num_ar_rows: int, num_draft_rows: int, ms: float) -> None:
-        """Take note of a step, which may hold parts of prompts."""
+        """Record a step, which may hold parts of prompts."""
         features_F = _features(num_ar_rows, num_draft_rows)
-        # Relative errors count: long steps do not outweigh short ones.
+        # Weights of relative errors, so that long steps do not outweigh short ones.
         weight = 1.0 / max(ms, 1e-3) ** 2
         self._products_FF = MEMORY * self._products_FF + weight * np.outer(features_F, features_F)
         self._sums_F = MEMORY * self._sums_F + weight * ms * features_F
