@@ -106,7 +106,7 @@ def test_noise_that_repeats_is_caught(what: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_biased_draw_of_judged_drafts_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sampled token is the likeliest one wherever several drafts are judged: plain decoding is sound."""
+    """Where several drafts are judged, a sampled token is the most probable one. Plain decoding is right."""
     draw = choices.draw_with_noise
 
     def biased(probs_RV: Tensor, noise_RV: Tensor | Sequence[Tensor]) -> Tensor:
@@ -142,7 +142,7 @@ def test_a_verifier_that_accepts_one_percent_too_much(monkeypatch: pytest.Monkey
 
 
 def test_a_cache_that_keeps_one_stale_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where an accepted path is gathered, its last slot stays what it was; the ledger says otherwise."""
+    """The last slot of a gathered path keeps its old content, while the ledger says otherwise."""
     move = SlotPool.move
 
     def stale(self: SlotPool, sources: list[int], targets: list[int]) -> None:
@@ -158,7 +158,7 @@ def test_a_cache_that_keeps_one_stale_slot(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_wrong_position_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last judged row of a draft stands one place too far."""
+    """The last judged row of a draft has a position one too large."""
     hidden = EagerRunner.hidden
 
     def shifted(self: EagerRunner, p: Pass, pool: SlotPool) -> Tensor:

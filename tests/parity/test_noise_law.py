@@ -1,4 +1,4 @@
-"""Draws under noise by position have exactly the law they are given, and couple drafts with choices."""
+"""Draws with noise by position have exactly the given distribution, and couple drafts with choices."""
 
 from functools import cache
 
@@ -12,7 +12,7 @@ from orthrus.decoding.noise import exponential_noise
 from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise
 
 NUM_DRAWS, EFFECT = 20000, 0.06
-LAW = [0.5, 0.25, 0.0, 0.125, 0.1, 0.02, 0.005]
+PROBS = [0.5, 0.25, 0.0, 0.125, 0.1, 0.02, 0.005]
 
 
 @cache
@@ -24,18 +24,18 @@ def noise_over(what: str, vocab_size: int, num_draws: int = NUM_DRAWS) -> Tensor
 
 @pytest.mark.parametrize("scale", [1.0, 1e-20])
 @pytest.mark.parametrize("what", ["positions", "seeds"])
-def test_a_draw_has_the_law_it_is_given(what: str, scale: float) -> None:
-    probs_V = torch.tensor(LAW)
+def test_a_draw_has_the_given_distribution(what: str, scale: float) -> None:
+    probs_V = torch.tensor(PROBS)
     probs_RV = (probs_V * scale).expand(NUM_DRAWS, -1)
-    ids = draw_with_noise(probs_RV, noise_over(what, len(LAW)))
-    counts = ids.bincount(minlength=len(LAW))
+    ids = draw_with_noise(probs_RV, noise_over(what, len(PROBS)))
+    counts = ids.bincount(minlength=len(PROBS))
     keep = probs_V > 0
     assert counts[~keep].sum() == 0
     assert stats.chisquare(counts[keep], NUM_DRAWS * probs_V[keep].double()).pvalue > SIGNIFICANCE
     assert smallest_effect(NUM_DRAWS, int(keep.sum()) - 1) < EFFECT
 
 
-def test_a_sharp_law_over_a_large_vocabulary() -> None:
+def test_a_sharp_distribution_over_a_large_vocabulary() -> None:
     """One token with 0.9, 30,000 that share the rest evenly: groups of these come as often as they should."""
     vocab_size, num_draws = 30001, 4000
     probs_V = torch.full((vocab_size,), 0.1 / (vocab_size - 1))
@@ -55,10 +55,12 @@ def test_a_sharp_law_over_a_large_vocabulary() -> None:
 
 def test_biased_noise_fails_the_same_test() -> None:
     """Noise in steps of 1/64, as a careless conversion would give."""
-    coarse_RV = noise_over("positions", len(LAW)).mul(64).ceil().div(64)
-    counts = draw_with_noise(torch.tensor(LAW).expand(NUM_DRAWS, -1), coarse_RV).bincount(minlength=len(LAW))
-    keep = torch.tensor(LAW) > 0
-    assert stats.chisquare(counts[keep], NUM_DRAWS * torch.tensor(LAW)[keep].double()).pvalue < SIGNIFICANCE
+    coarse_RV = noise_over("positions", len(PROBS)).mul(64).ceil().div(64)
+    counts = draw_with_noise(torch.tensor(PROBS).expand(NUM_DRAWS, -1), coarse_RV).bincount(
+        minlength=len(PROBS)
+    )
+    keep = torch.tensor(PROBS) > 0
+    assert stats.chisquare(counts[keep], NUM_DRAWS * torch.tensor(PROBS)[keep].double()).pvalue < SIGNIFICANCE
 
 
 def test_a_certain_token_is_drawn_whatever_its_noise() -> None:
@@ -79,13 +81,17 @@ def test_the_best_score_is_the_draw() -> None:
 
 @pytest.mark.parametrize("spread", [0.1, 0.5, 2.0])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_two_laws_under_the_same_noise_agree_as_often_as_the_coupling_says(spread: float, seed: int) -> None:
+def test_two_distributions_under_the_same_noise_agree_as_often_as_the_coupling_says(
+    spread: float, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits_V = torch.randn(20, generator=generator) * 1.5
     p_V = logits_V.double().softmax(-1)
     q_V = (logits_V + spread * torch.randn(20, generator=generator)).double().softmax(-1)
     noise_RV = exponential_noise(seed, range(NUM_DRAWS), 20, "cpu")
-    choice_R, draft_R = (draw_with_noise(law_V.float().expand_as(noise_RV), noise_RV) for law_V in (p_V, q_V))
+    choice_R, draft_R = (
+        draw_with_noise(each_V.float().expand_as(noise_RV), noise_RV) for each_V in (p_V, q_V)
+    )
     agreed = int((choice_R == draft_R).sum())
 
     distance = float((p_V - q_V).abs().sum() / 2)
@@ -98,10 +104,10 @@ def test_two_laws_under_the_same_noise_agree_as_often_as_the_coupling_says(sprea
     assert exact > float((p_V * q_V).sum())
 
 
-def test_a_coupled_draft_leaves_the_law_of_the_choice_alone() -> None:
-    """Both have their own law, however often they agree."""
-    p_V, q_V = (torch.tensor(law, dtype=torch.float64) for law in ([0.6, 0.3, 0.1], [0.2, 0.3, 0.5]))
-    noise_RV = noise_over("seeds", len(LAW))[:, :3]
+def test_a_coupled_draft_leaves_the_distribution_of_the_choice_alone() -> None:
+    """Both have their own distribution, however often they agree."""
+    p_V, q_V = (torch.tensor(probs, dtype=torch.float64) for probs in ([0.6, 0.3, 0.1], [0.2, 0.3, 0.5]))
+    noise_RV = noise_over("seeds", len(PROBS))[:, :3]
     choice_R = draw_with_noise(p_V.float().expand(NUM_DRAWS, -1), noise_RV)
     draft_R = coupled_log_scores(q_V.float().expand(NUM_DRAWS, -1), noise_RV).argmax(-1)
     assert 0.3 < float((choice_R == draft_R).float().mean()) < 0.7

@@ -1,6 +1,6 @@
-"""Sampled text has exactly the base model's law, whatever strategy and filter; a biased rule is caught.
+"""Sampled text has exactly the base model's distribution under every strategy and filter, and a biased rule is caught.
 
-Three tokens in a row are drawn under many seeds and compared with the law enumerated by the slow oracle, by a
+Three tokens in a row are drawn under many seeds, and compared with the distribution from the slow oracle, by a
 chi-square test at significance 1e-3. `smallest_effect` says which deviation that many draws would show with
 power 0.99: Cohen's w, the root of the sum over outcomes of (p' - p)^2 / p.
 """
@@ -72,7 +72,7 @@ def dual() -> DualView:
 
 
 @cache
-def law(params: SamplingParams) -> dict[tuple[int, ...], float]:
+def distribution(params: SamplingParams) -> dict[tuple[int, ...], float]:
     model = dual().stock()
     with torch.inference_mode():
         return reference_distribution(lambda ids_T: model(ids_T[None]).logits[0], PROMPT, DEPTH, params)
@@ -80,7 +80,9 @@ def law(params: SamplingParams) -> dict[tuple[int, ...], float]:
 
 class Remembering:
     """A runner that computes the rows of a request once for each text before them, in a pool of their own.
-    That their outcome depends on the text alone is what tests/unit/test_pool.py shows."""
+
+    tests/unit/test_pool.py shows that their result depends only on the text.
+    """
 
     name = "remembering"
     repair_tables = None
@@ -177,7 +179,7 @@ def chi_square(draws: list[tuple[int, ...]], expected: dict[tuple[int, ...], flo
 
 
 def smallest_effect(num_draws: int, degrees: int) -> float:
-    """Cohen's w that this many draws show with power 0.99, from the noncentral chi-square law."""
+    """Cohen's w that this many draws show with power 0.99, from the noncentral chi-square distribution."""
     threshold = stats.chi2.isf(SIGNIFICANCE, degrees)
     shift = brentq(lambda nc: stats.ncx2.sf(threshold, degrees, nc) - POWER, 1e-3, 1e4)
     return float((shift / num_draws) ** 0.5)
@@ -189,8 +191,8 @@ def plain_draws(params: SamplingParams) -> list[tuple[int, ...]]:
 
 
 @EVERY_SETTING
-def test_plain_decoding_samples_the_law_of_the_base(params: SamplingParams) -> None:
-    p_value, degrees = chi_square(plain_draws(params), law(params))
+def test_plain_decoding_samples_the_distribution_of_the_base(params: SamplingParams) -> None:
+    p_value, degrees = chi_square(plain_draws(params), distribution(params))
     assert p_value > SIGNIFICANCE
     assert smallest_effect(NUM_DRAWS, degrees) < EFFECT
     assert degrees >= 10
@@ -198,11 +200,13 @@ def test_plain_decoding_samples_the_law_of_the_base(params: SamplingParams) -> N
 
 @pytest.mark.parametrize("name", ["temperature", "all filters"])
 @EVERY_DRAFTING_WAY
-def test_every_strategy_samples_the_law_of_the_base(strategy: Strategy, floor: bool, name: str) -> None:
-    """And not only the same law: seed by seed the same text as plain decoding."""
+def test_every_strategy_samples_the_distribution_of_the_base(
+    strategy: Strategy, floor: bool, name: str
+) -> None:
+    """Beyond the same distribution, each seed gives the same text as plain decoding."""
     params = SETTINGS[name]
     draws, acceptance = sample(params, strategy, floor)
-    p_value, degrees = chi_square(draws, law(params))
+    p_value, degrees = chi_square(draws, distribution(params))
     assert p_value > SIGNIFICANCE
     assert smallest_effect(FEW_DRAWS, degrees) < FEW_EFFECT
     assert 0.1 < acceptance < 0.9
@@ -217,7 +221,7 @@ Choose = Callable[[Tensor, Sequence[Judged]], list[list[int]]]
 
 
 def prefer_drafts(choose: Choose, logits_RV: Tensor, judged: Sequence[Judged]) -> list[list[int]]:
-    """Draws until a draft is matched, eight times at most: each draw has the right law, the text has not."""
+    """Draws until a draft is matched, eight times at most. Each draw has the right distribution, the text has not."""
     chosen = choose(logits_RV, judged)
     for again in range(1, 8):
         others = [
@@ -232,12 +236,12 @@ def prefer_drafts(choose: Choose, logits_RV: Tensor, judged: Sequence[Judged]) -
 
 
 def one_noise_for_all_rows(choose: Choose, logits_RV: Tensor, judged: Sequence[Judged]) -> list[list[int]]:
-    """Each row by itself has the right law; the tokens of one pass are not independent."""
+    """Each row by itself has the right distribution, but the tokens of one pass are not independent."""
     return choose(logits_RV, [j._replace(positions=[j.positions[0]] * len(j.positions)) for j in judged])
 
 
 def propose_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts that know nothing of the coming draw: coupled ones nearly have the right law themselves."""
+    """Drafts without knowledge of the coming draw, because coupled drafts have nearly the right distribution."""
 
     def scores(guessed: object, logits_DV: Tensor) -> Tensor:
         return logits_DV.float()
@@ -262,16 +266,16 @@ def test_a_biased_rule_fails_the_same_test(
         propose_the_likeliest(monkeypatch)
         num_draws = NUM_DRAWS
     draws, _ = sample(params, strategy, True, num_draws)
-    assert chi_square(draws, law(params))[0] < SIGNIFICANCE
+    assert chi_square(draws, distribution(params))[0] < SIGNIFICANCE
 
 
-def test_drawing_from_the_unfiltered_law_fails_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some outcomes lie outside the filtered law here."""
+def test_drawing_from_the_unfiltered_distribution_fails_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some outcomes have probability 0 in the filtered distribution."""
     real = filtered_probs
     unfiltered = SamplingParams(temperature=SETTINGS["top-k"].temperature)
     monkeypatch.setattr(choices, "filtered_probs", lambda logits_RV, _: real(logits_RV, unfiltered))
     draws, _ = sample(SETTINGS["top-k"], "chain", False)
-    assert chi_square(draws, law(SETTINGS["top-k"]))[0] < SIGNIFICANCE
+    assert chi_square(draws, distribution(SETTINGS["top-k"]))[0] < SIGNIFICANCE
 
 
 @pytest.mark.parametrize("strategy", ["chain", "fused_tree"])

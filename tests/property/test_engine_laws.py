@@ -176,7 +176,7 @@ def test_tokens_log_probs_and_acceptance_are_those_of_the_request_alone(
 
 
 def test_these_sets_meet_preemption_cancellation_reuse_and_drafts_that_stand() -> None:
-    """The law above is about something: all that can happen does."""
+    """The test above is not empty: every event that it covers happens."""
     found = [
         request
         for seed in range(6)

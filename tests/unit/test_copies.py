@@ -80,7 +80,7 @@ def test_promises_start_at_the_priors_and_follow_acceptance() -> None:
         [*PRIOR_CHANCES[3], *PRIOR_CHANCES[3][-1:] * 2]
     )
     for _ in range(200):
-        # The first two always stand, the third never does.
+        # The first two are always accepted, the third never is.
         promise.observe(3, 2, 6)
     chances = [exp(p) for p in promise.log_probs(copy)]
     assert chances[0] > 0.9

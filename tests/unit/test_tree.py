@@ -186,7 +186,7 @@ def test_a_rows_tokens_are_its_nodes_from_the_root_on(c: Candidates, budget: int
 @many
 @given(c=candidates(max_depth=3, max_width=3), budget=st.integers(0, 12))
 def test_the_end_of_the_path_has_the_law_of_the_draft(c: Candidates, budget: int) -> None:
-    """Against enumeration: the AR view draws each position by the draft's own law, and walks the tree."""
+    """Against enumeration: the AR view draws each position from the draft's own distribution, and walks the tree."""
     shares = [[exp(x) for x in row] for row in c.log_probs_DC]
     c = Candidates(c.token_ids_DC, [[log(p / (sum(row) + 0.1)) for p in row] for row in shares])
     tree = best_first_tree(c, budget)

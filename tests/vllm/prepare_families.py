@@ -80,9 +80,9 @@ def main(folder: Path) -> None:
         prompts = ["the cat sat", "a long walk home in the rain. and so", "Ulm", "What, no?"]
         oracle[name] = oracle_of(orthrus, prompts, NEW_TOKENS, raw=True)
         if name == "qwen3":
-            law = exact_distribution(base, oracle[name]["prompts"][0])
-            (folder / "law.json").write_text(
-                json.dumps({"temperature": TEMPERATURE, "probs": [p.tolist() for p in law]})
+            distribution = exact_distribution(base, oracle[name]["prompts"][0])
+            (folder / "distribution.json").write_text(
+                json.dumps({"temperature": TEMPERATURE, "probs": [p.tolist() for p in distribution]})
             )
     (folder / "families.json").write_text(json.dumps(oracle))
 
