@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,10 @@ def _load(path: Path) -> None:
 
 def _build(folder: Path) -> Path:
     """The library's path, made as PyTorch's compiler makes its own."""
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.cpp_builder import CppBuilder
 
     def builder(name: str, sources: list[str], compile_only: bool) -> Any:
-        options = CppTorchOptions(
-            pick_vec_isa(), include_pytorch=True, compile_only=compile_only, extra_flags=FLAGS
-        )
-        return CppBuilder(name, sources, options, output_dir=str(folder))
+        return CppBuilder(name, sources, compiler_options(compile_only), output_dir=str(folder))
 
     copies = [Path(shutil.copy(source, folder)) for source in SOURCES]
     parts = [builder(copy.stem, [str(copy)], True) for copy in copies if copy.suffix == ".cpp"]
@@ -73,6 +70,19 @@ def _build(folder: Path) -> Path:
     library = builder("kernels", [part.get_target_file_path() for part in parts], False)
     library.build()
     return Path(library.get_target_file_path())
+
+
+def compiler_options(compile_only: bool) -> Any:
+    """PyTorch's options for its C++ compiler, with our flags."""
+    from torch._inductor.cpp_builder import CppTorchOptions
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    with warnings.catch_warnings():
+        # Our code includes no Python.h, so a system without Python's headers is no problem.
+        warnings.filterwarnings("ignore", "Can't find Python.h")
+        return CppTorchOptions(
+            pick_vec_isa(), include_pytorch=True, compile_only=compile_only, extra_flags=FLAGS
+        )
 
 
 def _shape_of_linear(
