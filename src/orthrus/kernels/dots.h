@@ -1,6 +1,7 @@
-// Products of numbers that lie side by side in the lanes of vectors: two of int16 or bfloat16, or four of int8.
+// Matrix products with instructions that multiply and add several interleaved inputs per 32-bit lane: two of int16 or
+// bfloat16, or four of int8.
 //
-// A block of weights is (inputs / beside, width, beside).
+// A block of weights is (inputs / v, kDotWidth, v), where v inputs of a column are interleaved.
 #pragma once
 
 #include "vectors.h"
@@ -17,43 +18,43 @@
 
 namespace orthrus {
 
-// Vectors of columns and rows of x whose sums fit into the registers.
+// The tile of sums that fits into the registers: rows of x, and vectors of columns.
 #ifdef __AVX512F__
 constexpr int kDotVectors = 3, kDotRows = 8;
 #elif defined(__AVX2__)
 constexpr int kDotVectors = 2, kDotRows = 6;
 #else
-// Compilers take minutes over more, where an instruction here is many there.
+// Without vector instructions each operation becomes many, and larger tiles take minutes to compile.
 constexpr int kDotVectors = 1, kDotRows = 2;
 #endif
 constexpr int64_t kDotWidth = kDotVectors * kLanes;
 
-// The same four bytes in each lane.
-inline Ints four_bytes(const void* from) { return read<int32_t>(from) - Ints{}; }
+// A vector with the same four bytes in each lane.
+inline Ints broadcast_four_bytes(const void* from) { return load_unaligned<int32_t>(from) - Ints{}; }
 
-// Pairs of int8 numbers as pairs of int16, one pair a lane.
-inline Ints pairs(const int8_t* from) {
+// Loads pairs of int8 and widens them to pairs of int16, one pair per lane.
+inline Ints load_int16_pairs(const int8_t* from) {
 #if defined(__AVX512BW__)
-  return bits<Ints>(_mm512_cvtepi8_epi16(read<__m256i>(from)));
+  return bit_cast<Ints>(_mm512_cvtepi8_epi16(load_unaligned<__m256i>(from)));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-  return bits<Ints>(_mm256_cvtepi8_epi16(read<__m128i>(from)));
+  return bit_cast<Ints>(_mm256_cvtepi8_epi16(load_unaligned<__m128i>(from)));
 #else
   typedef int8_t Narrow __attribute__((vector_size(2 * kLanes)));
   typedef int16_t Wide __attribute__((vector_size(4 * kLanes)));
-  return bits<Ints>(__builtin_convertvector(read<Narrow>(from), Wide));
+  return bit_cast<Ints>(__builtin_convertvector(load_unaligned<Narrow>(from), Wide));
 #endif
 }
 
-// sum + both products of each lane's pairs of int16.
+// In each lane: sum + a[0] * b[0] + a[1] * b[1], where a and b are pairs of int16.
 inline Ints add_pairs(Ints sum, Ints a, Ints b) {
 #if defined(__AVX512VNNI__)
-  return bits<Ints>(_mm512_dpwssd_epi32(bits<__m512i>(sum), bits<__m512i>(a), bits<__m512i>(b)));
+  return bit_cast<Ints>(_mm512_dpwssd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
 #elif defined(__AVX512BW__)
-  return sum + bits<Ints>(_mm512_madd_epi16(bits<__m512i>(a), bits<__m512i>(b)));
+  return sum + bit_cast<Ints>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
 #elif defined(__AVXVNNI__) && !defined(__AVX512F__)
-  return bits<Ints>(_mm256_dpwssd_avx_epi32(bits<__m256i>(sum), bits<__m256i>(a), bits<__m256i>(b)));
+  return bit_cast<Ints>(_mm256_dpwssd_avx_epi32(bit_cast<__m256i>(sum), bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-  // Left to itself GCC would collect many products before it adds them, for which there are too few registers.
+  // With intrinsics, GCC would compute many products before it adds them, and run out of registers.
   Ints product;
   asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "x"(b));
   return sum;
@@ -63,43 +64,43 @@ inline Ints add_pairs(Ints sum, Ints a, Ints b) {
 }
 
 #if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
-#define ORTHRUS_FOURS 1
+#define ORTHRUS_VNNI 1
 
-// sum + the four products of each lane's numbers, a without signs and b with.
+// In each lane: sum + the products of four uint8 of a and four int8 of b.
 inline Ints add_fours(Ints sum, Ints a, Ints b) {
 #ifdef __AVX512VNNI__
-  return bits<Ints>(_mm512_dpbusd_epi32(bits<__m512i>(sum), bits<__m512i>(a), bits<__m512i>(b)));
+  return bit_cast<Ints>(_mm512_dpbusd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
 #else
-  return bits<Ints>(_mm256_dpbusd_avx_epi32(bits<__m256i>(sum), bits<__m256i>(a), bits<__m256i>(b)));
+  return bit_cast<Ints>(_mm256_dpbusd_avx_epi32(bit_cast<__m256i>(sum), bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
 #endif
 }
 
-// Weights and x in int8. The weights are kept without signs, 128 more than they are, which the sums start below zero
-// for: by `kShift` times the sum of the row.
-struct WholeDot {
+// Weights and x in int8. The instruction needs unsigned weights, so they are stored with 128 added. To correct for
+// that, a row's sums start at `kRowSumFactor` times the sum of the row's elements.
+struct Int8Dot {
   using X = int8_t;
   using Sums = Ints;
-  static constexpr int64_t kBeside = 4, kBytes = 4;
-  static constexpr uint32_t kShift = -128;
-  static Ints weights(const char* from) { return read<Ints>(from); }
+  static constexpr int64_t kInterleaved = 4, kBytesPerLane = 4;
+  static constexpr uint32_t kRowSumFactor = -128;
+  static Ints weights(const char* from) { return load_unaligned<Ints>(from); }
   static Ints add(Ints sum, Ints weights, Ints x) { return add_fours(sum, weights, x); }
 };
 #else
-#define ORTHRUS_FOURS 0
+#define ORTHRUS_VNNI 0
 
 // Weights in int8, x in int16.
-struct WholeDot {
+struct Int8Dot {
   using X = int16_t;
   using Sums = Ints;
-  static constexpr int64_t kBeside = 2, kBytes = 2;
-  static constexpr uint32_t kShift = 0;
-  static Ints weights(const char* from) { return pairs(reinterpret_cast<const int8_t*>(from)); }
+  static constexpr int64_t kInterleaved = 2, kBytesPerLane = 2;
+  static constexpr uint32_t kRowSumFactor = 0;
+  static Ints weights(const char* from) { return load_int16_pairs(reinterpret_cast<const int8_t*>(from)); }
   static Ints add(Ints sum, Ints weights, Ints x) { return add_pairs(sum, weights, x); }
 };
 #endif
 
-// Whether these instructions add products of bfloat16 faster than those of float32 do. On Intel's processors each takes
-// two cycles, in which float32 makes twice as many products; they have AMX for bfloat16.
+// Whether the vector instruction for bfloat16 is faster than float32. It is not on Intel's processors: it takes two
+// cycles, in which float32 instructions make twice as many products. For bfloat16, those processors have AMX.
 inline bool has_fast_bfloat16_dots() {
 #if ORTHRUS_BFLOAT16_DOTS
   static const bool is_fast = !__builtin_cpu_is("intel");
@@ -114,51 +115,54 @@ inline bool has_fast_bfloat16_dots() {
 struct Bfloat16Dot {
   using X = c10::BFloat16;
   using Sums = Floats;
-  static constexpr int64_t kBeside = 2, kBytes = 4;
-  static Ints weights(const char* from) { return read<Ints>(from); }
+  static constexpr int64_t kInterleaved = 2, kBytesPerLane = 4;
+  static Ints weights(const char* from) { return load_unaligned<Ints>(from); }
   static Floats add(Floats sum, Ints weights, Ints x) {
-    return bits<Floats>(_mm512_dpbf16_ps(bits<__m512>(sum), bits<__m512bh>(weights), bits<__m512bh>(x)));
+    return bit_cast<Floats>(
+        _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(weights), bit_cast<__m512bh>(x)));
   }
 };
 #endif
 
-// Rows x (kM, inputs), a multiple of those side by side, times a block of weights, to sums (kM, kDotWidth).
-// Sums start with those of `starts` (kM), if there are any. next: what is wanted afterwards, `share` bytes of it.
+// sums (kM, kDotWidth) = x (kM, inputs) times a block of weights. `inputs` is a multiple of Dot::kInterleaved.
+//
+// x_step: elements from one row of x to the next. initial_sums: a start value for each row's sums, or null.
+// next, next_bytes: memory that the caller reads afterwards; it is prefetched meanwhile.
 template <typename Dot, int kM, typename Sum>
 void multiply_dots(
-    const typename Dot::X* x, int64_t x_step, const char* weight, int64_t inputs, const Sum* starts, Sum* sums,
-    const char* next, int64_t share) {
-  constexpr int64_t kStep = 4 * Dot::kBeside;
-  const int64_t vector = kLanes * Dot::kBytes;
+    const typename Dot::X* x, int64_t x_step, const char* weight, int64_t inputs, const Sum* initial_sums, Sum* sums,
+    const char* next, int64_t next_bytes) {
+  constexpr int64_t kUnrolledInputs = 4 * Dot::kInterleaved;
+  const int64_t vector_bytes = kLanes * Dot::kBytesPerLane;
   typename Dot::Sums acc[kM][kDotVectors];
   clear(acc);
-  if (starts)
+  if (initial_sums)
 #pragma GCC unroll 8
     for (int m = 0; m < kM; ++m)
 #pragma GCC unroll 3
-      for (int v = 0; v < kDotVectors; ++v) acc[m][v] += starts[m];
-  const auto add = [&](const typename Dot::X* from, const char* here) {
+      for (int v = 0; v < kDotVectors; ++v) acc[m][v] += initial_sums[m];
+  const auto add = [&](const typename Dot::X* from, const char* weights_here) {
     Ints w[kDotVectors];
-    for (int v = 0; v < kDotVectors; ++v) w[v] = Dot::weights(here + v * vector);
+    for (int v = 0; v < kDotVectors; ++v) w[v] = Dot::weights(weights_here + v * vector_bytes);
 #pragma GCC unroll 8
     for (int m = 0; m < kM; ++m) {
-      const Ints each = four_bytes(from + m * x_step);
-      for (int v = 0; v < kDotVectors; ++v) acc[m][v] = Dot::add(acc[m][v], w[v], each);
+      const Ints x_lanes = broadcast_four_bytes(from + m * x_step);
+      for (int v = 0; v < kDotVectors; ++v) acc[m][v] = Dot::add(acc[m][v], w[v], x_lanes);
     }
   };
-  const int64_t wanted = share * kStep / inputs;
+  const int64_t prefetch_bytes = next_bytes * kUnrolledInputs / inputs;
   int64_t k = 0;
-  for (; k + kStep <= inputs; k += kStep) {
-    ask_ahead(weight, 4 * kDotVectors * vector);
-    ask_for(next, wanted);
-    next += wanted;
+  for (; k + kUnrolledInputs <= inputs; k += kUnrolledInputs) {
+    prefetch_ahead(weight, 4 * kDotVectors * vector_bytes);
+    prefetch(next, prefetch_bytes);
+    next += prefetch_bytes;
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < 4; ++i) add(x + k + i * Dot::kBeside, weight + i * kDotVectors * vector);
-    weight += 4 * kDotVectors * vector;
+    for (int64_t i = 0; i < 4; ++i) add(x + k + i * Dot::kInterleaved, weight + i * kDotVectors * vector_bytes);
+    weight += 4 * kDotVectors * vector_bytes;
   }
-  for (; k < inputs; k += Dot::kBeside, weight += kDotVectors * vector) add(x + k, weight);
+  for (; k < inputs; k += Dot::kInterleaved, weight += kDotVectors * vector_bytes) add(x + k, weight);
   for (int m = 0; m < kM; ++m)
-    for (int v = 0; v < kDotVectors; ++v) write(acc[m][v], sums + m * kDotWidth + v * kLanes);
+    for (int v = 0; v < kDotVectors; ++v) store_unaligned(acc[m][v], sums + m * kDotWidth + v * kLanes);
 }
 
 }  // namespace orthrus

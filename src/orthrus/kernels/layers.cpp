@@ -1,5 +1,5 @@
-// Compiled decoder layers, run one after another without a way back to Python between them: a layer of few rows
-// takes a tenth of a millisecond, and calling it from Python as much as half of that again.
+// Runs compiled decoder layers one after another, without returning to Python between them. A layer takes about 0.1 ms
+// for few rows; calling it from Python would add half of that.
 
 #include <torch/csrc/inductor/aoti_runner/model_container_runner_cpu.h>
 #include <torch/custom_class.h>
@@ -12,36 +12,40 @@
 
 namespace {
 
-// The code of all layers of a kind, a library: (a layer's tensors, hidden state, arguments) -> hidden state.
+// The compiled code that all layers of one kind share, loaded from a library. It is a function from (a layer's tensors,
+// hidden state, arguments) to the hidden state.
 struct LayerCode : torch::CustomClassHolder {
   explicit LayerCode(const std::string& path) : runner(path) {}
   torch::inductor::AOTIModelContainerRunnerCpu runner;
 };
 
-// The layers of a model by the tensors that are theirs.
+// The tensors (parameters and buffers) of each layer of a model.
 struct Layers : torch::CustomClassHolder {
-  explicit Layers(std::vector<std::vector<at::Tensor>> given) : tensors(std::move(given)) {}
+  explicit Layers(std::vector<std::vector<at::Tensor>> layer_tensors) : tensors(std::move(layer_tensors)) {}
 
-  // Layers first, first + 1, ... by one code each; returns the last one's hidden state. given: what the stock
-  // forward gives to each, or to all alike; after it come slots, the layer's keys and values, and `rest`.
+  // Runs layers first, first + 1, ..., one for each of `codes`, and returns the hidden state of the last one.
+  // arguments: what the stock forward passes to each layer, or one list for all of them. After these, a layer takes
+  // `slots`, its own keys and values, and `shared`, which is the same for all layers.
   at::Tensor run(
       int64_t first, const std::vector<c10::intrusive_ptr<LayerCode>>& codes, at::Tensor hidden,
-      const std::vector<std::vector<at::Tensor>>& given, const at::Tensor& slots, const std::vector<at::Tensor>& keys,
-      const std::vector<at::Tensor>& values, const std::vector<at::Tensor>& rest) {
+      const std::vector<std::vector<at::Tensor>>& arguments, const at::Tensor& slots,
+      const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values,
+      const std::vector<at::Tensor>& shared) {
     TORCH_CHECK(
-        first >= 0 && first + codes.size() <= tensors.size() && (given.size() == 1 || given.size() == codes.size()) &&
-            keys.size() == tensors.size() && values.size() == tensors.size(),
-        "layers: ", codes.size(), " codes and ", given.size(), " lists of arguments from layer ", first, " of ",
+        first >= 0 && first + codes.size() <= tensors.size() &&
+            (arguments.size() == 1 || arguments.size() == codes.size()) && keys.size() == tensors.size() &&
+            values.size() == tensors.size(),
+        "layers: ", codes.size(), " codes and ", arguments.size(), " lists of arguments from layer ", first, " of ",
         tensors.size());
     std::vector<at::Tensor> inputs;
     for (size_t i = 0; i < codes.size(); ++i) {
       const size_t layer = first + i;
-      const auto& own = given[given.size() == 1 ? 0 : i];
+      const auto& own = arguments[arguments.size() == 1 ? 0 : i];
       inputs = tensors[layer];
       inputs.push_back(std::move(hidden));
       inputs.insert(inputs.end(), own.begin(), own.end());
       inputs.insert(inputs.end(), {slots, keys[layer], values[layer]});
-      inputs.insert(inputs.end(), rest.begin(), rest.end());
+      inputs.insert(inputs.end(), shared.begin(), shared.end());
       const orthrus::LimitedThreads limited;
       hidden = std::move(codes[i]->runner.run(inputs)[0]);
     }

@@ -1,6 +1,7 @@
-// What a repair head makes of pairs of candidates: log probs of each given each candidate of the place before it.
+// The repair head's scores of pairs of candidates: the log probability of each candidate (child), given each candidate
+// of the draft row before it (parent).
 //
-// The tables are small and the steps many: operator by operator, most of the time would go into calling them.
+// The tensors are small and the steps many, so with one PyTorch operator per step, calls would take most of the time.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -17,29 +18,31 @@ namespace {
 
 using namespace orthrus;
 
-constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
+// log(sum(exp(x))); -inf if all are -inf.
 float log_sum_exp(const float* x, int64_t size) {
-  const float most = *std::max_element(x, x + size);
-  if (most == kNone) return kNone;
+  const float maximum = *std::max_element(x, x + size);
+  if (maximum == kMinusInfinity) return kMinusInfinity;
   float sum = 0.0f;
-  for (int64_t i = 0; i < size; ++i) sum += std::exp(x[i] - most);
-  return most + std::log(sum);
+  for (int64_t i = 0; i < size; ++i) sum += std::exp(x[i] - maximum);
+  return maximum + std::log(sum);
 }
 
+// log(exp(a) + exp(b)).
 float log_add_exp(float a, float b) {
-  const float most = std::max(a, b);
-  if (most == kNone) return kNone;
-  return most + std::log1p(std::exp(std::min(a, b) - most));
+  const float maximum = std::max(a, b);
+  if (maximum == kMinusInfinity) return kMinusInfinity;
+  return maximum + std::log1p(std::exp(std::min(a, b) - maximum));
 }
 
-// silu of what a draft row and a parent bring together.
+// out = silu(row + parent), element by element; each has `rank` elements.
 template <typename T>
-void meet(const float* row, const T* parent, int64_t rank, float* out) {
+void silu_of_sum(const float* row, const T* parent, int64_t rank, float* out) {
   int64_t k = 0;
   for (; k + kLanes <= rank; k += kLanes) {
-    const Floats x = floats(row + k) + floats(parent + k);
-    store(x / (exponential(-x) + 1.0f), out + k);
+    const Floats x = load_floats(row + k) + load_floats(parent + k);
+    store_floats(x / (exponential(-x) + 1.0f), out + k);
   }
   for (; k < rank; ++k) {
     const float x = row[k] + static_cast<float>(parent[k]);
@@ -47,19 +50,21 @@ void meet(const float* row, const T* parent, int64_t rank, float* out) {
   }
 }
 
+// The dot product of two vectors.
 template <typename T>
 float dot(const float* a, const T* b, int64_t size) {
   Floats sums = {};
   int64_t k = 0;
-  for (; k + kLanes <= size; k += kLanes) sums = multiply_add(floats(a + k), floats(b + k), sums);
+  for (; k + kLanes <= size; k += kLanes) sums = multiply_add(load_floats(a + k), load_floats(b + k), sums);
   float sum = 0.0f;
   for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
   for (; k < size; ++k) sum += a[k] * static_cast<float>(b[k]);
   return sum;
 }
 
+// Writes `pair_log_probs` to out (D, P, M), for arguments that have been checked.
 template <typename T>
-void fill(
+void fill_log_probs(
     const at::Tensor& rows, const at::Tensor& parents, const at::Tensor& children, const at::Tensor& parent_ids,
     const at::Tensor& child_ids, const at::Tensor& scores, const at::Tensor& totals, float temperature,
     at::Tensor& out) {
@@ -69,39 +74,48 @@ void fill(
   const float *row = rows.const_data_ptr<float>(), *score = scores.const_data_ptr<float>();
   const float* total = totals.const_data_ptr<float>();
   auto* to = out.mutable_data_ptr<float>();
-  // All other tokens keep their scores; none are left where the candidates hold all that float32 can tell.
+  // rest[d]: the log-sum-exp of the scores of all tokens that are no candidates. They keep their scores. It is -inf if
+  // the candidates have all of the probability, as far as float32 can tell.
   std::vector<float> rest(rows.size(0));
   for (size_t d = 0; d < rest.size(); ++d) {
-    const float share = std::min(log_sum_exp(score + d * num_children, num_children) - total[d], 0.0f);
-    rest[d] = total[d] + std::log(-std::expm1(share));
+    const float log_share = std::min(log_sum_exp(score + d * num_children, num_children) - total[d], 0.0f);
+    rest[d] = total[d] + std::log(-std::expm1(log_share));
   }
   parallel_for(0, parent_ids.numel(), 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> met(rank);
+    std::vector<float> activations(rank);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t d = i / num_parents;
-      meet(row + d * rank, parent + parent_id[i] * rank, rank, met.data());
-      float* given = to + i * num_children;
-      const float* alone = score + d * num_children;
+      silu_of_sum(row + d * rank, parent + parent_id[i] * rank, rank, activations.data());
+      float* pair_scores = to + i * num_children;
+      const float* own_scores = score + d * num_children;
       for (int64_t m = 0; m < num_children; ++m)
-        given[m] = alone[m] + dot(met.data(), child + child_id[d * num_children + m] * rank, rank) / temperature;
-      const float whole = log_add_exp(log_sum_exp(given, num_children), rest[d]);
-      for (int64_t m = 0; m < num_children; ++m) given[m] -= whole;
+        pair_scores[m] =
+            own_scores[m] +
+            dot(activations.data(), child + child_id[d * num_children + m] * rank, rank) / temperature;
+      const float normalizer = log_add_exp(log_sum_exp(pair_scores, num_children), rest[d]);
+      for (int64_t m = 0; m < num_children; ++m) pair_scores[m] -= normalizer;
     }
   });
 }
 
-// The ids, one after the other, if each has a row in the table.
+// The ids as a contiguous tensor. Raises an error if an id has no row in the table.
 at::Tensor checked_ids(const at::Tensor& ids, const at::Tensor& table) {
   TORCH_CHECK(ids.scalar_type() == at::kLong, "pair_log_probs: ids in int64");
-  at::Tensor whole = ids.contiguous();
-  const auto* id = whole.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < whole.numel(); ++i)
+  at::Tensor contiguous = ids.contiguous();
+  const auto* id = contiguous.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < contiguous.numel(); ++i)
     TORCH_CHECK(0 <= id[i] && id[i] < table.size(0), "pair_log_probs: id ", id[i], " of ", table.size(0));
-  return whole;
+  return contiguous;
 }
 
-// rows (D, r) float32, tables (V, r) of float32 or bfloat16, ids (D, P) and (D, M), scores (D, M), totals (D, 1) ->
-// log probs (D, P, M).
+// The operator `pair_log_probs`, for D draft rows with P parents and M children each, and a head of rank r.
+//
+// rows: (D, r) float32. parents, children: tables (V, r) of float32 or bfloat16. parent_ids (D, P) and child_ids
+// (D, M): token ids in int64. scores: (D, M) float32, the children's. totals: (D, 1) float32, the log-sum-exp of the
+// scores of all tokens. temperature: scores and totals have been computed with it.
+//
+// Adds dot(silu(row + parent), child) / temperature to a child's score, and normalises over all tokens. Returns the log
+// probabilities (D, P, M).
 at::Tensor pair_log_probs(
     const at::Tensor& rows, const at::Tensor& parents, const at::Tensor& children, const at::Tensor& parent_ids,
     const at::Tensor& child_ids, const at::Tensor& scores, const at::Tensor& totals, double temperature) {
@@ -122,7 +136,7 @@ at::Tensor pair_log_probs(
   TORCH_CHECK(parents.is_contiguous() && children.is_contiguous(), "pair_log_probs: tables with gaps");
   const at::Tensor of_parents = checked_ids(parent_ids, parents), of_children = checked_ids(child_ids, children);
   at::Tensor out = at::empty({num, parent_ids.size(1), child_ids.size(1)}, scores.options());
-  const auto run = parents.scalar_type() == at::kFloat ? fill<float> : fill<at::BFloat16>;
+  const auto run = parents.scalar_type() == at::kFloat ? fill_log_probs<float> : fill_log_probs<at::BFloat16>;
   run(rows.contiguous(), parents, children, of_parents, of_children, scores.contiguous(), totals.contiguous(),
       static_cast<float>(temperature), out);
   return out;

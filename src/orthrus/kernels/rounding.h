@@ -1,6 +1,5 @@
-// Rows of float32 rounded to whole numbers: by a scale for each row, or for each group of its numbers.
+// Quantises rows of float32 to integers, with one scale for each row or for each group of 32 elements.
 #pragma once
-
 
 #include <vector>
 
@@ -10,93 +9,97 @@
 namespace orthrus {
 
 constexpr float kLargestInt8 = 127.0f, kLeastScale = 1e-12f;
-// Numbers of a row, and of a weight of four bits, that share a scale.
-constexpr int64_t kGroup = 32;
+// Number of elements of a row that share a scale, and of inputs whose 4-bit weights share a step and a minimum.
+constexpr int64_t kGroupSize = 32;
 
-// Magnitudes order as the whole numbers that their bits are, and what is no number is the largest.
-constexpr int32_t kMagnitude = 0x7fffffff;
-// Adding it leaves no room for a fraction: the sum is rounded, ties to even.
-constexpr float kWhole = 12582912.0f;
+// Without their sign bits, floats order like the integers with the same bits, and NaN is the largest.
+constexpr int32_t kMagnitudeMask = 0x7fffffff;
+// 1.5 * 2^23. A float of this size has no bits for a fraction, so adding it rounds to an integer, ties to even.
+constexpr float kRoundingOffset = 12582912.0f;
 
-// The scale by which numbers fit into int8; none if one of them is none.
-inline float scale_of(const float* x, int64_t size) {
-  Ints most_each = {};
+// The scale that maps the largest magnitude of x to 127, at least kLeastScale. NaN if x contains NaN.
+inline float int8_scale(const float* x, int64_t size) {
+  Ints lane_maxima = {};
   int64_t k = 0;
   for (; k + kLanes <= size; k += kLanes) {
-    const Ints magnitude = read<Ints>(x + k) & kMagnitude;
-    most_each = most_each > magnitude ? most_each : magnitude;
+    const Ints magnitude = load_unaligned<Ints>(x + k) & kMagnitudeMask;
+    lane_maxima = lane_maxima > magnitude ? lane_maxima : magnitude;
   }
-  int32_t lanes[kLanes], most = 0;
-  write(most_each, lanes);
-  for (int i = 0; i < kLanes; ++i) most = std::max(most, lanes[i]);
-  for (; k < size; ++k) most = std::max(most, bits<int32_t>(x[k]) & kMagnitude);
-  const float largest = bits<float>(most) / kLargestInt8;
-  return largest < kLeastScale ? kLeastScale : largest;
+  int32_t lanes[kLanes], maximum = 0;
+  store_unaligned(lane_maxima, lanes);
+  for (int i = 0; i < kLanes; ++i) maximum = std::max(maximum, lanes[i]);
+  for (; k < size; ++k) maximum = std::max(maximum, bit_cast<int32_t>(x[k]) & kMagnitudeMask);
+  const float scale = bit_cast<float>(maximum) / kLargestInt8;
+  return scale < kLeastScale ? kLeastScale : scale;
 }
 
-// Numbers divided by a scale and rounded to type To; returns their sum.
+// Writes x / scale to `to`, rounded to integers of type To. Returns their sum.
 template <typename To>
-int32_t round_by(float scale, const float* x, int64_t size, To* to) {
+int32_t quantise(float scale, const float* x, int64_t size, To* to) {
   const float inverse = 1.0f / scale;
   Ints sums = {};
   int64_t k = 0;
   for (; k + kLanes <= size; k += kLanes) {
-    const Ints whole = __builtin_convertvector((floats(x + k) * all(inverse) + kWhole) - kWhole, Ints);
-    sums += whole;
-    const auto narrow = __builtin_convertvector(whole, Vector<To>);
+    const Ints rounded = __builtin_convertvector(
+        (load_floats(x + k) * broadcast(inverse) + kRoundingOffset) - kRoundingOffset, Ints);
+    sums += rounded;
+    const auto narrow = __builtin_convertvector(rounded, Vector<To>);
     std::memcpy(to + k, &narrow, sizeof(narrow));
   }
   int32_t lanes[kLanes], sum = 0;
-  write(sums, lanes);
+  store_unaligned(sums, lanes);
   for (int i = 0; i < kLanes; ++i) sum += lanes[i];
   for (; k < size; ++k) {
-    const float whole = (x[k] * inverse + kWhole) - kWhole;
-    to[k] = whole == whole ? static_cast<To>(whole) : To{};
+    const float rounded = (x[k] * inverse + kRoundingOffset) - kRoundingOffset;
+    to[k] = rounded == rounded ? static_cast<To>(rounded) : To{};
     sum += to[k];
   }
   return sum;
 }
 
-// Calls part(row) for each of the rows, several of them on a thread.
+// Calls part(row) for each row, in parallel, with at least four rows per thread.
 template <typename Part>
-void each_row(int64_t rows, const Part& part) {
+void for_each_row(int64_t rows, const Part& part) {
   parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) part(row);
   });
 }
 
-// Rows of int8 or int16 numbers by scales of their own, as `Int8Linear` rounds them, filled up with zeros; their sums.
+// Rows quantised as `Int8Linear` does, one scale per row: x (rows, padded) of int8 or int16, padded with zeros; scales
+// (rows); and the sums (rows) of the integers of each row.
 template <typename To>
-struct RoundedRows {
+struct QuantisedRows {
   std::unique_ptr<To[]> x;
   std::vector<float> scales;
   std::vector<int32_t> sums;
 
-  RoundedRows(const float* from, int64_t rows, int64_t inputs, int64_t filled)
-      : x(room<To>(rows * filled)), scales(rows), sums(rows) {
-    each_row(rows, [&](int64_t row) {
-      To* to = x.get() + row * filled;
-      scales[row] = scale_of(from + row * inputs, inputs);
-      sums[row] = round_by(scales[row], from + row * inputs, inputs, to);
-      std::fill(to + inputs, to + filled, To{});
+  QuantisedRows(const float* from, int64_t rows, int64_t inputs, int64_t padded)
+      : x(uninitialized<To>(rows * padded)), scales(rows), sums(rows) {
+    for_each_row(rows, [&](int64_t row) {
+      To* to = x.get() + row * padded;
+      scales[row] = int8_scale(from + row * inputs, inputs);
+      sums[row] = quantise(scales[row], from + row * inputs, inputs, to);
+      std::fill(to + inputs, to + padded, To{});
     });
   }
 };
 
-// Rows of int8 numbers by scales of their groups, as `Int4Linear` rounds them: scales and sums (rows, groups).
-struct GroupedRows {
+// Rows quantised as `Int4Linear` does, one scale per group of inputs: x (rows, inputs), scales (rows, groups), and sums
+// (rows, groups), each a scale times the sum of its group's integers.
+struct GroupQuantisedRows {
   std::unique_ptr<int8_t[]> x;
   std::unique_ptr<float[]> scales, sums;
 
-  GroupedRows(const float* from, int64_t rows, int64_t inputs)
-      : x(room<int8_t>(rows * inputs)),
-        scales(room<float>(rows * inputs / kGroup)),
-        sums(room<float>(rows * inputs / kGroup)) {
-    each_row(rows, [&](int64_t row) {
-      for (int64_t first = row * inputs; first < (row + 1) * inputs; first += kGroup) {
-        const float scale = scale_of(from + first, kGroup);
-        scales[first / kGroup] = scale;
-        sums[first / kGroup] = scale * static_cast<float>(round_by(scale, from + first, kGroup, x.get() + first));
+  GroupQuantisedRows(const float* from, int64_t rows, int64_t inputs)
+      : x(uninitialized<int8_t>(rows * inputs)),
+        scales(uninitialized<float>(rows * inputs / kGroupSize)),
+        sums(uninitialized<float>(rows * inputs / kGroupSize)) {
+    for_each_row(rows, [&](int64_t row) {
+      for (int64_t first = row * inputs; first < (row + 1) * inputs; first += kGroupSize) {
+        const float scale = int8_scale(from + first, kGroupSize);
+        scales[first / kGroupSize] = scale;
+        sums[first / kGroupSize] =
+            scale * static_cast<float>(quantise(scale, from + first, kGroupSize, x.get() + first));
       }
     });
   }

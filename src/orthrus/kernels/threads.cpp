@@ -1,4 +1,4 @@
-// The number of threads: threads.h says how it is found.
+// The limit on the number of threads; threads.h explains the rule.
 
 #include "threads.h"
 
@@ -17,15 +17,15 @@ ThreadLimit& thread_limit() {
 
 void ThreadLimit::waited(int64_t threads, Nanoseconds wait, Nanoseconds now) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  // Another caller's region has said so already.
+  // Another region has already lowered the limit.
   if (threads > limit_.load(std::memory_order_relaxed)) return;
-  lost_ = lost_ * std::exp((waited_at_ - now) / kMemory) + static_cast<double>(wait);
+  lost_ = lost_ * std::exp((waited_at_ - now) / kDecayTime) + static_cast<double>(wait);
   waited_at_ = now;
-  if (lost_ < kLost * kMemory) return;
+  if (lost_ < kMaxLostShare * kDecayTime) return;
   lost_ = 0.0;
   const Nanoseconds stayed = now - changed_at_;
-  // Waits take a while to add up.
-  pause_ = stayed < pause_ + static_cast<Nanoseconds>(kMemory) ? std::min(2 * pause_, kLongestPause)
+  // Waits take up to kDecayTime to add up, so a limit that lasted less than pause + kDecayTime was raised too early.
+  pause_ = stayed < pause_ + static_cast<Nanoseconds>(kDecayTime) ? std::min(2 * pause_, kLongestPause)
                            : std::max(kFirstPause, std::min(pause_, stayed / 8));
   step_ = falling_ ? 2 * step_ : 1;
   falling_ = true;
@@ -41,7 +41,7 @@ int64_t ThreadLimit::rise(int64_t usual, Nanoseconds now) {
   step_ = falling_ ? 1 : 2 * step_;
   falling_ = false;
   const int64_t risen = std::min(usual, limit + step_);
-  limit_.store(risen < usual ? risen : kNone, std::memory_order_relaxed);
+  limit_.store(risen < usual ? risen : kNoLimit, std::memory_order_relaxed);
   rises_at_.store(now + pause_, std::memory_order_relaxed);
   changed_at_ = now;
   return risen;
@@ -49,13 +49,14 @@ int64_t ThreadLimit::rise(int64_t usual, Nanoseconds now) {
 
 namespace {
 
-// For tests, which have a clock of their own.
-struct LimitByHand : torch::CustomClassHolder {
+// A limit for tests, which pass their own time.
+struct ThreadLimitForTests : torch::CustomClassHolder {
   int64_t threads(int64_t usual, int64_t now) { return limit.threads(usual, now); }
   void waited(int64_t threads, int64_t wait, int64_t now) { limit.waited(threads, wait, now); }
   ThreadLimit limit;
 };
 
+// The number of threads that a kernel would use now.
 int64_t num_threads() { return thread_limit().threads(at::get_num_threads(), clock_now()); }
 
 }  // namespace
@@ -63,9 +64,9 @@ int64_t num_threads() { return thread_limit().threads(at::get_num_threads(), clo
 }  // namespace orthrus
 
 TORCH_LIBRARY_FRAGMENT(orthrus, library) {
-  library.class_<orthrus::LimitByHand>("ThreadLimit")
+  library.class_<orthrus::ThreadLimitForTests>("ThreadLimit")
       .def(torch::init<>())
-      .def("threads", &orthrus::LimitByHand::threads)
-      .def("waited", &orthrus::LimitByHand::waited);
+      .def("threads", &orthrus::ThreadLimitForTests::threads)
+      .def("waited", &orthrus::ThreadLimitForTests::waited);
   library.def("num_threads() -> int", &orthrus::num_threads);
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 PAGE = 64
-"""Slots of a page. `kernels/attention.cpp` has the same number."""
+"""Slots of a page. `kernels/attention_plan.h` has the same number."""
 
 NOBODY, AR, DIFFUSION = 0, 1, 2
 _WRITERS = ("nobody", "the AR view", "the diffusion view")
