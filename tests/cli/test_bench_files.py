@@ -10,6 +10,7 @@ import pytest
 
 from orthrus.base.owned import locked_file
 from orthrus.cli import bench_report
+from orthrus.errors import UserInputError
 
 from .conftest import Cli, assert_refused
 
@@ -94,3 +95,14 @@ def test_a_file_that_another_run_writes_is_refused(cli: Cli, model_folder: str, 
         with locked_file(output, "writes"):
             assert_refused(cli(command, model_folder, "-o", str(output)), f"writes {output}")
     assert not output.exists()
+
+
+def test_a_link_has_the_lock_of_its_file(tmp_path: Path) -> None:
+    output, link = tmp_path / "out.json", tmp_path / "latest.json"
+    link.symlink_to(output)
+    with (
+        locked_file(link, "writes"),
+        pytest.raises(UserInputError, match=r"writes .*out\.json"),
+        locked_file(output, "writes"),
+    ):
+        pass

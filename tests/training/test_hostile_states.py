@@ -17,11 +17,12 @@ from tests.tiny import tiny_dual
 from tests.training.test_hostile import one_sentence
 from tests.training.test_trainer import CONFIG, run
 
+from orthrus.base.storage import sha256_file
 from orthrus.errors import CorruptFileError, OrthrusError, UserInputError
 from orthrus.training.moving_mean import MovingMean
 from orthrus.training.processes import Processes
 from orthrus.training.run_folder import check_run_folder, run_folder
-from orthrus.training.run_state import RunState, file_digest, find_state, load_state, trained_parameters
+from orthrus.training.run_state import RunState, find_state, load_state, trained_parameters
 from orthrus.training.state_folder import STATE, STATE_FILE, state_file
 
 SETTINGS = replace(CONFIG, steps=2, ema_decay=0.5)
@@ -67,7 +68,7 @@ def change_shard(folder: Path, spoil: Callable[[dict[str, torch.Tensor], dict[st
         where = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
     spoil(tensors, where)
     save_file(tensors, file, {"DCP_SHARDING_INFO": json.dumps(where)})
-    about = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+    about = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     change(folder, {"files": {file.name: about}})
 
 
@@ -190,7 +191,7 @@ def test_shards_of_another_content(copied: Path, spoil: Any, message: str) -> No
 def test_a_shard_that_is_no_safetensors_file(copied: Path) -> None:
     file = copied / STATE / SHARD
     file.write_bytes(b"PK\x03\x04 pickled")
-    change(copied, {"files": {file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)}}})
+    change(copied, {"files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}}})
     with pytest.raises(CorruptFileError, match="its shards cannot be read: SafetensorError"):
         loaded(copied)
 

@@ -146,8 +146,12 @@ def remove_if_only_locked(folder: Path) -> None:
 
 @contextmanager
 def locked_file(target: Path, doing: str) -> Iterator[None]:
-    """As `locked_folder`, of a file in a folder that exists; a hidden file beside it is the lock."""
-    with _locked(target.with_name(f".{target.name}{LOCK}"), f"{doing} {target}", "output file"):
+    """As `locked_folder`, for a file in a folder that exists. The lock is a hidden file beside it.
+
+    A link has the lock of the file that it leads to.
+    """
+    file = Path(os.path.realpath(target))
+    with _locked(file.with_name(f".{file.name}{LOCK}"), f"{doing} {target}", "output file"):
         yield
 
 

@@ -1,6 +1,5 @@
 """Reads the saved state of a training run: all that an exact resume needs, checked before it is used."""
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from orthrus.base.json_text import parse_json
 from orthrus.base.outputs import check_writable
+from orthrus.base.storage import sha256_file
 from orthrus.errors import CorruptFileError, UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.model.view_config import is_chance
@@ -258,18 +258,12 @@ def _is_like(about: TensorStorageMetadata, parameter: Tensor) -> bool:
 def _digest_problem(folder: Path, digests: dict[str, str]) -> str | None:
     for name, digest in digests.items():
         try:
-            found = file_digest(folder / name)
+            found = sha256_file(folder / name)
         except OSError as e:
             return f"{folder.name}/{name} cannot be read: {type(e).__name__}"
         if found != digest:
             return f"{folder.name}/{name} was changed after it was written"
     return None
-
-
-def file_digest(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _number_problem(tensors: Mapping[str, Tensor]) -> str | None:

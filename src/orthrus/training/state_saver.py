@@ -18,12 +18,13 @@ from torch.distributed.tensor import DTensor
 
 from orthrus.base.json_text import parse_json
 from orthrus.base.outputs import disk_problem, storage_errors
+from orthrus.base.storage import sha256_file
 from orthrus.errors import OrthrusError, OrthrusWarning, StorageError
 from orthrus.model.dual_view import DualView
 from orthrus.training.moving_mean import MovingMean
 from orthrus.training.processes import Processes
 from orthrus.training.recipe import TrainConfig, to_plain
-from orthrus.training.run_state import KIND, RunState, file_digest, state_tensors, trained_parameters
+from orthrus.training.run_state import KIND, RunState, state_tensors, trained_parameters
 from orthrus.training.state_folder import STATE, drop_unnamed, place_state, shards_folder, state_file
 
 
@@ -168,7 +169,7 @@ class _Writer(HuggingFaceStorageWriter):
         shards = {}
         for name in {result.storage_data.relative_path for result in results}:
             file = Path(self.path) / name
-            shards[name] = _Shard(name, file.stat().st_size, file_digest(file))
+            shards[name] = _Shard(name, file.stat().st_size, sha256_file(file))
         written: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         written.set_result(
             [replace(result, storage_data=shards[result.storage_data.relative_path]) for result in results]
