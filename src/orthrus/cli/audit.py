@@ -40,7 +40,7 @@ def audit(
     draws: Annotated[
         int, typer.Option(min=20, help="Number of texts that --full draws for each sample and prompt.")
     ] = 200,
-    law_prompts: Annotated[
+    sampled_prompts: Annotated[
         int,
         typer.Option(
             min=1,
@@ -93,7 +93,7 @@ def audit(
         )
         sampled = FullOptions(
             draws=draws,
-            num_prompts=law_prompts,
+            num_prompts=sampled_prompts,
             temperature=temperature or 1.0,
             seed=decode["seed"],
             strategies=chosen_strategies if strategy else ("auto",),
