@@ -105,7 +105,9 @@ def measured_table() -> str:
         lines.append([dtype, *speeds, interval, span, llama.pop(dtype, MISSING)])
     others = "; ".join(f"in {dtype}: {ratios}" for dtype, ratios in llama.items())
     head = ["precision", "transformers", "our plain decoding", "`auto`", "over transformers [95 %]"]
-    table = markdown_table([*head, "over our plain decoding, worst to best data set", "over llama.cpp"], lines)
+    table = markdown_table(
+        [*head, "over our plain decoding, worst to best data set", "over llama.cpp"], lines
+    )
     return f"{table}\n\n{caption()}\nOver llama.cpp {others}.\n"
 
 
