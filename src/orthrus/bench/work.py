@@ -10,6 +10,7 @@ from torch import nn
 from orthrus.base.families import decoder_layers
 from orthrus.bench.cycles import Call
 from orthrus.model.dual_view import DualView
+from orthrus.model.pool import head_dim, slot_bytes
 from orthrus.model.twin import LowRankTwin, Twin
 
 # Of quantised linears: what stands beside the weights for one kernel only.
@@ -118,9 +119,6 @@ def sizes_of(dual: DualView, kv_dtype: torch.dtype) -> Sizes | None:
     shared = [m for m in every if id(m) not in in_twins]
     head = _linears(dual.base.get_output_embeddings())
     draft_head = head if dual.draft_head is None else _linears(dual.draft_head)
-    heads = int(config.num_attention_heads)
-    head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     return Sizes(
         *_size(shared),
         *_size(ar),
@@ -128,8 +126,8 @@ def sizes_of(dual: DualView, kv_dtype: torch.dtype) -> Sizes | None:
         any(isinstance(twin, LowRankTwin) for twin in twins),
         *_size(head),
         *_size(draft_head),
-        4 * heads * head_size * len(layers),
-        2 * kv_heads * head_size * len(layers) * kv_dtype.itemsize,
+        4 * int(config.num_attention_heads) * head_dim(config) * len(layers),
+        slot_bytes(config, kv_dtype),
     )
 
 

@@ -27,7 +27,9 @@ def adapt(
         ),
     ] = Path("view"),
     rollback: Annotated[bool, typer.Option("--rollback", help="Restore the previous view.")] = False,
-    model: Annotated[str, typer.Option(help=options.MODEL_HELP, rich_help_panel="Model")] = "default",
+    model: Annotated[
+        str, typer.Option(help=options.MODEL_HELP, rich_help_panel=options.MODEL_PANEL)
+    ] = "default",
     init: Annotated[
         str, typer.Option(help="If FOLDER does not exist: the view folder to start from, or 'default'.")
     ] = "default",

@@ -36,7 +36,7 @@ def convert(
             "-m",
             metavar="SOURCE",
             help="Name of the source, instead of the argument SOURCE.",
-            rich_help_panel="Model",
+            rich_help_panel=options.MODEL_PANEL,
             show_default=False,
         ),
     ] = None,
@@ -97,7 +97,9 @@ def convert(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", rich_help_panel="Model")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help=options.DEVICE_HELP, rich_help_panel=options.MODEL_PANEL)
+    ] = "cpu",
     revision: options.Revision = None,
     quiet: options.Quiet = False,
     json: options.Json = False,

@@ -8,11 +8,14 @@ import typer
 from orthrus.config import STRATEGIES, Baseline, Strategy
 from orthrus.errors import UserInputError
 
-_MODEL, _DECODING, _OUTPUT = "Model", "Decoding", "Output"
+_DECODING, _OUTPUT = "Decoding", "Output"
 
 KEY_VARIABLE = "ORTHRUS_API_KEY"
 """The environment's variable for a server's key, here and there."""
+MODEL_PANEL = "Model"
 MODEL_HELP = "A hub id, a folder, a GGUF file, or 'default' (SmolLM2-135M-Instruct)."
+RUNNER_HELP = "eager, compiled (on a CPU), or auto: compiled where that works."
+DEVICE_HELP = "cpu, cuda, cuda:1 or mps."
 
 Model = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} Default: 'default'.", show_default=False)]
 NamedModel = Annotated[
@@ -22,7 +25,7 @@ NamedModel = Annotated[
         "-m",
         metavar="MODEL",
         help="Name of the model, instead of the argument MODEL.",
-        rich_help_panel=_MODEL,
+        rich_help_panel=MODEL_PANEL,
         show_default=False,
     ),
 ]
@@ -33,16 +36,16 @@ NamedBase = Annotated[
         "-m",
         metavar="MODEL",
         help="Name of the base, instead of the recipe's `base`.",
-        rich_help_panel=_MODEL,
+        rich_help_panel=MODEL_PANEL,
         show_default=False,
     ),
 ]
-OnlyNamedModel = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, rich_help_panel=_MODEL)]
+OnlyNamedModel = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, rich_help_panel=MODEL_PANEL)]
 View = Annotated[
     str,
     typer.Option(
         help="'default' (the model's own or the shipped one), 'fresh' (untrained), a folder, or a hub id.",
-        rich_help_panel=_MODEL,
+        rich_help_panel=MODEL_PANEL,
     ),
 ]
 Dtype = Annotated[
@@ -50,14 +53,14 @@ Dtype = Annotated[
     typer.Option(
         help="float32, bfloat16, float16, auto (as stored), int8 or int4 (on a CPU). Default: float32 on a CPU, "
         "otherwise auto.",
-        rich_help_panel=_MODEL,
+        rich_help_panel=MODEL_PANEL,
     ),
 ]
 DraftDtype = Annotated[
     str | None,
     typer.Option(
         help="Precision of drafts alone, on a CPU: int8 or int4. The text stays the same.",
-        rich_help_panel=_MODEL,
+        rich_help_panel=MODEL_PANEL,
     ),
 ]
 DraftVocab = Annotated[
@@ -66,29 +69,28 @@ DraftVocab = Annotated[
         metavar="N",
         help="Let drafts propose only the N most frequent token ids, with a smaller head. The text stays the "
         "same.",
-        rich_help_panel=_MODEL,
+        rich_help_panel=MODEL_PANEL,
     ),
 ]
 Runner = Annotated[
     str | None,
     typer.Option(
-        help="eager, compiled (on a CPU), or auto: compiled where that works. Default: ORTHRUS_RUNNER, "
-        "otherwise auto.",
-        rich_help_panel=_MODEL,
+        help=f"{RUNNER_HELP} Default: ORTHRUS_RUNNER, otherwise auto.",
+        rich_help_panel=MODEL_PANEL,
     ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(
-        help="cpu, cuda, cuda:1 or mps. Default: the first accelerator found.", rich_help_panel=_MODEL
-    ),
+    typer.Option(help=f"{DEVICE_HELP} Default: the first accelerator found.", rich_help_panel=MODEL_PANEL),
 ]
 Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=_MODEL)
+    str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=MODEL_PANEL)
 ]
 Attention = Annotated[
     str | None,
-    typer.Option(help="Attention implementation: sdpa, eager or flex_attention.", rich_help_panel=_MODEL),
+    typer.Option(
+        help="Attention implementation: sdpa, eager or flex_attention.", rich_help_panel=MODEL_PANEL
+    ),
 ]
 
 MaxNewTokens = Annotated[

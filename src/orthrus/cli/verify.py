@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from orthrus.audit.receipts import Checked, Receipt
 
 MOST_BYTES = 2**28
-_MODEL, _AS_ON_RECEIPT = "Model", "Default: as on the receipt."
+_AS_ON_RECEIPT = "Default: as on the receipt."
 
 
 def verify(
@@ -33,13 +33,13 @@ def verify(
     runner: Annotated[
         str | None,
         typer.Option(
-            help=f"eager, compiled (on a CPU), or auto: compiled where that works. {_AS_ON_RECEIPT}",
-            rich_help_panel=_MODEL,
+            help=f"{options.RUNNER_HELP} {_AS_ON_RECEIPT}",
+            rich_help_panel=options.MODEL_PANEL,
         ),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help=f"cpu, cuda, cuda:1 or mps. {_AS_ON_RECEIPT}", rich_help_panel=_MODEL),
+        typer.Option(help=f"{options.DEVICE_HELP} {_AS_ON_RECEIPT}", rich_help_panel=options.MODEL_PANEL),
     ] = None,
     any_version: Annotated[
         bool,

@@ -131,7 +131,7 @@ TORCH_LIBRARY_FRAGMENT(orthrus, library) {
     return std::vector<int64_t>{kFloatWidth, kBfloat16Width, kDotWidth, kGroupWidth};
   });
   // How many inputs are interleaved in bfloat16 and in int8 weights.
-  library.def("beside() -> int[]", [] { return std::vector<int64_t>{kBfloat16Interleaved, Int8Dot::kInterleaved}; });
+  library.def("interleaved() -> int[]", [] { return std::vector<int64_t>{kBfloat16Interleaved, Int8Dot::kInterleaved}; });
   library.def("has_tiles() -> bool", [] { return has_tiles(); });
 }
 

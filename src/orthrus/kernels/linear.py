@@ -26,20 +26,20 @@ def pack(weight_NC: Tensor, *, tiles: bool | None = None) -> Tensor:
     if tiles is None:
         tiles = weight_NC.dtype != torch.float32 and has_tiles()
     floats, bfloats, dots, _ = torch.ops.orthrus.block_widths()
-    of_bfloat16, of_int8 = torch.ops.orthrus.beside()
-    width, beside = {torch.bfloat16: (bfloats, of_bfloat16), torch.int8: (dots, of_int8)}.get(
+    of_bfloat16, of_int8 = torch.ops.orthrus.interleaved()
+    width, interleaved = {torch.bfloat16: (bfloats, of_bfloat16), torch.int8: (dots, of_int8)}.get(
         weight_NC.dtype, (floats, 1)
     )
-    step = beside
+    step = interleaved
     if tiles:
         width, step = _TILE_WIDTH, _TILE_BYTES // weight_NC.itemsize
-        beside = _NUMBER_BYTES // weight_NC.itemsize
-    elif beside == _NUMBER_BYTES:
+        interleaved = _NUMBER_BYTES // weight_NC.itemsize
+    elif interleaved == _NUMBER_BYTES:
         # The kernel takes four weights side by side without signs.
         weight_NC = weight_NC ^ -128
     blocks: Tensor = _filled(weight_NC, width, step).unflatten(0, (-1, width))
-    if beside > 1:
-        blocks = blocks.unflatten(2, (-1, beside))
+    if interleaved > 1:
+        blocks = blocks.unflatten(2, (-1, interleaved))
     return blocks.transpose(1, 2).contiguous()
 
 

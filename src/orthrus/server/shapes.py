@@ -104,8 +104,8 @@ class OpenAIShape(ABC):
 
     def end(self, index: int) -> Iterator[bytes]:
         self._num_left -= 1
-        metrics = {} if self._num_left or self._include_usage else {"metrics": self._about.metrics}
-        yield self._event([self._last(index)], **metrics)
+        more = {} if self._num_left or self._include_usage else {"metrics": self._about.metrics}
+        yield self._event([self._last(index)], **more)
         if self._num_left == 0 and self._include_usage:
             yield event(self._body(self.chunk_kind, [], usage=self._about.usage, metrics=self._about.metrics))
 
