@@ -41,7 +41,7 @@ DEFAULTS = DecodeConfig()
 def main(
     files: Annotated[list[Path], typer.Argument(help="JSONL files with `prompt`, `turns` or `messages`.")],
     model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file or 'default'.")] = "default",
-    view: Annotated[str, typer.Option(help="View folder, 'default' or 'fresh'.")] = "default",
+    view: Annotated[str, typer.Option(help="View folder, 'default' or 'untrained'.")] = "default",
     strategy: Annotated[
         list[str] | None,
         typer.Option(

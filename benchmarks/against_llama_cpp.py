@@ -68,7 +68,7 @@ def main(
     gguf: Annotated[
         Path | None, typer.Option(help="What llama.cpp loads; the default model's own file.")
     ] = None,
-    view: Annotated[str, typer.Option(help="View folder, 'default' or 'fresh'.")] = "default",
+    view: Annotated[str, typer.Option(help="View folder, 'default' or 'untrained'.")] = "default",
     dtype: Annotated[list[str] | None, typer.Option(help="May be repeated: a dtype of Orthrus.load.")] = None,
     runner: Annotated[
         list[str] | None, typer.Option(help="May be repeated: a runner of Orthrus.load.")

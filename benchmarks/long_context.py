@@ -51,7 +51,7 @@ LEGEND = {
 
 def main(
     model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file or 'default'.")] = "default",
-    view: Annotated[str, typer.Option(help="View folder, 'default' or 'fresh'.")] = "default",
+    view: Annotated[str, typer.Option(help="View folder, 'default' or 'untrained'.")] = "default",
     context: Annotated[
         list[int] | None, typer.Option(min=1, help=f"May be repeated. Left out: {CONTEXTS}.")
     ] = None,

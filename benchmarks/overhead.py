@@ -20,7 +20,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Measure, print tables and a line of JSON, keep the result; exit status 1 when a target is missed."""
-    orthrus = Orthrus.load(model, "fresh", dtype, device, runner="eager")
+    orthrus = Orthrus.load(model, "untrained", dtype, device, runner="eager")
     options = OverheadOptions(repeats=repeats, history=history)
     report = measure_overhead(orthrus, options, lambda what: typer.echo(what, err=True))
     kind = report.model["device"].split(":")[0]

@@ -30,7 +30,7 @@ LEGEND = {
 
 def main(
     model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file or 'default'.")] = "default",
-    view: Annotated[str, typer.Option(help="View folder, 'default' or 'fresh'.")] = "default",
+    view: Annotated[str, typer.Option(help="View folder, 'default' or 'untrained'.")] = "default",
     dtype: Annotated[str, typer.Option(help="As for Orthrus.load.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
     runner: Annotated[str, typer.Option(help="As for Orthrus.load.")] = "auto",

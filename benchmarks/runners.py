@@ -87,7 +87,7 @@ class Arm:
 
 def main(
     model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file or 'default'.")] = "default",
-    view: Annotated[str, typer.Option(help="View folder, 'default' or 'fresh'.")] = "default",
+    view: Annotated[str, typer.Option(help="View folder, 'default' or 'untrained'.")] = "default",
     setting: Annotated[
         list[str] | None,
         typer.Option(metavar="DTYPE[+DRAFT]/RUNNER", help=f"May be repeated. Left out: {SETTINGS}."),

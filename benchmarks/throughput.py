@@ -62,7 +62,7 @@ LEGEND = {
 def main(
     files: Annotated[list[Path], typer.Argument(help="JSONL files of prompts.")],
     model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file or 'default'.")] = "default",
-    view: Annotated[str, typer.Option(help="View folder, 'default' or 'fresh'.")] = "default",
+    view: Annotated[str, typer.Option(help="View folder, 'default' or 'untrained'.")] = "default",
     concurrency: Annotated[
         list[int] | None, typer.Option(min=1, help=f"May be repeated. Left out: {CONCURRENCY}.")
     ] = None,

@@ -32,6 +32,6 @@ def save_base(folder: Path, name: str = "llama", seed: int = 0) -> Path:
 
 def load_disturbed(folder: Path, amount: float = 0.15) -> tuple[Base, DualView]:
     """The base of a folder, with a view whose drafts are partly wrong."""
-    base, dual = load_dual(str(folder), "fresh", device="cpu")
+    base, dual = load_dual(str(folder), "untrained", device="cpu")
     disturb_view(dual, amount)
     return base, dual

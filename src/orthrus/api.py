@@ -92,13 +92,13 @@ class Orthrus:
     ) -> "Orthrus":
         """Load `model` (hub id, folder, GGUF file, or "default") and a view for it.
 
-        view: "default" (the checkpoint's own or the shipped one; a fresh one where there is none), "fresh"
-        (AR-initialised), a view folder, or a hub id. dtype: "float32", "bfloat16", "float16", "auto", or "int8" or
-        "int4" on a CPU. draft_dtype: "int8" or "int4" for the drafts alone; the text stays the same. draft_vocab:
-        drafts may propose only so many of the most frequent ids; None for all. runner: "eager", "compiled", or
-        "auto" (compiled where that works). None takes the environment variable ORTHRUS_RUNNER, and "auto" without
-        it. attn_implementation: attention of the stock model, which is the baseline; our passes use their own
-        attention. Raises the subclasses of OrthrusError, each a sentence with the cause and the next step.
+        view: "default" (the checkpoint's own or the shipped one; an untrained one where there is none), "untrained" (a
+        copy of the base's own projections), a view folder, or a hub id. dtype: "float32", "bfloat16", "float16",
+        "auto", or "int8" or "int4" on a CPU. draft_dtype: "int8" or "int4" for the drafts alone; the text stays the
+        same. draft_vocab: drafts may propose only so many of the most frequent ids; None for all. runner: "eager",
+        "compiled", or "auto" (compiled where that works). None takes the environment variable ORTHRUS_RUNNER, and
+        "auto" without it. attn_implementation: attention of the stock model, which is the baseline; our passes use
+        their own attention. Raises the subclasses of OrthrusError, each a sentence with the cause and the next step.
         """
         runner = chosen_runner(runner)
         base, dual = load_dual(

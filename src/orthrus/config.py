@@ -236,7 +236,7 @@ def _parsed_json(text: str) -> object:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UserInputError(f"the JSON schema is not JSON: {error}.") from None
+        raise UserInputError(f"the JSON schema is not JSON: {error}; correct it there.") from None
     except RecursionError:
         raise UserInputError("the JSON schema is nested too deeply; flatten it.") from None
 

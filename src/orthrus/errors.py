@@ -7,18 +7,18 @@
      ├── CorruptFileError       a file is truncated, altered or not what its name says
      ├── CheckpointError        a view does not fit its base, or its folder is incomplete
      ├── StorageError           the disk is full, or a folder cannot be written
-     ├── DivergedError          training: the loss stopped being a number
+     ├── DivergedError          training: the loss became NaN or infinite
      └── MissingExtraError      an optional dependency is not installed
 
     OrthrusWarning            works, but not as well as one may think
 
-A message is one sentence that gives the cause and the next step. The command line prints it after
-`error:` and exits with status 2; a traceback means that something else, unforeseen, went wrong.
+A message is one sentence that gives the cause and the next step. The command line prints it after `error:` and exits
+with status 2. A traceback means an error that this project did not foresee.
 """
 
 
 class OrthrusError(Exception):
-    """Root of the tree: catch this to catch whatever Orthrus foresaw."""
+    """The base class of all errors that Orthrus raises on purpose."""
 
 
 class UserInputError(OrthrusError):
@@ -46,7 +46,7 @@ class StorageError(OrthrusError):
 
 
 class DivergedError(OrthrusError):
-    """The loss or the gradient stopped being a number; the last saved state is untouched."""
+    """The loss or the gradient became NaN or infinite; the last saved state is untouched."""
 
 
 class MissingExtraError(OrthrusError):

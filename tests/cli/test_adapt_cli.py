@@ -8,7 +8,7 @@ import pytest
 from orthrus.base.loading import load_base
 from orthrus.base.owned import locked_file
 from orthrus.base.resolve import resolve
-from orthrus.model.checkpoint import fresh_view, save_view
+from orthrus.model.checkpoint import save_view, untrained_view
 from orthrus.training import adapt
 
 from .conftest import Cli, assert_refused
@@ -26,7 +26,7 @@ def log(tmp_path: Path) -> str:
 @pytest.fixture
 def options(tmp_path: Path, model_folder: str) -> list[str]:
     base = load_base(resolve(model_folder), device="cpu")
-    save_view(fresh_view(base, 4, mask="trained"), tmp_path / "init")
+    save_view(untrained_view(base, 4, mask="trained"), tmp_path / "init")
     made = ["--model", model_folder, "--init", str(tmp_path / "init"), "--view", str(tmp_path / "view")]
     return [*made, "--epochs", "1", "-n", "16"]
 

@@ -14,7 +14,7 @@ from orthrus.errors import UserInputError
 
 from .conftest import Cli, assert_refused
 
-SHORT = ("--view", "fresh", "--max-new-tokens", "6", "--warmup", "0")
+SHORT = ("--view", "untrained", "--max-new-tokens", "6", "--warmup", "0")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ TINY = ("--limit", "1", "--max-new-tokens", "8", "--warmup", "0")
 
 @pytest.fixture(scope="module")
 def released(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny Qwen3 with a fresh view, as `orthrus convert --to released` writes it."""
+    """A tiny Qwen3 with an untrained view, as `orthrus convert --to released` writes it."""
     from transformers import Qwen3Config
 
     from orthrus.cli.app import main

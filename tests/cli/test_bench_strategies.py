@@ -13,7 +13,7 @@ from orthrus.errors import UserInputError
 
 from .conftest import Cli, assert_refused
 
-SHORT = ("--view", "fresh", "--max-new-tokens", "6", "--repeats", "1", "--warmup", "0")
+SHORT = ("--view", "untrained", "--max-new-tokens", "6", "--repeats", "1", "--warmup", "0")
 
 
 def test_temperatures_and_strategies_in_one_report(cli: Cli, model_folder: str, tmp_path: Path) -> None:

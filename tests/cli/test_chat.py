@@ -12,11 +12,11 @@ from orthrus.cli import chat as chat_module
 
 from .conftest import Cli, assert_refused
 
-OPTIONS = ("--view", "fresh", "-n", "12")
+OPTIONS = ("--view", "untrained", "-n", "12")
 
 
 def answers(folder: str, *turns: str) -> str:
-    conversation = Orthrus.load(folder, view="fresh").chat(max_new_tokens=12)
+    conversation = Orthrus.load(folder, view="untrained").chat(max_new_tokens=12)
     return "".join(printable(conversation.send(turn).text) + "\n" for turn in turns)
 
 
@@ -37,7 +37,7 @@ def test_clear_forgets(cli: Cli, model_folder: str) -> None:
 def test_save_set_stats_and_bye(cli: Cli, model_folder: str, tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
     lines = ["/set max-new-tokens 3", "hello.", "/stats", f"/save {file}", "/bye", "never asked"]
-    run = cli("chat", model_folder, "--view", "fresh", stdin="\n".join(lines))
+    run = cli("chat", model_folder, "--view", "untrained", stdin="\n".join(lines))
     assert run.code == 0
     assert "max_new_tokens 3" in run.err
     assert "1 turn, 3 tokens in " in run.err

@@ -37,7 +37,7 @@ class Bridge(httpx.BaseTransport):
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._app = create_app(
-            lambda: Orthrus.load(folder, view="fresh", engine=EngineConfig(max_slots=2048)),
+            lambda: Orthrus.load(folder, view="untrained", engine=EngineConfig(max_slots=2048)),
             ServeConfig(**settings),
         )
         self._life = self._app.router.lifespan_context(self._app)
@@ -167,7 +167,7 @@ def test_a_key_is_sent_and_a_missing_one_named(
         (["--url", "ftp://test"], "give an address such as"),
         (["--url", "http://"], "give an address such as"),
         (["--url", "http://test", "--dtype", "int8"], "--dtype"),
-        (["--url", "http://test", "--view", "fresh"], "--view"),
+        (["--url", "http://test", "--view", "untrained"], "--view"),
         (["--url", "http://test", "--attn", "sdpa"], "--attn"),
         (["--url", "http://test", "--api-key", "schlüssel"], "ASCII"),
         (["--url", "http://test", "-t", "-1"], "temperature"),

@@ -17,7 +17,7 @@ from orthrus.config import FIXED_STRATEGIES
 
 from .conftest import Cli, assert_refused, write_model
 
-DEMO = ("--view", "fresh", "-n", "12")
+DEMO = ("--view", "untrained", "-n", "12")
 
 
 def test_demo_compares_and_sums_up(cli: Cli, model_folder: str) -> None:
@@ -181,10 +181,11 @@ def test_bench_options_are_checked_before_anything_loads(cli: Cli, model_folder:
         )
         assert_refused(cli(command, model_folder, "--limit", "0"), "limit")
     assert_refused(cli("bench", "compare", "a.json"), "B.json")
+    assert_refused(cli("bench", "compare", "nowhere.json", "b.json"), "nowhere.json cannot be read (No such file")
     assert_refused(cli("audit", model_folder, "--against", "beam"), "--against", "beam", "stock", "plain")
 
 
-SHORT = ("--view", "fresh", "--limit", "1", "--domain", "math", "--max-new-tokens", "8")
+SHORT = ("--view", "untrained", "--limit", "1", "--domain", "math", "--max-new-tokens", "8")
 
 
 def test_bench_prints_and_saves(cli: Cli, model_folder: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from .conftest import Cli, assert_refused
 def test_a_packed_view_is_small_and_generates_the_same_text(
     cli: Cli, model_folder: str, tmp_path: Path
 ) -> None:
-    _, dual = load_dual(model_folder, "fresh")
+    _, dual = load_dual(model_folder, "untrained")
     disturb_view(dual, 0.1)
     save_view(dual, tmp_path / "view")
     run = cli("convert", str(tmp_path / "view"), str(tmp_path / "packed"), "--encoding", "delta4")
@@ -30,7 +30,7 @@ def test_a_packed_view_is_small_and_generates_the_same_text(
     options = ("-n", "24", "--ignore-eos", "--quiet", "--view")
     texts = {
         cli("generate", model_folder, "hi", *options, view).out
-        for view in ("fresh", str(tmp_path / "packed"))
+        for view in ("untrained", str(tmp_path / "packed"))
     }
     assert len(texts) == 1
 

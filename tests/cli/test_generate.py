@@ -15,21 +15,21 @@ from orthrus.base.text import printable
 from orthrus.cli import common
 from orthrus.cli.render import DraftMarker
 from orthrus.config import FIXED_STRATEGIES
-from orthrus.model.checkpoint import fresh_view, save_view
+from orthrus.model.checkpoint import save_view, untrained_view
 from orthrus.types import Cycle
 
 from .conftest import Cli, assert_refused, byte_tokenizer
 
-FRESH = ("--view", "fresh", "--ignore-eos", "-n", "24")
+UNTRAINED = ("--view", "untrained", "--ignore-eos", "-n", "24")
 
 
 def expected_text(folder: str, prompt: str = "hello", **decode: object) -> str:
     options = {"max_new_tokens": 24, "ignore_eos": True, "strategy": "ar"} | decode
-    return printable(Orthrus.load(folder, view="fresh").generate(prompt, **options).text)
+    return printable(Orthrus.load(folder, view="untrained").generate(prompt, **options).text)
 
 
 def test_text_on_stdout_statistics_on_stderr(cli: Cli, model_folder: str) -> None:
-    run = cli("generate", model_folder, "hello", *FRESH)
+    run = cli("generate", model_folder, "hello", *UNTRAINED)
     assert run.code == 0
     assert run.out == expected_text(model_folder) + "\n"
     for words in ("24 tokens", "tokens/s", "first token after", "tokens per cycle", "tokens per forward"):
@@ -52,15 +52,17 @@ def test_text_on_stdout_statistics_on_stderr(cli: Cli, model_folder: str) -> Non
 def test_greedy_text_is_the_same_whatever_the_options(
     cli: Cli, model_folder: str, options: tuple[str, ...]
 ) -> None:
-    assert cli("generate", model_folder, "hello", *FRESH, *options).out == expected_text(model_folder) + "\n"
+    assert (
+        cli("generate", model_folder, "hello", *UNTRAINED, *options).out == expected_text(model_folder) + "\n"
+    )
 
 
 def test_quiet_leaves_stderr_empty(cli: Cli, model_folder: str) -> None:
-    assert cli("generate", model_folder, "hello", *FRESH, "--quiet").err == ""
+    assert cli("generate", model_folder, "hello", *UNTRAINED, "--quiet").err == ""
 
 
 def test_json_is_one_object_with_everything(cli: Cli, model_folder: str) -> None:
-    run = cli("generate", model_folder, "hello", *FRESH, "--json", "--color")
+    run = cli("generate", model_folder, "hello", *UNTRAINED, "--json", "--color")
     result = json.loads(run.out)
     assert printable(result["text"]) == expected_text(model_folder)
     assert len(result["token_ids"]) == result["stats"]["num_tokens"] == 24
@@ -73,7 +75,7 @@ def test_json_is_one_object_with_everything(cli: Cli, model_folder: str) -> None
 
 def test_budgets_reach_the_settings(cli: Cli, model_folder: str) -> None:
     options = ("--strategy", "fused_tree", "--node-budget", "5", "--block-budget", "2")
-    result = json.loads(cli("generate", model_folder, "hello", *FRESH, *options, "--json").out)
+    result = json.loads(cli("generate", model_folder, "hello", *UNTRAINED, *options, "--json").out)
     assert (result["decode"]["node_budget"], result["decode"]["block_budget"]) == (5, 2)
     # No pass has more rows than the anchor, 5 nodes and 2 blocks of 8.
     assert 1 < result["stats"]["rows_per_pass"] <= 1 + 5 + 2 * 8
@@ -82,16 +84,16 @@ def test_budgets_reach_the_settings(cli: Cli, model_folder: str) -> None:
 def test_one_seed_is_one_text_whatever_the_strategy(cli: Cli, model_folder: str) -> None:
     options = ("-t", "1.5", "--seed", "4", "--quiet")
     texts = {
-        cli("generate", model_folder, "hello", *FRESH, *options, "--strategy", s).out
+        cli("generate", model_folder, "hello", *UNTRAINED, *options, "--strategy", s).out
         for s in FIXED_STRATEGIES
     }
     assert len(texts) == 1
-    assert texts != {cli("generate", model_folder, "hello", *FRESH, "--quiet").out}
+    assert texts != {cli("generate", model_folder, "hello", *UNTRAINED, "--quiet").out}
 
 
 def test_logit_rules_reach_the_settings(cli: Cli, model_folder: str) -> None:
     options = ("--repetition-penalty", "1.2", "--logit-bias", "5=-100", "--logit-bias", "7=1.5")
-    decode = json.loads(cli("generate", model_folder, "hello", *FRESH, *options, "--json").out)["decode"]
+    decode = json.loads(cli("generate", model_folder, "hello", *UNTRAINED, *options, "--json").out)["decode"]
     assert decode["repetition_penalty"] == 1.2
     assert decode["logit_bias"] == {"5": -100.0, "7": 1.5}
 
@@ -106,31 +108,31 @@ def test_prompt_from_stdin(
         monkeypatch.setattr(
             "orthrus.cli.generate.load_orthrus", lambda model, **options: load(model_folder, **options)
         )
-        assert cli("generate", *FRESH, stdin="hello\n").out == expected_text(model_folder) + "\n"
+        assert cli("generate", *UNTRAINED, stdin="hello\n").out == expected_text(model_folder) + "\n"
         return
     assert (
-        cli("generate", model_folder, *words, *FRESH, stdin="hello\n").out
+        cli("generate", model_folder, *words, *UNTRAINED, stdin="hello\n").out
         == expected_text(model_folder) + "\n"
     )
 
 
 def test_system_raw_and_stop_reach_the_model(cli: Cli, model_folder: str) -> None:
     plain = expected_text(model_folder)
-    raw = cli("generate", model_folder, "hello", *FRESH, "--raw").out
+    raw = cli("generate", model_folder, "hello", *UNTRAINED, "--raw").out
     assert raw != plain + "\n"
-    assert cli("generate", model_folder, "hello", *FRESH, "--system", "be brief").out not in (
+    assert cli("generate", model_folder, "hello", *UNTRAINED, "--system", "be brief").out not in (
         plain + "\n",
         raw,
     )
     stop = plain[5:7]
     assert (
-        cli("generate", model_folder, "hello", *FRESH, "--stop", stop).out
+        cli("generate", model_folder, "hello", *UNTRAINED, "--stop", stop).out
         == plain[: plain.index(stop)] + "\n"
     )
 
 
 def test_seed_repeats_a_sample(cli: Cli, model_folder: str) -> None:
-    sampled = (*FRESH, "-t", "1.5", "--top-k", "50", "--seed", "7")
+    sampled = (*UNTRAINED, "-t", "1.5", "--top-k", "50", "--seed", "7")
     first = cli("generate", model_folder, "hello", *sampled).out
     assert cli("generate", model_folder, "hello", *sampled).out == first
 
@@ -139,7 +141,7 @@ def test_color_underlines_drafts_and_changes_no_text(
     cli: Cli, model_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
-    chain = (*FRESH, "--strategy", "chain", "--color")
+    chain = (*UNTRAINED, "--strategy", "chain", "--color")
     run = cli("generate", model_folder, "hello", *chain)
     assert "\x1b[4;36m" in run.out
     assert "underlined" in run.err
@@ -184,14 +186,14 @@ def test_missing_model_and_folder_without_config(cli: Cli, tmp_path: Path) -> No
 
 
 def test_view_of_another_base(cli: Cli, model_folder: str, other_model_folder: str, tmp_path: Path) -> None:
-    save_view(fresh_view(load_base(other_model_folder)), tmp_path / "view")
+    save_view(untrained_view(load_base(other_model_folder)), tmp_path / "view")
     assert_refused(
         cli("generate", model_folder, "hi", "--view", str(tmp_path / "view")), "does not fit this base"
     )
 
 
 def test_block_size_out_of_range(cli: Cli, model_folder: str, tmp_path: Path) -> None:
-    save_view(fresh_view(load_base(model_folder), block_size=4), tmp_path / "view")
+    save_view(untrained_view(load_base(model_folder), block_size=4), tmp_path / "view")
     view = ("--view", str(tmp_path / "view"))
     assert cli("generate", model_folder, "hi", "-n", "5", "-k", "4", *view).code == 0
     assert_refused(cli("generate", model_folder, "hi", "-k", "5", *view), "block_size 5", "2 to 4")
@@ -205,7 +207,7 @@ def test_empty_prompt(cli: Cli, model_folder: str, prompt: str) -> None:
 
 
 def test_prompt_longer_than_the_context(cli: Cli, model_folder: str) -> None:
-    assert_refused(cli("generate", model_folder, "x" * 400, *FRESH), "context holds 256")
+    assert_refused(cli("generate", model_folder, "x" * 400, *UNTRAINED), "context holds 256")
 
 
 def test_no_prompt_at_a_terminal(cli: Cli) -> None:
@@ -302,7 +304,7 @@ def long_model_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: st
 
 
 def test_interrupt_ends_the_answer_with_its_footer(long_model_folder: str) -> None:
-    with _start(long_model_folder, "--view", "fresh", "-n", "20000") as process:
+    with _start(long_model_folder, "--view", "untrained", "-n", "20000") as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.read(1)
@@ -315,7 +317,7 @@ def test_interrupt_ends_the_answer_with_its_footer(long_model_folder: str) -> No
 
 
 def test_closed_pipe_is_no_traceback(long_model_folder: str) -> None:
-    with _start(long_model_folder, "--view", "fresh", "-n", "20000", "--quiet") as process:
+    with _start(long_model_folder, "--view", "untrained", "-n", "20000", "--quiet") as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.read(1)
@@ -341,7 +343,7 @@ def test_answers_keep_to_a_form(cli: Cli, model_folder: str, tmp_path: Path, str
         model_folder,
         "hello",
         "--view",
-        "fresh",
+        "untrained",
         "-n",
         "40",
         "--quiet",

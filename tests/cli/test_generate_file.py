@@ -18,7 +18,7 @@ from orthrus.cli import generate_file as module
 from .conftest import Cli, assert_refused
 
 TEXTS = ["hello", "what now", "and then", "once more", "the end"]
-OPTIONS = ("--view", "fresh", "--strategy", "chain", "-n", "12", "--runner", "eager", "--ignore-eos")
+OPTIONS = ("--view", "untrained", "--strategy", "chain", "-n", "12", "--runner", "eager", "--ignore-eos")
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_each_line_is_the_answer_to_its_prompt(
     run = ask(cli, model_folder, prompts, output, "--concurrency", concurrency, *sampling)
     assert (run.code, run.out) == (0, "")
     assert "5 answers, 60 tokens" in run.err
-    orthrus = Orthrus.load(model_folder, view="fresh", runner="eager")
+    orthrus = Orthrus.load(model_folder, view="untrained", runner="eager")
     decode: dict[str, Any] = {"strategy": "ar", "max_new_tokens": 12, "ignore_eos": True}
     found = lines(output)
     assert len(found) == 5

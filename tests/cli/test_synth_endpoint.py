@@ -19,7 +19,7 @@ from .training_files import SYNTH, write_prompts
 
 @pytest.fixture(scope="module")
 def server(model_folder: str) -> Iterator[Bridge]:
-    with served(Orthrus.load(model_folder, "fresh", device="cpu")) as bridge:
+    with served(Orthrus.load(model_folder, "untrained", device="cpu")) as bridge:
         yield bridge
 
 

@@ -55,7 +55,9 @@ def test_from_prompts_to_a_view_that_generates(cli: Cli, tmp_path: Path, model_f
         assert provenance["corpus"]["dialogues"] == report["dialogues"]
         assert provenance["corpus"]["sources"] == ["prompts.jsonl"]
         assert "| prompts from | prompts.jsonl |" in (output / view / "README.md").read_text()
-        stock = cli("generate", model_folder, "hello", "--view", "fresh", "-n", "24", "--ignore-eos", "-q")
+        stock = cli(
+            "generate", model_folder, "hello", "--view", "untrained", "-n", "24", "--ignore-eos", "-q"
+        )
         ours = cli(
             "generate", model_folder, "hello", "--view", str(output / view), "-n", "24", "--ignore-eos", "-q"
         )

@@ -101,6 +101,7 @@ def test_wrong_prompts(cli: Cli, tmp_path: Path, model_folder: str, other_model_
         assert_refused(synth("--prompts", str(file)), words)
     assert_refused(synth("--prompts", f"{file}:math:none"), "positive number")
     assert_refused(synth("--self-prompts", "math"), "DOMAIN=COUNT")
+    assert_refused(synth("--self-prompts", "math=-5"), "with a count from 1")
     assert_refused(synth("--suffix", "poetry=x"), "--suffix")
     write_prompts(file)
     assert_refused(synth("--prompts", str(file), "--greedy-share", "2"), "greedy_share")

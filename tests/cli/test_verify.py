@@ -19,7 +19,7 @@ def answer_of(folder: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
 
     async def ask() -> dict[str, Any]:
         asked = {"orthrus": {"strategy": "chain", "receipt": True}, "seed": 3, "max_tokens": 12} | body
-        async with serving(Orthrus.load(folder, view="fresh")) as client:
+        async with serving(Orthrus.load(folder, view="untrained")) as client:
             response = await client.post(path, json=asked)
         assert response.status_code == 200, response.text
         found: dict[str, Any] = response.json()
@@ -54,7 +54,7 @@ def the_receipt(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_an_answer_is_made_again(cli: Cli, saved, model_folder: str) -> None:
-    run = cli("verify", saved(), model_folder, "--view", "fresh")
+    run = cli("verify", saved(), model_folder, "--view", "untrained")
     assert run.code == 0, run.err
     assert run.out.splitlines() == [
         f"text {number} of 2: the 12 tokens are IDENTICAL to those of plain decoding, and its text is the same"
@@ -63,7 +63,7 @@ def test_an_answer_is_made_again(cli: Cli, saved, model_folder: str) -> None:
 
 
 def test_a_bare_receipt_is_enough(cli: Cli, saved, model_folder: str) -> None:
-    run = cli("verify", saved(the_receipt), model_folder, "--view", "fresh", "--json", "-q")
+    run = cli("verify", saved(the_receipt), model_folder, "--view", "untrained", "--json", "-q")
     assert run.code == 0, run.err
     told = json.loads(run.out)
     assert told["passed"] is True
@@ -74,7 +74,7 @@ def test_a_bare_receipt_is_enough(cli: Cli, saved, model_folder: str) -> None:
 def test_a_completion_with_its_prompt_echoed(cli: Cli, tmp_path: Path, model_folder: str) -> None:
     file = tmp_path / "answer.json"
     file.write_text(json.dumps(answer_of(model_folder, "/v1/completions", {"prompt": "Once", "echo": True})))
-    run = cli("verify", str(file), model_folder, "--view", "fresh")
+    run = cli("verify", str(file), model_folder, "--view", "untrained")
     assert run.code == 0, run.err
     assert "and its text is the same" in run.out
 
@@ -85,7 +85,7 @@ def test_another_token_is_told_with_its_place(cli: Cli, saved, model_folder: str
         part["token_ids"][4] = (part["token_ids"][4] + 1) % 200
         part["digest"] = digest(part["token_ids"])
 
-    run = cli("verify", saved(change), model_folder, "--view", "fresh")
+    run = cli("verify", saved(change), model_folder, "--view", "untrained")
     assert run.code == 1
     first, second = run.out.splitlines()
     assert "IDENTICAL" in first
@@ -97,13 +97,15 @@ def test_another_text_beside_the_right_tokens_is_told(cli: Cli, saved, model_fol
     def change(content: dict[str, Any]) -> None:
         content["choices"][0]["message"]["content"] += "!"
 
-    run = cli("verify", saved(change), model_folder, "--view", "fresh")
+    run = cli("verify", saved(change), model_folder, "--view", "untrained")
     assert run.code == 1
     assert "but the text shown is ANOTHER one" in run.out
 
 
 def test_the_wrong_model_is_refused(cli: Cli, saved, model_folder: str, other_model_folder: str) -> None:
-    assert_refused(cli("verify", saved(), other_model_folder, "--view", "fresh"), "weights", "name the model")
+    assert_refused(
+        cli("verify", saved(), other_model_folder, "--view", "untrained"), "weights", "name the model"
+    )
     assert_refused(cli("verify", saved()), "a folder or file of the server's")
 
 
@@ -113,7 +115,7 @@ def test_other_versions_are_refused_unless_they_are_let_in(cli: Cli, saved, mode
 
     file = saved(change)
     assert_refused(cli("verify", file, model_folder), "torch 0.1", "--any-version")
-    assert cli("verify", file, model_folder, "--view", "fresh", "--any-version").code == 0
+    assert cli("verify", file, model_folder, "--view", "untrained", "--any-version").code == 0
 
 
 def test_wrong_files_are_refused(cli: Cli, saved, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def post(path: str, body: dict[str, Any]) -> str:
 @pytest.fixture
 def merged(tmp_path, monkeypatch):
     """Here `my-model` is a merged folder, as `orthrus convert --to merged` writes it."""
-    model = OrthrusForCausalLM.from_pretrained(write_model(tmp_path / "base"), view="fresh")
+    model = OrthrusForCausalLM.from_pretrained(write_model(tmp_path / "base"), view="untrained")
     model.save_pretrained(tmp_path / "my-model")
     byte_tokenizer().save_pretrained(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)

@@ -21,7 +21,7 @@ BOTH_RUNNERS = pytest.mark.parametrize("runner", ["eager", "auto"])
 
 
 def load(folder: Path, runner: str) -> OrthrusForCausalLM:
-    model = OrthrusForCausalLM.from_pretrained(save_base(folder / "tiny"), view="fresh", runner=runner)
+    model = OrthrusForCausalLM.from_pretrained(save_base(folder / "tiny"), view="untrained", runner=runner)
     disturb_view(model.dual, 0.1)
     return model
 

@@ -22,7 +22,7 @@ LENGTHS = (4, 15, 9)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> OrthrusForCausalLM:
     folder = save_base(tmp_path_factory.mktemp("base") / "tiny")
-    loaded = OrthrusForCausalLM.from_pretrained(folder, view="fresh")
+    loaded = OrthrusForCausalLM.from_pretrained(folder, view="untrained")
     disturb_view(loaded.dual, 0.1)
     return loaded
 

@@ -32,7 +32,7 @@ IMPORT_ORDERS = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same disturbed view as a merged folder and as a view folder beside its base."""
     root = tmp_path_factory.mktemp("folders")
-    model = OrthrusForCausalLM.from_pretrained(save_base(root / "base"), view="fresh")
+    model = OrthrusForCausalLM.from_pretrained(save_base(root / "base"), view="untrained")
     disturb_view(model.dual, 0.1)
     model.save_pretrained(root / "merged")
     model.save_pretrained(root / "view", layout="view")
@@ -91,7 +91,7 @@ def state(model: OrthrusForCausalLM) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2", "gemma3", "phi3", "olmo2", "qwen3-moe"])
 def test_saving_and_loading_is_bit_equal(name: str, tmp_path: Path) -> None:
-    model = OrthrusForCausalLM.from_pretrained(save_base(tmp_path / "base", name), view="fresh")
+    model = OrthrusForCausalLM.from_pretrained(save_base(tmp_path / "base", name), view="untrained")
     disturb_view(model.dual, 0.15)
     model.save_pretrained(tmp_path / "merged")
     again = OrthrusForCausalLM.from_pretrained(tmp_path / "merged")
@@ -116,7 +116,7 @@ def test_the_config_of_a_merged_folder_holds_the_bases_own(folders: dict[str, Pa
     assert AutoTokenizer.from_pretrained(folders["merged"])("abc")["input_ids"] == [3, 4, 5]
 
 
-def test_a_stock_base_loads_with_a_fresh_view(folders: dict[str, Path]) -> None:
+def test_a_stock_base_loads_with_a_untrained_view(folders: dict[str, Path]) -> None:
     with pytest.warns(orthrus.errors.OrthrusWarning, match="no trained view"):
         model = OrthrusForCausalLM.from_pretrained(folders["base"])
     assert not model.dual.config.trained
@@ -192,7 +192,7 @@ def test_the_config_stands_for_the_bases(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_resizing_the_embeddings_is_the_bases_own(name: str, tmp_path: Path) -> None:
     folder = save_base(tmp_path / "base", name)
-    model = OrthrusForCausalLM.from_pretrained(folder, view="fresh", runner="eager")
+    model = OrthrusForCausalLM.from_pretrained(folder, view="untrained", runner="eager")
     model.resize_token_embeddings(VOCAB + 3)
     sizes = [len(model.get_input_embeddings().weight), len(model.get_output_embeddings().weight)]
     assert [*sizes, model.config.vocab_size] == [VOCAB + 3] * 3
@@ -214,7 +214,7 @@ def test_options_at_their_off_value_are_not_given(folders: dict[str, Path]) -> N
     with pytest.raises(UserInputError, match="does not take variant"):
         OrthrusForCausalLM.from_pretrained(folders["merged"], variant="fp16")
     with pytest.raises(UserInputError, match="by name"):
-        OrthrusForCausalLM.from_pretrained(folders["merged"], "fresh")
+        OrthrusForCausalLM.from_pretrained(folders["merged"], "untrained")
 
 
 def test_saving_takes_its_options_or_refuses_them(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_the_runner_is_an_argument_and_the_environments(
 
 def test_a_view_folder_as_model_takes_no_second_view(folders: dict[str, Path]) -> None:
     with pytest.raises(UserInputError, match="is a view already"):
-        OrthrusForCausalLM.from_pretrained(folders["view"], view="fresh")
+        OrthrusForCausalLM.from_pretrained(folders["view"], view="untrained")
 
 
 def test_a_folder_that_holds_views_says_which(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from orthrus.base.fingerprint import fingerprint
 from orthrus.base.quantised import check_gradients, plain_linear, plain_weight
 from orthrus.config import DecodeConfig
 from orthrus.errors import CheckpointError, CorruptFileError, OrthrusWarning, UnsupportedModelError
-from orthrus.model.checkpoint import fresh_view, save_view
+from orthrus.model.checkpoint import save_view, untrained_view
 from orthrus.model.merged import save_merged
 from orthrus.model.twin import twins
 from orthrus.training.blocks import draw_blocks
@@ -47,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made | {kind: save_quantised(base, root / kind.replace(" ", "-"), kind) for kind in KINDS}
 
 
-def load(folder: Path, view: str | Path = "fresh", **options: Any) -> Orthrus:
+def load(folder: Path, view: str | Path = "untrained", **options: Any) -> Orthrus:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OrthrusWarning)
         return Orthrus.load(str(folder), str(view), device="cpu", **options)
@@ -86,7 +86,7 @@ def assert_near_tie(orthrus: Orthrus, expected: list[int], found: list[int]) -> 
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("view", ["fresh", "full", "delta4"])
+@pytest.mark.parametrize("view", ["untrained", "full", "delta4"])
 def test_every_strategy_writes_the_quantised_models_own_text(
     folders: dict[str, Path], kind: str, view: str
 ) -> None:
@@ -98,7 +98,7 @@ def test_every_strategy_writes_the_quantised_models_own_text(
 @EVERY_KIND
 def test_low_rank_twins_leave_the_quantised_projection_in_place(folders: dict[str, Path], kind: str) -> None:
     base = load_base(str(folders[kind]), device="cpu")
-    dual = fresh_view(base, rank=4)
+    dual = untrained_view(base, rank=4)
     disturb_view(dual, 0.1)
     assert_same_text(Orthrus(base, dual), kind)
 
@@ -129,7 +129,7 @@ def test_a_view_of_the_unquantised_base_comes_with_its_own_weights(
 
 
 @EVERY_KIND
-def test_a_fresh_twin_starts_from_the_weights_that_the_base_stands_for(
+def test_an_untrained_twin_starts_from_the_weights_that_the_base_stands_for(
     folders: dict[str, Path], kind: str
 ) -> None:
     dual = load(folders[kind]).dual
@@ -195,7 +195,7 @@ def test_training_over_quantised_weights(folders: dict[str, Path], kind: str, ra
     """The pass is the decoding pass; the gradient is that of the same model with plain matrices."""
     base = load_base(str(folders[kind]), device="cpu")
     check_gradients(base.model, base.name)
-    dual = fresh_view(base, 5, rank=rank)
+    dual = untrained_view(base, 5, rank=rank)
     disturb_view(dual, 0.1)
     assert_training_equals_decoding(dual)
     gradients = []

@@ -262,5 +262,5 @@ def test_trap_do_sample_and_temperature_reach_both_strategies(tmp_path: Path) ->
 
 
 def test_a_stock_qwen3_is_no_released_checkpoint(tmp_path: Path) -> None:
-    orthrus = Orthrus.load(str(save_base(tmp_path / "base", "qwen3")), "fresh", device="cpu")
+    orthrus = Orthrus.load(str(save_base(tmp_path / "base", "qwen3")), "untrained", device="cpu")
     assert not orthrus.dual.config.trained

@@ -5,6 +5,8 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from orthrus.errors import UserInputError
+from orthrus.server.params import named
 from orthrus.server.schemas import CompletionRequest
 
 from .conftest import chat, run, serving
@@ -37,6 +39,7 @@ def test_on_a_local_address_other_names_are_kept_out(orthrus):
         ("/v1/responses", {"input": "a", "tools": [{"type": "x", "y": ["\ud800"]}]}, "tools"),
         ("/v1/responses", {"input": "a", "metadata": {"\ud800": "a"}}, "metadata"),
         ("/tokenize", {"content": "\ud800"}, "content"),
+        (TEXT, {"prompt": "\ud800"}, "prompt"),
         (CHAT, chat() | {"unknown": "\ud800"}, "unknown"),
         (CHAT, chat() | {"chat_template_kwargs": {"a": "\ud800"}}, "chat_template_kwargs"),
     ],
@@ -46,7 +49,8 @@ def test_half_a_character_anywhere_is_refused_by_the_name_of_its_field(orthrus, 
         async with serving(orthrus) as client:
             told = check_error(await client.post(path, content=json.dumps(body), headers=JSON), 400, None)
             assert told.startswith(param)
-            assert "must be valid text" in told
+            assert "half of a character" in told
+            assert told.endswith("send whole characters.")
 
     run(check)
 
@@ -127,3 +131,48 @@ def test_equal_prompts_are_drawn_apart_unless_a_seed_is_given(orthrus):
             assert (await texts(seed=1, prompt=["bye", "hello"], n=2))[2:] == first
 
     run(check)
+
+
+def test_a_wrong_request_is_told_what_to_do(orthrus):
+    schema: dict = {}
+    inner = schema
+    for _ in range(300):
+        inner["properties"] = {}
+        inner = inner["properties"]
+    deep = chat(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}})
+
+    async def check():
+        async with serving(orthrus) as client:
+            told = check_error(await client.post(CHAT, content=b'{"a" 1}', headers=JSON), 400)
+            assert (
+                told
+                == "The body is not valid JSON: Expecting ':' delimiter at character 6; correct it there."
+            )
+            told = check_error(await client.post(CHAT, content=b"[" * 100_000, headers=JSON), 400)
+            assert told == "The body is nested too deeply: use fewer levels."
+            told = check_error(await client.post(CHAT, json=deep), 400, "response_format")
+            assert told == "response_format.json_schema.schema: is nested too deeply; use fewer levels."
+            told = check_error(await client.post(TEXT, json={"prompt": [10**6]}), 400, "prompt")
+            assert told.endswith("use ids of its tokenizer.")
+            told = check_error(await client.get("/v1/nothing"), 404)
+            assert told == "There is nothing at '/v1/nothing': GET /openapi.json lists the paths."
+            wrong = await client.get(CHAT)
+            assert check_error(wrong, 405) == "GET is not allowed here: use POST."
+            assert wrong.headers["allow"] == "POST"
+
+    run(check)
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ("temperature must be 0 or more.", "temperature"),
+        ("temperatures vary.", None),
+        ("the json_schema grammar cannot be used: x; correct or simplify it.", "response_format"),
+        ("the lark grammar did not compile within 20 s; simplify it.", "tools"),
+        ("a token id of logit_bias must be a whole number from 0, not -1.", "logit_bias"),
+        ("max_new_tokens must be 1 or more.", "max_tokens"),
+    ],
+)
+def test_an_error_names_the_field_of_the_request(message, param):
+    assert named(UserInputError(message)).param == param

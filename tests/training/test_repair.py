@@ -15,7 +15,7 @@ from orthrus.base.loading import load_base
 from orthrus.base.resolve import resolve
 from orthrus.config import DecodeConfig
 from orthrus.errors import UserInputError
-from orthrus.model.checkpoint import fresh_view, save_view
+from orthrus.model.checkpoint import save_view, untrained_view
 from orthrus.model.drafting import repaired
 from orthrus.model.passes import block
 from orthrus.training.blocks import draw_blocks
@@ -109,7 +109,7 @@ def test_a_view_gets_a_head_keeps_the_one_it_has_and_remembers_how_its_twins_wer
     def load():
         return load_base(resolve(str(folder)), device="cpu")
 
-    view = fresh_view(load(), 6)
+    view = untrained_view(load(), 6)
     view.config = replace(view.config, provenance={"recipe": {"seed": 5}})
     save_view(view, tmp_path / "plain")
     recipe = TrainConfig(init_view=str(tmp_path / "plain"), train="repair", block_size=6)

@@ -13,7 +13,7 @@ from tests.workers import run_together
 from torch.distributed.tensor import DTensor
 
 from orthrus.base.loading import load_base
-from orthrus.model.checkpoint import fresh_view
+from orthrus.model.checkpoint import untrained_view
 from orthrus.training.forward import Objective, TrainingPass
 from orthrus.training.processes import Processes, loading_device
 from orthrus.training.recipe import TrainConfig
@@ -42,7 +42,7 @@ def cut(name: str) -> None:
     folder = Path(name)
     assert loading_device(SHARDED) == "cpu"
     base = load_base(name, dtype="float32", device=loading_device(SHARDED))
-    dual = fresh_view(base, CONFIG.block_size)
+    dual = untrained_view(base, CONFIG.block_size)
     frozen = [p for p in base.model.parameters() if not p.requires_grad]
     assert frozen
     assert all(is_mapped(p, folder) for p in frozen)

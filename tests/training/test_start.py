@@ -15,7 +15,7 @@ from orthrus.base.loading import load_base
 from orthrus.base.resolve import resolve
 from orthrus.config import DecodeConfig
 from orthrus.errors import OrthrusWarning, UserInputError
-from orthrus.model.checkpoint import fresh_view, save_view
+from orthrus.model.checkpoint import save_view, untrained_view
 from orthrus.training.recipe import TrainConfig
 from orthrus.training.start import starting_view, warn_of_other_models
 
@@ -46,7 +46,7 @@ def test_answers_of_another_model_are_warned_of(base_folder):
         warn_of_other_models(dual, packs_of(own=own, other="blake2b:0"))
 
 
-def test_a_fresh_view_is_of_the_recipes_kind(base_folder):
+def test_a_untrained_view_is_of_the_recipes_kind(base_folder):
     recipe = {"twins": ("v_proj", "q_proj"), "rank": 2, "layers": (1,), "mask": "trained", "block_size": 6}
     first, again, other = (
         starting_view(load(base_folder), TrainConfig(**recipe, seed=seed)) for seed in (1, 1, 2)
@@ -68,7 +68,7 @@ def test_a_fresh_view_is_of_the_recipes_kind(base_folder):
 
 
 def test_a_recipe_that_says_nothing_takes_what_the_view_has(base_folder, tmp_path):
-    view = fresh_view(load(base_folder), 6, (1,), twins=("q_proj", "v_proj"), rank=2, mask="trained")
+    view = untrained_view(load(base_folder), 6, (1,), twins=("q_proj", "v_proj"), rank=2, mask="trained")
     disturb_view(view, 0.2)
     save_view(view, tmp_path / "view")
     said = {"twins": ("v_proj", "q_proj"), "rank": 2, "layers": (1,), "mask": "trained"}
@@ -80,7 +80,7 @@ def test_a_recipe_that_says_nothing_takes_what_the_view_has(base_folder, tmp_pat
 
 
 def test_all_layers_and_all_twins_may_be_named_or_left_out(base_folder, tmp_path):
-    save_view(fresh_view(load(base_folder)), tmp_path / "view")
+    save_view(untrained_view(load(base_folder)), tmp_path / "view")
     named = {"twins": ("o_proj", "v_proj", "k_proj", "q_proj"), "layers": (1, 0), "mask": 60}
     starting_view(load(base_folder), TrainConfig(init_view=str(tmp_path / "view"), **named))
 
@@ -114,7 +114,7 @@ def test_all_layers_and_all_twins_may_be_named_or_left_out(base_folder, tmp_path
     ],
 )
 def test_a_recipe_that_wants_another_kind_is_refused(kind, recipe, message, base_folder, tmp_path):
-    save_view(fresh_view(load(base_folder), **kind), tmp_path / "view")
+    save_view(untrained_view(load(base_folder), **kind), tmp_path / "view")
     with pytest.raises(UserInputError, match=message) as caught:
         starting_view(load(base_folder), TrainConfig(init_view=str(tmp_path / "view"), **recipe))
     assert "\n" not in str(caught.value)

@@ -42,7 +42,7 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def test_an_adapter_folder_loads_as_its_base_with_it_merged(adapter: Path) -> None:
-    model = OrthrusForCausalLM.from_pretrained(adapter, view="fresh", runner="eager")
+    model = OrthrusForCausalLM.from_pretrained(adapter, view="untrained", runner="eager")
     merged = AutoModelForCausalLM.from_pretrained(adapter.parent / "merged")
     options = {"max_new_tokens": 20, "eos_token_id": None}
     ours = model.generate(IDS_1T, **options)
@@ -52,7 +52,7 @@ def test_an_adapter_folder_loads_as_its_base_with_it_merged(adapter: Path) -> No
 
 
 def test_a_view_on_an_adapter_names_the_adapter_as_its_base(adapter: Path) -> None:
-    base, dual = load_dual(str(adapter), "fresh", device="cpu")
+    base, dual = load_dual(str(adapter), "untrained", device="cpu")
     assert base.reference == str(adapter)
     assert base.name == "adapter"
     assert dual.config.base_name == str(adapter)
@@ -60,7 +60,7 @@ def test_a_view_on_an_adapter_names_the_adapter_as_its_base(adapter: Path) -> No
 
 @pytest.mark.filterwarnings("ignore:the view was trained on:orthrus.errors.OrthrusWarning")
 def test_a_view_that_goes_on_training_on_an_adapter_belongs_to_it(adapter: Path, tmp_path: Path) -> None:
-    _, dual = load_dual(str(adapter.parent / "base"), "fresh", device="cpu")
+    _, dual = load_dual(str(adapter.parent / "base"), "untrained", device="cpu")
     save_view(dual, tmp_path / "view")
     adapted = load_frozen(str(adapter), device="cpu").base
     weights = fingerprint(adapted.model)
@@ -77,7 +77,7 @@ def test_a_view_that_goes_on_training_on_an_adapter_belongs_to_it(adapter: Path,
 
 
 def test_whatever_names_a_base_names_it_for_training_too(adapter: Path, tmp_path: Path) -> None:
-    base, dual = load_dual(str(adapter.parent / "base"), "fresh", device="cpu")
+    base, dual = load_dual(str(adapter.parent / "base"), "untrained", device="cpu")
     save_view(dual, tmp_path / "view")
     found = load_frozen(str(tmp_path / "view"), device="cpu")
     assert found.kind == "view"
@@ -90,14 +90,14 @@ def test_whatever_names_a_base_names_it_for_training_too(adapter: Path, tmp_path
 def test_an_adapter_without_a_base_is_one_sentence(adapter: Path, content: str) -> None:
     (adapter / "adapter_config.json").write_text(content)
     with pytest.raises(CorruptFileError, match=r"adapter_config\.json"):
-        load_dual(str(adapter), "fresh", device="cpu")
+        load_dual(str(adapter), "untrained", device="cpu")
 
 
 def test_an_adapter_that_does_not_fit_is_one_sentence(adapter: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
     with pytest.raises(CorruptFileError, match="the adapter adapter does not load onto base"):
-        load_dual(str(adapter), "fresh", device="cpu")
+        load_dual(str(adapter), "untrained", device="cpu")
 
 
 def test_an_adapter_with_a_weight_that_is_no_number_is_refused(adapter: Path) -> None:
@@ -105,4 +105,4 @@ def test_an_adapter_with_a_weight_that_is_no_number_is_refused(adapter: Path) ->
     weights[sorted(weights)[0]][0, 0] = math.nan
     save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CorruptFileError, match="in adapter holds a number that is not finite"):
-        load_dual(str(adapter), "fresh", device="cpu")
+        load_dual(str(adapter), "untrained", device="cpu")

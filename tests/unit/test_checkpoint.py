@@ -27,7 +27,7 @@ from orthrus.errors import (
     UserInputError,
 )
 from orthrus.model import checkpoint
-from orthrus.model.checkpoint import average_view, fresh_view, save_view
+from orthrus.model.checkpoint import average_view, save_view, untrained_view
 from orthrus.model.dual_view import DualView
 from orthrus.model.loading import load_dual
 from orthrus.model.names import FROM_FILE, TO_FILE, from_file, is_view_tensor, to_file
@@ -74,8 +74,8 @@ def test_saving_and_loading_is_bit_equal(name: str, tmp_path: Path) -> None:
 def test_a_view_with_a_mask_embedding_and_some_layers_comes_back_whole(
     base_folder: Path, tmp_path: Path
 ) -> None:
-    base, _ = load_dual(str(base_folder), "fresh", device="cpu")
-    model = load_dual(str(base_folder), "fresh", device="cpu")[1]
+    base, _ = load_dual(str(base_folder), "untrained", device="cpu")
+    model = load_dual(str(base_folder), "untrained", device="cpu")[1]
     stock = model.stock()
     pass
     # A base free of twins, for a view of another shape.
@@ -247,7 +247,7 @@ def test_a_view_of_another_base_of_the_same_shape_warns_with_both_fingerprints(
     trained_on = json.loads((view_folder / "view_config.json").read_text())["base_fingerprint"]
     with pytest.warns(OrthrusWarning, match="stays lossless") as caught:
         _, dual = load_dual(str(other), str(view_folder), device="cpu")
-    fresh = load_dual(str(other), "fresh", device="cpu")[1].config.base_fingerprint
+    fresh = load_dual(str(other), "untrained", device="cpu")[1].config.base_fingerprint
     message = str(caught[0].message)
     assert trained_on in message
     assert fresh in message
@@ -278,7 +278,7 @@ def test_a_base_from_the_hub_is_remembered_by_its_id(
         return base_folder
 
     monkeypatch.setattr(hub, "fetch", fetch)
-    base, dual = load_dual("owner/name", "fresh", revision="v1", device="cpu")
+    base, dual = load_dual("owner/name", "untrained", revision="v1", device="cpu")
     assert (base.name, dual.config.base_name, base.source.kind) == ("owner/name", "owner/name", "hub")
     assert set(asked) == {"v1"}
 
@@ -303,8 +303,8 @@ def test_a_chance_that_guesses_go_on_is_a_chance(chance: Any) -> None:
 
 
 def test_a_view_may_be_the_mean_of_several(base_folder: Path, tmp_path: Path) -> None:
-    _, first = load(base_folder, "fresh")
-    _, second = load(base_folder, "fresh")
+    _, first = load(base_folder, "untrained")
+    _, second = load(base_folder, "untrained")
     for seed, dual in enumerate((first, second)):
         disturb_view(dual, 0.3, seed)
         dual.config = replace(
@@ -327,7 +327,7 @@ def test_a_view_may_be_the_mean_of_several(base_folder: Path, tmp_path: Path) ->
     assert "| mean of | 2 trained views |" in card
     assert "## Training of a view in the mean" in card
 
-    low_rank = fresh_view(load_base(resolve(str(base_folder)), device="cpu"), rank=2)
+    low_rank = untrained_view(load_base(resolve(str(base_folder)), device="cpu"), rank=2)
     low_rank.config = replace(low_rank.config, base_fingerprint=first.config.base_fingerprint, trained=True)
     save_view(low_rank, tmp_path / "low-rank")
     with pytest.raises(CheckpointError, match="has rank 2, the other one None: only views of one kind"):

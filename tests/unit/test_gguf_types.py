@@ -26,7 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_of_that_type_decodes_as_its_unpacked_model(tmp_path: Path, kind: Kind) -> None:
     path = tmp_path / "tiny.gguf"
     packed = write_gguf(path, kind=kind, hidden=256)
-    orthrus = Orthrus.load(str(path), "fresh", device="cpu")
+    orthrus = Orthrus.load(str(path), "untrained", device="cpu")
     gate = orthrus.base.model.get_submodule("model.layers.1.mlp.gate_proj").weight
     assert torch.equal(gate, torch.from_numpy(dequantize(packed["blk.1.ffn_gate.weight"], kind)))
     plain = kind in (Kind.F16, Kind.BF16)
@@ -47,7 +47,7 @@ def test_a_type_that_nobody_unpacks_is_named_before_anything_is_written(tmp_path
     with pytest.raises(
         UnsupportedModelError, match="stores weights as Q8_K, which transformers cannot"
     ) as caught:
-        Orthrus.load(str(path), "fresh", device="cpu")
+        Orthrus.load(str(path), "untrained", device="cpu")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "cache").exists()
 

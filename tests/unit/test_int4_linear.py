@@ -108,7 +108,7 @@ def test_drafts_alone_in_four_bits() -> None:
 def test_drafts_of_four_bits_beside_a_model_of_int8(tmp_path: Path) -> None:
     """Both are made of the weights as they were loaded."""
     folder = save_base(tmp_path / "model")
-    _, dual = load_dual(str(folder), "fresh", device="cpu", dtype="int8", draft_dtype="int4")
+    _, dual = load_dual(str(folder), "untrained", device="cpu", dtype="int8", draft_dtype="int4")
     assert (dual.precision, dual.draft_precision) == ("int8", "int4")
     up = next(m for name, m in dual.base.named_modules() if name.endswith("up_proj"))
     assert isinstance(up, Twin)

@@ -168,7 +168,7 @@ def test_a_head_without_rows_to_read_is_used_whole(name: str) -> None:
 
 
 @pytest.mark.parametrize("params", SETTINGS.values(), ids=SETTINGS)
-def test_a_fresh_head_changes_no_draft(params: SamplingParams) -> None:
+def test_an_untrained_head_changes_no_draft(params: SamplingParams) -> None:
     plain, headed = tiny_dual(disturb=0.3), tiny_dual(disturb=0.3)
     headed.add_repair(4)
     hidden_DC = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
@@ -201,7 +201,7 @@ def test_what_is_no_candidate_keeps_its_score() -> None:
         torch.testing.assert_close(row_M, whole_V[top.indices])
 
 
-def test_the_seed_decides_what_a_fresh_head_starts_from() -> None:
+def test_the_seed_decides_what_an_untrained_head_starts_from() -> None:
     first, again, other = (RepairHead(16, 4, seed) for seed in (1, 1, 2))
     assert torch.equal(first.parent.weight, again.parent.weight)
     assert not torch.equal(first.parent.weight, other.parent.weight)

@@ -13,7 +13,7 @@ import orthrus
 from orthrus.base.loading import load_base
 from orthrus.base.resolve import resolve
 from orthrus.errors import CheckpointError
-from orthrus.model.checkpoint import fresh_view, load_view, save_view
+from orthrus.model.checkpoint import load_view, save_view, untrained_view
 from orthrus.model.loading import load_dual
 from orthrus.model.merged import save_merged
 
@@ -22,7 +22,7 @@ from orthrus.model.merged import save_merged
 def folders(tmp_path: Path) -> Path:
     """`base`, and its view with a head in `full`, `packed` and `merged`."""
     base = load_base(resolve(str(save_base(tmp_path / "base"))), device="cpu")
-    dual = fresh_view(base, 6)
+    dual = untrained_view(base, 6)
     dual.add_repair(5)
     disturb_view(dual, 0.2)
     save_view(dual, tmp_path / "full")

@@ -18,7 +18,7 @@ from orthrus.base.loading import load_base
 from orthrus.base.resolve import resolve
 from orthrus.config import DecodeConfig
 from orthrus.errors import CheckpointError, UserInputError
-from orthrus.model.checkpoint import fresh_view, load_view, save_view, stored_tensors
+from orthrus.model.checkpoint import load_view, save_view, stored_tensors, untrained_view
 from orthrus.model.dual_view import DualView
 from orthrus.model.loading import load_dual
 from orthrus.model.merged import save_merged
@@ -61,7 +61,7 @@ def test_the_low_rank_part_is_multiplied_by_its_scale() -> None:
 
 @EVERY_VARIANT
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3", "phi3", "olmo2"])
-def test_a_fresh_view_of_every_kind_equals_the_base(name: str, variant: str) -> None:
+def test_a_untrained_view_of_every_kind_equals_the_base(name: str, variant: str) -> None:
     dual = tiny_dual(name, **variant_of(name, variant))
     expected_1TV = stock(dual.base)(IDS_1T).logits
     assert torch.equal(dual.base(IDS_1T).logits, expected_1TV)
@@ -101,7 +101,7 @@ def test_the_random_side_is_a_function_of_the_seed(tmp_path: Path) -> None:
     folder = save_base(tmp_path / "base")
 
     def downs(seed: int) -> dict[str, Tensor]:
-        dual = fresh_view(load_base(resolve(str(folder)), device="cpu"), rank=4, seed=seed)
+        dual = untrained_view(load_base(resolve(str(folder)), device="cpu"), rank=4, seed=seed)
         return {n: p for n, p in dual.view_parameters().items() if n.endswith("down.weight")}
 
     first, again, other = downs(3), downs(3), downs(4)
@@ -118,7 +118,7 @@ def test_the_random_side_is_a_function_of_the_seed(tmp_path: Path) -> None:
 )
 def test_masks(mask: Any, expected: int | None, tmp_path: Path) -> None:
     base = load_base(resolve(str(save_base(tmp_path / "base"))), device="cpu")
-    dual = fresh_view(base, mask=mask)
+    dual = untrained_view(base, mask=mask)
     assert dual.config.mask_token_id == expected
     assert ("mask_embedding" in dual.view_parameters()) == (expected is None)
 
@@ -146,7 +146,7 @@ def test_what_the_base_does_not_have_is_refused_before_anything_changes(
 ) -> None:
     base = load_base(resolve(str(save_base(tmp_path / "base"))), device="cpu")
     with pytest.raises(error, match=message) as caught:
-        fresh_view(base, **settings)
+        untrained_view(base, **settings)
     assert "\n" not in str(caught.value)
     assert not twins(base.model)
 
@@ -196,7 +196,7 @@ def test_every_kind_comes_back_from_every_folder(name: str, variant: str, tmp_pa
     settings = variant_of(name, variant)
     mask = "trained" if settings.pop("mask_token_id", 0) is None else "auto"
     base = load_base(resolve(str(base_folder)), device="cpu")
-    dual = fresh_view(base, 6, **settings, mask=mask)
+    dual = untrained_view(base, 6, **settings, mask=mask)
     disturb_view(dual, 0.2)
     save_view(dual, tmp_path / "full")
     save_view(dual, tmp_path / "packed", "delta4")
@@ -236,7 +236,7 @@ def test_settings_that_do_not_fit_the_weights_are_refused(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     base_folder = save_base(tmp_path / "base")
-    save_view(fresh_view(load_base(resolve(str(base_folder)), device="cpu"), rank=4), tmp_path / "view")
+    save_view(untrained_view(load_base(resolve(str(base_folder)), device="cpu"), rank=4), tmp_path / "view")
     file = tmp_path / "view" / "view_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     base = load_base(resolve(str(base_folder)), device="cpu")

@@ -14,7 +14,7 @@ from orthrus.base.resolve import resolve
 from orthrus.cli.app import app
 from orthrus.errors import CheckpointError, UnsupportedModelError
 from orthrus.integrations.vllm.export import export_vllm, full_view
-from orthrus.model.checkpoint import assign_view, fresh_view, read_json
+from orthrus.model.checkpoint import assign_view, read_json, untrained_view
 from orthrus.model.dual_view import DualView
 from orthrus.model.loading import load_dual
 from orthrus.model.merged import weight_files
@@ -36,7 +36,7 @@ def test_an_exported_view_has_full_twins_that_project_the_same(
     base, options = bare(folder), dict(VARIANTS[variant])
     if "twins" in options:
         options["twins"] = [n for n in options["twins"] if n in base.family.twin_names]
-    dual = fresh_view(base, **options)
+    dual = untrained_view(base, **options)
     disturb_view(dual, 0.2)
     config = export_vllm(dual, base, tmp_path / "out")
     written = read_json(tmp_path / "out" / "config.json")
@@ -58,19 +58,19 @@ def test_an_exported_view_has_full_twins_that_project_the_same(
 
 def test_a_view_of_some_layers_says_which(tmp_path: Path) -> None:
     base = bare(save_base(tmp_path / "base"))
-    config, tensors = full_view(fresh_view(base, layers=[1]))
+    config, tensors = full_view(untrained_view(base, layers=[1]))
     assert config.layers == (1,)
     assert all(".layers.1." in name for name in tensors if "layers" in name)
 
 
 def test_twins_in_the_mlp_are_refused(tmp_path: Path) -> None:
-    dual = fresh_view(bare(save_base(tmp_path / "base")), twins=["q_proj", "up_proj"])
+    dual = untrained_view(bare(save_base(tmp_path / "base")), twins=["q_proj", "up_proj"])
     with pytest.raises(CheckpointError, match="MLP"):
         full_view(dual)
 
 
 def test_other_families_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    base, dual = load_dual(str(save_base(tmp_path / "base", "gemma2")), "fresh", device="cpu")
+    base, dual = load_dual(str(save_base(tmp_path / "base", "gemma2")), "untrained", device="cpu")
     with pytest.raises(UnsupportedModelError, match="Gemma2"):
         export_vllm(dual, base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -79,7 +79,8 @@ def test_other_families_are_refused_before_anything_is_written(tmp_path: Path) -
 def test_the_command_names_the_command_that_serves(tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     found = CliRunner().invoke(
-        app, ["export", "vllm", str(tmp_path / "base"), str(tmp_path / "out"), "--view", "fresh", "--quiet"]
+        app,
+        ["export", "vllm", str(tmp_path / "base"), str(tmp_path / "out"), "--view", "untrained", "--quiet"],
     )
     assert found.exit_code == 0, found.output
     assert "vllm serve" in found.output

@@ -19,12 +19,12 @@ from orthrus.api import Orthrus
 from orthrus.base.loading import Base, load_base
 from orthrus.base.resolve import resolve
 from orthrus.integrations.vllm.export import export_vllm
-from orthrus.model.checkpoint import fresh_view
+from orthrus.model.checkpoint import untrained_view
 from orthrus.model.merged import save_merged
 
 # Heads of 32, the smallest that vLLM's attention on a CPU takes.
 SHAPE: dict[str, Any] = COMMON | {"hidden_size": 128, "intermediate_size": 96}
-# Name: the base's config, options of the fresh view, and whether to write the released layout.
+# Name: the base's config, options of the untrained view, and whether to write the released layout.
 CASES: dict[str, tuple[PreTrainedConfig, dict[str, Any], bool]] = {
     "llama": (LlamaConfig(**SHAPE, attention_bias=True), {"mask": "trained"}, False),
     "llama-rank-4-of-one-layer": (LlamaConfig(**SHAPE), {"rank": 4, "layers": [1]}, False),
@@ -70,7 +70,7 @@ def main(folder: Path) -> None:
         random_model(config, seed=1).save_pretrained(place / "base")
         letter_tokenizer().save_pretrained(place / "base")
         base = bare(place / "base")
-        dual = fresh_view(base, **options)
+        dual = untrained_view(base, **options)
         disturb_view(dual, 0.15)
         if is_released:
             save_merged(dual, base, place / "vllm", "released")

@@ -21,7 +21,7 @@ LEGEND = {
     "score": "a logit; for a sampled text logit / temperature - log(noise of the draw): the best is chosen",
     "near_ties": f"prompts whose first difference has a gap of at most {MARGIN:g} x rounding_spread, because each "
     "of the two scores may move by that",
-    "broken": "prompts whose first difference rounding cannot explain; one of them fails the audit",
+    "broken": "prompts whose first difference rounding cannot explain; the audit fails if there is one or more",
     "gap": "score of the baseline's token - score of ours, computed by the baseline one row at a time",
     "rounding_spread": f"largest change of a score, among the top {NUM_CANDIDATES} candidates, when the baseline "
     "computes the same position in passes of other shapes: as many rows as ours, blocks, all at once",

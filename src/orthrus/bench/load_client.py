@@ -242,8 +242,9 @@ async def served_model(http: httpx.AsyncClient, url: str) -> dict[str, Any]:
     try:
         response = await http.get("models", timeout=30.0)
     except httpx.HTTPError as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserInputError(
-            f"no server answers at {url} ({type(error).__name__}); start one with `orthrus serve`, or give its "
+            f"no server answers at {url} ({reason[:LONGEST_REASON]}); start one with `orthrus serve`, or give its "
             "address as --url."
         ) from error
     if response.status_code in (401, 403):

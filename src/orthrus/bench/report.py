@@ -128,10 +128,12 @@ def read_report(path: Path) -> BenchReport:
     """The report in a JSON file. Raises UserInputError, with the file, if it is unreadable or no report."""
     try:
         raw = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except OSError as e:
         raise UserInputError(
-            f"cannot read {path} as a benchmark report; give the JSON that `orthrus bench` wrote."
+            f"{path} cannot be read ({e.strerror}); give the JSON file that `orthrus bench` wrote."
         ) from e
+    except ValueError as e:
+        raise UserInputError(f"{path} is not JSON; give the JSON file that `orthrus bench` wrote.") from e
     if not isinstance(raw, dict):
         raise UserInputError(f"{path} is no benchmark report; make one with `orthrus bench`.")
     try:

@@ -24,7 +24,9 @@ PROBE = "The quick brown fox jumps over the lazy dog."
 def convert(
     source: Annotated[
         str,
-        typer.Argument(help="A base (gets a fresh view), a view folder, or a merged or released checkpoint."),
+        typer.Argument(
+            help="A base (gets an untrained view), a view folder, or a merged or released checkpoint."
+        ),
     ],
     out_folder: Annotated[
         Path | None, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")
@@ -49,12 +51,12 @@ def convert(
     ] = "view",
     block_size: Annotated[
         int | None,
-        typer.Option("--block-size", "-k", help="Block size K of a fresh view. Default: 8."),
+        typer.Option("--block-size", "-k", help="Block size K of an untrained view. Default: 8."),
     ] = None,
     view: Annotated[
         str | None,
         typer.Option(
-            help="Put this view on SOURCE: 'fresh', a folder or a hub id. Default: its own, or fresh."
+            help="Put this view on SOURCE: 'untrained', a folder or a hub id. Default: its own, or an untrained one."
         ),
     ] = None,
     dtype: Annotated[
@@ -173,7 +175,7 @@ def _stated(licence: str | None, figures: Path | None) -> dict[str, Any]:
 
 
 def _default_view(source: str) -> str:
-    """The default of --view: "fresh" for a local base, so that no warning is printed, otherwise "default"."""
+    """The default of --view: "untrained" for a local base, so that no warning is printed, otherwise "default"."""
     from orthrus.model.merged import folder_kind
 
     try:
@@ -182,7 +184,7 @@ def _default_view(source: str) -> str:
     except (RuntimeError, OSError, ValueError):
         # The source is no valid path. The loader has the better message.
         return "default"
-    return "fresh" if is_base else "default"
+    return "untrained" if is_base else "default"
 
 
 def _set_block_size(orthrus: "Orthrus", block_size: int) -> None:
@@ -192,7 +194,7 @@ def _set_block_size(orthrus: "Orthrus", block_size: int) -> None:
     if config.trained:
         raise UserInputError(
             f"this view was trained with block size {config.block_size}, which cannot be changed; "
-            "leave out --block-size, or add --view fresh."
+            "leave out --block-size, or add --view untrained."
         )
     if not 2 <= block_size < orthrus.base.context_length:
         raise UserInputError(

@@ -15,6 +15,9 @@ This page lists the paths of `orthrus serve` and the fields of their requests. [
 them. A running server gives the same at `/openapi.json`.
 
 The server ignores unknown fields, and names each once in its log. An unknown field of `orthrus` is an error.
+
+`model` is the name that `/v1/models` lists, or `default`; both mean the model that the server runs. `logit_bias` gives
+numbers from -100 to 100 by token id, and the ids are in digits: `{"42": -100}`.
 """
 RECIPE_HEAD = """# Recipe keys
 
@@ -153,10 +156,13 @@ def _values(about: dict[str, Any]) -> str:
     kind = kinds.get(about.get("type", ""), about.get("type", "any value"))
     if kind == "array":
         kind = f"list of {_values(about.get('items', {}))}"
-    # A larger limit is only that of the machine word which holds the number.
-    known = {name: about[name] for name in _LIMITS if name in about and abs(about[name]) < 2**31 - 1}
-    limits = [_LIMITS[name].format(f"{value:g}") for name, value in known.items()]
+    limits = [text.format(_figure(about[name])) for name, text in _LIMITS.items() if name in about]
     return " ".join([kind, *([f"({', '.join(limits)})"] if limits else [])]).replace("|", "\\|")
+
+
+def _figure(value: float) -> str:
+    """A limit in digits. FastAPI gives all limits as floats."""
+    return f"{value:.0f}" if value == int(value) else f"{value:g}"
 
 
 def _name(about: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ def export_vllm(
     ],
     view: Annotated[
         str,
-        typer.Option(help="Put this view on SOURCE: 'fresh', a folder or a hub id. Default: its own."),
+        typer.Option(help="Put this view on SOURCE: 'untrained', a folder or a hub id. Default: its own."),
     ] = "default",
     dtype: Annotated[
         str,

@@ -44,7 +44,7 @@ OnlyNamedModel = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, r
 View = Annotated[
     str,
     typer.Option(
-        help="'default' (the model's own or the shipped one), 'fresh' (untrained), a folder, or a hub id.",
+        help="'default' (the model's own or the shipped one), 'untrained', a folder, or a hub id.",
         rich_help_panel=MODEL_PANEL,
     ),
 ]

@@ -48,6 +48,8 @@ def pack(
             )
         found = open_pack(folder)
         check_files(found)
+    elif not folder.is_dir():
+        raise UserInputError(f"{folder} is not a folder; give a corpus that `orthrus synth` made.")
     elif sequence_length is None:
         raise UserInputError(
             "give --sequence-length, the sequence_length of the recipe that will train on this."

@@ -134,7 +134,7 @@ def synth(
 
     # The prompts that benchmarks and training runs are scored on.
     keep_out = [p.prompt for p in load_prompts() if isinstance(p.prompt, str)]
-    orthrus = load_orthrus(model, quiet=quiet, view="fresh", dtype=dtype, device=device)
+    orthrus = load_orthrus(model, quiet=quiet, view="untrained", dtype=dtype, device=device)
     with corpus_folder(folder):
         try:
             with SynthDisplay(quiet=quiet) as display:

@@ -37,7 +37,9 @@ def parse_sources(
     for spec in self_prompts:
         domain, found, number = spec.partition("=")
         if not found or not domain or not number.isdecimal() or int(number) < 1:
-            raise UserInputError(f"--self-prompts takes DOMAIN=COUNT, such as math=200, not '{spec}'.")
+            raise UserInputError(
+                f"--self-prompts takes DOMAIN=COUNT with a count from 1, such as math=200, not '{spec}'."
+            )
         _note_no_openings(domain)
         sources.append(PromptSource(domain=domain, count=int(number)))
     for spec in suffixes:

@@ -24,7 +24,9 @@ def check_token_ids(dual: DualView, token_ids: list[int]) -> None:
     num_ids = dual.vocab_size
     wrong = next((i for i in token_ids if type(i) is not int or not 0 <= i < num_ids), None)
     if wrong is not None:
-        raise UserInputError(f"the prompt has token id {wrong!r}, but the model knows 0 to {num_ids - 1}.")
+        raise UserInputError(
+            f"the prompt has token id {wrong!r}, but the model knows 0 to {num_ids - 1}; use ids of its tokenizer."
+        )
 
 
 def check_block_size(dual: DualView, block_size: int | None) -> int:

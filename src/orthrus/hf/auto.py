@@ -53,7 +53,7 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
     """A base model with its diffusion view behind the usual transformers interface.
 
     `forward` is the base model's own (the AR view); `generate` decodes in parallel. Loads view folders,
-    merged folders, released Orthrus-Qwen3 checkpoints (no remote code) and stock bases (with a fresh view).
+    merged folders, released Orthrus-Qwen3 checkpoints (no remote code) and stock bases (with an untrained view).
     """
 
     config_class = OrthrusConfig
@@ -71,7 +71,7 @@ class OrthrusForCausalLM(PreTrainedModel, GenerationMixin):
         """runner: "auto", "eager" or "compiled", as in `Orthrus.load`."""
         super().__init__(config)
         if dual is None:
-            dual = _fresh_dual(config)
+            dual = _untrained_dual(config)
         self.dual = dual
         self._base = base
         self._runner = runner
@@ -249,8 +249,8 @@ def _single_device(device_map: Any) -> str | None:
     raise UserInputError("device_map must name one device: Orthrus does not split a model over several yet.")
 
 
-def _fresh_dual(config: OrthrusConfig) -> "DualView":
-    """A model of random weights with a fresh view, as the Auto classes' `from_config` makes it."""
+def _untrained_dual(config: OrthrusConfig) -> "DualView":
+    """A model of random weights with an untrained view, as the Auto classes' `from_config` makes it."""
     from orthrus.model.checkpoint import DEFAULT_FRESH_BLOCK_SIZE
     from orthrus.model.dual_view import DualView
     from orthrus.model.view_config import ViewConfig

@@ -42,7 +42,7 @@ _KIND = (
 )
 
 
-def fresh_view(
+def untrained_view(
     base: Base,
     block_size: int = DEFAULT_FRESH_BLOCK_SIZE,
     layers: Sequence[int] | None = None,

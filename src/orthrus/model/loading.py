@@ -17,7 +17,7 @@ from orthrus.base.quantised import quantisation
 from orthrus.base.resolve import Source, resolve
 from orthrus.base.storage import Progress
 from orthrus.errors import CheckpointError, OrthrusWarning, UserInputError
-from orthrus.model.checkpoint import CONFIG_FILE, fresh_view, load_view, read_json
+from orthrus.model.checkpoint import CONFIG_FILE, load_view, read_json, untrained_view
 from orthrus.model.draft_vocab import limit_drafts, single_characters
 from orthrus.model.dual_view import DualView
 from orthrus.model.int8_linear import check_quantised
@@ -27,7 +27,7 @@ from orthrus.model.quantise import quantise, quantise_drafts
 from orthrus.model.view_config import ViewConfig
 
 DEFAULT_VIEW = "default"
-FRESH_VIEW = "fresh"
+UNTRAINED_VIEW = "untrained"
 DEFAULT_MODEL_VIEW = "smollm2-135m"
 
 
@@ -47,8 +47,8 @@ def load_dual(
 
     model: "default", a hub id, a GGUF file, or a folder that holds a stock base, a view (its base is loaded too), a
     merged checkpoint, or one of the released Orthrus-Qwen3 layout. A folder with a PEFT adapter loads as its base with
-    the adapter merged in. view: "default" is the checkpoint's own view, or else the one shipped for the base, or else a
-    fresh one with a warning. "fresh" is an untrained one, which equals the AR view. Model and view may be a Path.
+    the adapter merged in. view: "default" is the checkpoint's own view, or else the one shipped for the base, or else
+    an untrained one with a warning. "untrained" is a copy of the base's own projections. Model and view may be a Path.
 
     dtype: as in `load_base`, or "int8" or "int4" (on a CPU), which quantise the linear layers after loading in float32.
     draft_dtype: "int8" or "int4" for block rows only; None for the dtype of all rows. draft_vocab: the number of most
@@ -163,13 +163,13 @@ def _load(
     source = _fetched(model, revision, on_progress)
     if view != DEFAULT_VIEW and _folder_of(source)[1] == "view":
         raise UserInputError(f"{model} is a view already; name its base as the model, or leave out the view.")
-    named = None if view in (DEFAULT_VIEW, FRESH_VIEW) else _view_folder(view, on_progress)
+    named = None if view in (DEFAULT_VIEW, UNTRAINED_VIEW) else _view_folder(view, on_progress)
     if named is not None:
         # Read it now, so that its errors come before a base is loaded.
         ViewConfig.from_dict(read_json(named / CONFIG_FILE))
     base, folder, kind, on_default = _frozen(source, on_progress, **options)
-    if view == FRESH_VIEW:
-        return base, fresh_view(base)
+    if view == UNTRAINED_VIEW:
+        return base, untrained_view(base)
     if named is not None:
         return base, load_view(base, named)
     if folder is not None and kind == "released":
@@ -231,7 +231,7 @@ def _view_folder(view: str, on_progress: Progress | None) -> Path:
 
 
 def _shipped_view(base: Base, *, on_default: bool = False) -> DualView:
-    """The view that comes with Orthrus for this base, or else a fresh one with a warning.
+    """The view that comes with Orthrus for this base, or else an untrained one with a warning.
 
     on_default: the base is an adapter merged into the default model, whose view still drafts for it.
     """
@@ -241,12 +241,12 @@ def _shipped_view(base: Base, *, on_default: bool = False) -> DualView:
             return load_view(base, folder)
     else:
         warnings.warn(
-            f"there is no trained view for {base.name}: a fresh one is used, which is lossless but hardly "
+            f"there is no trained view for {base.name}: an untrained one is used, which is lossless but hardly "
             "drafts; name one as the view, or train it.",
             OrthrusWarning,
             stacklevel=3,
         )
-    return fresh_view(base)
+    return untrained_view(base)
 
 
 def shipped_view_folder(name: str) -> Path | None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 class RepairHead(nn.Module):
     """h + out(silu(hidden(rms(h)) + parent(rms(e)))), with e the embedding of the token before.
 
-    `out` starts at zero, so a fresh head changes nothing. The other weights are drawn from `seed`.
+    `out` starts at zero, so an untrained head changes nothing. The other weights are drawn from `seed`.
     """
 
     def __init__(self, hidden_size: int, rank: int, seed: int = 0) -> None:

@@ -234,9 +234,21 @@ async def _foreseen(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        answer = ApiError(404, f"There is nothing at {ascii(request.url.path)[:200]}.", code="not_found")
+        answer = ApiError(
+            404,
+            f"There is nothing at {ascii(request.url.path)[:200]}: GET /openapi.json lists the paths.",
+            code="not_found",
+        )
     elif error.status_code == 405:
-        answer = ApiError(405, f"{request.method} is not allowed here.", code="method_not_allowed")
+        allowed = (error.headers or {}).get("Allow", "")
+        answer = ApiError(
+            405,
+            f"{ascii(request.method)[1:-1][:20]} is not allowed here: use {allowed}.",
+            code="method_not_allowed",
+            allow=allowed,
+        )
+    elif isinstance(error.__cause__, RecursionError):
+        answer = bad_request("The body is nested too deeply: use fewer levels.", code="invalid_json")
     elif error.status_code == 400:
         answer = bad_request("The body cannot be read: send one JSON object in UTF-8.", code="invalid_json")
     else:
@@ -250,7 +262,12 @@ async def _invalid(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
-        return _response(request, bad_request("The body is no valid JSON.", code="invalid_json"))
+        answer = bad_request(
+            f"The body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1] + 1}; correct "
+            "it there.",
+            code="invalid_json",
+        )
+        return _response(request, answer)
     if not place and not half_character(first):
         if "application/json" not in request.headers.get("content-type", ""):
             return _response(

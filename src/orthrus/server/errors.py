@@ -39,12 +39,17 @@ _ANTHROPIC_TYPES = {
 }
 _PYDANTIC = re.compile(r"^(Value error, must |[A-Z][a-z]+ should )")
 """The beginning of a message from pydantic on what a field must be."""
+MOST_NAMED_LEVELS = 3
 _FORM = re.compile(r"^(str|int|bool|((list|dict|literal|nullable|union|function-[a-z]+)\[|constrained-).*)$")
 """Pydantic's names for the types that a field may have."""
 
 
 class ApiError(Exception):
-    """An error for the client. param: the wrong field. code: for programs. retry_after: seconds."""
+    """An error for the client.
+
+    param: the wrong field. code: for programs. retry_after: seconds. allow: the methods of a path that was asked with
+    another one.
+    """
 
     def __init__(
         self,
@@ -54,10 +59,11 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: float | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.retry_after = retry_after
+        self.retry_after, self.allow = retry_after, allow
 
     @property
     def body(self) -> dict[str, Any]:
@@ -78,6 +84,8 @@ class ApiError(Exception):
             headers["retry-after"] = str(max(1, round(self.retry_after * uniform(0.75, 1.5))))
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
+        if self.allow is not None:
+            headers["allow"] = self.allow
         return headers
 
     def payload(self, path: str) -> bytes:
@@ -106,13 +114,18 @@ def half_character(error: Mapping[str, Any]) -> list[str]:
 
 def wrong_field(place: Sequence[str], error: Mapping[str, Any]) -> ApiError:
     """A 400 for a field that pydantic refused, without the field's value. place: the field's path."""
-    place = half_character(error) or place
+    half = half_character(error)
+    place = half or place
     # For a field of several types, pydantic adds the type's name to the path.
     named = [part for part in place if not _FORM.match(part)]
+    if error["type"].startswith("recursion_"):
+        # Of such a path only the request's own fields help; the rest is deep inside of one.
+        field = ".".join(named[:MOST_NAMED_LEVELS])[:200]
+        return bad_request(f"{field}: is nested too deeply; use fewer levels.", param=place[0][:80])
     name, said = ".".join(named)[:200], _PYDANTIC.sub("must ", f"{error['msg']}.")
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
         said = "must be a JSON object."
-    if named == ["prompt"]:
+    if named == ["prompt"] and not half:
         said = "must be a text, token ids, or a list of texts or of lists of token ids, none of them empty."
     if error["type"] == "extra_forbidden" and place[0] == "orthrus":
         close = get_close_matches(place[-1][:50], OrthrusOptions.model_fields, n=1)
@@ -148,6 +161,6 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def param_of(message: str, names: Mapping[str, str]) -> str | None:
-    """The client's name of the field that a sentence begins with. names: maps our field names to the client's."""
-    word = message.split(" ", 1)[0].strip("'`:,")
-    return names.get(word)
+    """The client's name of the field that a sentence begins with. names: maps our names of fields to the client's."""
+    said = message.lstrip("'`")
+    return next((field for own, field in names.items() if re.match(rf"{re.escape(own)}\b", said)), None)

@@ -62,7 +62,15 @@ _NAMES = {
         *("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "frequency_penalty"),
         *("presence_penalty", "logit_bias", "min_tokens", "stop_token_ids", "ignore_eos", "priority"),
     )
-} | {"block_size": "orthrus.block_size", "max_new_tokens": "max_tokens"}
+} | {
+    "block_size": "orthrus.block_size",
+    "max_new_tokens": "max_tokens",
+    "the prompt has token id": "prompt",
+    "a token id of logit_bias": "logit_bias",
+    "the json_schema grammar": "response_format",
+    "the json_object grammar": "response_format",
+    "the lark grammar": "tools",
+}
 
 
 class UnknownFields:

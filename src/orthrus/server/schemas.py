@@ -93,7 +93,7 @@ class HalfCharacterError(ValueError):
     """A text holds half a character. place: its path."""
 
     def __init__(self, place: list[str]) -> None:
-        super().__init__("must be valid text")
+        super().__init__("must not have half of a character (U+D800 to U+DFFF): send whole characters")
         self.place = place
 
 

@@ -10,7 +10,7 @@ from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base
 from orthrus.base.quantised import check_gradients
 from orthrus.errors import OrthrusWarning, UserInputError
-from orthrus.model.checkpoint import fresh_view, load_view
+from orthrus.model.checkpoint import load_view, untrained_view
 from orthrus.model.dual_view import DualView
 from orthrus.model.twin import chosen_names
 from orthrus.training.packs import Packs
@@ -20,7 +20,7 @@ DEFAULT_REPAIR_RANK = 128
 
 
 def starting_view(base: Base, config: TrainConfig) -> DualView:
-    """A fresh view of the recipe's kind and block size, or the one in `init_view`, in full precision.
+    """An untrained view of the recipe's kind and block size, or the one in `init_view`, in full precision.
 
     If the recipe wants a repair head and the view has none, it gets one. The block size is the recipe's, so a view may
     continue with longer blocks. Raises UserInputError if `init_view` has other layers, twins, ranks or another mask
@@ -34,7 +34,7 @@ def starting_view(base: Base, config: TrainConfig) -> DualView:
         if rank is not None and rank > most[key]:
             raise UserInputError(f"{key} {rank} is too much for {base.name}; give at most {most[key]}.")
     if config.init_view is None:
-        dual = fresh_view(
+        dual = untrained_view(
             base,
             config.block_size,
             config.layers,
