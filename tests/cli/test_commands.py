@@ -181,7 +181,9 @@ def test_bench_options_are_checked_before_anything_loads(cli: Cli, model_folder:
         )
         assert_refused(cli(command, model_folder, "--limit", "0"), "limit")
     assert_refused(cli("bench", "compare", "a.json"), "B.json")
-    assert_refused(cli("bench", "compare", "nowhere.json", "b.json"), "nowhere.json cannot be read (No such file")
+    assert_refused(
+        cli("bench", "compare", "nowhere.json", "b.json"), "nowhere.json cannot be read (No such file"
+    )
     assert_refused(cli("audit", model_folder, "--against", "beam"), "--against", "beam", "stock", "plain")
 
 

@@ -1,6 +1,7 @@
 """Turns the logits of a pass into the AR view's choices and into drafts, for all of its requests together."""
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -52,9 +53,10 @@ def choose(logits_RV: Tensor, judged: Sequence[Judged]) -> list[list[int]]:
     text. A request with a chosen logit that is NaN or infinite gets an error as its `failure`.
     """
     special = [j for j in judged if not j.is_plain]
-    ids_R = torch.zeros(len(logits_RV), dtype=torch.long, device=logits_RV.device)
     if len(special) < len(judged):
         ids_R = first_best(logits_RV)
+    else:
+        ids_R = torch.zeros(len(logits_RV), dtype=torch.long, device=logits_RV.device)
     for j in special:
         ruled_QV = j.request.rules(logits_RV[j.rows], j.paths, j.masks_QV)
         if j.request.config.sampling.greedy:
@@ -62,16 +64,16 @@ def choose(logits_RV: Tensor, judged: Sequence[Judged]) -> list[list[int]]:
             continue
         probs_QV = filtered_probs(ruled_QV, j.request.config.sampling)
         ids_R[j.rows] = draw_with_noise(probs_QV, _noise(j.request, j.positions, probs_QV))
-    # One copy from the device for both.
-    known_R = logits_RV.gather(-1, ids_R[:, None])[:, 0].isfinite()
-    ids, are_known = torch.stack([ids_R, known_R.long()]).tolist()
+    # One copy from the device for both. A double holds every id.
+    logits_R = logits_RV.gather(-1, ids_R[:, None])[:, 0]
+    ids, logits = torch.stack([ids_R.double(), logits_R.double()]).tolist()
     for j in judged:
-        if not all(are_known[j.rows]):
+        if not all(map(isfinite, logits[j.rows])):
             j.request.failure = UnsupportedModelError(
                 "the model's own logits became NaN or infinite: load it in another dtype (float32, bfloat16), or "
                 "check its weights."
             )
-    return [ids[j.rows] for j in judged]
+    return [list(map(int, ids[j.rows])) for j in judged]
 
 
 def rank(

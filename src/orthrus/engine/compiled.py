@@ -60,6 +60,7 @@ class CompiledRunner:
         self._draft_head = None if dual.draft_head is None else fast_linear([dual.draft_head])
         stand_ins = nn.ModuleList([_StandIn(i, len(layers)) for i in range(len(layers))])
         self._decoder = _with_layers(dual, stand_ins)
+        self._no_mask = no_mask(dual)
         self._prepare(on_progress)
 
     def new_pool(self, num_pages: int) -> SlotPool:
@@ -81,7 +82,7 @@ class CompiledRunner:
         return self.dual.finished(head(hidden_RC), drafts=drafts)
 
     def _decode(self, p: Pass, calls: "_Calls") -> Tensor:
-        hidden_1RC = self.dual.embed(p.token_ids_R[None])
+        hidden_1RC = self.dual.embed(p.token_ids_R[None], has_masks=p.num_ar_rows < p.num_rows)
         dtype, device = hidden_1RC.dtype, hidden_1RC.device
         if dtype != self._dtype or device.type != "cpu":
             # Compiled code does not check types.
@@ -91,7 +92,7 @@ class CompiledRunner:
             )
         out = self._decoder(
             inputs_embeds=hidden_1RC,
-            attention_mask=no_mask(self.dual),
+            attention_mask=self._no_mask,
             position_ids=p.position_ids_R[None],
             use_cache=False,
             calls=calls,

@@ -108,10 +108,10 @@ class DualView(nn.Module):
         every = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
         return every.index_copy_(-1, self.draft_ids_N, logits)
 
-    def embed(self, token_ids_BT: Tensor) -> Tensor:
-        """Token embeddings (B, T, C), with the mask embedding for the ids of masks."""
+    def embed(self, token_ids_BT: Tensor, *, has_masks: bool = True) -> Tensor:
+        """Token embeddings (B, T, C), with the mask embedding for the ids of masks. has_masks: there are such ids."""
         embed_tokens = self.base.get_input_embeddings()
-        if self.mask_embedding is None:
+        if self.mask_embedding is None or not has_masks:
             return embed_tokens(token_ids_BT)  # type: ignore[no-any-return]
         embeds_BTC = embed_tokens(token_ids_BT.clamp_min(0))
         return torch.where(
