@@ -7,7 +7,7 @@ A table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`, 
 import json
 import re
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -66,9 +66,9 @@ def with_tables(text: str) -> str:
 
 
 @cache
-def measured(dtype: str) -> tuple[str, BenchReport]:
-    """The result of `make bench` in a precision."""
-    name = f"readme-{dtype}-cpu.json"
+def measured(dtype: str, machine: str = "") -> tuple[str, BenchReport]:
+    """The result of `make bench` in a precision; machine: what its file's name has for another one, such as "-intel"."""
+    name = f"readme-{dtype}{machine}-cpu.json"
     return name, read_report(RESULTS / name)
 
 
@@ -111,9 +111,9 @@ def measured_table() -> str:
     return f"{table}\n\n{caption()}\nOver llama.cpp {others}.\n"
 
 
-def caption() -> str:
+def caption(machine: str = "") -> str:
     """What the measurement was made of."""
-    found = [measured(dtype) for dtype in DTYPES]
+    found = [measured(dtype, machine) for dtype in DTYPES]
     report = found[0][1]
     domains = dict.fromkeys(run.domain for run in report.runs)
     return (
@@ -141,21 +141,21 @@ def over_llama() -> dict[str, str]:
     return found
 
 
-def over_stock_table() -> str:
+def over_stock_table(machine: str = "") -> str:
     """Every arm over the stock model, where it has the precision too."""
-    found = {dtype: over_stock(measured(dtype)[1]) for dtype in DTYPES if dtype != "int8"}
+    found = {dtype: over_stock(measured(dtype, machine)[1]) for dtype in DTYPES if dtype != "int8"}
     arms = list(dict.fromkeys(arm for each in found.values() for arm in each))
     lines = [
         [dtype, *(f"{each[arm].value:.2f}" if arm in each else MISSING for arm in arms)]
         for dtype, each in found.items()
     ]
     table = markdown_table(["", *("plain" if arm == PLAIN else f"`{arm}`" for arm in arms)], lines)
-    return f"{table}\n\n{caption()}\n"
+    return f"{table}\n\n{caption(machine)}\n"
 
 
-def over_plain_table() -> str:
+def over_plain_table(machine: str = "") -> str:
     """Every drafting arm over plain decoding, by set, in three precisions."""
-    found = {dtype: measured(dtype) for dtype in DTYPES}
+    found = {dtype: measured(dtype, machine) for dtype in DTYPES}
     domains = list(dict.fromkeys(run.domain for _, report in found.values() for run in report.runs))
     lines = []
     for dtype, (_, report) in found.items():
@@ -196,6 +196,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "measured": measured_table,
     "over_stock": over_stock_table,
     "over_plain": over_plain_table,
+    "over_stock_intel": partial(over_stock_table, "-intel"),
+    "over_plain_intel": partial(over_plain_table, "-intel"),
     "strategies": strategies_table,
 }
 
