@@ -1,6 +1,7 @@
 """`orthrus adapt` from a log to a verdict: what is kept, what is refused, and the way back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def log(tmp_path: Path) -> str:
 @pytest.fixture
 def options(tmp_path: Path, model_folder: str) -> list[str]:
     base = load_base(resolve(model_folder), device="cpu")
-    save_view(untrained_view(base, 4, mask="trained"), tmp_path / "init")
+    dual = untrained_view(base, 4, mask="trained")
+    dual.config = replace(dual.config, goes_on=0.5, provenance={"license": "apache-2.0"})
+    save_view(dual, tmp_path / "init")
     made = ["--model", model_folder, "--init", str(tmp_path / "init"), "--view", str(tmp_path / "view")]
     return [*made, "--epochs", "1", "-n", "16"]
 
@@ -51,15 +54,22 @@ def test_a_better_view_takes_the_place_and_the_way_back_is_open(
     report = json.loads(made.out)
     assert report["kept"]
     assert report["share"] == 1.0
-    assert report["requests"] == {"trained": 17, "held_back": 4}
+    # One of 17 answers goes round in circles, and nothing is learnt from it.
+    assert report["requests"] == {"trained": 16, "held_back": 4}
     assert "17 of 17 requests have answers" in made.err
     view = tmp_path / "view"
     first = bytes_of(view)
-    assert json.loads(first["view_config.json"])["trained"]
+    made_of = json.loads(first["view_config.json"])
+    assert made_of["trained"]
+    assert made_of["provenance"]["license"] == "apache-2.0"
+    # Measured on what the log asks, not kept of the view before.
+    assert made_of["goes_on"] != 0.5
+    assert not report["replaced"]
 
     again = cli("adapt", log, *options, "--seed", "1")
     assert again.code == 0
     assert "the new view is kept" in again.out
+    assert f"{view}.before-1 holds the old one; --rollback restores it" in again.out
     assert bytes_of(tmp_path / "view.before-1") == first
     assert bytes_of(view) != first
     back = cli("adapt", "--rollback", "--view", str(view))
@@ -100,6 +110,9 @@ def test_a_view_that_is_no_better_changes_nothing(
         (["LOG", "--init", "nowhere"], ["nowhere holds no view"]),
         (["LOG", "--epochs", "0"], ["epochs"]),
         (["LOG", "--dtype", "int8"], ["dtype must be one of float32, bfloat16"]),
+        (["LOG", "--epochs", "nan"], ["epochs must be a finite number, not nan"]),
+        (["LOG", "--learning-rate", "inf"], ["learning_rate must be a finite number"]),
+        (["LOG", "-n", "0"], ["--max-new-tokens"]),
         (["missing.jsonl"], ["there is no log missing.jsonl"]),
     ],
 )
@@ -122,9 +135,28 @@ def test_a_view_that_was_set_aside_and_not_replaced_is_no_reason_to_start_afresh
     assert view.is_dir()
 
 
+def test_the_view_is_named_by_where_it_lies_and_must_be_whole(
+    cli: Cli, log: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always(monkeypatch, 9.0)
+    view = tmp_path / "view"
+    view.mkdir()
+    monkeypatch.chdir(view)
+    here = [*options, "--view", "."]
+    assert_refused(cli("adapt", log, *here), f"{view} holds no view", "view_config.json is missing")
+    assert_refused(cli("adapt", log, *options, "--view", "/"), "/ cannot be replaced by a view")
+    assert_refused(cli("adapt", log, *options, "--view", "~nobody-here/view"), "no home folder")
+    for file in (tmp_path / "init").iterdir():
+        (view / file.name).write_bytes(file.read_bytes())
+    assert "not kept, and nothing was changed" in cli("adapt", log, *here).out
+    (view / "view.safetensors").unlink()
+    assert_refused(cli("adapt", log, *here), f"{view} holds no view", "view.safetensors is missing")
+
+
 def test_two_runs_never_replace_one_view(cli: Cli, log: str, options: list[str], tmp_path: Path) -> None:
     view = tmp_path / "view"
     with locked_file(view, "adapts"):
         assert_refused(cli("adapt", log, *options), f"adapts {view}")
         assert_refused(cli("adapt", "--rollback", "--view", str(view)), f"adapts {view}")
+        assert not list(tmp_path.glob("view.adapt-*"))
     assert not view.exists()

@@ -38,6 +38,7 @@ def test_what_pack_refuses(cli: Cli, corpus: str, tmp_path: Path) -> None:
     assert_refused(cli("pack", str(tmp_path / "nowhere")), "nowhere is not a folder")
     assert_refused(cli("pack", str(tmp_path), "--sequence-length", "96"), "orthrus synth")
     assert_refused(cli("pack", corpus, "--sequence-length", "3"), "longer than a sequence of 3")
+    assert_refused(cli("pack", corpus, "--sequence-length", "100000000000"), "less than or equal to 1048576")
     mine = shutil.copytree(corpus, tmp_path / "mine")
     made = cli("pack", str(mine), "--sequence-length", "96")
     assert made.code == 0

@@ -8,21 +8,25 @@ from typing import Any
 import pytest
 import torch
 from tests.folders import letter_tokenizer
-from tests.tiny import tiny_dual
+from tests.tiny import tiny_dual, tiny_prompt
+from tests.tiny_orthrus import tiny_orthrus
 
+from orthrus.base.bench_prompts import load_prompts
 from orthrus.base.prompt import encode_prompt
 from orthrus.errors import UserInputError
 from orthrus.training.adapt import (
     SHARES,
     Counts,
+    Logged,
     forgets,
     go_part_of_the_way,
     judge,
-    put_in_place,
     read_log,
-    roll_back,
     split,
+    write_corpus,
 )
+from orthrus.training.corpus import read_corpus
+from orthrus.training.replaced_views import put_in_place, roll_back
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}"
 WORDS = "abcdefghijklmnopqrstuvwxyz"
@@ -64,6 +68,42 @@ def test_a_log_gives_each_request_once_with_its_answer_where_it_has_one(tmp_path
     assert found[0].answer_ids == (*base.tokenizer("it")["input_ids"], 2)
     assert found[1].prompt_ids == tuple(base.encode_prompt(asked))
     assert found[1].answer_ids is None
+
+
+def test_requests_with_built_in_prompts_are_left_out(tmp_path: Path) -> None:
+    """The general set consists of them, and would no longer show what a view forgot."""
+    built_in = next(p.prompt for p in load_prompts() if isinstance(p.prompt, str))
+    records = [
+        *some(20),
+        {"prompt": built_in},
+        {"messages": [{"role": "user", "content": f"Hello! {built_in}"}]},
+    ]
+    assert len(read_log(write_log(tmp_path / "log.jsonl", records), base_of(), most_tokens=9999)) == 20
+    with pytest.raises(UserInputError, match=r"has 19 different requests .* no built-in prompts"):
+        read_log(write_log(tmp_path / "log.jsonl", records[1:]), base_of(), most_tokens=9999)
+
+
+def test_an_answer_gets_the_room_that_a_long_request_leaves(tmp_path: Path) -> None:
+    orthrus = tiny_orthrus()
+    requests = [Logged(tuple(tiny_prompt(12, i)), None) for i in range(3)]
+    write_corpus(
+        orthrus.base,
+        orthrus.engine,
+        requests,
+        tmp_path,
+        max_new_tokens=20,
+        most_tokens=17,
+        source="log.jsonl",
+    )
+    samples = list(read_corpus(tmp_path))
+    assert samples
+    assert {len(sample.answer_ids) for sample in samples} == {5}
+    # A request with no room at all is no request.
+    asked = tuple(base_of().encode_prompt("say a"))
+    log = write_log(tmp_path / "log.jsonl", some(20))
+    assert len(read_log(log, base_of(), most_tokens=len(asked) + 1)) == 20
+    with pytest.raises(UserInputError, match="has 0 different requests"):
+        read_log(log, base_of(), most_tokens=len(asked))
 
 
 def test_part_of_the_way_lies_between_what_a_view_knew_and_what_it_learnt() -> None:

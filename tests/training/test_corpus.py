@@ -4,23 +4,26 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from tests.engines import decode, engine_for
 from tests.packed import corpus_digest
 from tests.tiny import tiny_dual, tiny_prompt
 from tests.tiny_orthrus import tiny_orthrus
+from torch import Tensor
 
 from orthrus.base.loading import Base
 from orthrus.config import DecodeConfig, SamplingParams
-from orthrus.errors import CorruptFileError, UserInputError
+from orthrus.errors import CorruptFileError, UnsupportedModelError, UserInputError
+from orthrus.model.runner import EagerRunner
 from orthrus.training.answers import Answer, EngineAnswerer, Question, answer_all
 from orthrus.training.corpus import (
     PROMPTS,
     Unseen,
     read_corpus,
     read_jsonl,
+    read_prompts,
     shard_path,
 )
 from orthrus.training.manifest import MANIFEST
@@ -122,6 +125,52 @@ def test_an_answer_is_a_function_of_its_question(name: str, batch_size: int) -> 
         assert found[key].finished == (alone.finish_reason == "stop")
 
 
+class Overflowing(EagerRunner):
+    """A model whose logits are NaN, like one with a dtype that is too small for it."""
+
+    def head(self, hidden_RC: Tensor, *, drafts: bool = False) -> Tensor:
+        return super().head(hidden_RC, drafts=drafts) * float("nan")
+
+
+def test_a_request_that_fails_is_no_answer(tmp_path: Path) -> None:
+    engine = engine_for(Overflowing(tiny_dual()))
+    question = Question(0, tiny_prompt(5), SamplingParams())
+    with pytest.raises(UnsupportedModelError, match="load it in another dtype"):
+        list(
+            answer_all(
+                engine, [question], batch_size=1, max_new_tokens=4, eos_token_ids=ORTHRUS.base.eos_token_ids
+            )
+        )
+    failing = EngineAnswerer(engine, 3, ORTHRUS.base.eos_token_ids)
+    with pytest.raises(UnsupportedModelError, match="load it in another dtype"):
+        synthesise(ORTHRUS.base, failing, config(tmp_path), tmp_path / "corpus")
+    assert not list((tmp_path / "corpus").glob("answers-*"))
+
+
+def test_other_held_out_texts_are_another_corpus(tmp_path: Path) -> None:
+    """Its prompts were chosen without the new ones in mind."""
+    kept_out = tmp_path / "heldout.jsonl"
+    kept_out.write_text('{"turns": ["Nothing of it", "Number 3, please"]}\n')
+    held = config(tmp_path, held_out=(str(kept_out),))
+    folder = make(tmp_path, config_=held)
+    # The second turn counts as well.
+    assert len(list(read_prompts(folder))) == 9
+    make(tmp_path, config_=held)
+    kept_out.write_text(kept_out.read_text() + '{"prompt": "Number 4, please"}\n')
+    with pytest.raises(UserInputError, match=r"other settings \(held_out_texts\)"):
+        make(tmp_path, config_=held)
+
+
+def test_answers_are_never_given_to_other_prompts(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    (folder / PROMPTS).write_text("no prompts\n")
+    with pytest.raises(CorruptFileError, match=r"prompts\.jsonl, line 1 .* restore the file"):
+        make(tmp_path)
+    (folder / PROMPTS).unlink()
+    with pytest.raises(CorruptFileError, match="answers without their prompts"):
+        make(tmp_path)
+
+
 def test_held_out_prompts_and_duplicates_stay_out(tmp_path: Path) -> None:
     held_out = tmp_path / "eval.jsonl"
     held_out.write_text(json.dumps({"prompt": "number 3 PLEASE!"}) + "\n")
@@ -179,13 +228,15 @@ def test_prompts_of_its_own_making() -> None:
     base = ORTHRUS.base
 
     class Templated(type(base.tokenizer)):  # type: ignore[misc]
-        chat_template = "user: {words}"
+        chat_template = "user: {{ messages[0].content }}\nassistant:"
 
         def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
             return dict(super().__call__(text))
 
-        def apply_chat_template(self, messages: list[dict[str, str]], *, tokenize: bool) -> str:
-            return f"user: {messages[0]['content']}\nassistant:"
+        special_tokens_map: ClassVar[dict[str, str]] = {}
+
+        def get_chat_template(self) -> str:
+            return self.chat_template
 
         def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
             return " ".join(f"w{i}" for i in token_ids)
@@ -199,6 +250,14 @@ def test_prompts_of_its_own_making() -> None:
     assert told.asked[0].prompt_ids == base.tokenizer("user:")["input_ids"]
     with pytest.raises(UserInputError, match="no chat template"):
         list(self_prompts(base, told, {"math": 1}, seed=0))
+    for template, problem in (
+        ("{{ raise_exception('no lone user') }}", "refuses these messages .no lone user"),
+        ("user:", "does not keep what was said"),
+        ("{% for i in range(99999999) %}\n{% endfor %}", "takes longer than|builds more than|fails on"),
+    ):
+        templated.tokenizer.chat_template = template
+        with pytest.raises(UserInputError, match=problem):
+            list(self_prompts(templated, told, {"mine": 1}, seed=0))
 
 
 def test_a_prompt_of_its_own_begins_with_the_opening_and_no_opening_ends_with_a_space() -> None:
@@ -207,13 +266,14 @@ def test_a_prompt_of_its_own_begins_with_the_opening_and_no_opening_ends_with_a_
     assert min(map(len, OPENINGS.values())) >= 3
 
     class Decoding(type(ORTHRUS.base.tokenizer)):  # type: ignore[misc]
-        chat_template = "x"
+        chat_template = "{{ messages[0].content }}"
+        special_tokens_map: ClassVar[dict[str, str]] = {}
 
         def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
             return {"input_ids": [ord(c) for c in text]}
 
-        def apply_chat_template(self, messages: list[dict[str, str]], *, tokenize: bool) -> str:
-            return str(messages[0]["content"])
+        def get_chat_template(self) -> str:
+            return self.chat_template
 
         def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
             # As a SentencePiece tokenizer: the first space is gone.

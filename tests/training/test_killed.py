@@ -34,7 +34,13 @@ def train_until(moment: str, folder: str, name: str, reached: Connection | None 
     kill_at(moment)
     output = Path(folder) / name
     with run_folder(output) as held:
-        scorer = Scorer(BASE, [tiny_prompt(6, seed) for seed in range(2)], held, {}, this_process())
+        scorer = Scorer(
+            BASE,
+            [tiny_prompt(6, seed) for seed in range(2)],
+            held,
+            {"recipe": {"evaluate_prompts": 2}},
+            this_process(),
+        )
         if state_file(output).is_file():
             scorer.remember()
         tell = (lambda log: None) if reached is None else (lambda log: reached.send(log.step))

@@ -190,13 +190,18 @@ def test_several_corpora_are_read_one_after_the_other(tmp_path: Path) -> None:
 
 
 def test_long_dialogues_are_refused_or_left_out(tmp_path: Path) -> None:
-    samples = [Sample((1, 2), (3,) * 30, "test"), Sample((1, 2), (3,) * 5, "test")]
+    samples = [Sample((1, 2), (9,) * 30, "other"), Sample((1, 2), (4,) * 5, "test")]
     folder = str(write_corpus(tmp_path, samples))
     with pytest.raises(
         UserInputError, match=r"1 of 2 dialogues in .* are longer than a sequence of 16 .* has 32"
     ):
         packed_corpora([folder], 16)
-    assert_equal_sequences(packed_corpora([folder], 16, drop_long=True), oracle(samples[1:], 16))
+    kept = packed_corpora([folder], 16, drop_long=True)
+    assert_equal_sequences(kept, oracle(samples[1:], 16))
+    # A view's card says what it learnt from.
+    about = kept.parts[folder].about
+    assert (about.dialogues, about.num_long, about.longest) == (1, 1, 32)
+    assert (about.tokens, about.answer_tokens, about.domains, about.largest_id) == (7, 5, {"test": 1}, 4)
     with pytest.raises(UserInputError, match="every dialogue is longer"):
         packed_corpora([folder], 4, drop_long=True)
 

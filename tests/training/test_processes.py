@@ -58,7 +58,7 @@ def _train_and_score(
     stop_after: int | None,
     alone: bool,
 ) -> None:
-    scorer = Scorer(BASE, PROMPTS, held, {}, process)
+    scorer = Scorer(BASE, PROMPTS, held, {"recipe": {"evaluate_prompts": 2}}, process)
     logs: list[tuple[float, float]] = []
     used: set[torch.dtype] = set()
     for twin in twins(dual.base).values():

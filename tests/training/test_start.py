@@ -1,6 +1,7 @@
 """The view that a run begins with: of the recipe's kind, or that of `init_view`, or one clear sentence."""
 
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from orthrus.config import DecodeConfig
 from orthrus.errors import OrthrusWarning, UserInputError
 from orthrus.model.checkpoint import save_view, untrained_view
 from orthrus.training.recipe import TrainConfig
-from orthrus.training.start import starting_view, warn_of_other_models
+from orthrus.training.start import check_packs, starting_view, warn_of_other_models
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -46,7 +47,30 @@ def test_answers_of_another_model_are_warned_of(base_folder):
         warn_of_other_models(dual, packs_of(own=own, other="blake2b:0"))
 
 
-def test_a_untrained_view_is_of_the_recipes_kind(base_folder):
+def test_a_dialogue_that_is_not_in_the_pack_is_not_too_long(base_folder):
+    base = load(base_folder)
+
+    def packs_with(longest: int, sequence_length: int) -> Any:
+        about = SimpleNamespace(longest=longest, sequence_length=sequence_length, largest_id=3)
+        return SimpleNamespace(parts={"mine": SimpleNamespace(about=about)})
+
+    check_packs(base, packs_with(10**6, base.context_length))
+    with pytest.raises(
+        UserInputError, match=f"corpus in mine has a dialogue of {base.context_length + 1} tokens"
+    ):
+        check_packs(base, packs_with(base.context_length + 1, 10**6))
+
+
+def test_a_view_that_trains_on_does_not_keep_how_far_its_guesses_went(base_folder, tmp_path):
+    dual = untrained_view(load(base_folder), 4)
+    dual.config = replace(dual.config, goes_on=0.5)
+    save_view(dual, tmp_path / "view")
+    assert (
+        starting_view(load(base_folder), TrainConfig(init_view=str(tmp_path / "view"))).config.goes_on is None
+    )
+
+
+def test_an_untrained_view_is_of_the_recipes_kind(base_folder):
     recipe = {"twins": ("v_proj", "q_proj"), "rank": 2, "layers": (1,), "mask": "trained", "block_size": 6}
     first, again, other = (
         starting_view(load(base_folder), TrainConfig(**recipe, seed=seed)) for seed in (1, 1, 2)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.folders import load_disturbed, save_base
 
 from orthrus.base.loading import load_base
-from orthrus.base.weights import is_finite
+from orthrus.base.weights import is_finite, weight_files
 from orthrus.errors import CorruptFileError, OrthrusError, UnsupportedModelError, UserInputError
 from orthrus.model.checkpoint import save_view
 from orthrus.model.loading import load_dual
@@ -157,5 +157,27 @@ def test_weight_files_that_are_none_are_one_sentence(folder: Path, content: byte
 )
 def test_an_index_that_is_none_is_one_sentence(folder: Path, content: str) -> None:
     (folder / "model.safetensors.index.json").write_text(content)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     with pytest.raises(CorruptFileError, match="index"):
+        load_base(str(folder), device="cpu")
+
+
+def test_the_file_that_is_checked_is_the_file_that_is_loaded(folder: Path) -> None:
+    """transformers prefers a single file to an index, so an index that stayed behind counts for nothing."""
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+    )
+    assert weight_files(folder) == [folder / "model.safetensors"]
+    assert load_base(str(folder), device="cpu").context_length > 0
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CorruptFileError, match="lacks 1 of 1 weight files"):
+        load_base(str(folder), device="cpu")
+
+
+def test_weights_in_a_pickle_are_refused(folder: Path) -> None:
+    """Their sizes cannot be read without loading them."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(CorruptFileError, match=r"no weights in safetensors files: fetch model\.safetensors"):
         load_base(str(folder), device="cpu")

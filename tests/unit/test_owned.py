@@ -15,7 +15,6 @@ from orthrus.base.owned import (
     MARK,
     check_unlocked,
     locked_folder,
-    remove_if_only_locked,
     replace_folder,
     restore_folder,
 )
@@ -62,6 +61,20 @@ def _nest(folder: Path) -> None:
 def _link(folder: Path) -> None:
     folder.rename(folder.with_name("elsewhere"))
     folder.symlink_to(folder.with_name("elsewhere"))
+
+
+def test_a_large_file_that_was_edited_in_its_size_is_not_replaced_and_a_copy_of_a_folder_is(
+    tmp_path: Path,
+) -> None:
+    build(tmp_path / "out", "x" * (2 << 20))
+    file = tmp_path / "out" / "file"
+    # A copy has other times.
+    os.utime(file, ns=(1, 1))
+    build(tmp_path / "out", "y" * (2 << 20))
+    file.write_text("z" * (2 << 20))
+    with pytest.raises(UserInputError, match="file, which was changed after this run wrote it"):
+        build(tmp_path / "out", "new")
+    assert file.read_text()[0] == "z"
 
 
 @pytest.mark.parametrize("change", [_add, _change, _unmark, _spoil, _nest, _link])
@@ -166,19 +179,6 @@ def test_one_process_holds_a_folder_and_the_other_is_told_which(tmp_path: Path) 
         with pytest.raises(UserInputError, match=f"process {os.getpid()} "), locked_folder(tmp_path, "works"):
             pass
     assert (tmp_path / LOCK).read_text() == ""
-
-
-def test_a_folder_with_nothing_but_a_lock_is_no_loss(tmp_path: Path) -> None:
-    empty, used = tmp_path / "empty", tmp_path / "used"
-    for folder in (empty, used):
-        folder.mkdir()
-        with locked_folder(folder, "works"):
-            pass
-    (used / "theirs").write_text("x")
-    remove_if_only_locked(empty)
-    remove_if_only_locked(used)
-    assert [path.name for path in tmp_path.iterdir()] == ["used"]
-    assert (used / "theirs").read_text() == "x"
 
 
 def test_a_lock_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from orthrus.base.quiet import quiet_libraries
 from orthrus.base.resolve import Source, resolve
 from orthrus.base.storage import Progress
 from orthrus.base.text import printable
-from orthrus.base.weights import Extra, check_all_used, check_finite, check_sizes, shapes_in
+from orthrus.base.weights import Extra, check_all_used, check_finite, check_sizes, shapes_in, weight_files
 from orthrus.errors import (
     CorruptFileError,
     ModelNotFoundError,
@@ -254,7 +254,12 @@ def _read_weights(
         with quiet_libraries():
             # With output_loading_info this returns a pair, which its annotation does not say.
             pair: Any = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
             )
     except MemoryError as error:
         raise UserInputError(f"{name} does not fit into memory: choose a smaller model or dtype.") from error
@@ -277,8 +282,11 @@ def _read_weights(
 def _weights_failed(folder: Path, name: str, method: str | None, error: Exception) -> OrthrusError:
     from safetensors import SafetensorError
 
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        return CorruptFileError(f"{folder} holds a config but no weights: fetch model.safetensors too.")
+    if not weight_files(folder):
+        return CorruptFileError(
+            f"{folder} holds a config but no weights in safetensors files: fetch model.safetensors too, or write "
+            "it with transformers' save_pretrained."
+        )
     if method is not None and not isinstance(error, SafetensorError):
         return cannot_run(method, name, error)
     if isinstance(error, ImportError) or "pip install" in str(error):

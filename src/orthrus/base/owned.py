@@ -22,8 +22,9 @@ from orthrus.errors import StorageError, UserInputError
 
 MARK = ".orthrus-owner.json"
 LOCK = ".orthrus.lock"
-# Larger files are compared by size, because weights of gigabytes are written often.
-_DIGEST_BYTES = 1 << 20
+# A larger file with the size and time that it was written with is not read again, because weights of gigabytes are
+# checked often.
+_READ_BYTES = 1 << 20
 
 
 @contextmanager
@@ -36,7 +37,7 @@ def replace_folder(target: Path, owner: str) -> Iterator[Path]:
     check_owned(target, owner)
     with scratch_folder(target) as scratch:
         yield scratch
-        files = {file.name: _digest(file) for file in scratch.iterdir()}
+        files = {file.name: _stamp(file) for file in scratch.iterdir()}
         mark_folder(scratch, owner, files)
         make_readable(scratch)
         check_owned(target, owner)
@@ -44,7 +45,7 @@ def replace_folder(target: Path, owner: str) -> Iterator[Path]:
 
 
 def mark_folder(folder: Path, owner: str, files: dict[str, str] | None = None) -> None:
-    """Write the owner's mark into a folder, with the digests of its files where `foreign` is to check them."""
+    """Write the owner's mark into a folder, with the stamps of its files where `foreign` is to check them."""
     content = {"owner": owner, "files": files or {}}
     (folder / MARK).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
@@ -114,16 +115,28 @@ def foreign(target: Path, owner: str) -> str | None:
             continue
         if file.name not in known or file.is_symlink() or not file.is_file():
             return f"holds {file.name}, which this run did not write"
-        if _digest(file) != known[file.name]:
+        if not _is_unchanged(file, str(known[file.name])):
             return f"holds {file.name}, which was changed after this run wrote it"
     return None
 
 
-def _digest(file: Path) -> str:
-    size = file.stat().st_size
-    if size > _DIGEST_BYTES:
-        return f"bytes:{size}"
-    return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+def _stamp(file: Path) -> str:
+    """Digest, size and time of a file."""
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return f"sha256:{digest}{_size_and_time(file)}"
+
+
+def _size_and_time(file: Path) -> str:
+    status = file.stat()
+    return f":{status.st_size}:{status.st_mtime_ns}"
+
+
+def _is_unchanged(file: Path, stamp: str) -> bool:
+    """Whether a file has the content that it had when `_stamp` was called. A copy has another time."""
+    if file.stat().st_size > _READ_BYTES and stamp.endswith(_size_and_time(file)):
+        return True
+    return _stamp(file).rpartition(":")[0] == stamp.rpartition(":")[0]
 
 
 @contextmanager
@@ -135,13 +148,6 @@ def locked_folder(folder: Path, doing: str, *, wait: bool = False) -> Iterator[N
     """
     with _locked(folder / LOCK, f"{doing} in {folder}", "output folder", wait=wait):
         yield
-
-
-def remove_if_only_locked(folder: Path) -> None:
-    """Remove a folder that holds nothing but the lock of `locked_folder`, which nobody holds any more."""
-    if [path.name for path in folder.iterdir()] == [LOCK]:
-        (folder / LOCK).unlink()
-        folder.rmdir()
 
 
 @contextmanager

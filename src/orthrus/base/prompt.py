@@ -130,29 +130,45 @@ def _kind(value: Any) -> str:
     return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
+def template_text(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    template_values: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """The text that the tokenizer's chat template makes of messages.
+
+    Raises UserInputError for a tokenizer without a template, and as `orthrus.base.template.render`.
+    """
+    from orthrus.base.template import render
+
+    return render(
+        _template(tokenizer),
+        {
+            **(template_values or {}),
+            **tokenizer.special_tokens_map,
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        },
+    )
+
+
 def _apply_template(
     tokenizer: "PreTrainedTokenizerBase",
     messages: list[dict[str, Any]],
     more: Mapping[str, Any] | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
-    from orthrus.base.template import render
-
-    template = _template(tokenizer)
     continues = messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
     if continues:
         last = messages[-1]
         messages = [*messages[:-1], {**last, "content": last["content"] + _CONTINUES}]
-    text = render(
-        template,
-        {
-            **(more or {}),
-            **tokenizer.special_tokens_map,
-            "messages": messages,
-            "tools": tools,
-            "documents": None,
-            "add_generation_prompt": not continues,
-        },
+    text = template_text(
+        tokenizer, messages, add_generation_prompt=not continues, template_values=more, tools=tools
     )
     if continues:
         head, found, tail = text.rpartition(_CONTINUES.strip())

@@ -35,7 +35,7 @@ def shapes_in(folder: Path, extra: Extra | None = None) -> dict[str, tuple[Path,
     from safetensors import SafetensorError, safe_open
 
     found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for file in _files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
@@ -46,11 +46,17 @@ def shapes_in(folder: Path, extra: Extra | None = None) -> dict[str, tuple[Path,
     return found
 
 
-def _files(folder: Path) -> list[Path]:
-    index = folder / INDEX_FILE
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder: those that transformers loads. [] if there are none.
+
+    Raises CorruptFileError for an unreadable index, and for a file that the index names and that is missing.
+    """
+    single, index = folder / "model.safetensors", folder / INDEX_FILE
+    if single.is_file():
+        # transformers reads an index only where this file is missing.
+        return [single]
     if not index.is_file():
-        single = folder / "model.safetensors"
-        return [single] if single.is_file() else []
+        return []
     try:
         names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

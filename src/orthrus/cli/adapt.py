@@ -1,12 +1,13 @@
 """`orthrus adapt`: re-tune a view on logged requests, and keep the new one only where it drafts better."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from orthrus.cli import options
-from orthrus.cli.adapt_run import Adapting, check_log
+from orthrus.cli.adapt_run import Adapting, check_log, start_folder
 from orthrus.cli.render import out, print_json
 from orthrus.errors import UserInputError
 
@@ -43,6 +44,7 @@ def adapt(
         typer.Option(
             "--max-new-tokens",
             "-n",
+            min=1,
             help="Maximum number of tokens in the base's answer to a request without one.",
         ),
     ] = 256,
@@ -56,6 +58,7 @@ def adapt(
     A share of the requests is held back to judge the new view. The new view is kept only if real decodes of these
     requests improve, and those of built-in prompts get at most 2 % worse. The same command resumes a stopped run.
     """
+    view = _full_path(view)
     if rollback:
         if log is not None:
             raise UserInputError("--rollback takes no log; give one of them.")
@@ -70,11 +73,10 @@ def adapt(
     from orthrus.training.adapt import GENERAL_PROMPTS
     from orthrus.training.recipe import TrainConfig
 
-    start = _start_folder(view, init)
     # A wrong setting costs no work.
     config = TrainConfig(
         base=model,
-        init_view=str(start),
+        init_view=str(start_folder(view, init)),
         num_anchors=96,
         sequence_length=576,
         drop_long=True,
@@ -90,8 +92,7 @@ def adapt(
         trackers=(),
     )
     settings = {"held_back": held_back, "max_new_tokens": max_new_tokens, "general": GENERAL_PROMPTS}
-    run = Adapting(log, view, start, config, settings, quiet=quiet)
-    report = run.run()
+    report = Adapting(log, view, init, config, settings, quiet=quiet).run()
     if json:
         print_json(report)
     else:
@@ -100,7 +101,7 @@ def adapt(
 
 def _roll_back(view: Path, *, json: bool) -> None:
     from orthrus.base.owned import locked_file
-    from orthrus.training.adapt import roll_back
+    from orthrus.training.replaced_views import roll_back
 
     if not view.parent.is_dir():
         raise UserInputError(f"there is no folder {view.parent}; name the view that was adapted with --view.")
@@ -113,27 +114,14 @@ def _roll_back(view: Path, *, json: bool) -> None:
         out(f"{view} is again what lay in {source}; the one that was there is {aside or 'nowhere'}\n")
 
 
-def _start_folder(view: Path, init: str) -> Path:
-    """The view to start from: the one that is served, or what `init` names."""
-    from orthrus.model.checkpoint import CONFIG_FILE
-    from orthrus.model.loading import DEFAULT_MODEL_VIEW, shipped_view_folder
-    from orthrus.training.adapt import set_aside
-
-    if view.exists():
-        found: Path | None = view
-    elif init == "default":
-        if aside := set_aside(view):
-            raise UserInputError(
-                f"there is no view {view}, but {aside[-1].name} lies beside it: an adapt was stopped while it "
-                "replaced the view. Put that one back with --rollback, or name a view to start from with --init."
-            )
-        found = shipped_view_folder(DEFAULT_MODEL_VIEW)
-    else:
-        found = Path(init).expanduser()
-    if found is None or not (found / CONFIG_FILE).is_file():
-        raise UserInputError(
-            f"{found or init} holds no view ({CONFIG_FILE} is missing); name a view folder to start from with --init."
-        )
+def _full_path(view: Path) -> Path:
+    """The view's folder by its own name, also for "." and "..", because its neighbours are named after it."""
+    try:
+        found = Path(os.path.abspath(view.expanduser()))
+    except RuntimeError as e:
+        raise UserInputError(f"there is no home folder for {view}; write the path out.") from e
+    if not found.name:
+        raise UserInputError(f"{found} cannot be replaced by a view; name a folder in it.")
     return found
 
 
@@ -144,5 +132,7 @@ def _print(report: dict[str, Any]) -> None:
         figures = report["tokens_per_cycle"][name]
         lines.append(f"  {words:<20} {figures['old']:.2f} -> {figures['new']:.2f} tokens per cycle")
     if report["kept"]:
-        lines.append(f"{report['view']} holds the new view; the old one is {report['old_view']} (--rollback)")
+        old = f"{report['old_view']} holds the old one"
+        undo = "; --rollback restores it" if report["replaced"] else ""
+        lines.append(f"{report['view']} holds the new view, {old}{undo}")
     out("\n".join(lines) + "\n")

@@ -9,6 +9,7 @@ from orthrus.cli import options
 from orthrus.cli.progress import ProgressDisplay
 from orthrus.cli.render import out, print_json
 from orthrus.errors import UserInputError
+from orthrus.training.recipe import MOST_SEQUENCE_LENGTH
 
 if TYPE_CHECKING:
     from orthrus.training.packs import Pack
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
 def pack(
     folder: Annotated[Path, typer.Argument(help="A corpus that `orthrus synth` made, or a packed one.")],
     sequence_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a sequence, as in the recipe.", show_default=False)
+        int | None,
+        typer.Option(
+            min=2,
+            max=MOST_SEQUENCE_LENGTH,
+            help="Tokens of a sequence, as in the recipe.",
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[
         Path | None,

@@ -90,7 +90,7 @@ def _metadata(config: ViewConfig, folder: Folder) -> str:
     base = HUB_ID if config.base_name == DEFAULT else config.base_name
     known = is_hub_id(base)
     data = ModelCardData(
-        license=_stated_licence(config),
+        license=stated_licence(config),
         library_name="orthrus",
         pipeline_tag="text-generation",
         tags=["orthrus", "speculative-decoding", "block-diffusion"],
@@ -274,7 +274,7 @@ def _limits(config: ViewConfig) -> str:
 
 
 def _licence(config: ViewConfig, folder: Folder) -> str:
-    stated = _stated_licence(config)
+    stated = stated_licence(config)
     if stated is None:
         text = "None was stated for the view; the base model's own licence applies."
     elif folder == "view":
@@ -284,7 +284,8 @@ def _licence(config: ViewConfig, folder: Folder) -> str:
     return f"## Licence\n\n{text}"
 
 
-def _stated_licence(config: ViewConfig) -> str | None:
+def stated_licence(config: ViewConfig) -> str | None:
+    """The licence that a view's provenance or recipe states, in one line; None if there is none."""
     stated = config.provenance.get("license") or _recipe(config).get("license")
     return " ".join(str(stated).split()) or None if stated else None
 

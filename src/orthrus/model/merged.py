@@ -17,7 +17,8 @@ from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base
 from orthrus.base.outputs import atomic_folder
 from orthrus.base.quantised import quantisation
-from orthrus.errors import CheckpointError, CorruptFileError
+from orthrus.base.weights import INDEX_FILE, weight_files
+from orthrus.errors import CheckpointError
 from orthrus.model.card import view_card
 from orthrus.model.checkpoint import (
     CONFIG_FILE,
@@ -34,7 +35,6 @@ from orthrus.model.names import ARCHITECTURE, MODEL_TYPE
 from orthrus.model.view_config import ViewConfig
 
 RELEASED_ARCHITECTURE = "OrthrusLM"
-INDEX_FILE = "model.safetensors.index.json"
 
 FolderKind = Literal["base", "view", "merged", "released"]
 MergedLayout = Literal["merged", "released"]
@@ -74,17 +74,6 @@ def load_released(base: Base, folder: Path) -> DualView:
     dual = DualView(base.model, base.family, config)
     assign_view(dual, read_view_tensors(weight_files(folder)), where=str(folder))
     return dual
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, sharded or not."""
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        return [folder / "model.safetensors"]
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CorruptFileError(f"{index} has no weight_map; download it again.")
-    return [folder / name for name in sorted(set(weight_map.values()))]
 
 
 def save_merged(

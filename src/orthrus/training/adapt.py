@@ -1,9 +1,7 @@
-"""Re-tunes a view on logged requests: the data it learns from, the test of the new view, and the place of views."""
+"""Re-tunes a view on logged requests: the data that it learns from, and the test of the new view."""
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orthrus.base.bench_prompts import load_prompts
 from orthrus.base.fingerprint import fingerprint
 from orthrus.base.loading import Base
 from orthrus.base.prompt import Message
@@ -24,8 +23,9 @@ from orthrus.errors import UserInputError
 from orthrus.model.dual_view import DualView
 from orthrus.training import manifest
 from orthrus.training.answers import Question, answer_all
-from orthrus.training.corpus import PROMPTS, normalised, shard_path, write_jsonl
+from orthrus.training.corpus import PROMPTS, Unseen, normalised, shard_path, write_jsonl
 from orthrus.training.self_prompts import is_repetitive
+from orthrus.training.view_score import Decoded
 
 LEAST_REQUESTS = 20
 LEAST_GAIN = 0.01
@@ -60,6 +60,11 @@ class Counts:
         return sum(self.tokens) / max(1, sum(self.cycles))
 
 
+def counts_of(decoded: Sequence[Decoded]) -> Counts:
+    """The counts of decoded prompts that a comparison uses."""
+    return Counts(tuple(each.num_tokens for each in decoded), tuple(each.num_cycles for each in decoded))
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The result of a comparison of two views.
@@ -78,9 +83,11 @@ class Verdict:
 def read_log(file: Path, base: Base, *, most_tokens: int) -> list[Logged]:
     """The requests of a JSONL file with `messages`, `prompt` or `turns` on each line, each once.
 
-    If the last message is the assistant's, it is the answer. Requests longer than `most_tokens` are left out. Raises
-    UserInputError for a file that cannot be read, for a wrong line, and for fewer than `LEAST_REQUESTS` requests.
+    If the last message is the assistant's, it is the answer. Requests longer than `most_tokens` are left out, and those
+    that contain a built-in prompt, because the general set consists of these. Raises UserInputError for a file that
+    cannot be read, for a wrong line, and for fewer than `LEAST_REQUESTS` requests.
     """
+    unseen = Unseen(p.prompt for p in load_prompts() if isinstance(p.prompt, str))
     seen: set[str] = set()
     found: list[Logged] = []
     for line in read_prompt_file(file):
@@ -89,7 +96,7 @@ def read_log(file: Path, base: Base, *, most_tokens: int) -> list[Logged]:
         )
         answer = str(messages.pop()["content"]) if messages[-1]["role"] == "assistant" else None
         key = normalised(" ".join(str(message["content"]) for message in messages))
-        if not key or key in seen:
+        if not key or key in seen or unseen.holds_out(key):
             continue
         seen.add(key)
         try:
@@ -98,12 +105,13 @@ def read_log(file: Path, base: Base, *, most_tokens: int) -> list[Logged]:
         except UserInputError as e:
             raise UserInputError(f"{file}, line {line.line}: {e}") from e
         answer_ids = _answer_ids(answer, base) if answer is not None and answer.strip() else None
-        if len(prompt_ids) + len(answer_ids or ()) <= most_tokens:
+        # An answer that the base is to write gets the room that is left.
+        if len(prompt_ids) + (1 if answer_ids is None else len(answer_ids)) <= most_tokens:
             found.append(Logged(prompt_ids, answer_ids))
     if len(found) < LEAST_REQUESTS:
         raise UserInputError(
-            f"{file} has {len(found)} different requests of at most {most_tokens} tokens, too few to learn from "
-            f"and be judged by: give at least {LEAST_REQUESTS}."
+            f"{file} has {len(found)} different requests of at most {most_tokens} tokens that are no built-in prompts, "
+            f"too few to learn from and be judged by: give at least {LEAST_REQUESTS}."
         )
     return found
 
@@ -130,11 +138,13 @@ def write_corpus(
     folder: Path,
     *,
     max_new_tokens: int,
+    most_tokens: int,
     source: str,
     on_answer: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
     """Make or continue the corpus of these requests. The base answers those for which the log has no answer.
 
+    max_new_tokens: limit on such an answer. most_tokens: limit on a request with its answer, which is cut there.
     on_answer: called with (requests done, all requests). The caller holds the folder.
     """
     made = provenance(device=str(base.model.device), dtype=str(base.model.dtype), seed=0)
@@ -143,6 +153,7 @@ def write_corpus(
         "base_fingerprint": fingerprint(engine.runner.dual.stock()),
         "sources": [{"file": source, "domain": _DOMAIN}],
         "max_new_tokens": max_new_tokens,
+        "most_tokens": most_tokens,
         "requests": hashlib.blake2b(repr(list(requests)).encode(), digest_size=16).hexdigest(),
     }
     manifest.begin(folder, settings, made)
@@ -151,26 +162,30 @@ def write_corpus(
     for index, first in enumerate(range(0, len(requests), _SHARD)):
         last = min(first + _SHARD, len(requests))
         if not shard_path(folder, index).is_file():
-            write_jsonl(
-                shard_path(folder, index), _answers(base, engine, requests, first, last, max_new_tokens)
-            )
+            answers = _answers(base, engine, requests, range(first, last), max_new_tokens, most_tokens)
+            write_jsonl(shard_path(folder, index), answers)
         on_answer(last, len(requests))
 
 
 def _answers(
-    base: Base, engine: Engine, requests: Sequence[Logged], first: int, last: int, max_new_tokens: int
+    base: Base,
+    engine: Engine,
+    requests: Sequence[Logged],
+    which: range,
+    max_new_tokens: int,
+    most_tokens: int,
 ) -> list[dict[str, Any]]:
-    known = {i: list(ids) for i in range(first, last) if (ids := requests[i].answer_ids) is not None}
-    questions = (
-        Question(i, list(requests[i].prompt_ids), SamplingParams())
-        for i in range(first, last)
-        if i not in known
-    )
+    known = {i: list(ids) for i in which if (ids := requests[i].answer_ids) is not None}
+    cut = set[int]()
+    questions = (Question(i, list(requests[i].prompt_ids), SamplingParams()) for i in which if i not in known)
     options = {"batch_size": _SHARD, "max_new_tokens": max_new_tokens, "eos_token_ids": base.eos_token_ids}
     for answer in answer_all(engine, questions, **options):  # type: ignore[arg-type]
-        known[answer.key] = answer.token_ids
+        room = most_tokens - len(requests[answer.key].prompt_ids)
+        known[answer.key] = answer.token_ids[:room]
+        if not answer.finished or len(answer.token_ids) > room:
+            cut.add(answer.key)
     return [
-        {"prompt": i, "answer_ids": known[i], "finished": True}
+        {"prompt": i, "answer_ids": known[i], "finished": i not in cut}
         for i in sorted(known)
         if not is_repetitive(known[i])
     ]
@@ -229,61 +244,6 @@ def _resampled_low(old: Counts, new: Counts, seed: int) -> float:
         )
         gains.append(_gain(before, after))
     return sorted(gains)[round(0.05 * (_RESAMPLES - 1))]
-
-
-def put_in_place(candidate: Path, view: Path) -> Path | None:
-    """Move `candidate` to `view`. An old view there is kept beside it; returns its path, or None if there was none."""
-    old = None
-    if os.path.lexists(view):
-        old = _numbered(view, "before")
-        view.rename(old)
-    try:
-        candidate.rename(view)
-    except OSError:
-        if old is not None:
-            old.rename(view)
-        raise
-    return old
-
-
-def roll_back(view: Path) -> tuple[Path, Path | None]:
-    """Restore the view that the last `put_in_place` set aside.
-
-    Returns (the path at which it was kept, the new path of the present view or None if there was none). Raises
-    UserInputError if no view was set aside.
-    """
-    kept = set_aside(view)
-    if not kept:
-        raise UserInputError(
-            f"no earlier view lies beside {view}, so there is nothing to go back to: adapt keeps one when it "
-            "puts a new one in its place."
-        )
-    aside = None
-    if os.path.lexists(view):
-        aside = _numbered(view, "adapted")
-        view.rename(aside)
-    kept[-1].rename(view)
-    return kept[-1], aside
-
-
-def set_aside(view: Path) -> list[Path]:
-    """The views that `put_in_place` kept beside this one, the oldest first."""
-    return _kept(view, "before")
-
-
-def _kept(view: Path, word: str) -> list[Path]:
-    """The views that were kept beside this one with that word in their name, the oldest first."""
-    pattern = re.compile(rf"{re.escape(view.name)}\.{word}-(\d+)")
-    if not view.parent.is_dir():
-        return []
-    found = [(int(m[1]), p) for p in view.parent.iterdir() if (m := pattern.fullmatch(p.name))]
-    return [path for _, path in sorted(found)]
-
-
-def _numbered(view: Path, word: str) -> Path:
-    kept = _kept(view, word)
-    number = int(kept[-1].name.rpartition("-")[2]) + 1 if kept else 1
-    return view.with_name(f"{view.name}.{word}-{number}")
 
 
 def work_key(log: Path, view_digest: str, settings: dict[str, Any]) -> str:

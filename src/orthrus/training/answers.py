@@ -88,7 +88,7 @@ def answer_all(
     """Answer all questions with the AR view, `batch_size` at a time. Answers come in the order in which they end.
 
     An answer depends only on its question, not on other questions. On a CPU with compiled passes this holds to the last
-    bit.
+    bit. Raises the error of the first request that fails.
     """
     waiting = iter(questions)
     running: list[tuple[int, Request]] = []
@@ -101,6 +101,8 @@ def answer_all(
             return
         engine.step()
         for key, request in running:
+            if request.failure is not None:
+                raise request.failure
             if request.closed:
                 yield Answer(key, request.token_ids, request.finish == "stop")
         running = [(key, request) for key, request in running if not request.closed]

@@ -12,6 +12,7 @@ A corpus folder has these files:
 A prompt's "turns" are the user turns after its first one.
 """
 
+import hashlib
 import json
 import re
 from array import array
@@ -72,6 +73,11 @@ class Unseen:
             return False
         self._seen.add(key)
         return True
+
+    @property
+    def digest(self) -> str:
+        """Digest of the held-out texts. It depends neither on their order nor on their files."""
+        return hashlib.blake2b("\n".join(sorted(self._held_out)).encode(), digest_size=16).hexdigest()
 
     def holds_out(self, text: str) -> bool:
         """Whether a later turn of a dialogue contains a held-out text. It may be a part of one, such as "Why?"."""
@@ -151,7 +157,13 @@ def _are_ids(value: object) -> TypeGuard[list[int]]:
 
 
 def _damaged(file: Path, line: int, what: str) -> CorruptFileError:
-    return CorruptFileError(f"{file}, line {line} {what}; delete the file and run synth again.")
+    # Answers name their prompts by number, so they are worthless without this very file.
+    remedy = (
+        "restore the file, or make a new corpus"
+        if file.name == PROMPTS
+        else "delete the file and run synth again"
+    )
+    return CorruptFileError(f"{file}, line {line} {what}; {remedy}.")
 
 
 def shard_path(folder: Path, index: int) -> Path:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from orthrus.base.loading import Base
+from orthrus.base.prompt import template_text
 from orthrus.errors import UserInputError
 from orthrus.training.corpus import Sample
 from orthrus.training.self_prompts import is_repetitive
@@ -66,8 +67,6 @@ def turn_template(base: Base) -> TurnTemplate:
 
     Raises UserInputError for a base without one, and for a template that refuses several turns or changes their texts.
     """
-    from jinja2 import TemplateError
-
     if not getattr(base.tokenizer, "chat_template", None):
         raise UserInputError(
             f"{base.name} has no chat template, so it cannot make dialogues of several turns; give --turns 1."
@@ -75,12 +74,12 @@ def turn_template(base: Base) -> TurnTemplate:
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)]
     try:
-        text = base.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as e:
+        text = template_text(base.tokenizer, messages, add_generation_prompt=True)
+    except UserInputError as e:
         raise UserInputError(
-            f"the chat template of {base.name} refuses several turns ({e}); give --turns 1."
+            f"{base.name} cannot make dialogues of several turns: {str(e).removesuffix('.')}; give --turns 1."
         ) from e
-    _, answered, rest = str(text).partition(_MARKS[1])
+    _, answered, rest = text.partition(_MARKS[1])
     to_user, asked, to_answer = rest.partition(_MARKS[2])
     if not answered or not asked:
         raise UserInputError(

@@ -14,17 +14,18 @@ from orthrus.training.corpus import MOST_IDS
 
 INDEX = "pack.json"
 KIND = "orthrus-pack"
-FORMAT = 2
+FORMAT = 3
 WORD = np.dtype("<u4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackIndex:
-    """The content of a packed folder.
+    """The content of a packed folder. Its counts are of the dialogues in it.
 
     num_long: number of dialogues longer than a sequence, which were left out. longest: tokens of the longest dialogue,
-    with those. digest: of all dialogues, in order. shard_digests: of the files. base: fingerprint of the base that
-    answered, None if unknown. sources: of the prompts. files: size and modification time of the corpus files.
+    those included. digest: of all dialogues, those included, in order. shard_digests: of the files. base: fingerprint
+    of the base that answered, None if unknown. sources: of the prompts. files: size and modification time of the corpus
+    files.
     """
 
     sequence_length: int

@@ -50,12 +50,12 @@ def write_pack(
             words = dialogue_words(sample)
             digest.update(words.astype(WORD, copy=False).tobytes())
             longest = max(longest, len(words))
-            largest_id = max(largest_id, int((words & (MOST_IDS - 1)).max()))
-            tokens, answer_tokens = tokens + len(words), answer_tokens + sample.num_answered
-            domains[sample.domain] += 1
             if len(words) > sequence_length:
                 num_long += 1
                 continue
+            largest_id = max(largest_id, int((words & (MOST_IDS - 1)).max()))
+            tokens, answer_tokens = tokens + len(words), answer_tokens + sample.num_answered
+            domains[sample.domain] += 1
             sequence, at, closed = places.place(len(words))
             open_sequences.setdefault(sequence, empty_words(sequence_length))[at : at + len(words)] = words
             if closed is not None:

@@ -129,9 +129,9 @@ def packed_corpora(
         index = pack.about
         if index.num_long and not drop_long:
             raise UserInputError(
-                f"{index.num_long} of {index.dialogues} dialogues in {folder} are longer than a sequence of "
-                f"{index.sequence_length} tokens (the longest has {index.longest}); raise sequence_length, or set "
-                "drop_long to leave them out."
+                f"{index.num_long} of {index.num_long + index.dialogues} dialogues in {folder} are longer than a "
+                f"sequence of {index.sequence_length} tokens (the longest has {index.longest}); raise "
+                "sequence_length, or set drop_long to leave them out."
             )
         if len(folders) > 1 and index.base is None:
             raise UserInputError(

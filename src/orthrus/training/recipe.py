@@ -4,7 +4,7 @@ import json
 import math
 import reprlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,10 +13,11 @@ from orthrus.model.view_config import LARGEST_BLOCK, LARGEST_RANK
 from orthrus.training.loss_kinds import LOSSES, WEIGHTS, LossKind, WeightKind
 
 # Limits far above what any machine can hold. A larger number is a typing error.
+MOST_SEQUENCE_LENGTH = 2**20
 _MOST = {
     "block_size": LARGEST_BLOCK,
     "num_anchors": 2**16,
-    "sequence_length": 2**20,
+    "sequence_length": MOST_SEQUENCE_LENGTH,
     "batch_size": 2**20,
     "micro_batch_size": 2**16,
     "rank": LARGEST_RANK,
@@ -122,6 +123,10 @@ class TrainConfig:
             raise UserInputError(
                 f"corpus must name a folder, or list different ones, not {shown(list(self.corpus))}."
             )
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserInputError(f"{entry.name} must be a finite number, not {value}.")
         for name in (
             "num_anchors",
             "sequence_length",

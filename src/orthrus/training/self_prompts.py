@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from orthrus.base.loading import Base
+from orthrus.base.prompt import template_text
 from orthrus.config import SamplingParams
 from orthrus.decoding.noise import choice_seed
 from orthrus.errors import UserInputError
@@ -45,16 +46,20 @@ _MARK = "\u241f"
 def open_user_turn(base: Base) -> str:
     """The chat template up to the user's own words.
 
-    Raises UserInputError for a base without a chat template.
+    Raises UserInputError for a base without a chat template, and for a template that fails or changes those words.
     """
     if not getattr(base.tokenizer, "chat_template", None):
         raise UserInputError(
             f"{base.name} has no chat template, so it cannot make its own prompts; give files of prompts instead "
             "(--prompts)."
         )
-    text = base.tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
-    head, found, _ = str(text).partition(_MARK)
-    assert found, "the template must contain the user's words"
+    message = {"role": "user", "content": _MARK}
+    head, found, _ = template_text(base.tokenizer, [message], add_generation_prompt=False).partition(_MARK)
+    if not found:
+        raise UserInputError(
+            f"the chat template of {base.name} does not keep what was said, so it cannot make its own prompts; give "
+            "files of prompts instead (--prompts)."
+        )
     return head
 
 

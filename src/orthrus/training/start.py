@@ -57,6 +57,8 @@ def starting_view(base: Base, config: TrainConfig) -> DualView:
         dual.config,
         block_size=config.block_size,
         trained=False,
+        # It was measured on the view as it was.
+        goes_on=None,
         provenance=provenance,
         base_name=base.reference,
         base_fingerprint=weights,
@@ -131,7 +133,9 @@ def check_packs(base: Base, packs: Packs) -> None:
     """Raises UserInputError if a dialogue has unknown token ids, or is longer than the base's context."""
     num_rows = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     for corpus, pack in packs.parts.items():
-        largest, longest = pack.about.largest_id, pack.about.longest
+        largest = pack.about.largest_id
+        # Dialogues longer than a sequence are not in the pack.
+        longest = min(pack.about.longest, pack.about.sequence_length)
         if largest >= num_rows:
             raise UserInputError(
                 f"the corpus in {corpus} has token id {largest}, but {base.name} has {num_rows} tokens; make a "

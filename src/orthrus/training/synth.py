@@ -13,7 +13,7 @@ from orthrus.base.loading import Base
 from orthrus.base.provenance import provenance
 from orthrus.config import SamplingParams
 from orthrus.decoding.noise import choice_seed
-from orthrus.errors import UserInputError
+from orthrus.errors import CorruptFileError, UserInputError
 from orthrus.model.twin import stock
 from orthrus.training import manifest
 from orthrus.training.answers import Answerer, Question
@@ -104,8 +104,8 @@ def synthesise(
     """Make or continue the corpus in `folder`. The answers are the frozen base's own (the AR view).
 
     keep_out: texts that no prompt may repeat, in addition to those of `config.held_out`. Raises UserInputError if the
-    folder was begun with other settings, if no prompt is left after filtering, or if another model than the base
-    answers.
+    folder was begun with other settings or held-out texts, if no prompt is left after filtering, or if another model
+    than the base answers. Raises CorruptFileError for a folder with answers whose prompts are gone.
     """
     if config.max_new_tokens >= base.context_length:
         raise UserInputError(
@@ -113,10 +113,14 @@ def synthesise(
             f"{base.context_length} tokens; ask for shorter answers."
         )
     report = on_progress or (lambda _: None)
-    _begin(folder, config, base, answerer)
-    held_out = [prompt.turns[0] for file in config.held_out for prompt in read_prompts_of(Path(file))]
-    unseen = Unseen([*held_out, *keep_out])
+    files = [read_prompts_of(Path(file)) for file in config.held_out]
+    unseen = Unseen([turn for prompts in files for prompt in prompts for turn in prompt.turns] + [*keep_out])
+    _begin(folder, config, base, answerer, unseen)
     if not (folder / PROMPTS).is_file():
+        if shard_path(folder, 0).is_file():
+            raise CorruptFileError(
+                f"{folder} holds answers without their {PROMPTS}; restore that file, or name a new folder."
+            )
         write_jsonl(folder / PROMPTS, _gather(base, answerer, config, folder, report, unseen))
     prompts = list(read_prompts(folder))
     size = config.shard_size
@@ -248,11 +252,12 @@ def _question(index: int, prompt: dict[str, Any], sampling: SamplingParams) -> Q
     return Question(index, prompt["prompt_ids"], sampling, None if text is None else (text,))
 
 
-def _begin(folder: Path, config: SynthConfig, base: Base, answerer: Answerer) -> None:
+def _begin(folder: Path, config: SynthConfig, base: Base, answerer: Answerer, unseen: Unseen) -> None:
     # The stock model, because twins change the names of the weights.
     weights = fingerprint(stock(base.model))
     made = provenance(device=str(base.model.device), dtype=str(base.model.dtype), seed=config.seed)
     settings = {"base": base.reference, "base_fingerprint": weights, "dtype": made["dtype"], **asdict(config)}
-    # The batch size does not change the answers.
+    # The batch size does not change the answers. The names of files do not say which texts are held out.
     del settings["batch_size"]
+    settings["held_out_texts"] = unseen.digest
     manifest.begin(folder, settings | {"answerer": answerer.origin}, made)

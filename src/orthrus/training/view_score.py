@@ -70,11 +70,16 @@ class Scorer:
         return score
 
     def remember(self) -> None:
-        """Read the best evaluation score of an earlier part of the same run, however that ended."""
+        """Read the best evaluation score of an earlier part of the same run, however that ended.
+
+        Scores of another number of prompts are not comparable, so they are left out.
+        """
         self.best = None
         try:
             made = read_json(self.run.path / BEST / CONFIG_FILE)["provenance"]
             score, step = float(made["tokens_per_cycle"]), int(made["step"])
+            if made["recipe"]["evaluate_prompts"] != self.origin["recipe"]["evaluate_prompts"]:
+                return
         except (OrthrusError, OSError, KeyError, TypeError, ValueError, OverflowError):
             return
         # With NaN as the best score, no later score would be better.
