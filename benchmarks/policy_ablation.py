@@ -44,7 +44,9 @@ def _made_up(*body_ms: float) -> CostTable:
     added = tuple(ms - body_ms[0] for ms in body_ms)
     head_ms = tuple(ms / 10 for ms in body_ms)
     block_rows = tuple(n - 1 for n in _ROWS)
-    return CostTable(_ROWS, body_ms, head_ms, block_rows[1:], added[1:], block_rows, body_ms, 0.2)
+    return CostTable(
+        _ROWS, body_ms, head_ms, block_rows[1:], added[1:], block_rows, body_ms, (1, 2), (0.2, 0.2)
+    )
 
 
 MACHINES = {
@@ -77,11 +79,12 @@ class Priced(Engine):
             for part in parts
             if part.block_size
         ]
-        num_blocks, num_guesses = sum(n for n, _ in blocks), sum(n * guesses for n, guesses in blocks)
+        num_guesses = sum(n * guesses for n, guesses in blocks)
         num_projected = joint_guesses(num_guesses, own_head=dual.draft_head is not None)
         if p.num_ar_rows == num_prompt_rows:
             return
-        ms = table(p.num_ar_rows, p.num_rows - p.num_ar_rows, num_projected) + num_blocks * table.draft_ms
+        ms = table(p.num_ar_rows, p.num_rows - p.num_ar_rows, num_projected)
+        ms += sum(n * table.draft_ms(guesses) for n, guesses in blocks)
         self.ms += ms - (table(num_prompt_rows) if num_prompt_rows else 0.0)
         self.num_passes += 1
 

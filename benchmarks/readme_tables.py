@@ -67,7 +67,7 @@ def with_tables(text: str) -> str:
 
 @cache
 def measured(dtype: str, machine: str = "") -> tuple[str, BenchReport]:
-    """The result of `make bench` in a precision; machine: what its file's name has for another one, such as "-intel"."""
+    """The result of `make bench` in a precision. machine: part of the file's name for another machine, like "-intel"."""
     name = f"readme-{dtype}{machine}-cpu.json"
     return name, read_report(RESULTS / name)
 

@@ -82,6 +82,7 @@ def test_a_set_without_a_file_is_told(cli: Cli, released: str, tmp_path: Path) -
     refused = cli("bench", released, "--suite", "paper", "--prompts", "lcb_v5", "--data", str(tmp_path))
     assert_refused(refused, "lcb_v5.jsonl", "--data")
     assert_refused(cli("bench", released, "--prompts", "nothing"), "nothing", "gsm8k")
+    assert_refused(cli("bench", released, "--prompts", "x" * 300), "there is no data set", "gsm8k")
 
 
 def test_the_page_names_the_suites_numbers() -> None:

@@ -86,6 +86,8 @@ def test_help_and_settings_list_everything(cli: Cli, model_folder: str) -> None:
         ("/set repetition_penalty none", "must be a number"),
         ("/set logit_bias 42", "as in 42=-100, not '42'"),
         ("/save", "name a file"),
+        ("/save ~nobody-here/chat.json", "cannot be written"),
+        (f"/save {'x' * 300}", "cannot be written"),
     ],
 )
 def test_wrong_commands_end_a_script(cli: Cli, model_folder: str, line: str, word: str) -> None:

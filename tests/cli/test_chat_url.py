@@ -426,3 +426,19 @@ def test_models_without_ids_are_no_models(monkeypatch: pytest.MonkeyPatch) -> No
     other_server(monkeypatch, models=())
     with pytest.raises(UserInputError, match="none"):
         ServerPartner("http://test", None, None)
+
+
+def test_an_answer_that_breaks_off_is_no_whole_answer(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    other_server(monkeypatch, stream(delta("Once")))
+    run = cli("chat", *URL, stdin="hello.\n")
+    assert run.code == 2
+    assert run.out.startswith("Once")
+    assert "broke off before the answer was complete" in run.err
+    assert "(stop)" not in run.err
+
+
+def test_text_that_is_none_is_one_sentence(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = other_server(monkeypatch)
+    assert_refused(cli("chat", *URL, "--system", "\udcff", stdin="hello.\n"), "is not valid text")
+    assert_refused(cli("chat", *URL, stdin="a\udcff\n"), "is not valid text")
+    assert asked == []

@@ -9,7 +9,7 @@ import pytest
 from tests.server.conftest import run, serving
 
 from orthrus.api import Orthrus
-from orthrus.audit.receipts import digest
+from orthrus.audit.receipts import digest, shown_texts
 
 from .conftest import Cli, assert_refused
 
@@ -136,3 +136,57 @@ def test_wrong_files_are_refused(cli: Cli, saved, tmp_path: Path) -> None:
         the_receipt(content)["texts"][0]["prompt_ids"].append(1)
 
     assert_refused(cli("verify", saved(damage)), "damaged")
+
+
+def answer_shapes() -> list[tuple[str, dict[str, Any]]]:
+    return [
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}], "seed": 3}),
+        ("/v1/responses", {"input": "Hello", "max_tokens": None, "max_output_tokens": 12}),
+        ("/v1/completions", {"prompt": "Once"}),
+    ]
+
+
+@pytest.mark.parametrize(("path", "body"), answer_shapes(), ids=[path for path, _ in answer_shapes()])
+def test_the_text_of_every_kind_of_answer_is_compared(
+    cli: Cli, tmp_path: Path, model_folder: str, path: str, body: dict[str, Any]
+) -> None:
+    content = answer_of(model_folder, path, body)
+    file = tmp_path / "answer.json"
+    file.write_text(json.dumps(content))
+    same = cli("verify", str(file), model_folder, "--view", "untrained")
+    assert same.code == 0, same.err
+    assert "and its text is the same" in same.out
+    (text,) = shown_texts(content)
+    # A text before the right one is another text too.
+    forged = json.dumps(content).replace(json.dumps(text), json.dumps(f"No! {text}"))
+    assert forged != json.dumps(content)
+    file.write_text(forged)
+    other = cli("verify", str(file), model_folder, "--view", "untrained")
+    assert other.code == 1
+    assert "but the text shown is ANOTHER one" in other.out
+
+
+def test_an_answer_with_more_texts_than_its_receipt_is_refused(cli: Cli, saved, model_folder: str) -> None:
+    def add(content: dict[str, Any]) -> None:
+        content["choices"].append(content["choices"][0])
+
+    assert_refused(
+        cli("verify", saved(add), model_folder, "--view", "untrained"), "holds 3 texts", "receipt is of 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ({"kind": "orthrus-receipt"}, []),
+        ([], []),
+        ({"choices": [{"text": "a"}, {"message": {"content": "b"}}, None]}, ["a", "b", None]),
+        ({"choices": [{"message": {"content": "b", "tool_calls": [{}]}}]}, [None]),
+        ({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, ["ab"]),
+        ({"content": [{"type": "tool_use"}]}, [None]),
+        ({"response": {"output": [{"type": "message", "content": [{"text": "a"}]}]}}, ["a"]),
+        ({"output": [{"type": "function_call"}]}, [None]),
+    ],
+)
+def test_the_texts_of_an_answer(content: Any, texts: list[str | None]) -> None:
+    assert shown_texts(content) == texts

@@ -207,7 +207,9 @@ def test_a_request_asks_for_a_draft_once_a_pass_at_most() -> None:
     body_ms, head_ms = (10.0, 17.0, 23.0, 37.0, 60.0), (1.0,) * 5
     added_ms = tuple(ms - body_ms[0] for ms in body_ms)
     blocks = tuple(n - 1 for n in rows)
-    prices = Fixed(CostTable(rows, body_ms, head_ms, blocks[1:], added_ms[1:], blocks, body_ms, head_ms[0]))
+    prices = Fixed(
+        CostTable(rows, body_ms, head_ms, blocks[1:], added_ms[1:], blocks, body_ms, (1, 2), head_ms[:1] * 2)
+    )
     engine = engine_for(dual, policy=Counting)
     engine._prices = {True: prices, False: prices}
     config = DecodeConfig(max_new_tokens=120, strategy="auto", ignore_eos=True)

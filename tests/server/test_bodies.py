@@ -176,3 +176,38 @@ def test_a_wrong_request_is_told_what_to_do(orthrus):
 )
 def test_an_error_names_the_field_of_the_request(message, param):
     assert named(UserInputError(message)).param == param
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+@pytest.mark.parametrize(
+    ("path", "body", "place"),
+    [
+        (
+            "/v1/responses",
+            '{"input": "Hi", "text": {"format": {"type": "text", "zz": NUMBER}}}',
+            "text.format.zz",
+        ),
+        (CHAT, '{"messages": [{"role": "user", "content": "Hi"}], "zz": [1, NUMBER]}', "zz.1"),
+    ],
+)
+def test_a_number_that_no_answer_can_repeat_is_refused_also_where_nobody_looks(
+    orthrus, path, body, place, number
+):
+    async def check():
+        async with serving(orthrus) as client:
+            refused = await client.post(path, content=body.replace("NUMBER", number), headers=JSON)
+            assert check_error(refused, 400) == f"{place}: must be a finite number."
+
+    run(check)
+
+
+@pytest.mark.parametrize(("name", "most"), [("node_budget", 256), ("block_budget", 16)])
+def test_one_request_cannot_make_a_pass_of_thousands_of_rows(orthrus, name, most):
+    async def check():
+        async with serving(orthrus) as client:
+            ours = {"strategy": "fused_tree", name: most}
+            assert (await client.post(CHAT, json=chat(orthrus=ours))).status_code == 200
+            refused = await client.post(CHAT, json=chat(orthrus=ours | {name: most + 1}))
+            assert f"orthrus.{name}: must be less than or equal to {most}" in check_error(refused, 400)
+
+    run(check)

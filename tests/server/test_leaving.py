@@ -3,13 +3,18 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
+from unittest.mock import Mock
 
 import pytest
 
-from orthrus.server.run import address
+from orthrus.errors import UserInputError
+from orthrus.server.run import STALLED, address, limit_stalls, serve
+from orthrus.server.settings import ServeConfig
 
 SCRIPT = """
 import subprocess, sys
@@ -79,3 +84,18 @@ def test_sigterm_while_loading_ends_the_process_cleanly(busy_with: str, tmp_path
     assert not re.search("terminate called|Traceback", log), log
     assert server.returncode == 0, log
     assert out == ("" if busy_with == "passes" else "ended with -15\n")
+
+
+def test_a_host_that_is_no_name_is_refused_before_the_model_is_loaded() -> None:
+    def load() -> NoReturn:
+        raise AssertionError("loaded")
+
+    with pytest.raises(UserInputError, match=r"'a\.\.b' is no name of a host"):
+        serve(load, ServeConfig(), "a..b", 0)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux has it")
+def test_the_system_closes_connections_whose_clients_have_stalled() -> None:
+    listener = Mock()
+    limit_stalls([listener])
+    listener.setsockopt.assert_called_once_with(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED * 1000)

@@ -346,3 +346,69 @@ def test_a_model_that_cannot_be_loaded_is_told_to_whoever_runs_the_server():
         assert str(app.state.service.failure) == "no model"
 
     run(check)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_the_memory_cannot_hold_is_refused(stream):
+    orthrus = byte_orthrus(EngineConfig(max_slots=256))
+
+    async def check():
+        async with serving(orthrus) as client:
+            (model,) = (await client.get("/v1/models")).json()["data"]
+            assert model["max_model_len"] == 256
+            refused = await client.post(TEXT, json=text("x" * 300, stream=stream))
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"]) == (400, "context_length_exceeded")
+            longest = await client.post(TEXT, json=text("x" * 250, max_tokens=100))
+            assert longest.json()["usage"]["completion_tokens"] == 256 - 250
+            assert longest.json()["choices"][0]["finish_reason"] == "length"
+
+    run(check)
+
+
+def test_a_thread_that_fails_ends_all_requests_and_stops_the_server(monkeypatch):
+    orthrus = byte_orthrus()
+
+    async def check():
+        async with serving(orthrus) as client:
+            left = []
+            client.service.on_failure = lambda: left.append(True)
+
+            def broken(self, request):
+                raise AssertionError("a page that nobody owns")
+
+            monkeypatch.setattr(type(orthrus.engine.scheduler), "finish", broken)
+            got = await asyncio.gather(*(client.post(TEXT, json=text("Hi")) for _ in range(3)))
+            assert [r.status_code for r in got] == [500] * 3
+            await until(lambda: left)
+            assert str(client.service.failure) == "a page that nobody owns"
+            assert (await client.get("/ready")).status_code == 503
+            assert (await client.post(TEXT, json=text("Hi"))).status_code == 503
+
+    run(check)
+
+
+def test_what_timed_out_before_its_first_token_counts_as_failed(slow):
+    async def check():
+        async with serving(slow, timeout=0.001) as client:
+            assert (await client.post(TEXT, json=text("Hi"))).status_code == 504
+            told = (await client.get("/metrics")).text
+        counts = dict(line.rsplit(" ", 1) for line in told.splitlines() if "request_failure_total" in line)
+        assert list(counts.values())[-1] == "1.0"
+        assert 'finished_reason="deadline"' not in told
+
+    run(check)
+
+
+def test_a_client_that_leaves_within_its_body_is_gone_and_not_wrong(orthrus):
+    async def check():
+        async with serving(orthrus) as client:
+            one = Client(client.app, TEXT, text("Hi"))
+            one._messages = [{"type": "http.request", "body": b"{", "more_body": True}]
+            one.leave.set()
+            await one.task
+            told = (await client.get("/metrics")).text
+        assert 'status="499"} 1.0' in told
+        assert 'status="400"' not in told
+
+    run(check)

@@ -416,3 +416,20 @@ def test_no_body_makes_a_500(orthrus, changes):
             assert client.service.live.loop.num_open == 0
 
     run(check)
+
+
+def test_pages_of_an_allowed_origin_may_use_official_clients(orthrus):
+    """They send headers of their own, which a browser asks for first."""
+    asked = "authorization,content-type,x-stainless-os,anthropic-version,anthropic-dangerous-direct-browser-access"
+
+    async def check():
+        async with serving(orthrus, cors_origins=("http://good",)) as client:
+            for origin, status in (("http://good", 200), ("http://evil", 400)):
+                cross = {"origin": origin, "access-control-request-method": "POST"}
+                preflight = await client.options(
+                    CHAT, headers=cross | {"access-control-request-headers": asked}
+                )
+                assert preflight.status_code == status
+            assert preflight.status_code == 400
+
+    run(check)

@@ -289,3 +289,41 @@ def test_a_key_is_needed_in_the_shape_of_each_interface(orthrus):
         assert taken.json()["error"]["type"] == "invalid_request_error"
 
     run(check)
+
+
+def test_what_is_stored_nowhere_cannot_be_referred_to(orthrus):
+    """Without the item, the model would not read its own answer."""
+    said = {"role": "user", "content": "Hi"}
+    reference = {"type": "item_reference", "id": "msg_1"}
+
+    async def check():
+        async with serving(orthrus) as client:
+            refused = await client.post(RESPONSES, json={"input": [said, reference, said]} | OWN)
+            thought = reference | {"id": "rs_1"}
+            answered = await client.post(
+                RESPONSES, json={"input": [said, thought, said], "max_output_tokens": 4} | OWN
+            )
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"]) == (400, "unsupported_parameter")
+        assert "input.1" in error["message"]
+        assert "send the whole item" in error["message"]
+        assert answered.status_code == 200
+
+    run(check)
+
+
+def test_an_empty_message_has_an_empty_block_whole_and_streamed(orthrus):
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 12, "temperature": 0}
+
+    async def check():
+        async with serving(orthrus) as client:
+            first = (await client.post(MESSAGES, json=body)).json()["content"][0]["text"][:1]
+            body["stop_sequences"] = [first]
+            whole = (await client.post(MESSAGES, json=body)).json()
+            found = named_events(await client.post(MESSAGES, json=body | {"stream": True}))
+        assert whole["content"] == [{"type": "text", "text": ""}]
+        names = [name for name, _ in found]
+        blocks = ["content_block_start", "content_block_stop"]
+        assert names == ["message_start", *blocks, "message_delta", "message_stop"]
+
+    run(check)

@@ -294,3 +294,20 @@ def test_json_answers_conform(orthrus):
             assert answer.json()["choices"][0]["message"]["content"] in ('{"a":1}', '{"a":2}')
 
     run(check)
+
+
+def test_streamed_completions_tell_the_ids_of_each_prompt(orthrus):
+    async def check():
+        body = text(["Hi", "Ho!"], return_token_ids=True)
+        async with serving(orthrus) as client:
+            whole = (await client.post(TEXT, json=body)).json()
+            pieces = events(await client.post(TEXT, json=body | {"stream": True}))
+        told = {
+            choice["index"]: choice["prompt_token_ids"]
+            for piece in pieces
+            for choice in piece["choices"]
+            if "prompt_token_ids" in choice
+        }
+        assert told == {choice["index"]: choice["prompt_token_ids"] for choice in whole["choices"]}
+
+    run(check)

@@ -264,3 +264,27 @@ def test_what_cannot_be_written_is_refused_before_a_model_is_loaded(tmp_path, na
     with pytest.raises((UserInputError, StorageError), match=told) as refused:
         create_app(load, ServeConfig(log_traffic=path))
     assert isinstance(refused.value, OrthrusError)
+
+
+def test_a_file_without_its_last_line_break_loses_no_line(orthrus, file):
+    file.write_text('{"prompt": "old"}')
+    _, found = logged(orthrus, file, chat(), chat())
+    assert [sorted(line)[:1] for line in found] == [["prompt"], ["finish_reason"], ["finish_reason"]]
+
+
+def test_a_chat_that_its_messages_do_not_repeat_is_not_logged(orthrus, file):
+    others = (
+        {"chat_template_kwargs": {"shout": True}},
+        {"response_format": {"type": "json_object"}, "ignore_eos": False},
+    )
+    _, found = logged(orthrus, file, *(chat(**fields) for fields in others), chat())
+    assert [line["request_id"] for line in found] == ["r2"]
+
+
+def test_a_file_that_others_may_read_is_warned_of(file, caplog):
+    file.touch(0o600)
+    TrafficLog(file).close()
+    assert not caplog.records
+    file.chmod(0o644)
+    TrafficLog(file).close()
+    assert [record.message for record in caplog.records] == ["others can read the traffic"]

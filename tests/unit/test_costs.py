@@ -16,11 +16,13 @@ TRUE_MS = {
     "greedy choice 1": 0.25,
     "greedy choice 8": 0.5,
     "greedy choice 16": 0.75,
-    "greedy draft": 1.0,
+    "greedy draft 2": 0.75,
+    "greedy draft 10": 1.25,
     "sampled choice 1": 1.25,
     "sampled choice 8": 2.0,
     "sampled choice 16": 2.75,
-    "sampled draft": 1.5,
+    "sampled draft 2": 1.5,
+    "sampled draft 10": 2.5,
 }
 
 
@@ -31,10 +33,10 @@ def test_a_table_holds_what_was_timed() -> None:
     assert table.head_ms == (1.0, 1.5, 2.0)
     assert (table.block_rows, table.block_ms) == ((8, 16), (4.0, 7.0))
     assert (table.draft_rows, table.draft_pass_ms) == ((2, 8), (11.0, 13.0))
-    assert table.draft_ms == 1.0
+    assert [table.draft_ms(n) for n in (1, 2, 6, 10)] == [0.6875, 0.75, 1.0, 1.25]
     assert BESIDE == 8
     sampled = cost_table([TRUE_MS], greedy=False)
-    assert (sampled.head_ms, sampled.draft_ms) == ((2.0, 3.0, 4.0), 1.5)
+    assert (sampled.head_ms, sampled.draft_ms(2)) == ((2.0, 3.0, 4.0), 1.5)
     assert sampled.body_ms == table.body_ms
 
 
@@ -42,7 +44,7 @@ def test_drift_of_the_machine_cancels() -> None:
     rounds = [{name: speed * ms for name, ms in TRUE_MS.items()} for speed in (1.0, 2.0, 1.5)]
     table = cost_table(rounds)
     assert [round(ms, 6) for ms in table.body_ms] == [15.0, 18.0, 21.0]
-    assert round(table.draft_ms, 6) == 1.5
+    assert round(table.draft_ms(6), 6) == 1.5
 
 
 def test_one_quiet_or_busy_moment_changes_nothing() -> None:

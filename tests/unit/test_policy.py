@@ -18,7 +18,9 @@ def table(body_ms: tuple[float, ...], head_ms: tuple[float, ...]) -> CostTable:
     """Block rows cost what AR rows do."""
     added = tuple(ms - body_ms[0] for ms in body_ms)
     block_rows = tuple(n - 1 for n in ROWS)
-    return CostTable(ROWS, body_ms, head_ms, block_rows[1:], added[1:], block_rows, body_ms, head_ms[0])
+    return CostTable(
+        ROWS, body_ms, head_ms, block_rows[1:], added[1:], block_rows, body_ms, (1, 2), head_ms[:1] * 2
+    )
 
 
 FLAT = table((10.0, 10.1, 10.2, 10.4, 10.8), (0.1, 0.1, 0.1, 0.1, 0.1))
@@ -74,7 +76,7 @@ def test_a_view_starts_from_its_own_chance_that_guesses_go_on() -> None:
 
 def test_costs_interpolate_and_extrapolate() -> None:
     rows, body_ms, head_ms = (1, 3, 5), (10.0, 14.0, 24.0), (1.0, 1.0, 2.0)
-    costs = CostTable(rows, body_ms, head_ms, (2, 4), (3.0, 7.0), (1, 2), (11.0, 12.0), 0.5)
+    costs = CostTable(rows, body_ms, head_ms, (2, 4), (3.0, 7.0), (1, 2), (11.0, 12.0), (1, 2), (0.5, 0.5))
     assert costs(1) == pytest.approx(11.0)
     assert costs(2) == pytest.approx(13.0)
     assert costs(4) == pytest.approx(19.0 + 1.5)
@@ -86,12 +88,14 @@ def test_costs_interpolate_and_extrapolate() -> None:
     assert costs(1, 1, 2) == pytest.approx(11.0 + 1.0)
     assert costs(1, 3, 3) == pytest.approx(10.0 + 1.5 + 5.0)
     # Fewer block rows than were timed are not free, where a line through the others would say so.
-    steep = CostTable(rows, body_ms, head_ms, (4, 8), (4.0, 40.0), (1, 2), (11.0, 12.0), 0.5)
+    steep = CostTable(rows, body_ms, head_ms, (4, 8), (4.0, 40.0), (1, 2), (11.0, 12.0), (1, 2), (0.5, 0.5))
     assert steep(3, 2) == pytest.approx(14.0 + 1.0 + 2.0)
 
 
 def test_guesses_share_the_head_while_they_are_few_and_have_none_of_their_own() -> None:
-    costs = CostTable((1, 33), (10.0, 10.0), (1.0, 33.0), (8, 80), (0.0, 0.0), (1, 7), (10.0, 10.0), 0.5)
+    costs = CostTable(
+        (1, 33), (10.0, 10.0), (1.0, 33.0), (8, 80), (0.0, 0.0), (1, 7), (10.0, 10.0), (1, 2), (0.5, 0.5)
+    )
     shared, own = (Policy(prices(costs), 6, 24, 5, own_head=own) for own in (False, True))
     assert shared.pass_ms(3, 3) == pytest.approx(10.0 + 4 + 18)
     # 30 guesses wait until one block has been chosen; its product is part of making a draft then.
@@ -188,7 +192,7 @@ def test_the_length_of_blocks_is_what_brute_force_finds(costs: CostTable, prob: 
     for size in (2, 3, 4, 5, 7):
         for num_nodes in range(size):
             tokens = 2 + sum(prob**i for i in range(1, num_nodes + 1))
-            ms = costs(1, size, size - 1) + costs(1 + num_nodes) + costs.draft_ms
+            ms = costs(1, size, size - 1) + costs(1 + num_nodes) + costs.draft_ms(size - 1)
             rates[size, num_nodes] = tokens / ms
     best = max(rates.values())
     # What is longer than what was tried is expected to be a little better than it is.

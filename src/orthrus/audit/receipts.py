@@ -116,6 +116,42 @@ def find_receipt(content: Any) -> Any:
     return found
 
 
+def shown_texts(content: Any) -> list[str | None]:
+    """The texts of an answer that holds a receipt, in the order of its texts. [] for a receipt alone.
+
+    None stands for an answer with calls of tools, which are parts of the text. Reads the answers of chats, completions,
+    messages and responses.
+    """
+    if not isinstance(content, dict):
+        return []
+    if isinstance(response := content.get("response"), dict):
+        return shown_texts(response)
+    if isinstance(choices := content.get("choices"), list):
+        return [_shown(choice) if isinstance(choice, dict) else None for choice in choices]
+    for name, kind in (("content", "text"), ("output", "message")):
+        if isinstance(parts := content.get(name), list):
+            whole = all(isinstance(part, dict) and part.get("type") == kind for part in parts)
+            return [_joined(parts) if whole else None]
+    return []
+
+
+def _shown(choice: dict[str, Any]) -> str | None:
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        text = choice.get("text")
+        return text if isinstance(text, str) else None
+    text = message.get("content")
+    return text if isinstance(text, str) and not message.get("tool_calls") else None
+
+
+def _joined(parts: Sequence[dict[str, Any]]) -> str:
+    texts = []
+    for part in parts:
+        inner = part.get("content")
+        texts.append(_joined(inner) if isinstance(inner, list) else str(part.get("text", "")))
+    return "".join(texts)
+
+
 def read_receipt(content: Any) -> Receipt:
     """A receipt from its JSON. Raises UserInputError if it is no receipt, has another format, or was changed."""
     if not isinstance(content, dict) or content.get("kind") != KIND:

@@ -1,5 +1,6 @@
 """Data sets by name: the built-in prompts, a file of a folder of the user's, or a data set of the hub."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +71,7 @@ def _one(name: str, folder: Path | None, domains: Sequence[str], limit: int | No
     data = DATA_SETS.get(name)
     if data is None:
         path = Path(name)
-        if not path.suffix and not path.exists():
+        if not path.suffix and not os.path.lexists(path):
             raise UserInputError(
                 f"there is no data set '{name}'; name {BUILT_IN}, {', '.join(DATA_SETS)}, or a JSONL file."
             )

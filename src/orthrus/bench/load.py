@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 
 from orthrus.base.addresses import api_root
+from orthrus.base.web_client import open_client
 from orthrus.bench.arms import check_rounds
 from orthrus.bench.load_client import Ask, LoadClient, served_model
 from orthrus.bench.load_report import LoadReport, load_report
@@ -16,7 +17,6 @@ from orthrus.errors import UserInputError
 
 SETTLE_S = 0.1
 PROBE_TOKENS = 4
-LOCAL = ("localhost", "127.0.0.1", "::1")
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (what is running, requests done, requests in all)."""
@@ -125,16 +125,16 @@ async def _run_load(
 
 
 def _http(options: LoadOptions, url: str, transport: httpx.AsyncBaseTransport | None) -> httpx.AsyncClient:
-    return httpx.AsyncClient(
+    return open_client(
+        httpx.AsyncClient,
+        [url],
+        options.api_key,
         base_url=url,
-        headers={} if options.api_key is None else {"Authorization": f"Bearer {options.api_key}"},
         # Servers close what has been idle for some seconds; a request on such a connection would fail.
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
         # The client bounds each answer as a whole.
         timeout=None,
         transport=transport,
-        # No proxy stands between a machine and itself.
-        trust_env=httpx.URL(url).host not in LOCAL,
     )
 
 

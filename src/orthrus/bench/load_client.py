@@ -255,7 +255,7 @@ async def served_model(http: httpx.AsyncClient, url: str) -> dict[str, Any]:
             "--model."
         )
     try:
-        return _object(response.json()["data"][0])
+        return _object(parse_json(response.content)["data"][0])
     except (ValueError, LookupError, TypeError) as error:
         raise UserInputError(f"the server at {url} lists no model; give its name as --model.") from error
 
@@ -263,7 +263,7 @@ async def served_model(http: httpx.AsyncClient, url: str) -> dict[str, Any]:
 def error_of(response: httpx.Response) -> str:
     """Status and message of a response that has been read."""
     try:
-        message = _message(_object(response.json()))
+        message = _message(_object(parse_json(response.content)))
     except ValueError:
         message = response.text
     return f"{response.status_code} {' '.join(message.split())}".strip()[:LONGEST_REASON]

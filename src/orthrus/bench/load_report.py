@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
@@ -63,6 +64,10 @@ class LoadReport:
     provenance: dict[str, Any]
 
     @property
+    def num_ok(self) -> int:
+        return sum(row["num_ok"] for row in self.rows)
+
+    @property
     def num_different(self) -> int:
         return sum(row["num_different"] for row in self.rows)
 
@@ -113,7 +118,8 @@ def load_report(
     """The report of all runs. secret: a text to remove from the recorded command line."""
     where = provenance(device="cpu", dtype="", seed=options["seed"])
     if secret:
-        where["command"] = where["command"].replace(secret, "***")
+        for spelled in (shlex.quote(secret), secret):
+            where["command"] = where["command"].replace(spelled, "***")
     groups: dict[tuple[str, str | None], list[Run]] = {}
     for run in runs:
         groups.setdefault((str(run.level), run.arm), []).append(run)

@@ -155,7 +155,8 @@ def bench_serve(
     """Put a running server under load: latencies, throughput, and whether load changed any answer.
 
     Works with any server with an OpenAI-compatible API. The output has the format of `vllm bench serve`. Needs
-    `pip install "orthrus-lm[serve]"`. Exit status 1 means that an answer differs from the same request alone.
+    `pip install "orthrus-lm[serve]"`. Exit status 1 means that an answer differs from the same request alone, or that
+    no measured request was answered.
     """
     need_serve("the load test", "httpx")
     arms = check_strategies(strategy) if strategy else (None,)
@@ -188,5 +189,5 @@ def bench_serve(
         with ProgressDisplay(unit="requests") as on_progress:
             report = run_load(settings, on_progress)
         show_report(report, "json" if json else format_, output)
-        if report.num_different:
+        if report.num_different or not report.num_ok:
             raise typer.Exit(UNEXPECTED)

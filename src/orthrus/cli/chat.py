@@ -13,7 +13,7 @@ from orthrus.cli import options
 from orthrus.cli.chat_commands import ChatState, Leave, run_slash_command
 from orthrus.cli.chat_partner import LocalPartner, Messages, Partner
 from orthrus.cli.chat_server import ServerPartner
-from orthrus.cli.common import cancel_on_interrupt, check_decode, parse_logit_bias, say_error
+from orthrus.cli.common import cancel_on_interrupt, check_decode, parse_logit_bias, say_error, stdin_lines
 from orthrus.cli.render import counted, footer, note, print_stream
 from orthrus.errors import OrthrusError, UserInputError
 from orthrus.types import GenerationResult
@@ -137,10 +137,7 @@ def chat(
 
 def _lines(state: ChatState) -> None:
     """A chat through a pipe. The first error ends it, as scripts expect."""
-    for number, line in enumerate(sys.stdin):
-        text = line.rstrip("\n")
-        if number == 0:
-            text = text.removeprefix("\ufeff")
+    for text in stdin_lines():
         if not text.strip():
             continue
         try:

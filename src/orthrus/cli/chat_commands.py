@@ -105,8 +105,15 @@ def _save(state: ChatState, rest: str) -> None:
 
     if not rest:
         raise UserInputError("name a file, as in: /save chat.json")
-    file = Path(rest).expanduser()
-    if file.exists():
+    try:
+        file = Path(rest).expanduser()
+        exists = file.exists()
+    except (OSError, RuntimeError, ValueError) as e:
+        reason = (e.strerror if isinstance(e, OSError) else None) or str(e)
+        raise UserInputError(
+            f"{rest[:200]} cannot be written ({reason.rstrip('.')}); name another file."
+        ) from e
+    if exists:
         raise UserInputError(f"{file} exists already; name a new file.")
     content = {
         "model": state.partner.describe(),

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 from orthrus.base.addresses import api_root
 from orthrus.base.event_stream import event_data
 from orthrus.base.json_text import parse_json
+from orthrus.base.prompt import check_text
+from orthrus.base.web_client import open_client
 from orthrus.cli.chat_partner import Answering, Messages
 from orthrus.cli.common import need_serve
 from orthrus.cli.options import KEY_VARIABLE
@@ -35,7 +37,7 @@ class ServerPartner:
 
     def __init__(self, url: str, api_key: str | None, model: str | None) -> None:
         self._url = api_root(url, "--url")
-        self._client = _client(api_key)
+        self._client = _client(self._url, api_key)
         found = self._models(may_fail=model is not None)
         ours = [each for each in found if each.get("owned_by") == "orthrus"]
         self._is_ours = bool(ours)
@@ -58,13 +60,15 @@ class ServerPartner:
             return []
         _check_status(response)
         try:
-            return [dict(each) for each in response.json()["data"]]
+            return [dict(each) for each in parse_json(response.content)["data"]]
         except (ValueError, KeyError, TypeError) as error:
             raise UserInputError(
                 f"{url} does not list models as OpenAI's interface does; check --url."
             ) from error
 
     def answer(self, messages: Messages, decode: dict[str, Any]) -> Answering:
+        for message in messages:
+            check_text(str(message["content"]), "A message")
         return _Stream(self._client, f"{self._url}/chat/completions", self._body(messages, decode))
 
     def _body(self, messages: Messages, decode: dict[str, Any]) -> dict[str, Any]:
@@ -165,9 +169,10 @@ class _Stream(Iterator[Cycle]):
             self._end = perf_counter()
 
     def _read(self, response: "httpx.Response") -> Iterator[Cycle]:
-        num_events = 0
+        num_events, is_whole = 0, False
         for data in event_data(response.iter_text()):
-            if self._cancelled or data == "[DONE]":
+            is_whole = data == "[DONE]"
+            if self._cancelled or is_whole:
                 break
             num_events += 1
             cycle = self._take(_event(data, self._url))
@@ -178,6 +183,10 @@ class _Stream(Iterator[Cycle]):
                 yield cycle
         if not num_events and not self._cancelled:
             raise OrthrusError(f"{self._url} sent no events of a stream; check --url.")
+        if not is_whole and self._finish is None and not self._cancelled:
+            raise OrthrusError(
+                f"{self._url} broke off before the answer was complete; send the message again."
+            )
 
     def _take(self, event: dict[str, Any]) -> Cycle | None:
         """The text of an event as a record. Its statistics are stored."""
@@ -245,15 +254,12 @@ def _event(data: str, url: str) -> dict[str, Any]:
     return event
 
 
-def _client(api_key: str | None) -> "httpx.Client":
+def _client(url: str, api_key: str | None) -> "httpx.Client":
     need_serve("a chat with a server", "httpx")
     import httpx
 
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-        raise UserInputError("the API key must be printable ASCII; check --api-key.")
-    headers = {} if not api_key else {"authorization": f"Bearer {api_key}"}
     timeout = httpx.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS)
-    return httpx.Client(headers=headers, timeout=timeout)
+    return open_client(httpx.Client, [url], api_key, timeout=timeout)
 
 
 def _check_status(response: "httpx.Response") -> None:
@@ -262,7 +268,7 @@ def _check_status(response: "httpx.Response") -> None:
         return
     response.read()
     try:
-        reason = _reason(_object(response.json()))
+        reason = _reason(_object(parse_json(response.content)))
     except ValueError:
         reason = response.reason_phrase
     hint = f"; give --api-key, or {KEY_VARIABLE}" if response.status_code in (401, 403) else ""

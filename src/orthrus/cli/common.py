@@ -216,6 +216,17 @@ def read_stdin() -> str:
         ) from error
 
 
+def stdin_lines() -> Iterator[str]:
+    """The lines of stdin as they arrive, without their ends and a byte order mark. Raises as `read_stdin`."""
+    buffer = getattr(sys.stdin, "buffer", None)
+    try:
+        for number, line in enumerate(sys.stdin if buffer is None else buffer):
+            text = line.decode("utf-8") if isinstance(line, bytes) else line
+            yield (text if number else text.removeprefix("\ufeff")).rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserInputError(f"stdin is not valid text ({error.reason}); give it as UTF-8.") from error
+
+
 class Cancellable(Protocol):
     def cancel(self) -> None: ...
 

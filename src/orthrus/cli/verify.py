@@ -1,5 +1,6 @@
 """`orthrus verify`: decodes an answer again from its receipt, with plain decoding."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ from orthrus.base.text import printable
 from orthrus.cli import options
 from orthrus.cli.common import UNEXPECTED, load_orthrus
 from orthrus.cli.progress import ProgressDisplay
-from orthrus.cli.render import out, print_json
+from orthrus.cli.render import counted, out, print_json
 from orthrus.errors import UserInputError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def verify(
     check_model(orthrus, found)
     with ProgressDisplay(quiet=quiet, unit="texts") as on_progress:
         checked = run(orthrus, found, lambda done, total: on_progress("decoding again", done, total))
-    shown = [_text_differs(content, i, each.text) for i, each in enumerate(checked)]
+    shown = _text_differs(orthrus, content, found, [each.text for each in checked])
     passed = all(each.position is None for each in checked) and not any(shown)
     if json:
         print_json(_report(found, checked, shown, passed))
@@ -111,18 +112,39 @@ def _model_of(receipt: "Receipt", model: str | None, named_model: str | None) ->
     return load
 
 
-def _text_differs(content: dict[str, Any], index: int, text: str) -> bool | None:
-    """Whether the answer's text differs from plain decoding's; None if the answer holds no unchanged text."""
-    choices = content.get("choices")
-    if not isinstance(choices, list) or index >= len(choices) or not isinstance(choices[index], dict):
-        return None
-    message = choices[index].get("message")
-    if isinstance(message, dict):
-        shown = message.get("content")
-        return shown != text if isinstance(shown, str) and not message.get("tool_calls") else None
-    shown = choices[index].get("text")
-    # An echoed prompt comes before the text.
-    return not shown.endswith(text) if isinstance(shown, str) else None
+def _text_differs(
+    orthrus: "Orthrus", content: dict[str, Any], receipt: "Receipt", texts: list[str]
+) -> list[bool | None]:
+    """For each text, whether the one in the answer is another; None if the answer does not hold it unchanged.
+
+    Raises UserInputError for an answer with another number of texts than its receipt.
+    """
+    from orthrus.audit.receipts import shown_texts
+
+    shown = shown_texts(content)
+    if not shown:
+        return [None] * len(texts)
+    if len(shown) != len(texts):
+        raise UserInputError(
+            f"the answer holds {counted(len(shown), 'text')}, but its receipt is of {len(texts)}; give the whole "
+            "answer to one request."
+        )
+    found: list[bool | None] = []
+    for each, answered, text in zip(shown, receipt.texts, texts, strict=True):
+        if each is None or each == text:
+            found.append(None if each is None else False)
+            continue
+        # A completion with `echo` has its prompt before the text.
+        echo = each.removesuffix(text) if "text" in str(content.get("object")) and each.endswith(text) else ""
+        found.append(not (echo and _is_prompt(orthrus, echo, answered.prompt_ids)))
+    return found
+
+
+def _is_prompt(orthrus: "Orthrus", text: str, prompt_ids: Sequence[int]) -> bool:
+    try:
+        return orthrus.base.encode_prompt(text, raw=True) == list(prompt_ids)
+    except UserInputError:
+        return False
 
 
 def _line(orthrus: "Orthrus", checked: "Checked", differs: bool | None) -> str:

@@ -14,9 +14,9 @@ class CostTable:
 
     `body_ms`, by `rows`: layers of a pass of AR rows. `head_ms`, by `rows`: projecting so many rows. `block_ms`, by
     `block_rows`: the time that block rows, which read weights of their own, add to a few AR rows. `draft_pass_ms`, by
-    `draft_rows`: layers of a usual draft pass, of one AR row and the rows of one block. `draft_ms`: making the proposal
-    of one block. Rows ascend. Costs are interpolated between the entries, and extrapolated beyond them. Fewer block
-    rows than were timed cost at least their share.
+    `draft_rows`: layers of a usual draft pass, of one AR row and the rows of one block. `proposal_ms`, by `guesses`:
+    making the proposal of one block with so many guesses. Rows ascend. Costs are interpolated between the entries, and
+    extrapolated beyond them. Fewer block rows than were timed cost at least their share.
     """
 
     rows: tuple[int, ...]
@@ -26,7 +26,12 @@ class CostTable:
     block_ms: tuple[float, ...]
     draft_rows: tuple[int, ...]
     draft_pass_ms: tuple[float, ...]
-    draft_ms: float
+    guesses: tuple[int, ...]
+    proposal_ms: tuple[float, ...]
+
+    def draft_ms(self, num_guesses: int) -> float:
+        """Milliseconds of making the proposal of one block, without its pass."""
+        return _at(self.guesses, self.proposal_ms, num_guesses)
 
     def __call__(self, num_ar: int, num_block: int = 0, num_projected: int = 0) -> float:
         """Milliseconds of a pass of AR rows, all projected, and block rows, of which `num_projected` are projected."""

@@ -293,7 +293,7 @@ class Policy:
 
     def _two_pass_rate(self, length: BlockLength, num_accepted: float, num_nodes: int) -> float:
         """Tokens per millisecond of a draft pass and a verification that leaves no proposal."""
-        verify_ms = self.pass_ms(num_nodes, 0, length) + self.costs.draft_ms
+        verify_ms = self.pass_ms(num_nodes, 0, length) + self.costs.draft_ms(length.num_guesses)
         return (2.0 + num_accepted) / (self.pass_ms(0, 1, length) + verify_ms)
 
     def _worth(self, *, stale: bool) -> float:
@@ -321,7 +321,7 @@ class Policy:
         if not num_blocks:
             return self._two_pass_rate(length, fresh, num_nodes)
         draft_ms = self.pass_ms(0, 1, length)
-        verify_ms = self.pass_ms(num_nodes, num_blocks, length) + self.costs.draft_ms
+        verify_ms = self.pass_ms(num_nodes, num_blocks, length) + self.costs.draft_ms(length.num_guesses)
         hit = self._hits[num_blocks].value
         # After a single guess has been decided, nothing is left of it.
         stale = (1.0 - hit) * self._left.value if length.num_guesses > 1 else 0.0

@@ -34,10 +34,9 @@ class Prices:
         # All requests ask for the same few prices again and again.
         self._known: dict[tuple[int, int, int, int], float] = {}
 
-    @property
-    def draft_ms(self) -> float:
+    def draft_ms(self, num_guesses: int) -> float:
         """Milliseconds of making the proposal of one block, without its pass."""
-        return self.costs.draft_ms * self._factor(1)
+        return self.costs.draft_ms(num_guesses) * self._factor(1)
 
     def __call__(self, num_ar: int, num_block: int = 0, num_projected: int = 0) -> float:
         """Milliseconds of a pass of AR rows, all projected, and block rows, of which `num_projected` are projected."""

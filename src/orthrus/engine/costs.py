@@ -23,6 +23,8 @@ from orthrus.base.provenance import cpu_model, installed_version
 from orthrus.base.storage import cache_dir
 from orthrus.config import DecodeConfig, SamplingParams
 from orthrus.decoding.cost_table import CostTable
+from orthrus.decoding.policy import Policy
+from orthrus.decoding.prices import Prices
 from orthrus.decoding.processors import LogitRules
 from orthrus.decoding.stopping import StopRules
 from orthrus.decoding.tree import best_first_tree
@@ -45,10 +47,14 @@ DRAFT_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
 """Rows of the block in timed draft passes: those below the view's block size, and the block size itself."""
 HISTORY = 256
 """Committed tokens that timed passes read, about as many as in the middle of an answer."""
-TABLE_VERSION = 16
+GUESSES = (1, 2, 4, 8, 16)
+"""Guesses of timed proposals: those below the guesses of the longest block, and these."""
+TABLE_VERSION = 17
 """Version of the stored tables. Raise it when passes do more, or less, beside their layers."""
 TREE = 24
 """Nodes of the tree whose construction is timed as a part of making a proposal."""
+TIMED_BLOCKS = 3
+"""Limit on the blocks of a pass, for the policy whose decisions are timed as a part of making a proposal."""
 PLAIN_RUN = 5
 """Passes of one row that run before a round's other passes, and before its proposals, because a processor is slower
 for a while after large passes."""
@@ -64,7 +70,8 @@ OnMeasure = Callable[[int, int], None]
 
 Round = dict[str, float]
 """Milliseconds by name: `body 8+16` for the layers with 8 AR rows and 16 block rows, `head 8` for projecting 8 rows,
-`greedy choice 8` and `greedy draft` for the choices and the proposal of a greedy request (likewise `sampled`)."""
+`greedy choice 8` and `greedy draft 8` for the choices of 8 rows and a proposal with 8 guesses of a greedy request
+(likewise `sampled`)."""
 
 
 class Costs(NamedTuple):
@@ -119,6 +126,7 @@ def cost_table(rounds: Sequence[Round], *, greedy: bool = True) -> CostTable:
     block_rows = sorted(block for n, block in bodies if n == BESIDE and block)
     alone_ms = ms[f"body {BESIDE}+0"]
     kind = "greedy" if greedy else "sampled"
+    guesses = sorted(int(name.rpartition(" ")[2]) for name in ms if name.startswith(f"{kind} draft "))
     return CostTable(
         rows=tuple(rows),
         body_ms=_ascending([ms[f"body {n}+0"] for n in rows]),
@@ -127,7 +135,8 @@ def cost_table(rounds: Sequence[Round], *, greedy: bool = True) -> CostTable:
         block_ms=_ascending([max(0.0, ms[f"body {BESIDE}+{n}"] - alone_ms) for n in block_rows]),
         draft_rows=tuple(draft_rows),
         draft_pass_ms=_ascending([ms[f"body 1+{n}"] for n in draft_rows]),
-        draft_ms=ms[f"{kind} draft"],
+        guesses=tuple(guesses),
+        proposal_ms=_ascending([ms[f"{kind} draft {n}"] for n in guesses]),
     )
 
 
@@ -175,7 +184,9 @@ def time_rounds(
     draft_rows = sorted({min(2, size - 1), *(n for n in DRAFT_ROWS if n < size), size})
     for n in draft_rows:
         parts[1, n] = tree(ids[:1], [], [0], n, mask_token_id)
-    num_guesses = max(1, dual.config.num_guesses(size))
+    most_guesses = dual.config.num_guesses(size)
+    guesses = sorted({1, 2, *(n for n in GUESSES if n < most_guesses), max(2, most_guesses)})
+    policies = {n: _timed_policy(n) for n in guesses}
     plain = (1, 0), parts[1, 0]
     # From the smallest to the largest, so that none runs after a much larger one.
     passes = [plain] * PLAIN_RUN + sorted(parts.items(), key=lambda each: sum(each[0]))
@@ -204,21 +215,38 @@ def time_rounds(
         for _ in range(PLAIN_RUN):
             runner.hidden(join([(plain[1], slots)], dual.device), pool)
         for kind, request in requests.items():
-            with clock(f"{kind} draft"):
-                _draft(runner, request, hidden_RC[:num_guesses], logits_RV[:num_guesses], ids[0])
-            slots.length = HISTORY
+            for n in guesses:
+                with clock(f"{kind} draft {n}"):
+                    _draft(runner, request, policies[n], hidden_RC[:n], logits_RV[:n], ids[0])
+                slots.length = HISTORY
         rounds.append(clock.round())
     return rounds[1:]
 
 
-def _draft(runner: Runner, request: Request, hidden_DC: Tensor, logits_DV: Tensor, anchor_id: int) -> None:
-    """Make a proposal with all that belongs to it: candidates, a tree, the part that verifies it, a path to gather."""
+def _draft(
+    runner: Runner, request: Request, policy: Policy, hidden_DC: Tensor, logits_DV: Tensor, anchor_id: int
+) -> None:
+    """Make a proposal with all that belongs to it: candidates, a tree, the part that verifies it, a path to gather.
+
+    The policy's decisions belong to it too. In a pass of some milliseconds they count.
+    """
     if runner.dual.draft_head is not None:
         logits_DV = runner.head(hidden_DC, drafts=True)
     (drafts,) = rank(runner, hidden_DC, logits_DV, [Guessed(request, slice(0, len(logits_DV)), HISTORY + 1)])
+    policy.wants_draft()
     nodes = best_first_tree(drafts, TREE)
+    policy.num_nodes(nodes.log_probs, nodes.depths(), len(drafts), stale=False)
+    policy.num_blocks(nodes.num_nodes, nodes.end_probs())
     tree([anchor_id, *nodes.token_ids], nodes.parents)
     request.slots.compact(sorted({0, nodes.num_nodes}))
+    policy.observe(nodes.log_probs, 1, [], stale=False, left="none")
+
+
+def _timed_policy(num_guesses: int) -> Policy:
+    """A policy whose decisions are timed. What it decides has no effect."""
+    same_ms = (1.0, 1.0)
+    table = CostTable((1, 2), same_ms, same_ms, (1, 2), same_ms, (1, 2), same_ms, (1, 2), same_ms)
+    return Policy(Prices(table), num_guesses, TREE, TIMED_BLOCKS)
 
 
 def _timed_request(dual: DualView, slots: Slots, temperature: float) -> Request:

@@ -78,8 +78,8 @@ class Engine:
 
     @property
     def context_length(self) -> int:
-        """Limit on the tokens of a request's prompt and answer together."""
-        return context_length(self.runner.dual.base.config)
+        """Limit on the tokens of a request's prompt and answer together: of the model, or of the pool if smaller."""
+        return min(context_length(self.runner.dual.base.config), self.scheduler.pool.num_slots)
 
     @property
     def scheduler(self) -> Scheduler:
@@ -327,7 +327,7 @@ class Engine:
         if most is None:
             config = dual.base.config
             most = _available(dual.device) // 5 // slot_bytes(config, self.runner.kv_dtype)
-            most = min(most, 32 * self.context_length)
+            most = min(most, 32 * context_length(config))
         return max(pages_for(most), 4)
 
     def _policy(self, config: DecodeConfig, block_size: int) -> Policy | None:

@@ -14,8 +14,7 @@ def check_prompt(prompt_ids: list[int], context_length: int) -> None:
         raise UserInputError("the prompt is empty; give at least one token.")
     if len(prompt_ids) >= context_length:
         raise UserInputError(
-            f"the prompt has {len(prompt_ids)} tokens, but the model's context holds {context_length}; "
-            "shorten it."
+            f"the prompt has {len(prompt_ids)} tokens, but the context holds {context_length}; shorten it."
         )
 
 

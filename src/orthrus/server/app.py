@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from orthrus import __version__
@@ -15,8 +16,8 @@ from orthrus.api import Orthrus
 from orthrus.errors import OrthrusError
 from orthrus.server.answers import respond_chat, respond_message, respond_response, respond_text
 from orthrus.server.audit_routes import add_audit
-from orthrus.server.errors import ApiError, as_api_error, bad_request, half_character, wrong_field
-from orthrus.server.guard import Guard
+from orthrus.server.errors import ApiError, as_api_error, bad_request, refused_place, wrong_field
+from orthrus.server.guard import CLIENT_GONE, Guard
 from orthrus.server.messages import CountTokensRequest, MessageRequest, as_chat
 from orthrus.server.page import page
 from orthrus.server.params import DEFAULT_COMPLETION_TOKENS, DEFAULT_TEMPERATURE
@@ -99,7 +100,8 @@ def create_app(load: Callable[[], Orthrus], config: ServeConfig | None = None) -
             CORSMiddleware,
             allow_origins=list(config.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
+            # Official clients send some dozen headers of their own. Origins are what is restricted.
+            allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
     return app
@@ -233,6 +235,9 @@ async def _foreseen(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ClientDisconnect):
+        # Nobody reads this, but it is counted and logged.
+        return Response(status_code=CLIENT_GONE)
     if error.status_code == 404:
         answer = ApiError(
             404,
@@ -268,7 +273,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
             code="invalid_json",
         )
         return _response(request, answer)
-    if not place and not half_character(first):
+    if not place and not refused_place(first):
         if "application/json" not in request.headers.get("content-type", ""):
             return _response(
                 request, bad_request("Send JSON, with the header 'Content-Type: application/json'.")

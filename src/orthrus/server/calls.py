@@ -84,6 +84,8 @@ class Call(AsyncIterator[tuple[int, Cycle]]):
             return
         if len(self._events) >= self._max_unread:
             self.cancel(ApiError(408, "The answer was not read fast enough.", code="slow_reader"))
+            # A reader that has stalled would keep them in memory for as long as its connection lasts.
+            self._events.clear()
             return
         self._events.append((index, cycle))
         self._wake.set()

@@ -8,7 +8,7 @@ from random import uniform
 from typing import Any
 
 from orthrus.errors import MissingExtraError, OrthrusError, UnsupportedModelError, UserInputError
-from orthrus.server.schemas import HalfCharacterError, OrthrusOptions
+from orthrus.server.schemas import OrthrusOptions, PlacedError
 
 TYPES = {
     400: "invalid_request_error",
@@ -106,16 +106,16 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
-def half_character(error: Mapping[str, Any]) -> list[str]:
-    """The path of the field with half a character, if that is the error; else an empty list."""
+def refused_place(error: Mapping[str, Any]) -> list[str]:
+    """The path of a value that no request may hold, if that is the error; else an empty list."""
     cause = error.get("ctx", {}).get("error")
-    return (cause.place or ["body"]) if isinstance(cause, HalfCharacterError) else []
+    return (cause.place or ["body"]) if isinstance(cause, PlacedError) else []
 
 
 def wrong_field(place: Sequence[str], error: Mapping[str, Any]) -> ApiError:
     """A 400 for a field that pydantic refused, without the field's value. place: the field's path."""
-    half = half_character(error)
-    place = half or place
+    refused = refused_place(error)
+    place = refused or place
     # For a field of several types, pydantic adds the type's name to the path.
     named = [part for part in place if not _FORM.match(part)]
     if error["type"].startswith("recursion_"):
@@ -125,7 +125,7 @@ def wrong_field(place: Sequence[str], error: Mapping[str, Any]) -> ApiError:
     name, said = ".".join(named)[:200], _PYDANTIC.sub("must ", f"{error['msg']}.")
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
         said = "must be a JSON object."
-    if named == ["prompt"] and not half:
+    if named == ["prompt"] and not refused:
         said = "must be a text, token ids, or a list of texts or of lists of token ids, none of them empty."
     if error["type"] == "extra_forbidden" and place[0] == "orthrus":
         close = get_close_matches(place[-1][:50], OrthrusOptions.model_fields, n=1)

@@ -35,7 +35,8 @@ class EngineLoop:
     """Steps an engine in one thread while there is work, and counts the places that answers take.
 
     Create and use it in the event loop. on_ended: called there for each answer that the engine was given. idle: work
-    for the thread while the engine has none; call `wake` when there is some. Only `admit` takes places, and only
+    for the thread while the engine has none; call `wake` when there is some. on_death: called there if the thread has
+    failed, after all calls got the error. Only `admit` takes places, and only
     `_ended` gives them back.
     """
 
@@ -45,8 +46,10 @@ class EngineLoop:
         config: ServeConfig,
         on_ended: Ended | None = None,
         idle: IdleWork | None = None,
+        on_death: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
         self.orthrus, self.config, self._idle_work = orthrus, config, idle
+        self._on_death = on_death
         self.draining = False
         self.calls: set[Call] = set()
         self.num_open = 0
@@ -134,13 +137,15 @@ class EngineLoop:
 
     def _ended(self, call: Call, index: int | None, request: Request | None) -> None:
         self.num_open -= 1
-        if request is not None and index is not None and self._on_ended is not None:
-            self._on_ended(call, index, request)
-        call.end(None if request is None else _failure(request))
-        if call.ended:
-            self.calls.discard(call)
-        if self.num_open == 0:
-            self._idle.set()
+        try:
+            if request is not None and index is not None and self._on_ended is not None:
+                self._on_ended(call, index, request)
+        finally:
+            call.end(None if request is None else failure_of(request))
+            if call.ended:
+                self.calls.discard(call)
+            if self.num_open == 0:
+                self._idle.set()
 
     def wake(self) -> None:
         """Wake the engine's thread, because there is work or idle work. May be called from any thread."""
@@ -148,7 +153,20 @@ class EngineLoop:
             self._has_work.notify()
 
     def _run(self) -> None:
-        """The engine's thread."""
+        """The engine's thread. If it fails outside of a pass, no request can end any more, so the server stops."""
+        try:
+            self._serve()
+        except BaseException as error:
+            log.exception("the engine's thread failed")
+            self._call_in_loop(self._died, error)
+
+    def _died(self, error: BaseException) -> None:
+        self.draining = True
+        for call in list(self.calls):
+            call.cancel(error)
+        self._on_death(error)
+
+    def _serve(self) -> None:
         engine, idle = self.orthrus.engine, self._idle_work
         while True:
             with self._has_work:
@@ -203,7 +221,7 @@ class EngineLoop:
         self._preparing.shutdown(wait=False, cancel_futures=True)
 
 
-def _failure(request: Request) -> BaseException | None:
+def failure_of(request: Request) -> BaseException | None:
     """The error of a request without an answer, or with an answer that was cut off; None if it ended well."""
     if request.failure is not None:
         return request.failure

@@ -28,6 +28,9 @@ class MessagesShape(ItemShape):
         yield self._event("message_start", message=message)
 
     def _finish(self) -> Iterator[bytes]:
+        if self._open is None and not self._num_blocks:
+            # An empty answer has an empty block here, as it has as a whole.
+            yield from self._open_block({"type": "text", "text": ""})
         yield from self._close_block()
         delta = {"stop_reason": self._stop_reason, "stop_sequence": self._about.texts[0].stop_string}
         yield self._event("message_delta", delta=delta, usage=self._usage, metrics=self._about.metrics)

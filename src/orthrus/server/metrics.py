@@ -81,7 +81,8 @@ class Metrics:
     def ended(self, call: Call, index: int, request: Request) -> None:
         """Record an answer that has ended; called once for each."""
         now, times = monotonic(), call.times[index]
-        if request.failure is not None:
+        # An answer that a limit of time kept from its first token failed too.
+        if request.failure is not None or (request.finish == "deadline" and not request.token_ids):
             self.failed.inc()
         else:
             self.finished.labels(request.finish or "cancelled").inc()

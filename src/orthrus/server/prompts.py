@@ -78,7 +78,7 @@ def room_behind(prompt_ids: list[int], context_length: int, param: str) -> int:
     if len(prompt_ids) >= context_length:
         raise ApiError(
             400,
-            f"This model's context holds {context_length} tokens, but the prompt alone has {len(prompt_ids)}: "
+            f"The context holds {context_length} tokens, but the prompt alone has {len(prompt_ids)}: "
             "shorten it.",
             param=param,
             code="context_length_exceeded",

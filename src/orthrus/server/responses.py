@@ -22,7 +22,7 @@ from orthrus.server.schemas import (
     ResponseFormat,
 )
 
-_SKIPPED_ITEMS = ("reasoning", "item_reference", "web_search_call", "file_search_call")
+_SKIPPED_ITEMS = ("reasoning", "web_search_call", "file_search_call")
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text")
 
 
@@ -144,6 +144,15 @@ def _messages(items: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
         elif kind == "function_call_output":
             output = _content(item.get("output"), index)
             messages.append((index, {"role": "tool", "content": output, "tool_call_id": item.get("call_id")}))
+        elif kind == "item_reference":
+            # Of a reasoning item nothing would be read anyway.
+            if not str(item.get("id")).startswith("rs_"):
+                raise bad_request(
+                    f"input.{index}: a reference to an item is not supported: answers are not stored, so send the "
+                    "whole item (in some clients: store = false).",
+                    param="input",
+                    code="unsupported_parameter",
+                )
         elif kind not in _SKIPPED_ITEMS:
             raise bad_request(
                 f"input.{index}: an item of type {ascii(kind)[:60]} cannot be read.", param="input"

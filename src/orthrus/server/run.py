@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import os
+import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -21,6 +22,8 @@ from orthrus.server.settings import ServeConfig
 
 LAST_WORDS = 5
 """Seconds that connections get to send their last bytes after the last answer has ended."""
+STALLED = 60
+"""Seconds after which the system closes a connection whose client takes no bytes."""
 CLEANING = 2
 """Seconds that threads get to clean up after their compilers have been ended."""
 
@@ -36,6 +39,10 @@ def serve(load: Callable[[], Orthrus], config: ServeConfig, host: str, port: int
     If one of our threads is busy at the end, such as while the model is loading, the process ends here with status 0.
     Raises what `load` raises, and UserInputError for an address on which the server cannot listen.
     """
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        raise UserInputError(f"{host!r:.100} is no name of a host; choose another --host.") from error
     log_to_stderr()
     app = create_app(load, config)
     server = _Server(app, config, host, port)
@@ -58,6 +65,14 @@ def serve(load: Callable[[], Orthrus], config: ServeConfig, host: str, port: int
     _end_busy_threads()
     if service.failure is not None:
         raise service.failure
+
+
+def limit_stalls(listeners: Iterable[Any]) -> None:
+    """Let the system close connections whose clients have stalled. They have the options of their listener."""
+    # Only Linux has this option.
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    for listener in listeners if option is not None else ():
+        listener.setsockopt(socket.IPPROTO_TCP, option, STALLED * 1000)
 
 
 def _end_busy_threads() -> None:
@@ -100,6 +115,10 @@ class _Server(uvicorn.Server):
     async def serve(self, sockets: list[Any] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        await super().startup(sockets)
+        limit_stalls([each for server in getattr(self, "servers", ()) for each in server.sockets])
 
     def stop(self) -> None:
         """Leave as soon as connections have closed."""

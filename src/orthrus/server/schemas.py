@@ -5,6 +5,7 @@ Validation of a list stops at its first wrong element, because a body of one meg
 
 import json
 from functools import partial
+from math import isfinite
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -72,8 +73,19 @@ def null_is(default: Any) -> BeforeValidator:
     return BeforeValidator(partial(_otherwise, default))
 
 
-def _half_character(value: Any) -> list[str] | None:
-    """The path of a text with half a character (a lone surrogate, which JSON can spell); None if there is none."""
+class PlacedError(ValueError):
+    """A value that no request may hold. place: its path."""
+
+    def __init__(self, message: str, place: list[str]) -> None:
+        super().__init__(message)
+        self.place = place
+
+
+def _refused_value(value: Any) -> PlacedError | None:
+    """The error for a value that JSON can spell and an answer cannot repeat, somewhere in a body; None without one.
+
+    These are half a character (a lone surrogate), which no tokenizer reads either, and a number that is not finite.
+    """
     left: list[tuple[list[str], Any]] = [([], value)]
     while left:
         place, value = left.pop()
@@ -81,7 +93,13 @@ def _half_character(value: Any) -> list[str] | None:
             try:
                 value.encode("utf-8")
             except UnicodeEncodeError:
-                return place
+                # A name may hold half a character too, so it is replaced in the message.
+                names = [part.encode("utf-8", "replace").decode() for part in place]
+                return PlacedError(
+                    "must not have half of a character (U+D800 to U+DFFF): send whole characters", names
+                )
+        elif isinstance(value, float) and not isfinite(value):
+            return PlacedError("must be a finite number", place)
         elif isinstance(value, dict):
             left += [(place, key) for key in value] + [([*place, str(k)], v) for k, v in value.items()]
         elif isinstance(value, list):
@@ -89,29 +107,19 @@ def _half_character(value: Any) -> list[str] | None:
     return None
 
 
-class HalfCharacterError(ValueError):
-    """A text holds half a character. place: its path."""
-
-    def __init__(self, place: list[str]) -> None:
-        super().__init__("must not have half of a character (U+D800 to U+DFFF): send whole characters")
-        self.place = place
-
-
 class RequestBody(Open):
     """A whole request."""
 
     @model_validator(mode="before")
     @classmethod
-    def _is_text(cls, data: Any) -> Any:
-        """Refuses half a character, because no tokenizer reads it and no answer can repeat it."""
+    def _can_be_repeated(cls, data: Any) -> Any:
+        """Raises PlacedError for a value that an answer cannot repeat, also in fields that are not looked at."""
         try:
-            json.dumps(data, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            place = _half_character(data)
-            # A name may hold half a character too, so it is replaced in the message.
-            names = [part.encode("utf-8", "replace").decode() for part in place or []]
-            raise HalfCharacterError(names) from None
-        except (TypeError, ValueError, RecursionError):
+            json.dumps(data, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        except (ValueError, UnicodeEncodeError):
+            if (refused := _refused_value(data)) is not None:
+                raise refused from None
+        except (TypeError, RecursionError):
             # The data is not from JSON, or nested too deeply. The checks of the fields report that.
             pass
         return data
@@ -194,8 +202,9 @@ class OrthrusOptions(Closed):
 
     strategy: Strategy = "auto"
     block_size: int | None = Field(default=None, ge=2, le=4096)
-    node_budget: int = Field(default=24, ge=1, le=4096)
-    block_budget: int = Field(default=3, ge=1, le=4096)
+    # The rows of a pass grow with both, and its time and memory with the square of the rows.
+    node_budget: int = Field(default=24, ge=1, le=256)
+    block_budget: int = Field(default=3, ge=1, le=16)
     copies: bool = True
     compact_json: bool = False
     provenance: bool = False

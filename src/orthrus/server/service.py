@@ -24,15 +24,21 @@ log = logging.getLogger("orthrus.server")
 
 
 class Live:
-    """A loaded model that answers."""
+    """A loaded model that answers. on_death: called in the event loop if its thread has failed."""
 
     def __init__(
-        self, orthrus: Orthrus, config: ServeConfig, metrics: Metrics, traffic: TrafficLog | None = None
+        self,
+        orthrus: Orthrus,
+        config: ServeConfig,
+        metrics: Metrics,
+        traffic: TrafficLog | None = None,
+        *,
+        on_death: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
         self.orthrus, self.config = orthrus, config
         self._metrics, self._traffic = metrics, traffic
         self.audit = LiveAudit(orthrus, config.audit_share, lambda: self.loop.wake())
-        self.loop = EngineLoop(orthrus, config, self._ended, self.audit)
+        self.loop = EngineLoop(orthrus, config, self._ended, self.audit, on_death)
         self.receipts = Receipts(orthrus)
         metrics.watch(orthrus.engine, self.audit)
         self.token_bytes = TokenBytes(orthrus.base.tokenizer)
@@ -65,8 +71,8 @@ class Live:
 class Service:
     """The state of one server. `load` runs in a thread. Until it is done, `live` raises a 503.
 
-    on_failure: called in the event loop if loading failed, after `failure` was set. Raises UserInputError and
-    StorageError for a traffic log that cannot be written.
+    on_failure: called in the event loop if the model cannot answer (any more), after `failure` was set. Raises
+    UserInputError and StorageError for a traffic log that cannot be written.
     """
 
     def __init__(self, load: Callable[[], Orthrus], config: ServeConfig) -> None:
@@ -97,7 +103,11 @@ class Service:
         threading.Thread(target=load, name="orthrus-load", daemon=True).start()
 
     def _loaded(self, orthrus: Orthrus) -> None:
-        self._live = Live(orthrus, self.config, self.metrics, self.traffic)
+        try:
+            self._live = Live(orthrus, self.config, self.metrics, self.traffic, on_death=self._failed)
+        except Exception as error:
+            self._failed(error)
+            return
         self.loaded.set()
         log.info("ready", extra={"data": {"model": self._live.name}})
 

@@ -250,7 +250,9 @@ class TextShape(OpenAIShape):
         self._offsets = [0] * len(echoes)
 
     def _first(self, index: int) -> dict[str, Any] | None:
-        return self._part(index, self._echoes[index], None, None) if self._echoes[index] else None
+        if not self._echoes[index] and not self._about.token_ids:
+            return None
+        return self._part(index, self._echoes[index], None, None) | self._of_prompt(index)
 
     def _next(self, index: int, cycle: Cycle, *, has_ids: bool) -> dict[str, Any] | None:
         if not cycle.text and not cycle.logprobs and not has_ids:
@@ -264,12 +266,11 @@ class TextShape(OpenAIShape):
     def _choice(self, index: int, records: TextRecords) -> dict[str, Any]:
         found = [c.logprobs for c in records.cycles if c.logprobs is not None]
         logprobs = self._lists(index, [lp for some in found for lp in some]) if found else None
-        choice = self._part(
-            index, self._echoes[index] + records.text, logprobs, finish_reason(records.finish)
-        )
-        if self._about.token_ids:
-            choice["prompt_token_ids"] = self._about.prompts[index]
-        return choice
+        text = self._echoes[index] + records.text
+        return self._part(index, text, logprobs, finish_reason(records.finish)) | self._of_prompt(index)
+
+    def _of_prompt(self, index: int) -> dict[str, Any]:
+        return {"prompt_token_ids": self._about.prompts[index]} if self._about.token_ids else {}
 
     @staticmethod
     def _part(index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:

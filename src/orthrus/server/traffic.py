@@ -48,7 +48,10 @@ class TrafficLog:
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
-            os.close(self._opened())
+            handle = self._opened()
+            if os.fstat(handle).st_mode & (stat.S_IRGRP | stat.S_IROTH):
+                log.warning("others can read the traffic", extra={"data": {"file": str(file)}})
+            os.close(handle)
         except OSError as error:
             raise StorageError(
                 f"traffic cannot be logged to {file} ({_reason(error)}); name a file in a folder where you may "
@@ -102,8 +105,10 @@ class TrafficLog:
         handle = self._opened()
         try:
             size = os.fstat(handle).st_size
+            # Whatever stands there without its end would swallow the first line.
+            begun = size > 0 and self._last_byte() != b"\n"
             try:
-                view = memoryview(line)
+                view = memoryview(b"\n" + line if begun else line)
                 while view:
                     view = view[os.write(handle, view) :]
             except OSError:
@@ -111,6 +116,11 @@ class TrafficLog:
                 raise
         finally:
             os.close(handle)
+
+    def _last_byte(self) -> bytes:
+        with self.file.open("rb") as content:
+            content.seek(-1, os.SEEK_END)
+            return content.read(1)
 
     def _opened(self) -> int:
         # Without O_NONBLOCK, opening a pipe that nobody reads would block.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from orthrus.base.addresses import api_root
 from orthrus.base.loading import Base
+from orthrus.base.web_client import open_client
 from orthrus.errors import MissingExtraError, ModelNotFoundError, UserInputError
 from orthrus.training.answers import Answer, Question
 from orthrus.training.endpoint_guard import LEAST_AGREEMENT, Agreement, agreement
@@ -73,7 +74,10 @@ class EndpointAnswerer:
         self._servers = [Server(url) for url in config.urls]
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=config.concurrency)
         timeout = httpx.Timeout(_SECONDS, connect=30.0)
-        self._client = httpx.AsyncClient(transport=transport, timeout=timeout, limits=limits)
+        # The key is sent with each request, so that no other server gets it after a redirection.
+        self._client = open_client(
+            httpx.AsyncClient, config.urls, None, transport=transport, timeout=timeout, limits=limits
+        )
         self._requests = Requests(self._client, key, config.patience)
         self._runner = asyncio.Runner()
         self._is_open = False

@@ -13,6 +13,7 @@ from random import Random
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from orthrus.base.web_client import key_header
 from orthrus.errors import ModelNotFoundError
 from orthrus.training.endpoint_reply import Form
 
@@ -68,7 +69,7 @@ class Requests:
 
     def __init__(self, client: "httpx.AsyncClient", key: str | None, patience: Patience) -> None:
         self._client, self._key, self._patience = client, key, patience
-        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._headers = key_header(key)
         # Only for pauses. No answer depends on it.
         self._random = Random()
         self._turn = self._num_answered = 0
