@@ -21,6 +21,8 @@ LEAST_TEMPERATURE = 1e-5
 # Beyond these a logit divided by the least temperature overflows fp32.
 LARGEST_PENALTY = 1e3
 LARGEST_BIAS = 1e9
+MOST_NODES, MOST_BLOCKS = 256, 8
+"""The largest budgets of a pass. Its time and memory grow with the square of its rows."""
 # What OpenAI's interface and vLLM allow.
 LARGEST_COUNT_PENALTY = 2.0
 MOST_LOGPROBS = 20
@@ -142,12 +144,12 @@ class Grammar:
 class DecodeConfig:
     """One request: how much to generate, with which strategy, and when to stop.
 
-    `block_size`: rows of a draft block, for auto the maximum. None means as many as in the view's training; then
-    the last row guesses nothing (see docs/metrics.md). With `floor`, a draft pass also carries the anchor as an AR
-    row, so that every pass commits at least one token. False gives the cycle of the paper (arXiv 2605.12825,
-    section 3) in the fixed strategies; auto always has the floor. `node_budget`: the most drafts that a pass of
-    `tree` or `fused_tree` verifies. `block_budget`: the most blocks that such a pass of `fused` or `fused_tree`
-    also drafts. `copies` lets `auto` draft copies of what followed an earlier occurrence of the last tokens.
+    `block_size`: rows of a draft block, for auto the maximum. None means as many as in the view's training; then the
+    last row guesses nothing (see docs/metrics.md). With `floor`, a draft pass also carries the anchor as an AR row, so
+    that every pass commits at least one token. False gives the cycle of the paper (arXiv 2605.12825, section 3) in the
+    fixed strategies; auto always has the floor. `node_budget`: the most drafts that a pass of `tree` or `fused_tree`
+    verifies, up to MOST_NODES. `block_budget`: the most blocks that such a pass of `fused` or `fused_tree` also drafts,
+    up to MOST_BLOCKS. `copies` lets `auto` draft copies of what followed an earlier occurrence of the last tokens.
     `priority`: requests with a lower value go first. None of these changes the text.
 
     `min_tokens`: neither a token nor a stop string ends the text before it has so many new tokens.
@@ -181,6 +183,9 @@ class DecodeConfig:
         for name in ("max_new_tokens", "node_budget", "block_budget"):
             if getattr(self, name) is None or getattr(self, name) < 1:
                 raise UserInputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name, most in (("node_budget", MOST_NODES), ("block_budget", MOST_BLOCKS)):
+            if getattr(self, name) > most:
+                raise UserInputError(f"{name} must be at most {most}, not {getattr(self, name)}.")
         if self.strategy not in STRATEGIES:
             raise UserInputError(f"strategy must be one of {', '.join(STRATEGIES)}, not {self.strategy!r}.")
         if self.block_size is not None and self.block_size < 2:

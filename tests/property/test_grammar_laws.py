@@ -12,7 +12,7 @@ from tests.engines import engine_for, run_all
 from tests.tiny import VOCAB, tiny_dual, tiny_prompt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from orthrus.config import STRATEGIES, DecodeConfig, Grammar, SamplingParams
+from orthrus.config import STRATEGIES, DecodeConfig, Grammar, SamplingParams, Strategy
 from orthrus.decoding import compete as module
 from orthrus.decoding.grammar import GrammarCompiler
 from orthrus.engine.engine import Engine
@@ -108,3 +108,42 @@ def test_constrained_texts_in_company_are_those_of_plain_decoding_alone(
     assert any(0 < won < num for won, num in zip(taken, offered, strict=True))
     assert sum(cycle.num_copied for request in requests for cycle in request.cycles) > 100
     assert sum(request.finish == "stop" and request.config.grammar is not None for request in requests) > 10
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_cycle_has_two_passes_at_most_also_where_a_grammar_takes_all_drafts(strategy: Strategy) -> None:
+    config = DecodeConfig(max_new_tokens=40, strategy=strategy, grammar=Grammar("regex", r"[a-f]{40}"))
+    engine = engine_for(DUAL)
+    request = submit(engine, tiny_prompt(5), config)
+    run_all(engine, [request])
+    assert len(request.token_ids) == 40
+    assert max(cycle.num_passes for cycle in request.cycles) <= 2
+
+
+def test_no_more_forced_tokens_are_asked_for_than_a_pass_verifies() -> None:
+    """Each takes time, and a grammar may force thousands."""
+    config = DecodeConfig(max_new_tokens=100, node_budget=6, grammar=Grammar("regex", r"(abcad){30}"))
+    state = COMPILER.state(config.grammar)
+    engine = engine_for(DUAL)
+    request = engine.submit(tiny_prompt(5), config, eos_token_ids=frozenset({END}), grammar=state)
+    while not request.closed:
+        engine.step()
+        assert max(map(len, state._known), default=0) <= 6
+    assert len(request.token_ids) == 100
+    assert any(cycle.num_accepted == 6 for cycle in request.cycles)
+
+
+def test_a_request_that_has_ended_keeps_only_its_answer() -> None:
+    """A caller may keep thousands."""
+    engine = engine_for(DUAL)
+    config = DecodeConfig(max_new_tokens=20, sampling=SamplingParams(temperature=1.0, seed=1))
+    requests = [
+        submit(engine, tiny_prompt(5), replace(config, grammar=grammar))
+        for grammar in (None, Grammar("regex", r"[a-f]{30}"))
+    ]
+    run_all(engine, requests)
+    for request in requests:
+        assert request.cycles
+        assert not request.noise
+        kept = (request.drafts, request.next_work, request.copies, request.grammar)
+        assert kept == (None, None, None, None)

@@ -201,7 +201,7 @@ def test_a_number_that_no_answer_can_repeat_is_refused_also_where_nobody_looks(
     run(check)
 
 
-@pytest.mark.parametrize(("name", "most"), [("node_budget", 256), ("block_budget", 16)])
+@pytest.mark.parametrize(("name", "most"), [("node_budget", 256), ("block_budget", 8)])
 def test_one_request_cannot_make_a_pass_of_thousands_of_rows(orthrus, name, most):
     async def check():
         async with serving(orthrus) as client:

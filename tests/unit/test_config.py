@@ -61,6 +61,8 @@ def test_wrong_sampling_settings(settings: dict[str, Any], message: str) -> None
         ({"node_budget": 0}, "node_budget must be at least 1, not 0"),
         ({"node_budget": 1.5}, "node_budget must be a whole number"),
         ({"block_budget": 0}, "block_budget must be at least 1, not 0"),
+        ({"node_budget": 257}, "node_budget must be at most 256, not 257"),
+        ({"block_budget": 9}, "block_budget must be at most 8, not 9"),
         ({"block_budget": "3"}, "block_budget must be a whole number"),
         ({"stop": ("",)}, "must not be empty"),
         ({"stop": (5,)}, "must be text"),

@@ -109,7 +109,7 @@ def test_a_chain_cycle_has_two_passes_and_a_fused_one_only_where_no_block_was_at
     assert set(num_passes(strategy="chain")) == {2}
     for strategy in ("fused", "fused_tree"):
         # A block at every row: after the first draft there is always another at hand.
-        first, *others = num_passes(strategy=strategy, block_budget=100)
+        first, *others = num_passes(strategy=strategy, block_budget=8)
         assert (first, set(others)) == (2, {1})
         assert {*num_passes(strategy=strategy, block_budget=1)} == {1, 2}
 
@@ -248,8 +248,8 @@ def test_prefill_projects_only_its_last_row() -> None:
         ({"strategy": "tree", "node_budget": 5}, 8),
         ({"strategy": "tree", "node_budget": 30}, 30),
         ({"strategy": "fused"}, 7 + 3 * 8),
-        ({"strategy": "fused", "block_budget": 1000}, 7 + 8 * 8),
-        ({"strategy": "fused_tree", "node_budget": 1, "block_budget": 1000}, 1 + 2 * 8),
+        ({"strategy": "fused", "block_budget": 8}, 7 + 8 * 8),
+        ({"strategy": "fused_tree", "node_budget": 1, "block_budget": 8}, 1 + 2 * 8),
     ],
 )
 def test_a_request_takes_pages_for_its_text_and_the_largest_pass_as_it_needs_them(
@@ -304,7 +304,7 @@ def test_a_prompt_in_chunks_reads_what_is_there(strategy: Strategy, length: int)
         {"block_size": 2},
         {"block_size": 3, "chunk": 1},
         {"node_budget": 1, "block_budget": 1},
-        {"node_budget": 3, "block_budget": 50},
+        {"node_budget": 3, "block_budget": 8},
         {"node_budget": 60, "block_budget": 2},
     ],
     ids=str,

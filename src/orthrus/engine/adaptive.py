@@ -150,8 +150,11 @@ def copied(request: Request) -> Copy:
     deepest = deepest_draft(request)
     if deepest < 1:
         return NO_COPY
-    if request.grammar is not None and (forced := request.grammar.forced(deepest)):
-        return Copy(tuple(forced), FORCED)
+    if request.grammar is not None and request.policy is not None:
+        # More are never verified in a pass, and each takes time.
+        forced = request.grammar.forced(min(deepest, request.policy.max_nodes))
+        if forced:
+            return Copy(tuple(forced), FORCED)
     if request.copies is None:
         return NO_COPY
     copy = request.copies.continuation(min(deepest, MOST_COPIED))

@@ -217,6 +217,9 @@ class Engine:
             return
         self.scheduler.finish(request)
         request.closed = True
+        # A caller may keep many requests that have ended. Noise alone takes megabytes of each.
+        request.noise.clear()
+        request.drafts = request.next_work = request.copies = request.grammar = None
         if request.on_end is not None:
             request.on_end(request)
 

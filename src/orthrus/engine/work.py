@@ -117,7 +117,9 @@ def end_pass(request: Request, dual: DualView, work: Work) -> bool:
     if work.kind == "prefill":
         # Feeding the text again after a preemption belongs to the next cycle.
         return len(work.part.judged) > 0
-    is_draft = not work.tree.num_nodes and bool(work.block_rows)
+    # A draft pass is the first one of its cycle. A verification whose drafts all break a grammar looks the same.
+    is_first = request.step is not None and request.step.num_passes == 1
+    is_draft = is_first and not work.tree.num_nodes and bool(work.block_rows)
     if request.finish is None and is_draft and request.drafts is not None:
         if request.policy is not None:
             work_after = adaptive_verify(request, dual, copied(request), trying=True)

@@ -21,7 +21,9 @@ from pydantic import (
 from orthrus.config import (
     LARGEST_COUNT_PENALTY,
     LARGEST_PENALTY,
+    MOST_BLOCKS,
     MOST_LOGPROBS,
+    MOST_NODES,
     Strategy,
 )
 
@@ -202,9 +204,8 @@ class OrthrusOptions(Closed):
 
     strategy: Strategy = "auto"
     block_size: int | None = Field(default=None, ge=2, le=4096)
-    # The rows of a pass grow with both, and its time and memory with the square of the rows.
-    node_budget: int = Field(default=24, ge=1, le=256)
-    block_budget: int = Field(default=3, ge=1, le=16)
+    node_budget: int = Field(default=24, ge=1, le=MOST_NODES)
+    block_budget: int = Field(default=3, ge=1, le=MOST_BLOCKS)
     copies: bool = True
     compact_json: bool = False
     provenance: bool = False
