@@ -17,6 +17,7 @@ from orthrus.decoding import compete as module
 from orthrus.decoding.grammar import GrammarCompiler
 from orthrus.engine.engine import Engine
 from orthrus.engine.request import Request
+from orthrus.errors import UserInputError
 
 pytestmark = pytest.mark.usefixtures("made_up_costs")
 END = 2
@@ -147,3 +148,22 @@ def test_a_request_that_has_ended_keeps_only_its_answer() -> None:
         assert not request.noise
         kept = (request.drafts, request.next_work, request.copies, request.grammar)
         assert kept == (None, None, None, None)
+
+
+def test_a_grammar_that_allows_no_first_token_is_refused() -> None:
+    with pytest.raises(UserInputError, match="allows no token after 0"):
+        COMPILER.state(Grammar("lark", 'start: <[2-2]> "a"'))
+
+
+def test_a_grammar_that_fails_with_the_prompt_ends_its_own_request_only() -> None:
+    class Dead:
+        def mask(self) -> Any:
+            raise UserInputError("the grammar allows no token after 0 tokens")
+
+    engine = engine_for(DUAL)
+    config = DecodeConfig(max_new_tokens=5, grammar=Grammar("regex", "a+"))
+    dead = engine.submit(tiny_prompt(5), config, eos_token_ids=frozenset({END}), grammar=Dead())  # type: ignore[arg-type]
+    other = submit(engine, tiny_prompt(6), DecodeConfig(max_new_tokens=5))
+    run_all(engine, [dead, other])
+    assert str(dead.failure) == "the grammar allows no token after 0 tokens"
+    assert (other.failure, len(other.token_ids)) == (None, 5)

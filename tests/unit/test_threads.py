@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Thread
 from time import sleep
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from orthrus.engine.stream import TokenStream
 from orthrus.errors import UserInputError
 from orthrus.model.pool import SlotPool
 from orthrus.model.runner import EagerRunner
+from orthrus.types import Cycle
 
 PROMPTS = [f"Prompt {i}, of length {'x' * i}" for i in range(8)]
 OPTIONS: list[dict[str, Any]] = [
@@ -188,3 +190,37 @@ def test_an_error_of_a_pass_reaches_all_who_took_part_and_nobody_else() -> None:
     check_pages(engine)
     later = TokenStream(engine, engine.submit(tiny_prompt(9), config, eos_token_ids=frozenset())).drain()
     assert len(later.token_ids) == 20
+
+
+def test_a_reader_gets_its_record_while_another_thread_holds_the_engine() -> None:
+    """A thread that steps takes the lock again at once, and would keep others out."""
+    engine = engine_for(tiny_dual())
+    request = engine.submit(tiny_prompt(4), DecodeConfig(max_new_tokens=5), eos_token_ids=frozenset())
+    engine.step()
+    request.cycles.clear()
+    reader = Thread(target=engine.step_for, args=(request,))
+    with engine.held():
+        reader.start()
+        reader.join(0.1)
+        assert reader.is_alive()
+        request.cycles.append(Mock())
+        reader.join(10)
+        assert not reader.is_alive()
+
+
+def test_an_interrupt_in_one_callback_keeps_no_other_request_from_ending() -> None:
+    def interrupted(cycle: Cycle) -> None:
+        if cycle.finish_reason is not None:
+            raise KeyboardInterrupt
+
+    engine = engine_for(tiny_dual())
+    config = DecodeConfig(max_new_tokens=5, strategy="ar")
+    requests = [
+        engine.submit(tiny_prompt(4), config, eos_token_ids=frozenset(), on_cycle=on_cycle)
+        for on_cycle in (interrupted, None, interrupted)
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        run_all(engine, requests)
+    assert [len(request.token_ids) for request in requests] == [5, 5, 5]
+    assert all(request.closed for request in requests)
+    assert requests[1].cycles[-1].finish_reason == "length"

@@ -93,7 +93,10 @@ class GrammarCompiler:
             return self._new_state(grammar)
 
     def _new_state(self, grammar: Grammar) -> "GrammarState":
-        return GrammarState(self._kept[grammar].deep_copy(), self._vocab_size, self._end_ids)
+        state = GrammarState(self._kept[grammar].deep_copy(), self._vocab_size, self._end_ids)
+        # Raises UserInputError if no token may begin a text, such as behind an end of text.
+        state.mask()
+        return state
 
     def _compiled(self, grammar: Grammar) -> "LLMatcher":
         made: list[LLMatcher | Exception] = []

@@ -1,7 +1,7 @@
 """Turns the logits of a pass into the AR view's choices and into drafts, for all of its requests together."""
 
 from collections.abc import Sequence
-from math import isfinite
+from math import isfinite, nan
 from typing import NamedTuple
 
 import torch
@@ -12,10 +12,12 @@ from orthrus.decoding.pairs import given_the_prefix
 from orthrus.decoding.sampling import coupled_log_scores, draw_with_noise, filtered_probs
 from orthrus.decoding.tree import Candidates
 from orthrus.engine.request import Request
-from orthrus.errors import UnsupportedModelError
 from orthrus.kernels.best import best_tokens, first_best
 from orthrus.kernels.pairs import repaired_pairs
 from orthrus.model.runner import Runner
+
+NO_TOKEN = -1
+"""In the place of a token that the AR view cannot choose."""
 
 
 class Judged(NamedTuple):
@@ -50,9 +52,11 @@ def choose(logits_RV: Tensor, judged: Sequence[Judged]) -> list[list[int]]:
     """The AR view's own token after each row, by request. logits_RV: of the rows of all requests.
 
     The noise of a sampled token is a function of seed and position. So drafts and other requests cannot change the
-    text. A request with a chosen logit that is NaN or infinite gets an error as its `failure`.
+    text. Where a NaN or infinite logit decides the choice, the token is NO_TOKEN. This is an error only on the accepted
+    path, because elsewhere it is after a rejected draft.
     """
     special = [j for j in judged if not j.is_plain]
+    unsure: list[tuple[slice, Tensor]] = []
     if len(special) < len(judged):
         ids_R = first_best(logits_RV)
     else:
@@ -63,17 +67,17 @@ def choose(logits_RV: Tensor, judged: Sequence[Judged]) -> list[list[int]]:
             ids_R[j.rows] = first_best(ruled_QV)
             continue
         probs_QV = filtered_probs(ruled_QV, j.request.config.sampling)
-        ids_R[j.rows] = draw_with_noise(probs_QV, _noise(j.request, j.positions, probs_QV))
+        ids_Q = draw_with_noise(probs_QV, _noise(j.request, j.positions, probs_QV))
+        ids_R[j.rows] = ids_Q
+        # One NaN or infinite logit makes all probabilities of its row NaN.
+        unsure.append((j.rows, ~probs_QV.gather(-1, ids_Q[:, None])[:, 0].isfinite()))
     # One copy from the device for both. A double holds every id.
     logits_R = logits_RV.gather(-1, ids_R[:, None])[:, 0]
+    for rows, unsure_Q in unsure:
+        logits_R[rows].masked_fill_(unsure_Q, nan)
     ids, logits = torch.stack([ids_R.double(), logits_R.double()]).tolist()
-    for j in judged:
-        if not all(map(isfinite, logits[j.rows])):
-            j.request.failure = UnsupportedModelError(
-                "the model's own logits became NaN or infinite: load it in another dtype (float32, bfloat16), or "
-                "check its weights."
-            )
-    return [list(map(int, ids[j.rows])) for j in judged]
+    found = [int(i) if isfinite(logit) else NO_TOKEN for i, logit in zip(ids, logits, strict=True)]
+    return [found[j.rows] for j in judged]
 
 
 def rank(

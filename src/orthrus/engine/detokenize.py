@@ -20,6 +20,7 @@ class Detokenizer:
 
     A tokenizer may render an id differently after another one (leading spaces, merged bytes). So a piece is the
     difference of two decodings with the same short left context. All pieces together equal the text decoded at once.
+    Special tokens that are skipped leave no trace, so however many of them follow each other cost no time.
     """
 
     def __init__(self, tokenizer: Decoder, skip_special_tokens: bool = True) -> None:
@@ -28,9 +29,14 @@ class Detokenizer:
         self._ids: list[int] = []
         self._context_start = 0
         self._emitted = 0
+        self._skipped = (
+            frozenset(getattr(tokenizer, "all_special_ids", ())) if skip_special_tokens else frozenset()
+        )
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this id; may be empty."""
+        if token_id in self._skipped:
+            return ""
         self._ids.append(token_id)
         return self._advance(final=False)
 

@@ -57,6 +57,10 @@ class EngineConfig:
     add_round: bool = True
 
 
+LOOK_SECONDS = 0.005
+"""How long a thread waits for the engine before it looks whether another one has stepped for it."""
+
+
 class Engine:
     """Answers many requests at once. Thread-safe: the thread that steps holds the engine for one pass.
 
@@ -188,17 +192,31 @@ class Engine:
                 request.elapsed_ms += elapsed_ms
                 if request.finish is not None and request not in ended:
                     ended.append(request)
+            errors: list[BaseException] = []
             for request in ended:
-                self._record(request)
+                try:
+                    self._record(request)
+                except BaseException as error:
+                    # An interrupt in one callback must not keep other requests from ending.
+                    errors.append(error)
             self._close_failed()
+            if errors:
+                raise errors[0]
 
     def step_for(self, request: Request) -> None:
         """Step, unless this request got a record or ended while another thread stepped."""
         check_process(self._pid)
         num_cycles = len(request.cycles)
-        with self._stepping:
-            if len(request.cycles) == num_cycles and not request.closed:
-                self.step()
+        while len(request.cycles) == num_cycles and not request.closed:
+            # A thread that steps takes the lock again at once. So others look from time to time whether it has stepped
+            # for them.
+            if self._stepping.acquire(timeout=LOOK_SECONDS):
+                try:
+                    if len(request.cycles) == num_cycles and not request.closed:
+                        self.step()
+                finally:
+                    self._stepping.release()
+                return
 
     def held(self) -> AbstractContextManager[object]:
         """A context in which no other thread runs a pass of this engine, or of another engine over the same model."""
@@ -241,7 +259,9 @@ class Engine:
         pool = self.scheduler.pool
         p, took = run_round(self.runner, pool, chosen, self.observers)
         is_decoding = all(work.kind != "prefill" for _, work in chosen)
-        prices = self._prices.get(chosen[0][0].config.sampling.greedy)
+        # The time of a pass with both kinds of requests fits neither table.
+        kinds = {request.config.sampling.greedy for request, _ in chosen}
+        prices = self._prices.get(kinds.pop()) if len(kinds) == 1 else None
         if prices is not None and is_decoding:
             prices.observe(p.num_ar_rows, p.num_rows - p.num_ar_rows, took.num_guesses, took.ms)
         ended = []

@@ -59,7 +59,9 @@ def run_round(
         observe(p, pool, hidden_RC)
 
     logprobs = {
-        id(j.request): token_logprobs(logits_RV[j.rows], own_ids[id(j.request)], j.request.config.logprobs)
+        id(j.request): token_logprobs(
+            logits_RV[j.rows], [max(0, i) for i in own_ids[id(j.request)]], j.request.config.logprobs
+        )
         for j in judged
         if j.request.config.logprobs is not None
     }

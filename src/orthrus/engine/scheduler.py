@@ -13,6 +13,7 @@ from time import monotonic
 from orthrus.engine.parts import prompt_work
 from orthrus.engine.prefix import PrefixPage, PrefixStore
 from orthrus.engine.request import Request, Work
+from orthrus.errors import OrthrusError
 from orthrus.model.pool import PAGE, SlotPool, pages_for
 
 Wanted = Callable[[Request], Work | None]
@@ -108,7 +109,12 @@ class Scheduler:
         size = min(self.chunk - length % self.chunk, request.num_to_feed)
         if size > left or not self._make_room(request, size, chosen):
             return 0
-        work = prompt_work(request, size)
+        try:
+            work = prompt_work(request, size)
+        except OrthrusError as error:
+            # A grammar that allows no first token ends its own request only.
+            request.failure = error
+            return 0
         chosen.append((request, work))
         return size
 

@@ -4,13 +4,16 @@ A cycle is one round of drafting and verifying: one or two passes, whose tokens 
 floor, the draft pass decides a token too. Strategies differ only in the work that they choose.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orthrus.config import DecodeConfig
 from orthrus.decoding.tree import EMPTY_TREE, Candidates, accepted_rows, rejected_ids
 from orthrus.engine.adaptive import adaptive_verify, adaptive_work, copied, observe, observe_copy
+from orthrus.engine.choices import NO_TOKEN
 from orthrus.engine.parts import block_rows, draft_tree, draft_work, may_draft, verify_work
 from orthrus.engine.request import Request, Step, Work
+from orthrus.errors import UnsupportedModelError
 from orthrus.model.dual_view import DualView
 from orthrus.types import CycleKind, TokenLogprob
 
@@ -75,7 +78,8 @@ def settle(
     """Commit the tokens that a pass decided: the longest accepted path of drafts, and one token of the AR view.
 
     own_ids: the AR view's own tokens after the judged rows. logprobs: of these tokens, if asked for. Returns (the block
-    that gives the next proposal, its first guess that is left), or None if no block has guesses left.
+    that gives the next proposal, its first guess that is left), or None if no block has guesses left. Raises
+    UnsupportedModelError if the AR view cannot choose a token.
     """
     step = request.step = request.step or Step(work.kind)
     if work.kind != "prefill":
@@ -86,6 +90,7 @@ def settle(
     if work.kind == "prefill":
         request.slots.commit(work.part.num_rows)
         if own_ids:
+            _check_chosen(own_ids)
             request.commit(own_ids, 0, logprobs)
             if request.copies is not None:
                 request.copies.extend(own_ids)
@@ -93,6 +98,7 @@ def settle(
     if work.without_floor:
         return 0, 0
     path = accepted_rows(work.tree, own_ids)
+    _check_chosen([own_ids[row] for row in (0, *path)])
     token_ids = [*(work.tree.token_ids[row - 1] for row in path), own_ids[path[-1] if path else 0]]
     rows = [0, *path]
     num_taken = request.commit(token_ids, len(path), [logprobs[row] for row in rows] if logprobs else [])
@@ -105,6 +111,14 @@ def settle(
         return None
     step.rejected_ids += rejected_ids(work.tree, path)
     return _serving_block(work, rows)
+
+
+def _check_chosen(token_ids: Sequence[int]) -> None:
+    if NO_TOKEN in token_ids:
+        raise UnsupportedModelError(
+            "the model's own logits became NaN or infinite: load it in another dtype (float32, bfloat16), or check its "
+            "weights."
+        )
 
 
 def settle_draft(request: Request, candidates: Candidates, num_known: int) -> None:
