@@ -108,6 +108,7 @@ def test_a_view_that_is_no_better_changes_nothing(
         (["--rollback", "LOG"], ["--rollback takes no log"]),
         (["LOG", "--held-back", "1"], ["held-back must lie between 0 and 1"]),
         (["LOG", "--init", "nowhere"], ["nowhere holds no view"]),
+        (["LOG", "--init", "~nobody-here/view"], ["no home folder"]),
         (["LOG", "--epochs", "0"], ["epochs"]),
         (["LOG", "--dtype", "int8"], ["dtype must be one of float32, bfloat16"]),
         (["LOG", "--epochs", "nan"], ["epochs must be a finite number, not nan"]),

@@ -86,7 +86,7 @@ def test_help_and_settings_list_everything(cli: Cli, model_folder: str) -> None:
         ("/set repetition_penalty none", "must be a number"),
         ("/set logit_bias 42", "as in 42=-100, not '42'"),
         ("/save", "name a file"),
-        ("/save ~nobody-here/chat.json", "cannot be written"),
+        ("/save ~nobody-here/chat.json", "no home folder"),
         (f"/save {'x' * 300}", "cannot be written"),
     ],
 )

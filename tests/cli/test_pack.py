@@ -35,6 +35,7 @@ def test_a_packed_corpus_trains_as_the_corpus_does(
 
 def test_what_pack_refuses(cli: Cli, corpus: str, tmp_path: Path) -> None:
     assert_refused(cli("pack", corpus), "--sequence-length")
+    assert_refused(cli("pack", "~nobody-here/corpus", "--sequence-length", "96"), "no home folder")
     assert_refused(cli("pack", str(tmp_path / "nowhere")), "nowhere is not a folder")
     assert_refused(cli("pack", str(tmp_path), "--sequence-length", "96"), "orthrus synth")
     assert_refused(cli("pack", corpus, "--sequence-length", "3"), "longer than a sequence of 3")

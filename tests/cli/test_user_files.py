@@ -220,3 +220,10 @@ def test_recipes_with_wrong_values_are_one_sentence(cli: Cli, recipe: str, tmp_p
     settings = yaml.safe_load(Path(recipe).read_text())
     assert settings["output"] == str(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_home_folder_that_is_not_there_is_named(cli: Cli, tmp_path: Path, model_folder: str) -> None:
+    folder = tmp_path / "corpus"
+    refused = cli("synth", str(folder), "--model", model_folder, "--prompts", "~nobody-here/prompts.jsonl")
+    assert_refused(refused, "no home folder for '~nobody-here/prompts.jsonl'")
+    assert not folder.exists()

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from orthrus.base.paths import expanded
 from orthrus.cli import options
 from orthrus.cli.adapt_run import Adapting, check_log, start_folder
 from orthrus.cli.render import out, print_json
@@ -116,10 +117,7 @@ def _roll_back(view: Path, *, json: bool) -> None:
 
 def _full_path(view: Path) -> Path:
     """The view's folder by its own name, also for "." and "..", because its neighbours are named after it."""
-    try:
-        found = Path(os.path.abspath(view.expanduser()))
-    except RuntimeError as e:
-        raise UserInputError(f"there is no home folder for {view}; write the path out.") from e
+    found = Path(os.path.abspath(expanded(view)))
     if not found.name:
         raise UserInputError(f"{found} cannot be replaced by a view; name a folder in it.")
     return found

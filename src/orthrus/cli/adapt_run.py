@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from orthrus.base.paths import expanded
 from orthrus.cli.common import cancel_on_interrupt
 from orthrus.cli.progress import ProgressDisplay
 from orthrus.cli.render import note, note_turns
@@ -51,7 +52,7 @@ def start_folder(view: Path, init: str) -> Path:
             )
         found = shipped_view_folder(DEFAULT_MODEL_VIEW)
     else:
-        found = Path(init).expanduser()
+        found = expanded(init)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if found is None or not (found / name).is_file():
             raise UserInputError(

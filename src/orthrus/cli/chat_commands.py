@@ -4,9 +4,9 @@ import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from orthrus.base.paths import expanded
 from orthrus.cli.chat_partner import Messages, Partner
 from orthrus.cli.common import check_decode, parse_logit_bias
 from orthrus.cli.render import counted, note
@@ -106,9 +106,9 @@ def _save(state: ChatState, rest: str) -> None:
     if not rest:
         raise UserInputError("name a file, as in: /save chat.json")
     try:
-        file = Path(rest).expanduser()
+        file = expanded(rest)
         exists = file.exists()
-    except (OSError, RuntimeError, ValueError) as e:
+    except (OSError, ValueError) as e:
         reason = (e.strerror if isinstance(e, OSError) else None) or str(e)
         raise UserInputError(
             f"{rest[:200]} cannot be written ({reason.rstrip('.')}); name another file."

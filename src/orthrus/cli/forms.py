@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from orthrus.base.paths import expanded
 from orthrus.config import LONGEST_GRAMMAR, Grammar
 from orthrus.errors import UserInputError
 
@@ -76,11 +77,11 @@ def _file_text(file: Path) -> str:
     """The text of a grammar's file, cut off a little beyond the length limit of a grammar."""
     name = str(file) if len(str(file)) <= 200 else f"{str(file)[:200]} ..."
     try:
-        with file.expanduser().open(encoding="utf-8-sig") as content:
+        with expanded(file).open(encoding="utf-8-sig") as content:
             return content.read(LONGEST_GRAMMAR + 1)
     except UnicodeDecodeError as e:
         raise UserInputError(f"{name} is no UTF-8 text; give a file that holds the schema or grammar.") from e
-    except (OSError, RuntimeError, ValueError) as e:
+    except (OSError, ValueError) as e:
         reason = (e.strerror if isinstance(e, OSError) else None) or str(e)
         raise UserInputError(
             f"{name} cannot be read ({reason}); name the file with the schema or grammar."

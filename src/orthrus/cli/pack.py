@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orthrus.base.paths import expanded
 from orthrus.cli import options
 from orthrus.cli.progress import ProgressDisplay
 from orthrus.cli.render import out, print_json
@@ -47,7 +48,7 @@ def pack(
     from orthrus.training.pack_writer import pack_corpus
     from orthrus.training.packs import check_files, open_pack, packed
 
-    folder = folder.expanduser()
+    folder = expanded(folder)
     if (folder / INDEX).is_file():
         if sequence_length is not None or output is not None:
             raise UserInputError(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orthrus.base.paths import expanded
 from orthrus.cli.options import KEY_VARIABLE
 from orthrus.errors import OrthrusWarning, UserInputError
 
@@ -115,14 +116,14 @@ def answering(
 def _file_source(spec: str) -> "PromptSource":
     from orthrus.training.prompt_sources import PromptSource
 
-    found = _longest(spec, lambda name: Path(name).expanduser().is_file())
+    found = _longest(spec, lambda name: expanded(name).is_file())
     if found is None:
         raise UserInputError(
             f"there is no prompt file '{spec}'; --prompts takes FILE, FILE:DOMAIN or FILE:DOMAIN:COUNT."
         )
     file, domain, number = found
     return PromptSource(
-        file=str(Path(file).expanduser()), domain=domain or None, count=_count("--prompts", spec, number)
+        file=str(expanded(file)), domain=domain or None, count=_count("--prompts", spec, number)
     )
 
 
@@ -136,7 +137,7 @@ def _dataset_source(spec: str) -> "PromptSource":
     name, split = _with_split(rest)
     hub_id = _HUB_ID.fullmatch(name)
     if _is_folder(name):
-        name, config = str(Path(name).expanduser()), None
+        name, config = str(expanded(name)), None
     elif hub_id:
         name, config = hub_id[1], hub_id[2]
     else:
@@ -159,7 +160,7 @@ def _with_split(name: str) -> tuple[str, str | None]:
 
 
 def _is_folder(name: str) -> bool:
-    return bool(name) and Path(name).expanduser().is_dir()
+    return bool(name) and expanded(name).is_dir()
 
 
 def _longest(spec: str, exists: Callable[[str], bool]) -> tuple[str, str, str] | None:

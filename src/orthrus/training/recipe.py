@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from orthrus.base.paths import expanded
 from orthrus.errors import UserInputError
 from orthrus.model.view_config import LARGEST_BLOCK, LARGEST_RANK
 from orthrus.training.loss_kinds import LOSSES, WEIGHTS, LossKind, WeightKind
@@ -148,7 +149,7 @@ class TrainConfig:
             if not getattr(self, name).strip():
                 raise UserInputError(f"{name} must name something, not {getattr(self, name)!r}.")
         for folder in (*self.corpus, self.output, *([self.init_view] if self.init_view else [])):
-            _check_home(folder)
+            expanded(folder if isinstance(folder, str) else "")
         if not 0 <= self.seed < 2**63:
             raise UserInputError(f"seed must lie between 0 and 2**63 - 1, not {self.seed}.")
         if self.gamma <= 0 or not 0 <= self.smoothing <= 1:
@@ -172,14 +173,6 @@ class TrainConfig:
             raise UserInputError(f"ema_decay must lie between 0 and below 1, not {shown(self.ema_decay)}.")
         if self.steps < 0 or (self.steps == 0 and self.epochs <= 0):
             raise UserInputError("give steps, or a positive number of epochs.")
-
-
-def _check_home(folder: object) -> None:
-    """Raises UserInputError for the ~NAME of an unknown user."""
-    try:
-        Path(folder if isinstance(folder, str) else "").expanduser()
-    except RuntimeError as e:
-        raise UserInputError(f"there is no home folder for {shown(folder)}; write the path out.") from e
 
 
 def _check_blocks(config: TrainConfig) -> None:
