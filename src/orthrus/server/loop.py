@@ -141,7 +141,7 @@ class EngineLoop:
             if request is not None and index is not None and self._on_ended is not None:
                 self._on_ended(call, index, request)
         finally:
-            call.end(None if request is None else failure_of(request))
+            call.end(None if request is None else _failure(request))
             if call.ended:
                 self.calls.discard(call)
             if self.num_open == 0:
@@ -221,7 +221,7 @@ class EngineLoop:
         self._preparing.shutdown(wait=False, cancel_futures=True)
 
 
-def failure_of(request: Request) -> BaseException | None:
+def _failure(request: Request) -> BaseException | None:
     """The error of a request without an answer, or with an answer that was cut off; None if it ended well."""
     if request.failure is not None:
         return request.failure

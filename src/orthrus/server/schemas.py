@@ -118,7 +118,7 @@ class RequestBody(Open):
         """Raises PlacedError for a value that an answer cannot repeat, also in fields that are not looked at."""
         try:
             json.dumps(data, ensure_ascii=False, allow_nan=False).encode("utf-8")
-        except (ValueError, UnicodeEncodeError):
+        except ValueError:
             if (refused := _refused_value(data)) is not None:
                 raise refused from None
         except (TypeError, RecursionError):
