@@ -2,7 +2,9 @@
 
 import pytest
 
+from orthrus.decoding.cost_table import CostTable
 from orthrus.decoding.price_correction import CLASSES, PriceCorrection
+from orthrus.decoding.prices import Prices
 
 
 def test_nothing_seen_corrects_nothing() -> None:
@@ -54,3 +56,23 @@ def test_any_number_of_rows_has_a_class() -> None:
     for n in range(1, 2 * CLASSES[-1]):
         correction.observe(n, 1.0, 1.5)
     assert 1.0 < correction(10**6) <= 1.5
+
+
+def test_prices_of_all_passes_change_together_and_not_with_noise() -> None:
+    """A change of one class alone would make its passes look dear beside the others."""
+    rows, flat = (1, 128), (10.0, 10.0)
+    prices = Prices(CostTable(rows, flat, (0.0, 0.0), rows, (0.0, 0.0), rows, flat, (1, 2), (0.5, 0.5)))
+    for i in range(200):
+        prices.observe(1, 0, 0, 10.4 if i % 2 else 9.6)
+    assert prices.version == 0
+    assert (prices(1), prices(16)) == (10.0, 10.0)
+    before = 0
+    for _ in range(100):
+        prices.observe(1, 0, 0, 20.0)
+        if prices.version != before:
+            before = prices.version
+            # A pass of another class follows by its share, at the same time.
+            assert prices(1) > prices(2) > prices(16) > 10.0
+    assert 19.0 < prices(1) < 21.0
+    # Each change clears what was computed from the prices.
+    assert before <= 10

@@ -5,9 +5,9 @@ from math import log2
 from orthrus.decoding.cost_table import CostTable
 from orthrus.decoding.price_correction import CLASSES, PriceCorrection
 
-STEP, HOLD = 0.25, 0.2
-"""STEP: corrections change in steps of so many doublings. HOLD: a step is taken only if the correction is this far, in
-steps, beyond half a step, so that noise does not change decisions."""
+CHANGE = 0.12
+"""In doublings (a twelfth of the time): prices change once the correction of a class of passes has moved so far. Noise
+does not, and all that was computed from the prices is kept until then."""
 
 
 MOST_KNOWN = 1 << 14
@@ -30,7 +30,8 @@ class Prices:
         self.shared_ms: dict[tuple[object, ...], float] = {}
         self.first_choices: dict[tuple[object, ...], tuple[int, float]] = {}
         self._correction = PriceCorrection()
-        self._steps = dict.fromkeys(CLASSES, 0)
+        # All classes change at the same time: a change of one alone would make its passes look dear beside the others.
+        self._used = dict.fromkeys(CLASSES, 0.0)
         # All requests ask for the same few prices again and again.
         self._known: dict[tuple[int, int, int, int], float] = {}
 
@@ -53,15 +54,14 @@ class Prices:
         """Record the time of a pass."""
         num_rows = num_ar + num_block
         self._correction.observe(num_rows, self.costs(num_ar, num_block, num_projected), measured_ms)
-        for rows, step in self._steps.items():
-            exact = log2(self._correction(rows)) / STEP
-            if abs(exact - step) > 0.5 + HOLD:
-                self._steps[rows] = round(exact)
-                self.version += 1
-                self._known.clear()
-                self.shared_ms.clear()
-                self.first_choices.clear()
+        now = {rows: log2(self._correction(rows)) for rows in CLASSES}
+        if any(abs(now[rows] - used) > CHANGE for rows, used in self._used.items()):
+            self._used = now
+            self.version += 1
+            self._known.clear()
+            self.shared_ms.clear()
+            self.first_choices.clear()
 
     def _factor(self, num_rows: int) -> float:
         rows = next((rows for rows in CLASSES if num_rows <= rows), CLASSES[-1])
-        return float(2.0 ** (STEP * self._steps[rows]))
+        return float(2.0 ** self._used[rows])
