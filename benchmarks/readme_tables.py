@@ -67,7 +67,7 @@ def with_tables(text: str) -> str:
 
 @cache
 def measured(dtype: str, machine: str = "") -> tuple[str, BenchReport]:
-    """The result of `make bench` in a precision. machine: part of the name of its file for another machine: "-intel"."""
+    """The result of `make bench` in a precision. machine: what the name of its file adds, such as "-intel"."""
     name = f"readme-{dtype}{machine}-cpu.json"
     return name, read_report(RESULTS / name)
 
