@@ -218,7 +218,7 @@ class Orthrus:
             "attention": self.dual.base.config._attn_implementation,
             "chat_template": bool(getattr(self.base.tokenizer, "chat_template", None)),
             "context_length": self.base.context_length,
-            "view": "trained" if config.trained else "AR-initialised (not trained)",
+            "view": "trained" if config.trained else "untrained",
             "block_size": config.block_size,
             "mask": "trained embedding"
             if config.mask_token_id is None

@@ -25,7 +25,7 @@ def test_each_line_is_a_turn_that_remembers(cli: Cli, model_folder: str) -> None
     assert run.code == 0
     assert run.out == answers(model_folder, "hello.", "again")
     assert run.err.count("acceptance rate") == 2
-    for words in ("model", "not trained", "float32 on cpu", "K = 8"):
+    for words in ("model", "untrained", "float32 on cpu", "K = 8"):
         assert words in run.err
 
 

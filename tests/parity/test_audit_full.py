@@ -224,7 +224,7 @@ def test_a_view_of_nan() -> None:
 def test_what_no_difference_bounds_is_printed() -> None:
     report = audit(tiny_orthrus(), PROMPTS)
     bound = report.strategies[0].bound
-    assert bound == "chain: 0 of 3 outputs differ, so at most 63.16% do (95 % confidence)"
+    assert bound == "chain: 0 of 3 outputs differ; the rate is at most 63.16% (95 % confidence)"
     assert bound in report.to_markdown()
     assert report.to_dict()["strategies"][0]["bound"] == bound
 

@@ -97,12 +97,15 @@ def test_null_is_not_given(orthrus):
     ("fields", "message"),
     [
         ({"stop": ""}, "stop: must not be empty."),
-        ({"stop": -1}, "stop: must be a valid string."),
+        (
+            {"stop": -1},
+            "stop: must be a text or a list of at most 16 texts, none of them empty or of more than 1024 characters.",
+        ),
         ({"tool_choice": "x"}, "tool_choice: must be 'none', 'auto' or 'required'."),
         ({"tool_choice": 5}, "tool_choice: must be 'none', 'auto' or 'required'."),
         (
             {"logit_bias": {"9" * 5000: 1}},
-            "logit_bias: must give token ids, in digits, numbers from -100 to 100.",
+            "logit_bias: must have token ids in digits as keys, and numbers from -100 to 100 as values.",
         ),
         ({"stream_options": 3}, "stream_options: must be a JSON object."),
     ],

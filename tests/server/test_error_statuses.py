@@ -32,8 +32,8 @@ def test_nothing_of_an_unforeseen_error_is_told() -> None:
     ("place", "said", "told"),
     [
         (["stop", "0"], "Value error, must not be empty", "stop.0: must not be empty."),
-        (["n"], "Input should be a valid integer", "n: must be a valid integer."),
-        (["input", "str"], "Input should be a valid string", "input: must be a valid string."),
+        (["n"], "Input should be a valid integer", "n: must be a whole number."),
+        (["input", "str"], "Input should be a valid string", "input: must be a text."),
         (["prompt", "list[constrained-int]"], "List should have at least 1 item after validation, not 0",
          "prompt: must be a text, token ids, or a list of texts or of lists of token ids, none of them empty."),
     ],

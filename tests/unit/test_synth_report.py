@@ -26,7 +26,7 @@ def test_what_was_asked_for_and_is_not_there_is_said(tmp_path: Path) -> None:
     assert (report["answers"], report["answers_wanted"], report["answer_tokens"]) == (3, 6, 4)
     text = as_text(report)
     assert "the model made 2 of 5 prompts" in text
-    assert "1 answers went round in circles" in text
+    assert "1 answers repeated themselves" in text
     assert (
         "3 of 6 answers were given: a dialogue ends at an answer that was cut off (--max-new-tokens)" in text
     )

@@ -200,4 +200,4 @@ class FullReport:
 def bound(num_different: int, num_runs: int, of_what: str) -> str:
     """A clause: the observed differences, and the upper bound on their rate."""
     rate = largest_rate(num_different, num_runs)
-    return f"{num_different} of {num_runs} {of_what} differ, so at most {rate:.2%} do (95 % confidence)"
+    return f"{num_different} of {num_runs} {of_what} differ; the rate is at most {rate:.2%} (95 % confidence)"

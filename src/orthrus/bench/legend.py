@@ -22,8 +22,8 @@ LEGEND = {
     "included, same prompt and repeat; median over repeats, geometric mean over prompts [95 % interval: "
     "percentiles of 10,000 bootstrap draws of prompts, seed 0; none of a single prompt]",
     "speedup_vs_ar": "as above, against our plain decoding",
-    "equal_to_plain": "prompts whose tokens equal those of plain decoding in every repeat / prompts; greedy: "
-    "of the stock model, sampled: of ar with the same seed",
+    "equal_to_plain": "prompts whose tokens equal the baseline's in every repeat / prompts; baseline of greedy text: "
+    "the stock model, of sampled text: ar with the same seed",
     "peak_bytes": "most memory during a run, the largest over runs: of PyTorch's allocator on a GPU, else of the "
     "whole process, in which the weights of all arms lie",
     "flops_per_token": "(2 x (rows x weights of the layers' linears that they pass through + projected rows x "

@@ -140,7 +140,9 @@ def time_passes(orthrus: "Orthrus", strategies: Iterable[str], *, quiet: bool = 
     if "auto" in strategies:
         with ProgressDisplay(quiet=quiet, unit="rounds") as on_progress:
             orthrus.time_passes(
-                partial(on_progress, "timing passes, once for this machine, model and precision")
+                partial(
+                    on_progress, "timing passes for this machine, model and precision (the first starts do)"
+                )
             )
 
 

@@ -226,7 +226,7 @@ class SynthDisplay:
             self._bar.update(self._task, description=label, completed=p.done, total=p.total, detail=detail)
         elif not self._quiet and self._due(p, now):
             self._said = (p.stage, p.done, now)
-            what = "prompt sources read" if p.stage == "prompts" else "prompts answered"
+            what = "sources of prompts done" if p.stage == "prompts" else "prompts answered"
             print(
                 ", ".join(filter(None, (f"{p.done} of {p.total} {what}", detail))),
                 file=sys.stderr,

@@ -55,14 +55,14 @@ def as_text(report: dict[str, Any]) -> str:
     if report["made"] < report["begun"]:
         lines.append(
             f"  the model made {report['made']:,} of {report['begun']:,} prompts: the others were cut off, too short "
-            "or went round in circles"
+            "or repeated themselves"
         )
     if in_circles := report["dropped"] - sum(report["left_out"].values()):
-        lines.append(f"  {in_circles:,} answers went round in circles and were left out")
+        lines.append(f"  {in_circles:,} answers repeated themselves and were left out")
     if report["answers_wanted"] > report["prompts"] and report["answers"] < report["answers_wanted"]:
         lines.append(
             f"  {report['answers']:,} of {report['answers_wanted']:,} answers were given: a dialogue ends at an answer "
-            "that was cut off (--max-new-tokens) or went round in circles, and where it is too long to go on"
+            "that was cut off (--max-new-tokens) or repeated themselves, and where it is too long to go on"
         )
     lines += [
         f"  {number:,} answers of the server were left out: {why}"

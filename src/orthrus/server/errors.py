@@ -8,7 +8,7 @@ from random import uniform
 from typing import Any
 
 from orthrus.errors import MissingExtraError, OrthrusError, UnsupportedModelError, UserInputError
-from orthrus.server.schemas import OrthrusOptions, PlacedError
+from orthrus.server.schemas import LONGEST_STOP, MOST_STOPS, OrthrusOptions, PlacedError
 
 TYPES = {
     400: "invalid_request_error",
@@ -39,6 +39,16 @@ _ANTHROPIC_TYPES = {
 }
 _PYDANTIC = re.compile(r"^(Value error, must |[A-Z][a-z]+ should )")
 """The beginning of a message from pydantic on what a field must be."""
+_PLAIN = {
+    "must be a valid string": "must be a text",
+    "must be a valid list": "must be a list",
+    "must be a valid boolean": "must be true or false",
+    "must be a valid integer": "must be a whole number",
+    "must be a valid number": "must be a number",
+    "Field required": "is missing; give it",
+    " after validation": "",
+}
+"""Words of pydantic, and plainer ones."""
 MOST_NAMED_LEVELS = 3
 _FORM = re.compile(r"^(str|int|bool|((list|dict|literal|nullable|union|function-[a-z]+)\[|constrained-).*)$")
 """Pydantic's names for the types that a field may have."""
@@ -123,6 +133,13 @@ def wrong_field(place: Sequence[str], error: Mapping[str, Any]) -> ApiError:
         field = ".".join(named[:MOST_NAMED_LEVELS])[:200]
         return bad_request(f"{field}: is nested too deeply; use fewer levels.", param=place[0][:80])
     name, said = ".".join(named)[:200], _PYDANTIC.sub("must ", f"{error['msg']}.")
+    for theirs, ours in _PLAIN.items():
+        said = said.replace(theirs, ours)
+    if named[:1] == ["stop"] and error["type"] != "value_error":
+        said = (
+            f"must be a text or a list of at most {MOST_STOPS} texts, none of them empty or of more than "
+            f"{LONGEST_STOP} characters."
+        )
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
         said = "must be a JSON object."
     if named == ["prompt"] and not refused:

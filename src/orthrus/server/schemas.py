@@ -61,7 +61,7 @@ def _are_biases(given: dict[str, Any]) -> dict[str, Any]:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_id or not is_number or not -_LARGEST_BIAS <= value <= _LARGEST_BIAS:
             raise ValueError(
-                f"must give token ids, in digits, numbers from -{_LARGEST_BIAS} to {_LARGEST_BIAS}"
+                f"must have token ids in digits as keys, and numbers from -{_LARGEST_BIAS} to {_LARGEST_BIAS} as values"
             )
     return given
 

@@ -201,7 +201,7 @@ def read_corpus(folder: Path, on_file: Callable[[Path], None] = lambda _: None) 
                 yield sample
     if empty:
         raise UserInputError(
-            f"the corpus in {folder} is empty: there is no answer yet, or each one went round in circles; "
+            f"the corpus in {folder} is empty: there is no answer yet, or each one repeated itself; "
             "run `orthrus synth` again, with more prompts if need be."
         )
 
